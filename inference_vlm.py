@@ -1,0 +1,119 @@
+#!/usr/bin/env python3
+"""Classify pictures with a trained model, from the command line or a notebook.
+
+    python inference_vlm.py --model-dir vlm_results/best_model picture.png folder/
+    from inference_vlm import load_model_and_metadata, predict_single_image, predict_batch
+"""
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm.errors import RunError, UsageError, exit_code
+
+if TYPE_CHECKING:
+    from vlm.predictor import load_model_and_metadata, predict_batch, predict_single_image
+
+__all__ = ["load_model_and_metadata", "main", "predict_batch", "predict_single_image"]
+
+
+
+def __getattr__(name: str) -> Any:
+    """The functions of `vlm.predictor`, loaded with torch when they are asked for, so that `--help` answers at once."""
+    if name in ("load_model_and_metadata", "predict_batch", "predict_single_image"):
+        import vlm.predictor
+
+        return getattr(vlm.predictor, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Classify pictures with a model that train_vlm.py has trained.")
+    parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="picture files, or folders that are searched for them")
+    parser.add_argument("--model-dir", default="vlm_results/best_model", metavar="FOLDER", help="default: vlm_results/best_model")
+    parser.add_argument("--output", metavar="FILE", help="write all probabilities to FILE.csv or FILE.jsonl instead of a table")
+    parser.add_argument("--explain", action="store_true", help="generate the model's text for each picture too (slower)")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures in one forward pass (default: 8)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code, 1 if any picture could not be read."""
+    args = build_parser().parse_args(arguments)
+    return exit_code(lambda: predict(args), debug=args.debug)
+
+
+def predict(args: argparse.Namespace) -> None:
+    """Classify what the arguments name and show or write it."""
+    if args.batch_size < 1:
+        raise UsageError(f"--batch-size {args.batch_size}: expected a whole number of at least 1.")
+    if args.output and Path(args.output).suffix not in (".csv", ".jsonl"):
+        raise UsageError(f"--output {args.output}: expected a name that ends in .csv or .jsonl.")
+    from vlm.pictures import find_pictures
+    from vlm.predictor import load_model_and_metadata, predict_batch
+
+    paths = find_pictures(args.images)
+    model, processor, metadata = load_model_and_metadata(args.model_dir, args.device, args.dtype)
+    results = predict_batch(model, processor, paths, metadata, args.batch_size, explain=args.explain)
+    if args.output:
+        write_results(Path(args.output), results)
+    else:
+        print_results(results, args.explain)
+    failed = [path for path, result in results.items() if "error" in result]
+    if failed:
+        raise RunError(f"{len(failed)} of {len(results)} pictures could not be read, such as {failed[0]}; the others are classified.")
+
+
+def print_results(results: dict[str, dict[str, Any]], explain: bool) -> None:
+    """Print a table to stdout: path, prediction, confidence, the runner-up, and the text if asked for."""
+    from vlm.report import format_table
+
+    rows = []
+    for path, result in results.items():
+        if "error" in result:
+            rows.append((path, "-", "-", f"error: {result['error']}"))
+            continue
+        second, probability = sorted(result["probabilities"].items(), key=lambda item: -item[1])[1]
+        rows.append((path, result["prediction"], f"{result['confidence']:.4f}", f"{second} {probability:.4f}"))
+    print(format_table(rows, headers=("picture", "prediction", "confidence", "next")))
+    if explain:
+        for path, result in results.items():
+            print(f"\n{path}\n{result.get('full_response', '')}")
+
+
+def write_results(path: Path, results: dict[str, dict[str, Any]]) -> None:
+    """Write one row a picture, whole or not at all: CSV with a column a class, or JSON lines."""
+    from vlm.tracking import replacing
+
+    try:
+        with replacing(path) as new, new.open("w", encoding="utf-8", newline="") as file:
+            if path.suffix == ".jsonl":
+                file.writelines(json.dumps({"path": name, **result}, ensure_ascii=False) + "\n" for name, result in results.items())
+            else:
+                _write_csv(file, results)
+    except OSError as error:
+        raise UsageError(f"--output {path} cannot be written ({error.strerror}): choose another place.") from error
+    print(f"{len(results)} rows in {path}", file=sys.stderr)
+
+
+def _write_csv(file: Any, results: dict[str, dict[str, Any]]) -> None:
+    classes = next((list(result["probabilities"]) for result in results.values() if "probabilities" in result), [])
+    writer = csv.writer(file)
+    writer.writerow(["path", "prediction", "confidence", "error", "full_response", *(f"p({name})" for name in classes)])
+    for name, result in results.items():
+        probabilities = result.get("probabilities", {})
+        writer.writerow(
+            [name, result["prediction"], result.get("confidence"), result.get("error"), result.get("full_response")]
+            + [probabilities.get(class_name) for class_name in classes]
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Tests the program, in the same environment as run_vlm_training.sh plus requirements-dev.txt:
+#   ./run_tests.sh                      ruff check, ruff format --check, all tests
+#   ./run_tests.sh -k resume -x         pytest alone, with these arguments (paths are those of this folder)
+
+script=$(readlink -f -- "${BASH_SOURCE[0]}" 2>/dev/null) || script=${BASH_SOURCE[0]}
+here=$(CDPATH="" cd -- "$(dirname -- "$script")" && pwd)
+# shellcheck source=setup_env.sh
+. "$here/setup_env.sh"
+prepare_python requirements-dev.txt
+
+cd -- "$here" || exit 1
+if [ $# -eq 0 ]; then
+  "$python" -m ruff check . || exit $?
+  "$python" -m ruff format --check . || exit $?
+fi
+exec "$python" -m pytest "$@"

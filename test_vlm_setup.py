@@ -1,0 +1,39 @@
+"""Checks whether this machine can train, and says what to do where it cannot:
+
+python test_vlm_setup.py            all checks; about a minute
+python test_vlm_setup.py --quick    without the training
+
+Exits 0 when this machine can train, 1 when it cannot. A .venv that run_vlm_training.sh made is the one that is checked,
+unless another environment is active.
+"""
+
+import argparse
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+OWN = Path(__file__).resolve().parent / ".venv"
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Check whether this machine can train.", allow_abbrev=False)
+    parser.add_argument("--quick", action="store_true", help="leave out the one-minute training")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error, and all that the training prints")
+    arguments = parser.parse_args()
+    no_environment = sys.prefix == sys.base_prefix and "CONDA_PREFIX" not in os.environ
+    if no_environment and (OWN / "vlm-setup").exists() and (OWN / "bin" / "python").exists():
+        python = str(OWN / "bin" / "python")
+        os.execv(python, [python] + sys.argv)
+    if sys.version_info < (3, 11):  # noqa: UP036 (the point is to say so where the rest cannot even be read)
+        sys.exit("failure  Python {}.{}\n         cure: use Python 3.11 or newer".format(*sys.version_info[:2]))
+
+    from vlm.doctor import CHECKS, examine_machine, training
+
+    color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    training_check = None if arguments.quick else partial(training, debug=arguments.debug)
+    return examine_machine(CHECKS, training_check, write=partial(print, flush=True), color=color, debug=arguments.debug)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

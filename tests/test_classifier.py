@@ -1,0 +1,211 @@
+"""The shared forward pass against transformers' plain full forward, and the label tree against one forward a class."""
+
+import pytest
+import torch
+from tiny import NAMES, batch_of, full_row_logits, random_picture, samples, save_tiny_model, tiny_classifier
+
+from vlm.batching import IGNORED, vlm_collate_fn
+from vlm.errors import UsageError
+from vlm.prompts import Prompts
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def double(folder):
+    return tiny_classifier(folder, torch.float64)
+
+
+def plain_loss(classifier, batch):
+    """Summed cross entropy of the response tokens, one full forward a sample."""
+    total = 0
+    for i, length in enumerate(batch["lengths"].tolist()):
+        row = batch["input_ids"][i, :length].tolist()
+        targets = batch["targets"][i, :length]
+        pixels = {name: tensor[i : i + 1] for name, tensor in batch["pixels"].items()}
+        logits = full_row_logits(classifier, row, pixels)[len(classifier.rendered.prefix_ids) - 1 : -1]
+        total = total + torch.nn.functional.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED)
+    return total
+
+
+def gradients(classifier, loss):
+    classifier.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in classifier.named_parameters() if p.grad is not None}
+
+
+def test_loss_and_every_gradient_equal_the_plain_full_forward(double):
+    double.train()
+    batch = batch_of(double, [0, 5, 6, 3, 1])
+    assert len(set(batch["lengths"].tolist())) > 1, "the rows should be of unequal length"
+    output = double(batch)
+    expected = plain_loss(double, batch)
+    torch.testing.assert_close(output.loss, expected, rtol=1e-6, atol=0)
+    ours, plain = gradients(double, output.loss), gradients(double, expected)
+    assert ours.keys() == plain.keys() == dict(double.named_parameters()).keys()
+    for name, gradient in plain.items():
+        error = (ours[name] - gradient).norm() / gradient.norm().clamp(min=1e-12)
+        assert error < 1e-6, f"{name}: relative error {error:.2e}"
+
+
+def test_a_prefix_without_gradient_would_be_noticed(double):
+    """The tolerance above tells a right gradient from one that stops at the prefix."""
+    double.train()
+    batch = batch_of(double, [0, 5])
+    right = gradients(double, double(batch).loss)
+    whole = double._prefix
+
+    def without_gradient():
+        with torch.no_grad():
+            return whole()
+
+    double._prefix = without_gradient
+    try:
+        wrong = gradients(double, double(batch).loss)
+    finally:
+        del double._prefix
+    name = next(n for n in right if n.endswith("layers.0.self_attn.v_proj.weight") and "text_model" in n)
+    assert (right[name] - wrong[name]).norm() / right[name].norm() > 1e-2
+
+
+def naive_scores(classifier, batch, count):
+    """(B, C) by one full forward for every class of every sample."""
+    scores = torch.zeros(count, len(classifier.class_names), dtype=torch.float64)
+    for i in range(count):
+        prompt = batch["input_ids"][i, : batch["lengths"][i]].tolist()
+        pixels = {name: tensor[i : i + 1] for name, tensor in batch["pixels"].items()}
+        for c, response in enumerate(classifier.rendered.response_ids):
+            with torch.no_grad():
+                log_probabilities = full_row_logits(classifier, prompt + response, pixels).double().log_softmax(-1)
+            start = len(classifier.rendered.prefix_ids) + len(prompt) - 1
+            scores[i, c] = sum(log_probabilities[start + k, token] for k, token in enumerate(response))
+    return scores
+
+
+@pytest.mark.parametrize("names", [NAMES, ["a", "b"], ["0", "1", "10", "11", "100"]])
+def test_label_tree_equals_one_forward_a_class(folder, names):
+    classifier = tiny_classifier(folder, names=names).eval()
+    batch = batch_of(classifier, [0, 1, 1], with_response=False)
+    scores = classifier.score(classifier.read(batch)).double()
+    expected = naive_scores(classifier, batch, 3)
+    assert expected.std(1).min() > 1e-2, "the classes should differ, or the test says little"
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-4)
+
+
+def test_scores_in_small_blocks_of_logits_are_the_same(folder, monkeypatch):
+    classifier = tiny_classifier(folder).eval()
+    reading = classifier.read(batch_of(classifier, [0, 1], with_response=False))
+    whole = classifier.score(reading)
+    monkeypatch.setattr("vlm.classifier.LOGITS_AT_ONCE", 1)
+    torch.testing.assert_close(classifier.score(reading), whole, rtol=1e-6, atol=1e-5)
+
+
+def test_one_by_one_equals_a_batch_and_scoring_twice_changes_nothing(folder):
+    classifier = tiny_classifier(folder).eval()
+    pictures = samples([0, 1, 2])
+    together = classifier.read(vlm_collate_fn(pictures, classifier.family, classifier.rendered, with_response=False))
+    scores = classifier.score(together)
+    torch.testing.assert_close(classifier.score(together), scores, rtol=0, atol=0)
+    for i, sample in enumerate(pictures):
+        alone = classifier.read(vlm_collate_fn([sample], classifier.family, classifier.rendered, with_response=False))
+        torch.testing.assert_close(classifier.score(alone)[0], scores[i], rtol=1e-6, atol=1e-5)
+
+
+def test_rows_of_unequal_picture_tokens_equal_one_by_one(folder):
+    """With several tiles a picture (image splitting) the prompts have unequal lengths."""
+    classifier = tiny_classifier(folder).eval()
+    images = classifier.family.processor.image_processor
+    images.do_image_splitting, images.size = True, {"longest_edge": 48}
+    pictures = [samples([0])[0]._replace(image=random_picture(i, width, 20)) for i, width in enumerate((60, 20, 33))]
+    batch = vlm_collate_fn(pictures, classifier.family, classifier.rendered, with_response=False)
+    assert len(set(batch["lengths"].tolist())) > 1
+    reading = classifier.read(batch)
+    scores, texts = classifier.score(reading), classifier.write(reading, 12)
+    for i, sample in enumerate(pictures):
+        alone = classifier.read(vlm_collate_fn([sample], classifier.family, classifier.rendered, with_response=False))
+        torch.testing.assert_close(classifier.score(alone)[0], scores[i], rtol=1e-6, atol=1e-5)
+        assert classifier.write(alone, 12)[0] == texts[i]
+
+
+def test_written_text_equals_the_greedy_text_of_transformers(folder):
+    classifier = tiny_classifier(folder).eval()
+    batch = batch_of(classifier, [0, 1], with_response=False)
+    texts = classifier.write(classifier.read(batch), max_new_tokens=16)
+    for i in range(2):
+        ids = torch.tensor([classifier.rendered.prefix_ids + batch["input_ids"][i].tolist()])
+        pixels = {name: tensor[i : i + 1].unsqueeze(1) for name, tensor in batch["pixels"].items()}
+        expected = classifier.model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), **pixels, max_new_tokens=16, do_sample=False
+        )
+        assert texts[i] == classifier.family.decode(expected[0, ids.shape[1] :].tolist())
+
+
+def test_picture_features_equal_those_of_transformers(folder):
+    classifier = tiny_classifier(folder).eval()
+    batch = batch_of(classifier, [0, 1])
+    with torch.no_grad():
+        ours = classifier.family.picture_features(batch["pixels"])
+        theirs = classifier.model.model.get_image_features(**{k: v.unsqueeze(1) for k, v in batch["pixels"].items()}).pooler_output
+    torch.testing.assert_close(ours, torch.cat(list(theirs)), rtol=0, atol=0)
+
+
+def test_tokens_equal_those_of_the_chat_template_as_a_whole(folder):
+    classifier = tiny_classifier(folder)
+    family, prompts = classifier.family, classifier.prompts
+    sample = samples([3])[0]
+    batch = vlm_collate_fn([sample], family, classifier.rendered)
+    messages = [*prompts.messages(), {"role": "assistant", "content": [{"type": "text", "text": prompts.responses[3]}]}]
+    text = family.processor.apply_chat_template(messages, tokenize=False).removesuffix("\n")
+    whole = family.processor(text=[text], images=[[sample.image]])["input_ids"][0]
+    assert classifier.rendered.prefix_ids + batch["input_ids"][0].tolist() == list(whole)
+
+
+def test_only_the_response_is_in_the_loss(folder):
+    classifier = tiny_classifier(folder)
+    batch = batch_of(classifier, [2, 4])
+    for i, label in enumerate((2, 4)):
+        targets = batch["targets"][i]
+        assert targets[targets != IGNORED].tolist() == classifier.rendered.response_ids[label]
+        assert classifier.rendered.response_ids[label][-1] == classifier.family.tokenizer.convert_tokens_to_ids("<end_of_utterance>")
+
+
+def test_another_picture_changes_the_scores(folder):
+    classifier = tiny_classifier(folder).eval()
+    scores = classifier.score(classifier.read(batch_of(classifier, [0, 0], with_response=False)))
+    assert (scores[0] - scores[1]).abs().max() > 1e-3
+
+
+def test_the_kept_prefix_is_forgotten_when_training(folder):
+    classifier = tiny_classifier(folder).eval()
+    batch = batch_of(classifier, [0], with_response=False)
+    before = classifier.score(classifier.read(batch))
+    classifier.train()
+    with torch.no_grad():
+        classifier.model.model.text_model.layers[0].self_attn.k_proj.weight.mul_(1.5)
+    classifier.eval()
+    changed = classifier.score(classifier.read(batch))
+    assert (changed - before).abs().max() > 1e-4
+    torch.testing.assert_close(changed.double(), naive_scores(classifier, batch, 1), rtol=0, atol=1e-4)
+
+
+def test_a_sample_that_is_too_long_is_refused_by_name(folder):
+    classifier = tiny_classifier(folder)
+    short = type(classifier.rendered)(**{**vars(classifier.rendered), "max_length": 20})
+    with pytest.raises(UsageError, match="picture 0 has .* tokens"):
+        vlm_collate_fn(samples([0]), classifier.family, short)
+
+
+def test_a_picture_placeholder_in_a_text_is_refused(folder):
+    classifier = tiny_classifier(folder)
+    prompts = Prompts("look at <image>", "what?", ("a", "b"), ("Answer: a", "Answer: b"))
+    with pytest.raises(UsageError, match="<image>"):
+        classifier.family.render(prompts)
+
+
+def test_equal_responses_are_refused(folder):
+    family = tiny_classifier(folder).family
+    with pytest.raises(UsageError, match="do not tell the classes apart"):
+        type(tiny_classifier(folder))(family, Prompts("s", "q", ("a", "b"), ("Answer: a", "Answer: a")))

@@ -1,0 +1,105 @@
+"""Flags, defaults and the checks that name all problems at once."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vlm.config import Settings, build_parser, parse_arguments, resolve
+from vlm.errors import UsageError
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_every_setting_is_one_flag_with_a_help_text():
+    flags = {option for action in build_parser()._actions for option in action.option_strings}
+    for item in dataclasses.fields(Settings):
+        assert "--" + item.name.replace("_", "-") in flags
+        assert item.metadata["help"]
+        assert item.default is None or not isinstance(item.default, float) or "default" in item.metadata["help"]
+
+
+def test_underscores_are_accepted_in_flags_but_not_changed_in_values():
+    given = parse_arguments(["--image_column", "my_image", "--label-column=the_label", "--task_description=a_b --c_d"])
+    assert given == {"image_column": "my_image", "label_column": "the_label", "task_description": "a_b --c_d"}
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["ael aec cli"], ["ael", "aec", "cli"]),
+        (["ael, aec,cli"], ["ael", "aec", "cli"]),
+        (["ael", "aec", "cli"], ["ael", "aec", "cli"]),
+        (["ael,", "aec,", "cli"], ["ael", "aec", "cli"]),
+        (["ice cap, dune field"], ["ice cap", "dune field"]),
+        (["ice cap", "dune field"], ["ice cap", "dune field"]),
+    ],
+)
+def test_class_names_as_words_or_as_one_string(words, names):
+    assert parse_arguments(["--class-names", *words])["class_names"] == names
+
+
+@pytest.mark.parametrize(("tune", "rate", "epochs"), [("lora", 2e-4, 3), ("connector", 5e-4, 5), ("full", 1e-5, 3)])
+def test_defaults_follow_the_tuning_mode(tune, rate, epochs):
+    settings = resolve({"tune": tune})
+    assert (settings.learning_rate, settings.epochs) == (rate, epochs)
+    assert resolve({"tune": tune, "learning_rate": 0.5}).learning_rate == 0.5
+
+
+def test_default_is_lora_on_smolvlm_and_mars_with_eight_pictures_a_step():
+    settings = resolve({})
+    assert (settings.model, settings.dataset) == ("HuggingFaceTB/SmolVLM-500M-Instruct", "Mirali33/mb-domars16k")
+    assert (settings.tune, settings.batch_size, settings.gradient_accumulation_steps) == ("lora", 1, 8)
+    assert resolve({"batch_size": 3}).gradient_accumulation_steps == 3
+    assert resolve({"batch_size": 64}).gradient_accumulation_steps == 1
+
+
+def test_all_problems_are_named_at_once():
+    with pytest.raises(UsageError) as error:
+        resolve({"batch_size": 0, "epochs": -1, "learning_rate": 0.0, "class_names": ["a", "a"], "demo": True, "model": "x"})
+    for expected in ("--batch-size 0", "--epochs -1", "--learning-rate 0.0", "a is there twice", "--demo brings its own model"):
+        assert expected in str(error.value)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_learning_rate_that_is_no_number_is_refused(number):
+    with pytest.raises(UsageError, match="learning-rate"):
+        resolve({"learning_rate": number})
+
+
+def test_texts_may_come_from_a_file(tmp_path):
+    file = tmp_path / "template.txt"
+    file.write_text("What is it?\n{classes}\n", encoding="utf-8")
+    assert resolve({"prompt_template": f"@{file}"}).prompt_template == "What is it?\n{classes}"
+    with pytest.raises(UsageError, match="--prompt-template @.*missing.txt"):
+        resolve({"prompt_template": f"@{tmp_path}/missing.txt"})
+
+
+def test_resume_takes_the_saved_settings_and_refuses_others():
+    saved = resolve({"demo": True, "epochs": 5}).to_json()
+    settings = resolve({"resume": True, "debug": True, "epochs": 5}, saved)
+    assert settings.demo and settings.epochs == 5 and settings.resume and settings.debug
+    with pytest.raises(UsageError, match="--epochs 6 .*has 5"):
+        resolve({"resume": True, "epochs": 6}, saved)
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys, train_vlm, inference_vlm\n"
+        "try: train_vlm.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print([m for m in ('torch', 'transformers', 'datasets', 'numpy') if m in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "--gradient-accumulation-steps" in done.stdout
+    assert done.stderr.strip() == "[]"
+
+
+@pytest.mark.parametrize("arguments", [["--batch-size", "many"], ["--no-such-flag"], ["--tune", "some"], ["--epoch", "3"]])
+def test_wrong_usage_ends_with_code_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_arguments(arguments)
+    assert stop.value.code == 2
+    assert arguments[0] in capsys.readouterr().err

@@ -1,0 +1,224 @@
+"""Splits, class names, balance, unreadable pictures and the order of training; the sources themselves are in test_sources.py."""
+
+import pickle
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlm.config import resolve
+from vlm.data import Data, epoch_plan, load_data
+from vlm.errors import UsageError
+
+ROLES = ("train", "validation", "test")
+
+
+def draw(path: Path, value: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (2, 2), value).save(path)
+
+
+def pictures(root: Path, counts: dict[str, int]) -> str:
+    """A picture folder: `counts` maps CLASS or SPLIT/CLASS to a number of pictures."""
+    for place, count in counts.items():
+        for i in range(count):
+            draw(root / place / f"{i}.png", i)
+    return str(root)
+
+
+def load(dataset: str | Path, **settings) -> Data:
+    return load_data(resolve({"dataset": str(dataset)} | settings))
+
+
+def refuse(message: str, dataset: str | Path, **settings) -> None:
+    """`load` must end with a UsageError that matches."""
+    with pytest.raises(UsageError, match=message):
+        load(dataset, **settings)
+
+
+def counts(data: Data) -> list[int]:
+    return [len(getattr(data, role)) for role in ROLES]
+
+
+def per_class(data: Data) -> list[dict[str, int]]:
+    return [dict(Counter(data.class_names[label] for label in getattr(data, role).labels)) for role in ROLES]
+
+
+def test_the_demo_is_scikit_learns_digits():
+    data = load_data(resolve({"demo": True}))
+    assert counts(data) == [1259, 269, 269]
+    assert data.class_names == ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    image, label, name = data.train[0]
+    assert (image.mode, image.size, label, name) == ("RGB", (8, 8), data.train.labels[0], data.train.names[0])
+    assert max(np.asarray(data.train[i].image).max() for i in range(9)) == 255
+    assert not set(data.train.names) & set(data.test.names)
+
+
+def test_missing_splits_are_cut_from_train_by_class_and_seed(tmp_path):
+    folder = pictures(tmp_path, {"a": 20, "b": 40, "c": 3})
+    data = load(folder)
+    assert per_class(data) == [{"a": 14, "b": 28, "c": 1}, {"a": 3, "b": 6, "c": 1}, {"a": 3, "b": 6, "c": 1}]
+    names = [set(getattr(data, role).names) for role in ROLES]
+    assert len(set.union(*names)) == 63 == sum(map(len, names)), "no picture may be in two splits"
+    assert load(folder).test.names == data.test.names
+    assert load(folder, seed=1).test.names != data.test.names
+    assert counts(load(folder, validation_ratio=0.5, test_ratio=0.25)) == [16, 31, 16]
+
+
+@pytest.mark.parametrize(("there", "expected"), [("val", [32, 3, 8]), ("test", [32, 8, 3]), ("val and test", [40, 3, 3])])
+def test_only_the_missing_split_is_cut(tmp_path, there, expected):
+    layout = {"train/a": 20, "train/b": 20} | {f"{name}/{c}": n for name in there.split(" and ") for c, n in (("a", 1), ("b", 2))}
+    data = load(pictures(tmp_path, layout), validation_ratio=0.2, test_ratio=0.2)
+    assert counts(data) == expected
+    table = dict(data.summary)
+    assert [("cut from train" in table[role]) for role in ROLES] == [False, "val" not in there, "test" not in there]
+
+
+def test_few_shot_partitions_are_left_alone_and_named(tmp_path):
+    data = load(pictures(tmp_path, {"train/a": 5, "train/b": 5, "train_1_shot/a": 1, "train_1_shot/b": 1}))
+    assert sum(counts(data)) == 10
+    assert dict(data.summary)["left alone"] == "train_1_shot"
+
+
+def test_no_train_split_is_refused(tmp_path):
+    refuse("no split called train; there are: test", pictures(tmp_path, {"test/a": 3, "test/b": 3}))
+
+
+def test_an_empty_split_is_refused(tmp_path):
+    folder = pictures(tmp_path, {"train/a": 3, "train/b": 3})
+    (tmp_path / "val").mkdir()
+    refuse("split val is empty", folder)
+
+
+def test_a_class_with_one_sample_is_named_where_it_would_have_to_be_cut(tmp_path):
+    refuse(r"less than 3 pictures of rare \(1\).*at least 3", pictures(tmp_path / "cut", {"common": 9, "rare": 1}))
+    layout = {f"{split}/{c}": 1 for split in ("train", "val", "test") for c in ("a", "b")}
+    assert counts(load(pictures(tmp_path / "whole", layout))) == [2, 2, 2]
+
+
+def test_one_class_only_is_refused(tmp_path):
+    refuse(r"only one class \(cats\)", pictures(tmp_path, {"cats": 9}))
+
+
+def test_a_label_of_another_split_that_train_does_not_have_is_named(tmp_path):
+    layout = {"train/a": 5, "train/b": 5, "test/a": 1, "test/emu": 1}
+    refuse(r"test: the label emu is outside the names of train \(a, b\)", pictures(tmp_path, layout))
+
+
+def test_given_names_that_are_the_data_sets_own_set_the_order(tmp_path):
+    folder = pictures(tmp_path, {"ael": 5, "cli": 6, "mix": 7})
+    data = load(folder, class_names=["MIX", "ael", "cli"])
+    assert data.class_names == ["MIX", "ael", "cli"]
+    assert all(
+        Path(name).parts[0] == data.class_names[label].lower() for name, label in zip(data.train.names, data.train.labels, strict=True)
+    )
+    assert "matched by name" in dict(data.summary)["class names"]
+
+
+def test_new_names_rename_by_index_and_the_table_says_so(tmp_path):
+    data = load(pictures(tmp_path, {"a": 5, "b": 6}), class_names=["cat", "b"])
+    assert data.class_names == ["cat", "b"]
+    assert {Path(name).parts[0]: label for name, label in zip(data.train.names, data.train.labels, strict=True)} == {"a": 0, "b": 1}
+    assert "renamed by index: a -> cat" in dict(data.summary)["class names"]
+
+
+def test_a_mistyped_name_among_the_data_sets_own_does_not_rename_other_classes(tmp_path):
+    folder = pictures(tmp_path, {"ael": 5, "cli": 5, "mix": 5})
+    refuse("mix is one of the data set's own names, but cli of them is not given", folder, class_names=["mix", "ael", "clj"])
+
+
+def test_a_count_of_names_that_does_not_fit_says_both_counts(tmp_path):
+    folder = pictures(tmp_path, {"a": 5, "b": 5, "c": 5})
+    refuse("--class-names has 2 names, but the data set has 3 classes: a, b, c", folder, class_names=["a", "b"])
+
+
+def test_max_samples_holds_for_each_split_and_is_balanced(tmp_path):
+    folder = pictures(tmp_path, {"train/a": 30, "train/b": 30, "train/c": 2, "test/a": 5, "test/b": 1})
+    data = load(folder, max_samples=10)
+    train, validation, test = per_class(data)
+    assert train["c"] == 1 and {train["a"], train["b"]} == {4, 5}
+    assert validation == {"a": 4, "b": 4, "c": 1} and test == {"a": 5, "b": 1}, "smaller splits stay whole"
+    assert load(folder, max_samples=10).train.names == data.train.names
+    assert load(folder, max_samples=10, seed=1).train.names != data.train.names
+    refuse("--max-samples 2: expected at least one for each of the 3 classes", folder, max_samples=2)
+
+
+def test_unreadable_pictures_are_skipped_counted_and_named(tmp_path, capsys):
+    folder = pictures(tmp_path, {f"{split}/{c}": 30 for split in ("train", "val", "test") for c in ("a", "b")})
+    (tmp_path / "train/a/3.png").write_bytes(b"damaged")
+    (tmp_path / "test/b/7.png").write_bytes((tmp_path / "test/b/8.png").read_bytes()[:40])
+    data = load(folder)
+    assert counts(data) == [59, 60, 59]
+    assert [text.split(":")[0] for text in data.skipped] == ["train/a/3.png", "test/b/7.png"]
+    assert not set(data.train.names) & {"train/a/3.png"} and len(data.train.labels) == 59
+    assert "train/a/3.png" in capsys.readouterr().err
+    assert dict(data.summary)["skipped"] == "2 unreadable pictures" and data.source["unreadable"] == 2
+
+
+def test_more_than_5_percent_unreadable_pictures_of_a_split_stop(tmp_path):
+    folder = pictures(tmp_path, {f"{split}/{c}": 30 for split in ("train", "val", "test") for c in ("a", "b")})
+    for i in range(3):
+        (tmp_path / f"val/a/{i}.png").write_bytes(b"damaged")
+    assert counts(load(folder)) == [60, 57, 60], "exactly 5% is allowed"
+    (tmp_path / "val/b/1.png").write_bytes(b"damaged")
+    refuse(r"validation: 4 of 60 pictures are unreadable, more than 5%. First: val/a/0.png", folder)
+
+
+def test_a_class_that_loses_its_last_picture_is_named(tmp_path):
+    folder = pictures(tmp_path, {f"{split}/{c}": n for split in ("train", "val", "test") for c, n in (("a", 60), ("rare", 1))})
+    (tmp_path / "train/rare/0.png").write_bytes(b"damaged")
+    refuse("train has no readable picture of rare", folder)
+
+
+def test_columns_cannot_be_named_where_there_are_none(tmp_path):
+    refuse("a picture folder has no columns", pictures(tmp_path, {"a": 5, "b": 5}), image_column="image")
+
+
+def test_what_the_metadata_say_names_no_path_of_this_machine(tmp_path):
+    source = load(pictures(tmp_path / "pets", {"a": 5, "b": 5})).source
+    assert source["dataset"] == "pets" and str(tmp_path) not in str(source)
+    assert source["splits"]["test"] == {"from": "cut from train", "pictures": 2}
+
+
+def _first(split) -> tuple:
+    return split[0].image.size, split[0].label, split[0].name
+
+
+def test_a_split_works_in_another_process(tmp_path):
+    split = load(pictures(tmp_path, {"a": 5, "b": 5})).train
+    assert pickle.loads(pickle.dumps(split)).labels == split.labels
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        assert pool.submit(_first, split).result() == _first(split)
+
+
+@pytest.mark.parametrize("n", [1, 5, 8, 23, 64])
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(1, 1), (1, 8), (4, 2), (3, 5)])
+def test_each_sample_counts_once_an_epoch_over_all_processes(n, world, batch_size, accumulation):
+    plans = [epoch_plan(n, batch_size, accumulation, seed=3, epoch=1, world=world, rank=rank) for rank in range(world)]
+    counted = [i for plan in plans for step in plan if step.counts for batch in step.batches for i in batch]
+    assert sorted(counted) == list(range(n))
+    assert len({len(plan) for plan in plans}) == 1, "every process must have every step"
+    for step in (step for plan in plans for step in plan):
+        assert 1 <= len(step.batches) <= accumulation
+        assert all(1 <= len(batch) <= batch_size for batch in step.batches)
+    full = n // (batch_size * accumulation * world)
+    assert all(step.counts and sum(map(len, step.batches)) == batch_size * accumulation for plan in plans for step in plan[:full])
+
+
+def test_a_step_holds_the_same_samples_for_any_number_of_processes():
+    alone = epoch_plan(50, 4, 4, seed=1, epoch=2)
+    four = [epoch_plan(50, 2, 2, seed=1, epoch=2, world=4, rank=rank) for rank in range(4)]
+    for number, step in enumerate(alone):
+        together = [i for plan in four if plan[number].counts for batch in plan[number].batches for i in batch]
+        assert sorted(together) == sorted(i for batch in step.batches for i in batch)
+
+
+def test_the_order_is_a_function_of_seed_and_epoch():
+    plan = epoch_plan(40, 2, 2, seed=1, epoch=0)
+    assert epoch_plan(40, 2, 2, seed=1, epoch=0) == plan
+    assert epoch_plan(40, 2, 2, seed=1, epoch=1) != plan != epoch_plan(40, 2, 2, seed=2, epoch=0)

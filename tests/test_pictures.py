@@ -1,0 +1,172 @@
+"""Pictures of every kind become upright RGB pictures; what cannot be read says why in one line."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlm.errors import UsageError
+from vlm.pictures import UnreadablePicture, find_pictures, open_picture
+
+RAMP = np.array([[0, 100], [200, 255]], dtype=np.uint8)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def pixels(source) -> list:
+    """The RGB values of a picture, row by row."""
+    image = open_picture(source)
+    assert image.mode == "RGB"
+    return np.asarray(image).reshape(-1, 3).tolist()
+
+
+def grey(*values: int) -> list:
+    return [[value] * 3 for value in values]
+
+
+def test_grey_and_black_and_white_become_rgb():
+    assert pixels(encoded(Image.fromarray(RAMP))) == grey(0, 100, 200, 255)
+    assert pixels(encoded(Image.fromarray(RAMP).convert("1", dither=Image.Dither.NONE))) == grey(0, 0, 255, 255)
+
+
+def test_a_one_by_one_picture_works():
+    assert pixels(encoded(Image.new("RGB", (1, 1), (10, 20, 30)))) == [[10, 20, 30]]
+    assert pixels(np.full((1, 1), 7, dtype=np.uint16)) == grey(0)
+
+
+def test_palette_becomes_its_colors():
+    assert pixels(encoded(Image.new("RGB", (2, 1), (250, 0, 10)).quantize(4))) == [[250, 0, 10]] * 2
+
+
+def test_transparent_parts_lie_over_white():
+    rgba = Image.new("RGBA", (2, 1), (200, 0, 0, 0))
+    rgba.putpixel((1, 0), (200, 0, 0, 255))
+    assert pixels(encoded(rgba)) == [[255, 255, 255], [200, 0, 0]]
+    assert pixels(encoded(Image.new("LA", (1, 1), (0, 0)))) == grey(255)
+    palette = Image.new("P", (2, 1), 0)
+    palette.putpalette([9, 9, 9, 200, 0, 0])
+    palette.putpixel((1, 0), 1)
+    assert pixels(encoded(palette, transparency=0)) == [[255, 255, 255], [200, 0, 0]]
+    assert pixels(encoded(Image.new("RGB", (1, 1), (1, 2, 3)), transparency=(1, 2, 3))) == grey(255)
+
+
+def test_cmyk_becomes_rgb():
+    red, green, blue = pixels(encoded(Image.new("CMYK", (1, 1), (0, 255, 255, 0)), "TIFF"))[0]
+    assert red > 200 and green < 60 and blue < 60
+
+
+@pytest.mark.parametrize("numbers", [np.uint16, np.int32, np.float32])
+def test_more_than_8_bits_are_stretched_from_minimum_to_maximum(numbers):
+    values = np.array([[1000, 1500], [2000, 3000]], dtype=numbers)
+    expected = grey(0, 64, 128, 255)
+    assert pixels(encoded(Image.fromarray(values), "TIFF")) == expected
+    assert pixels(values) == expected
+    assert pixels(Image.fromarray(values)) == expected
+
+
+def test_values_that_are_no_numbers_do_not_disturb_the_stretch():
+    assert pixels(np.array([[np.nan, 10.0, 20.0, np.inf]])) == grey(0, 0, 255, 255)
+    with pytest.raises(UnreadablePicture, match="not one of its values is a number"):
+        open_picture(np.full((2, 2), np.nan))
+
+
+def test_arrays_of_all_accepted_shapes():
+    assert pixels(RAMP) == pixels(RAMP[:, :, None]) == grey(0, 100, 200, 255)
+    assert pixels(np.dstack([RAMP, RAMP, RAMP])) == grey(0, 100, 200, 255)
+    assert pixels(np.dstack([RAMP, RAMP, RAMP, np.zeros_like(RAMP)])) == grey(255, 255, 255, 255)
+    assert pixels(np.array([[0.0, 1.0, 0.2]])) == grey(0, 255, 51)
+    assert pixels(np.array([[True, False]])) == grey(255, 0)
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 8, 8), (0, 4), (2, 2, 2), (1, 2, 2, 3)])
+def test_arrays_of_other_shapes_are_refused(shape):
+    with pytest.raises(UnreadablePicture, match="expected HxW"):
+        open_picture(np.zeros(shape, dtype=np.uint8))
+
+
+def test_the_first_frame_of_an_animation_is_taken():
+    frames = [Image.new("RGB", (2, 2), color) for color in ((255, 0, 0), (0, 255, 0), (0, 0, 255))]
+    for kind in ("GIF", "PNG", "TIFF"):
+        assert pixels(encoded(frames[0], kind, save_all=True, append_images=frames[1:])) == [[255, 0, 0]] * 4
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "I;16"])
+def test_exif_orientation_is_applied(mode):
+    image = Image.new(mode, (4, 2))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    opened = open_picture(encoded(image, exif=exif))
+    assert opened.size == (2, 4)
+    assert open_picture(opened).size == (2, 4), "an upright picture must not be turned again"
+
+
+def test_damaged_exif_data_do_not_lose_the_picture():
+    assert open_picture(encoded(Image.new("RGB", (4, 2)), "PNG", exif=b"Exif\0\0no TIFF header")).size == (4, 2)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"])
+def test_truncated_files_are_unreadable(kind, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+    whole = encoded(Image.fromarray(noise), kind)
+    path = tmp_path / f"half.{kind.lower()}"
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UnreadablePicture, match="half"):
+        open_picture(path)
+
+
+def test_the_reason_is_one_line_with_the_name(tmp_path):
+    (tmp_path / "text.png").write_text("not a picture")
+    (tmp_path / "empty.png").touch()
+    for name, reason in [("none.png", "no such file"), ("text.png", "not a picture"), ("empty.png", "not a picture"), ("", "directory")]:
+        with pytest.raises(UnreadablePicture) as caught:
+            open_picture(str(tmp_path / name))
+        assert str(tmp_path / name) in str(caught.value) and reason in str(caught.value)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UnreadablePicture, match="^row 7: there is no picture$"):
+        open_picture(None, name="row 7")
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_decompression_bombs_are_refused_before_decoding(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 99)
+    assert open_picture(encoded(Image.new("L", (9, 11)))).size == (9, 11)
+    with pytest.raises(UnreadablePicture, match="10x10 is more than the 99 pixels"):
+        open_picture(encoded(Image.new("L", (10, 10))))
+    with pytest.raises(UnreadablePicture, match="decompression bomb"):
+        open_picture(encoded(Image.new("L", (100, 100))))
+
+
+def test_no_file_is_left_open(tmp_path):
+    frames = [Image.new("L", (2, 2), value) for value in (0, 255)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    with pytest.MonkeyPatch.context() as patch:
+        opened = []
+        original = Image.open
+        patch.setattr(Image, "open", lambda *a, **k: opened.append(original(*a, **k)) or opened[-1])
+        open_picture(tmp_path / "a.gif")
+    assert opened[0].fp is None or opened[0].fp.closed
+
+
+def test_a_picture_given_is_not_changed():
+    image = Image.new("RGBA", (2, 2), (0, 0, 0, 0))
+    image.getexif()[0x0112] = 6
+    result = open_picture(image)
+    assert result is not image and image.mode == "RGBA" and image.getexif()[0x0112] == 6
+
+
+def test_pictures_are_found_in_folders_and_files_are_taken_as_given(tmp_path):
+    for name in ("b/2.PNG", "a.jpg", "b/.hidden.png", ".cache/1.png", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = [tmp_path / "a.jpg", tmp_path / "b/2.PNG"]
+    assert find_pictures([tmp_path]) == found
+    assert find_pictures([str(tmp_path / "notes.txt"), tmp_path / "b"]) == [tmp_path / "notes.txt", found[1]]
+    (tmp_path / "empty").mkdir()
+    for name, message in (("empty", "holds no picture"), ("none.png", "is not there")):
+        with pytest.raises(UsageError, match=message):
+            find_pictures([tmp_path / name])

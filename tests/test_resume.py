@@ -1,0 +1,98 @@
+"""An interrupted run that goes on ends with the same weights as an unbroken one, to the last bit."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vlm.checkpoint import STATE, read_state
+from vlm.config import resolve
+from vlm.errors import Stopped, UsageError
+from vlm.training import fit
+
+# 40 pictures in steps of 8: 5 steps an epoch.
+FLAGS = {"demo": True, "max_samples": 40, "epochs": 2, "batch_size": 4, "gradient_accumulation_steps": 2, "eval_batch_size": 40}
+
+
+def settings(output, **more):
+    return resolve(FLAGS | {"output_dir": str(output)} | more)
+
+
+def stop_after(step):
+    """A `should_stop` that says yes once `step` steps are done."""
+    asked = []
+
+    def should_stop():
+        asked.append(1)
+        return len(asked) == step
+
+    return should_stop
+
+
+def resumed(output):
+    saved = json.loads((output / "training_metadata.json").read_text())["settings"]
+    return resolve({"resume": True, "output_dir": str(output)}, saved)
+
+
+@pytest.fixture(scope="module", params=["full", "lora"])
+def unbroken(request, tmp_path_factory):
+    """LoRA has dropout, so that the randomness of a step is tested too."""
+    output = tmp_path_factory.mktemp(request.param) / "unbroken"
+    more = {"tune": request.param, "learning_rate": 1e-3, "lora_dropout": 0.5}
+    results = fit(settings(output, **more))
+    return output, more, results
+
+
+@pytest.mark.parametrize("step", [3, 5, 8])
+def test_final_weights_equal_those_of_an_unbroken_run(unbroken, tmp_path, step):
+    """Stopped within the first epoch, at its end, and within the second."""
+    output, more, results = unbroken
+    with pytest.raises(Stopped, match=f"after step {step} of 10; go on with --resume"):
+        fit(settings(tmp_path, **more), stop_after(step))
+    assert not (tmp_path / "results.json").exists()
+    again = fit(resumed(tmp_path))
+    for name in ("final_model", "best_model"):
+        ours, theirs = (load_file(folder / name / "model.safetensors") for folder in (tmp_path, output))
+        assert ours.keys() == theirs.keys()
+        for key, tensor in theirs.items():
+            assert torch.equal(ours[key], tensor), f"{name}: {key}"
+    assert again["test"] == results["test"]
+    steps = [entry["step"] for entry in map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines()) if entry["kind"] == "validation"]
+    assert steps == [5, 10]
+    assert not (tmp_path / STATE).exists(), "a finished run needs no state"
+
+
+def test_dropout_is_there_in_the_lora_run(unbroken, tmp_path):
+    """Else the test above would not notice a wrong seed."""
+    output, more, _ = unbroken
+    if more["tune"] != "lora":
+        pytest.skip("the full run has no dropout")
+    fit(settings(tmp_path, **more | {"lora_dropout": 0.0}))
+    ours, theirs = (load_file(folder / "final_model" / "model.safetensors") for folder in (tmp_path, output))
+    assert any(not torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_run_that_was_killed_before_the_first_state_starts_from_the_beginning(unbroken, tmp_path):
+    output, more, _ = unbroken
+    (tmp_path / "training_metadata.json").write_text((output / "training_metadata.json").read_text())
+    assert read_state(tmp_path) is None
+    fit(resumed(tmp_path))
+    ours, theirs = (load_file(folder / "final_model" / "model.safetensors") for folder in (tmp_path, output))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_finished_or_interrupted_run_is_not_overwritten_by_chance(unbroken, tmp_path):
+    output, more, _ = unbroken
+    with pytest.raises(UsageError, match="holds a finished run: choose another --output-dir, or delete it with --overwrite"):
+        fit(settings(output, **more))
+    with pytest.raises(UsageError, match="there is nothing to resume"):
+        fit(resumed(output))
+    with pytest.raises(Stopped):
+        fit(settings(tmp_path, **more), stop_after(1))
+    with pytest.raises(UsageError, match="holds an interrupted run: go on with --resume"):
+        fit(settings(tmp_path, **more))
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(Stopped, match="after step 1 of"):
+        fit(settings(tmp_path, overwrite=True, **more), stop_after(1))
+    assert (tmp_path / "notes.txt").read_text() == "mine"

@@ -1,0 +1,63 @@
+"""Small models of the true architecture for tests, built in a second."""
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vlm.batching import vlm_collate_fn
+from vlm.classifier import VLMClassifier
+from vlm.config import Settings
+from vlm.data import Sample
+from vlm.demo import build_model, build_processor
+from vlm.families import load_family
+from vlm.prompts import Prompts, build_prompts
+
+NAMES = ["cat", "catfish", "cat fish", "Straße", "x", "très long nom de classe", "猫"]
+VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def save_tiny_model(folder: Path, seed: int = 0, image_size: int = 16, tie: bool = False) -> Path:
+    """Write an Idefics3 of two layers with random weights and its processor, as on the hub."""
+    prompts = tiny_prompts()
+    processor = build_processor(image_size, 4, 2, corpus=[prompts.system, prompts.question, *prompts.responses])
+    torch.manual_seed(seed)
+    model = build_model(processor, VISION, TEXT | {"tie_word_embeddings": tie}, image_size, 4, 2)
+    with torch.no_grad():  # the usual start is so small that every class is equally probable
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.3)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@cache
+def tiny_prompts(names: tuple[str, ...] = tuple(NAMES)) -> Prompts:
+    return build_prompts(Settings(), list(names))
+
+
+def tiny_classifier(folder: Path, dtype: torch.dtype = torch.float32, names: list[str] = NAMES) -> VLMClassifier:
+    return VLMClassifier(load_family(folder, dtype, torch.device("cpu")), tiny_prompts(tuple(names)))
+
+
+def random_picture(seed: int, width: int = 20, height: int = 14) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def samples(labels: list[int]) -> list[Sample]:
+    return [Sample(random_picture(i), label, f"picture {i}") for i, label in enumerate(labels)]
+
+
+def batch_of(classifier: VLMClassifier, labels: list[int], with_response: bool = True) -> dict:
+    return vlm_collate_fn(samples(labels), classifier.family, classifier.rendered, with_response)
+
+
+def full_row_logits(classifier: VLMClassifier, row: list[int], pixels: dict) -> torch.Tensor:
+    """The reference: transformers' own forward over prefix and row of one sample, without cache -> (L, V)."""
+    ids = torch.tensor([classifier.rendered.prefix_ids + row])
+    pixels = {name: tensor.unsqueeze(1) for name, tensor in pixels.items()}
+    return classifier.model(input_ids=ids, **pixels, use_cache=False).logits[0]

@@ -1,0 +1,79 @@
+#!/usr/bin/env python3
+"""Train a small vision-language model to classify pictures.
+
+    python train_vlm.py --demo
+    python train_vlm.py --model HuggingFaceTB/SmolVLM-256M-Instruct --dataset my_pictures/
+"""
+
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm.config import parse_arguments, resolve
+from vlm.errors import UsageError, exit_code
+
+if TYPE_CHECKING:
+    from vlm.batching import vlm_collate_fn
+    from vlm.evaluation import evaluate_vlm_model
+
+__all__ = ["evaluate_vlm_model", "main", "vlm_collate_fn"]
+
+
+def __getattr__(name: str) -> Any:
+    """`from train_vlm import vlm_collate_fn, evaluate_vlm_model`, without loading torch for `--help`."""
+    if name == "vlm_collate_fn":
+        from vlm.batching import vlm_collate_fn
+
+        return vlm_collate_fn
+    if name == "evaluate_vlm_model":
+        from vlm.evaluation import evaluate_vlm_model
+
+        return evaluate_vlm_model
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    given = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    return exit_code(lambda: train(given), debug=given.get("debug", False))
+
+
+def train(given: dict[str, Any]) -> None:
+    """Train with the flags that were given, by field name of `Settings`."""
+    settings = resolve(given, saved_settings(Path(given.get("output_dir", "vlm_results"))) if given.get("resume") else None)
+    should_stop = stop_on_signals()  # before the heavy imports, which take seconds
+    from vlm.training import fit
+
+    fit(settings, should_stop)
+
+
+def saved_settings(output: Path) -> dict[str, Any]:
+    """The settings of the interrupted run in a folder."""
+    import json
+
+    path = output / "training_metadata.json"
+    if not path.is_file():
+        raise UsageError(f"--resume: {output} holds no run to go on with. Leave out --resume to start one.")
+    return json.loads(path.read_text(encoding="utf-8"))["settings"]
+
+
+def stop_on_signals() -> Callable[[], bool]:
+    """The first Ctrl-C (or SIGTERM, which clusters send) asks the run to save and stop; the second ends it at once."""
+    asked = []
+
+    def handle(number: int, frame: Any) -> None:
+        if asked:
+            signal.signal(number, signal.SIG_DFL)
+            raise KeyboardInterrupt
+        asked.append(number)
+        print("\nstopping after this step; once more to stop at once.", file=sys.stderr)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+    return lambda: bool(asked)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""The model folder and the state to resume from, each written whole or not at all. Tensors are safetensors, the rest is JSON."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from vlm.classifier import VLMClassifier
+from vlm.config import Settings
+from vlm.errors import RunError, UsageError
+from vlm.tracking import replacing
+from vlm.tuning import merged_state_dict, trained_parameters
+
+METADATA = "training_metadata.json"
+RESULTS = "results.json"
+STATE = "resume_state"
+# Everything a run writes, which is what --overwrite deletes.
+WRITTEN = (
+    "best_model", "final_model", "demo_model", STATE, "wandb", METADATA, RESULTS, "log.jsonl", "training_curves.png", "confusion_matrix.png",
+)  # fmt: skip
+
+
+@dataclass
+class Progress:
+    """Where a run stands. epoch and step_in_epoch: what comes next. step: optimizer steps done. seconds: of training so far."""
+
+    epoch: int = 0
+    step_in_epoch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    best_accuracy: float = -1.0
+    best_loss: float = float("inf")
+    best_step: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Fill a folder beside the old one, then put it in its place: a reader never sees half of it.
+
+    A run that is killed between the two renames leaves the old folder as `NAME.old`, which `recover` puts back.
+    """
+    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        write(new)
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(new, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written: {error}. What was saved before is unharmed; make room, then go on with --resume.") from error
+
+
+def prepare_output(settings: Settings) -> None:
+    """Make the output folder and see that nothing is lost in it.
+
+    Raises:
+        UsageError: the folder cannot be written, or holds a run that is neither resumed nor overwritten.
+    """
+    output = Path(settings.output_dir)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise UsageError(f"--output-dir {output} cannot be written ({error.strerror}): choose another folder.") from error
+    if settings.overwrite:
+        for name in WRITTEN:
+            path = output / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    elif (output / RESULTS).exists():
+        todo = "there is nothing to resume" if settings.resume else "choose another --output-dir"
+        raise UsageError(f"{output} holds a finished run: {todo}, or delete it with --overwrite.")
+    elif (output / METADATA).exists() and not settings.resume:
+        raise UsageError(f"{output} holds an interrupted run: go on with --resume, or delete it with --overwrite.")
+
+
+def recover(folder: Path) -> None:
+    """Undo what a killed `write_folder` left."""
+    old = folder.with_name(folder.name + ".old")
+    if old.exists() and not folder.exists():
+        os.replace(old, folder)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write a JSON file whole or not at all; a number that JSON does not know (NaN, infinite) becomes null."""
+    with replacing(path) as new:
+        new.write_text(json.dumps(_finite(values), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _finite(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {key: _finite(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [_finite(value) for value in values]
+    return None if isinstance(values, float) and values - values != 0 else values
+
+
+def save_model_folder(folder: Path, classifier: VLMClassifier, metadata: dict[str, Any], dtype: torch.dtype) -> None:
+    """Weights (LoRA merged), processor and metadata: all that inference needs, and loadable without this program."""
+
+    def write(new: Path) -> None:
+        classifier.family.save(new, merged_state_dict(classifier.model, dtype), dtype)
+        write_json(new / METADATA, metadata)
+
+    write_folder(folder, write)
+
+
+def read_metadata(folder: Path) -> dict[str, Any]:
+    """The metadata in a model folder or beside it.
+
+    Raises:
+        UsageError: there is none, or it is not readable.
+    """
+    for path in (folder / METADATA, folder.parent / METADATA):
+        if path.is_file():
+            try:
+                return json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise UsageError(f"{path} is not readable ({error}). It is written by train_vlm.py with the model.") from error
+    raise UsageError(f"no {METADATA} in {folder} or beside it: --model-dir takes a folder such as vlm_results/best_model.")
+
+
+# The state to resume from
+
+
+def save_state(
+    output: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    settings: dict[str, Any],
+    scaler: dict[str, Any] | None,
+) -> None:
+    """Save what a resumed run needs: trained weights, optimizer, progress, settings. Order and randomness are functions of seed and step."""
+
+    def write(new: Path) -> None:
+        save_file({name: p.detach().contiguous() for name, p in trained_parameters(model).items()}, new / "trained.safetensors")
+        states = optimizer.state_dict()["state"]
+        tensors = {f"{index}.{name}": value.contiguous() for index, state in states.items() for name, value in state.items()}
+        save_file(tensors, new / "optimizer.safetensors")
+        values = {"settings": settings, "scaler": scaler, "progress": asdict(progress)}
+        (new / "state.json").write_text(json.dumps(values), encoding="utf-8")  # infinities are kept here
+
+    write_folder(output / STATE, write)
+
+
+def read_state(output: Path) -> dict[str, Any] | None:
+    """Settings and progress of the newest saved state, or None where there is none."""
+    recover(output / STATE)
+    path = output / STATE / "state.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def load_state(output: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put saved weights and optimizer state back in place.
+
+    Raises:
+        RunError: the state does not fit the model.
+    """
+    saved = load_file(output / STATE / "trained.safetensors")
+    trained = trained_parameters(model)
+    if saved.keys() != trained.keys() or any(saved[name].shape != p.shape for name, p in trained.items()):
+        raise RunError(f"the state in {output / STATE} does not fit this model: start anew with --overwrite.")
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(saved[name])
+    states: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in load_file(output / STATE / "optimizer.safetensors").items():
+        index, name = key.split(".", 1)
+        states.setdefault(int(index), {})[name] = tensor
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,271 @@
+"""Every setting, declared once: one dataclass field is one flag of `train_vlm.py` and one key of the saved JSON.
+
+Nothing heavy is imported here, so that `--help` answers at once.
+"""
+
+import argparse
+import dataclasses
+import math
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+from vlm.errors import UsageError
+
+DEFAULT_MODEL = "HuggingFaceTB/SmolVLM-500M-Instruct"
+DEFAULT_DATASET = "Mirali33/mb-domars16k"
+
+# What `None` becomes, by tuning mode. Settings that the mode does not decide have their default in the field.
+TUNING_DEFAULTS = {
+    "lora": {"learning_rate": 2e-4, "epochs": 3},
+    "connector": {"learning_rate": 5e-4, "epochs": 5},
+    "full": {"learning_rate": 1e-5, "epochs": 3},
+}
+# The demo trains a very small model from scratch, which wants other values than fine-tuning does.
+DEMO_DEFAULTS = {
+    "tune": "full",
+    "learning_rate": 2e-3,
+    "epochs": 12,
+    "batch_size": 32,
+    "gradient_accumulation_steps": 1,
+    "task_description": "handwritten digit recognition",
+}
+PICTURES_PER_STEP = 8  # what --gradient-accumulation-steps aims at when it is not given
+
+
+def _flag(default: Any, group: str, help: str, **more: Any) -> Any:
+    """A dataclass field with what argparse needs. `more`: choices, metavar, nargs."""
+    return field(default=default, metadata={"group": group, "help": help, **more})
+
+
+@dataclass
+class Settings:
+    """The settings of one training run. `None` means: decided by the tuning mode or found in the data (see `resolve`)."""
+
+    model: str | None = _flag(None, "model", f"hub id or folder of an image-text-to-text model (default: {DEFAULT_MODEL})")
+    model_revision: str | None = _flag(None, "model", "branch, tag or commit of the model on the hub")
+    tune: str | None = _flag(
+        None, "model", "what is trained: LoRA on the language model plus the connector (default), all weights, or the connector",
+        choices=("lora", "full", "connector"),
+    )  # fmt: skip
+    lora_rank: int = _flag(16, "model", "rank of the LoRA matrices (default: 16)")
+    lora_alpha: float = _flag(32.0, "model", "LoRA scale; the update is multiplied by alpha / rank (default: 32)")
+    lora_dropout: float = _flag(0.05, "model", "dropout in front of the LoRA matrices (default: 0.05)")
+    device: str = _flag("auto", "model", "where to compute (default: auto)", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = _flag(
+        "auto", "model", "number format of the computation (default: auto: bfloat16 on CUDA where supported, else float32)",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )  # fmt: skip
+
+    dataset: str | None = _flag(
+        None, "data", f"hub id, image folder, CSV or JSONL file, or save_to_disk folder (default: {DEFAULT_DATASET})"
+    )
+    dataset_config: str | None = _flag(None, "data", "configuration of a hub data set that has several")
+    image_column: str | None = _flag(None, "data", "column with the pictures (default: found by its type, then by its name)")
+    label_column: str | None = _flag(None, "data", "column with the labels (default: found by its type, then by its name)")
+    class_names: list[str] | None = _flag(
+        None, "data", "names of the classes: several words, or one string separated by commas or spaces", nargs="+", metavar="NAME"
+    )
+    max_samples: int | None = _flag(None, "data", "at most this many pictures of each split, balanced over the classes")
+    validation_ratio: float = _flag(0.15, "data", "share cut from train where there is no validation split (default: 0.15)")
+    test_ratio: float = _flag(0.15, "data", "share cut from train where there is no test split (default: 0.15)")
+
+    task_description: str = _flag("image classification", "prompts", "what is classified (default: image classification)")
+    class_descriptions: str | None = _flag(None, "prompts", "JSON file: class name -> description", metavar="FILE")
+    system_instructions: str | None = _flag(
+        None, "prompts", "text before the picture, or @file; {classes} and {task_description} are filled in"
+    )
+    prompt_template: str | None = _flag(
+        None, "prompts", "question after the picture, or @file; {classes} and {task_description} are filled in"
+    )
+
+    batch_size: int = _flag(1, "training", "pictures in one forward pass (default: 1)")
+    gradient_accumulation_steps: int | None = _flag(
+        None, "training", f"batches in one optimizer step (default: as many as make {PICTURES_PER_STEP} pictures)"
+    )
+    epochs: int | None = _flag(None, "training", "passes over the training pictures (default: 3; connector: 5; demo: 12)")
+    learning_rate: float | None = _flag(
+        None, "training", "peak learning rate (default: lora 2e-4, connector 5e-4, full 1e-5, demo 2e-3)"
+    )
+    weight_decay: float = _flag(0.01, "training", "AdamW weight decay (default: 0.01)")
+    warmup_ratio: float = _flag(0.05, "training", "share of the steps with a rising learning rate (default: 0.05)")
+    max_grad_norm: float = _flag(1.0, "training", "gradients are clipped to this norm; 0 switches it off (default: 1.0)")
+    eval_steps: int | None = _flag(None, "training", "optimizer steps between evaluations (default: at the end of each epoch)")
+    eval_batch_size: int | None = _flag(None, "training", "pictures in one batch of an evaluation (default: 8, or --batch-size if larger)")
+    workers: int | None = _flag(None, "training", "processes that prepare pictures (default: 0 on the CPU, up to 8 on a GPU)")
+    seed: int = _flag(42, "training", "seed of the order, the splits and all other randomness (default: 42)")
+
+    output_dir: str = _flag("vlm_results", "output", "folder of the results (default: vlm_results)")
+    overwrite: bool = _flag(False, "output", "delete the results of an earlier run in the output folder")
+    resume: bool = _flag(False, "output", "go on from the newest saved state in the output folder, with its settings")
+    save_minutes: float = _flag(10.0, "output", "save a state to resume from at least this often (default: 10 minutes)")
+    metrics: list[str] | None = _flag(
+        None, "output", "your own metrics: FILE.py:FUNCTION(labels, predictions, probabilities, class_names)", nargs="+", metavar="FILE:FUNCTION"
+    )  # fmt: skip
+    use_wandb: bool = _flag(False, "output", "log to Weights & Biases too")
+    wandb_project: str = _flag("vlm-classification", "output", "project on Weights & Biases (default: vlm-classification)")
+
+    demo: bool = _flag(False, "help", "train the small built-in model on scikit-learn's handwritten digits; needs no hub")
+    debug: bool = _flag(False, "help", "show the traceback of an error")
+
+    def to_json(self) -> dict[str, Any]:
+        """All settings as JSON values, one key a field."""
+        return dataclasses.asdict(self)
+
+
+# Flags that may differ between an interrupted run and the one that goes on from it.
+NOT_PART_OF_THE_RUN = {"resume", "overwrite", "debug", "output_dir", "device", "workers", "save_minutes", "use_wandb", "wandb_project"}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of `train_vlm.py`, made from the fields of `Settings`."""
+    parser = argparse.ArgumentParser(
+        prog="train_vlm.py",
+        description="Train a small vision-language model to classify pictures.",
+        epilog="Example: python train_vlm.py --demo",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    groups: dict[str, Any] = {}
+    for item in dataclasses.fields(Settings):
+        details = dict(item.metadata)
+        name = details.pop("group")
+        group = groups.setdefault(name, parser if name == "help" else parser.add_argument_group(name))
+        kind = _value_type(item)
+        if kind is bool:
+            details["action"] = "store_true"
+        else:
+            details["type"] = kind
+            if "choices" not in details:
+                details.setdefault("metavar", {int: "N", float: "X"}.get(kind, "TEXT"))
+        group.add_argument("--" + item.name.replace("_", "-"), **details)
+    return parser
+
+
+def _value_type(item: dataclasses.Field) -> type:
+    """The type of one value of a field: `list[str] | None` -> `str`."""
+    kind = item.type
+    if isinstance(kind, types.UnionType):
+        kind = next(k for k in get_args(kind) if k is not type(None))
+    return str if getattr(kind, "__origin__", None) is list else kind
+
+
+def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
+    """The flags that were given, by field name. Wrong usage ends the program with exit code 2.
+
+    `--image_column` is accepted for `--image-column`.
+    """
+    parser = build_parser()
+    known = {option for action in parser._actions for option in action.option_strings}
+    spelled = []
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        hyphenated = flag.replace("_", "-")
+        spelled.append(hyphenated + equals + value if hyphenated in known else argument)
+    given = vars(parser.parse_args(spelled))
+    if "class_names" in given:
+        given["class_names"] = split_names(given["class_names"])
+    return given
+
+
+def split_names(words: list[str]) -> list[str]:
+    """Class names as typed: several words are taken as they are; one string is split at commas, or else at spaces."""
+    if len(words) > 1:
+        return [word.strip(", ") for word in words]
+    separator = "," if "," in words[0] else None
+    return [name.strip() for name in words[0].split(separator) if name.strip()]
+
+
+def resolve(given: dict[str, Any], saved: dict[str, Any] | None = None) -> Settings:
+    """Settings from the flags that were given, or from a saved run and the flags that may differ from it.
+
+    Raises:
+        UsageError: settings that cannot work, all of them at once.
+    """
+    if saved is not None:
+        _check_same_run(given, saved)
+        names = {item.name for item in dataclasses.fields(Settings)}
+        merged = {k: v for k, v in saved.items() if k in names} | given
+    elif given.get("demo"):
+        merged = DEMO_DEFAULTS | given
+    else:
+        merged = dict(given)
+    settings = Settings(**merged)
+    _fill(settings)
+    problems = _problems(settings)
+    if problems:
+        raise UsageError("\n       ".join(problems))
+    return settings
+
+
+def _check_same_run(given: dict[str, Any], saved: dict[str, Any]) -> None:
+    different = [
+        f"--{name.replace('_', '-')} {value} (the interrupted run has {saved.get(name)})"
+        for name, value in given.items()
+        if name not in NOT_PART_OF_THE_RUN and saved.get(name) != value
+    ]
+    if different:
+        raise UsageError(
+            f"--resume goes on with the settings of the interrupted run, but was given {', '.join(different)}. "
+            "Leave these out, or start anew with --overwrite."
+        )
+
+
+def _fill(settings: Settings) -> None:
+    settings.tune = settings.tune or "lora"
+    for name, value in TUNING_DEFAULTS[settings.tune].items():
+        if getattr(settings, name) is None:
+            setattr(settings, name, value)
+    if settings.gradient_accumulation_steps is None and settings.batch_size >= 1:
+        settings.gradient_accumulation_steps = max(1, math.ceil(PICTURES_PER_STEP / settings.batch_size))
+    if settings.eval_batch_size is None:
+        settings.eval_batch_size = max(PICTURES_PER_STEP, settings.batch_size)
+    for name in ("system_instructions", "prompt_template"):
+        value = getattr(settings, name)
+        if value and value.startswith("@"):
+            setattr(settings, name, _read_text(value[1:], name))
+    if not settings.demo:
+        settings.model = settings.model or DEFAULT_MODEL
+        settings.dataset = settings.dataset or DEFAULT_DATASET
+
+
+def _read_text(path: str, name: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--{name.replace('_', '-')} @{path}: not a readable text file ({error}).") from error
+
+
+def _problems(s: Settings) -> list[str]:
+    """What is wrong with the values, each with what was expected."""
+    problems = []
+
+    def expect(correct: bool, name: str, wanted: str) -> None:
+        if not correct:
+            problems.append(f"--{name.replace('_', '-')} {getattr(s, name)}: expected {wanted}.")
+
+    for name in ("batch_size", "gradient_accumulation_steps", "eval_batch_size", "eval_steps", "max_samples", "lora_rank", "epochs"):
+        value = getattr(s, name)
+        expect(value is None or value >= 1, name, "a whole number of at least 1")
+    for name in ("learning_rate", "lora_alpha", "save_minutes"):
+        expect(0 < getattr(s, name) < math.inf, name, "a number above 0")
+    for name in ("weight_decay", "max_grad_norm"):
+        expect(0 <= getattr(s, name) < math.inf, name, "a number of at least 0")
+    for name in ("validation_ratio", "test_ratio"):
+        expect(0 < getattr(s, name) < 1, name, "a share between 0 and 1, such as 0.15")
+    expect(s.validation_ratio + s.test_ratio < 1, "validation_ratio", f"less than 1 together with --test-ratio {s.test_ratio}")
+    expect(0 <= s.warmup_ratio < 1, "warmup_ratio", "a share of at least 0 and below 1")
+    expect(0 <= s.lora_dropout < 1, "lora_dropout", "a share of at least 0 and below 1")
+    expect(s.workers is None or s.workers >= 0, "workers", "a whole number of at least 0")
+    expect(s.seed >= 0, "seed", "a whole number of at least 0")
+    if s.class_names is not None:
+        repeated = sorted({name for name in s.class_names if s.class_names.count(name) > 1})
+        expect(len(s.class_names) >= 2, "class_names", "at least two names")
+        expect(not repeated, "class_names", f"different names, but {', '.join(repeated)} is there twice")
+    if s.demo and (s.model or s.dataset):
+        problems.append("--demo brings its own model and data set: leave out --model and --dataset, or leave out --demo.")
+    if s.resume and s.overwrite:
+        problems.append("--resume and --overwrite exclude each other: go on with the earlier run, or delete it.")
+    return problems

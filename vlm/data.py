@@ -1,0 +1,278 @@
+"""Any labeled source -> splits of (picture, label) with class names, checked; and the seeded order of training."""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from vlm.classes import is_missing, number_labels
+from vlm.config import Settings
+from vlm.errors import UsageError
+from vlm.pictures import UnreadablePicture, open_picture
+from vlm.sources import EXPECTED, Rows, Source, read_source
+from vlm.tracking import note, progress
+
+ROLES = ("train", "validation", "test")
+MOST_UNREADABLE = 0.05  # share of a split
+MOST_SHOWN = 5
+
+
+class Sample(NamedTuple):
+    """One labeled picture. image: RGB, loaded; label: index into the class names; name: what to call it."""
+
+    image: Image.Image
+    label: int
+    name: str
+
+
+class Split:
+    """Labeled pictures that are decoded each time one is asked for. Can be pickled, for the processes of a DataLoader.
+
+    Attributes:
+        labels: the class numbers, without decoding.
+    """
+
+    def __init__(self, rows: Rows, indices: Sequence[int], labels: Sequence[int]) -> None:
+        self._rows = rows
+        self._indices = list(indices)
+        self.labels = list(labels)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, i: int) -> Sample:
+        """Raises UnreadablePicture where the picture cannot be decoded."""
+        row = self._indices[i]
+        name = self._rows.names[row]
+        return Sample(open_picture(self._rows.pictures[row], name), self.labels[i], name)
+
+    @property
+    def names(self) -> list[str]:
+        """What to call the pictures, in their order."""
+        return [self._rows.names[i] for i in self._indices]
+
+    def take(self, positions: Sequence[int]) -> "Split":
+        """The samples at some positions, in their order there."""
+        return Split(self._rows, [self._indices[i] for i in positions], [self.labels[i] for i in positions])
+
+
+@dataclass
+class Data:
+    """A data set that is ready for training.
+
+    summary: rows of the table "what was detected"; skipped: each unreadable picture with the reason;
+    source: what the metadata of the model say about the data, as JSON values.
+    """
+
+    train: Split
+    validation: Split
+    test: Split
+    class_names: list[str]
+    summary: list[tuple[str, str]] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    source: dict[str, Any] = field(default_factory=dict)
+
+
+def load_data(settings: Settings) -> Data:
+    """Read, check and split the data set that the settings name. The same settings give the same splits.
+
+    Raises:
+        UsageError: no such data set, or one that cannot be trained on: the message says what was expected.
+    """
+    source = read_source(settings)
+    if "train" not in source.splits:
+        raise UsageError(f"--dataset {settings.dataset}: no split called train; there are: {', '.join(_all_names(source))}. {EXPECTED}")
+    if source.image_column is None and (settings.image_column or settings.label_column):
+        raise UsageError(f"--image-column and --label-column: a {source.kind} has no columns. Leave them out.")
+    origins = {role: source.split_names.get(role, "") for role in ROLES}
+    for role in _without_labels(source):
+        origins[role] = f"cut from train, as {source.split_names[role]} has no labels"
+        del source.splits[role]
+    labels = {role: rows.labels for role, rows in source.splits.items()}
+    names, numbers, how = number_labels(labels, source.class_names, settings.class_names)
+    splits = {role: Split(rows, range(len(rows.labels)), numbers[role]) for role, rows in source.splits.items()}
+    missing = [role for role in ROLES if role not in splits]
+    for role in missing:
+        origins[role] = origins[role] or "cut from train"
+    _cut(splits, missing, names, settings)
+    if settings.max_samples is not None:
+        if settings.max_samples < len(names):
+            raise UsageError(f"--max-samples {settings.max_samples}: expected at least one for each of the {len(names)} classes.")
+        for number, role in enumerate(ROLES):
+            splits[role] = _balanced(splits[role], settings.max_samples, [settings.seed, 2, number])
+    skipped = _drop_unreadable(splits, names)
+    data = Data(**splits, class_names=names, skipped=skipped)
+    data.summary = _summary(settings, source, origins, how, data)
+    data.source = _describe(settings, source, origins, data)
+    return data
+
+
+def _all_names(source: Source) -> list[str]:
+    return sorted([*source.split_names.values(), *source.others]) or ["none"]
+
+
+def _without_labels(source: Source) -> list[str]:
+    """The roles whose labels are all hidden, as in the test splits of competitions.
+
+    Raises:
+        UsageError: a split is empty, or rows without a label are in a split that is needed.
+    """
+    hidden = []
+    for role, rows in source.splits.items():
+        name = source.split_names[role]
+        if not rows.labels:
+            raise UsageError(f"the split {name} is empty. Expected at least one picture; remove the split and it is cut from train.")
+        missing = [i for i, label in enumerate(rows.labels) if is_missing(label, source.class_names is not None)]
+        if role != "train" and len(missing) == len(rows.labels):
+            hidden.append(role)
+        elif missing:
+            first = ", ".join(rows.names[i] for i in missing[:3])
+            raise UsageError(f"{name}: {len(missing)} of {len(rows.labels)} pictures have no label, first {first}. Label or remove them.")
+    return hidden
+
+
+def _cut(splits: dict[str, Split], missing: list[str], names: list[str], settings: Settings) -> None:
+    """Cut the missing splits out of train, the same share of each class and at least one picture of each.
+
+    Raises:
+        UsageError: a class has too few pictures for that.
+    """
+    if not missing:
+        return
+    labels = np.array(splits["train"].labels)
+    needed = len(missing) + 1
+    small = [f"{name} ({count})" for name, count in zip(names, np.bincount(labels, minlength=len(names)), strict=True) if count < needed]
+    if small:
+        raise UsageError(
+            f"train has less than {needed} pictures of {', '.join(small)}: {' and '.join(missing)} cannot be cut from it. "
+            f"Expected at least {needed} of each class, or a data set with these splits."
+        )
+    rng = np.random.default_rng([settings.seed, 1])
+    ratios = {"validation": settings.validation_ratio, "test": settings.test_ratio}
+    parts: dict[str, list[int]] = {role: [] for role in ["train", *missing]}
+    for label in range(len(names)):
+        positions = rng.permutation(np.flatnonzero(labels == label)).tolist()
+        left = len(positions)
+        for number, role in enumerate(missing):
+            size = min(max(1, round(ratios[role] * left)), len(positions) - (len(missing) - number))
+            parts[role] += positions[:size]
+            positions = positions[size:]
+        parts["train"] += positions
+    train = splits["train"]
+    splits |= {role: train.take(sorted(positions)) for role, positions in parts.items()}
+
+
+def _balanced(split: Split, most: int, seed: list[int]) -> Split:
+    """At most so many samples: one of each class in turn, drawn at random, in the order of the split."""
+    if len(split) <= most:
+        return split
+    order = np.random.default_rng(seed).permutation(len(split))
+    labels = np.array(split.labels)[order]
+    turn = np.empty(len(split), dtype=int)  # how many of the same class come before
+    for label in set(split.labels):
+        turn[labels == label] = np.arange((labels == label).sum())
+    return split.take(sorted(order[np.argsort(turn, kind="stable")[:most]].tolist()))
+
+
+def _drop_unreadable(splits: dict[str, Split], names: list[str]) -> list[str]:
+    """Decode every picture once and leave out those that cannot be; returns the reasons, each with the picture's name.
+
+    Raises:
+        UsageError: too many are unreadable, or a class of train has none left.
+    """
+    jobs = [(role, i) for role in ROLES for i in range(len(splits[role]))]
+
+    def problem(job: tuple[str, int]) -> str | None:
+        role, i = job
+        try:
+            splits[role][i]
+        except UnreadablePicture as error:
+            return str(error)
+        return None
+
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        problems = list(progress(pool.map(problem, jobs), len(jobs), "checking pictures"))
+    finally:
+        pool.shutdown(cancel_futures=True)  # else a Ctrl-C would wait for all of them
+    bad = [(role, i, text) for (role, i), text in zip(jobs, problems, strict=True) if text]
+    for role, _, text in bad[:MOST_SHOWN]:
+        note(f"skipped an unreadable picture of {role}: {text}")
+    if len(bad) > MOST_SHOWN:
+        note(f"... and {len(bad) - MOST_SHOWN} more")
+    for role, split in splits.items():
+        lost = {i for other, i, _ in bad if other == role}
+        if len(lost) > MOST_UNREADABLE * len(split):
+            first = next(text for other, _, text in bad if other == role)
+            raise UsageError(
+                f"{role}: {len(lost)} of {len(split)} pictures are unreadable, more than {MOST_UNREADABLE:.0%}. First: {first}"
+            )
+        splits[role] = split.take([i for i in range(len(split)) if i not in lost])
+    empty = [name for number, name in enumerate(names) if number not in set(splits["train"].labels)]
+    if empty:
+        raise UsageError(f"train has no readable picture of {', '.join(empty)}. Add some, or remove the class.")
+    return [text for _, _, text in bad]
+
+
+def _summary(settings: Settings, source: Source, origins: dict[str, str], how: list[str], data: Data) -> list[tuple[str, str]]:
+    rows = [("data set", source.kind if settings.demo else f"{settings.dataset} ({source.kind})")]
+    if source.image_column:
+        rows += [("image column", source.image_column), ("label column", source.label_column or "")]
+    shown = ", ".join(data.class_names[:20]) + (", ..." if len(data.class_names) > 20 else "")
+    rows += [("classes", f"{len(data.class_names)}: {shown}"), ("class names", "; ".join(how))]
+    rows += [(role, f"{len(getattr(data, role)):,} pictures ({origins[role]})") for role in ROLES]
+    if source.others:
+        rows.append(("left alone", ", ".join(source.others)))
+    if data.skipped:
+        rows.append(("skipped", f"{len(data.skipped)} unreadable pictures"))
+    return rows
+
+
+def _describe(settings: Settings, source: Source, origins: dict[str, str], data: Data) -> dict[str, Any]:
+    """What is written to the metadata. Of a local data set the name of its folder or file alone: the path is the user's own affair."""
+    local = not settings.demo and source.kind != "hub"
+    return {
+        "dataset": source.kind if settings.demo else Path(settings.dataset).resolve().name if local else settings.dataset,
+        "config": settings.dataset_config,
+        "commit": source.commit,
+        "kind": source.kind,
+        "image_column": source.image_column,
+        "label_column": source.label_column,
+        "splits": {role: {"from": origins[role], "pictures": len(getattr(data, role))} for role in ROLES},
+        "left_alone": source.others,
+        "unreadable": len(data.skipped),
+    }
+
+
+class Step(NamedTuple):
+    """One optimizer step of one process.
+
+    batches: its micro-batches of sample indices; counts=False: to be run, but with weight 0. indices: the samples of all processes.
+    """
+
+    batches: list[list[int]]
+    counts: bool
+    indices: list[int]
+
+
+def epoch_plan(n: int, batch_size: int, accumulation: int, seed: int, epoch: int, world: int = 1, rank: int = 0) -> list[Step]:
+    """The steps of one epoch for one of `world` processes, as a function of the arguments alone: resuming needs no other state.
+
+    All processes share one random order. Each step takes the next batch_size * accumulation * world samples of it, the last
+    step what is left; every process has every step. A process for which nothing is left in the last step runs one sample of
+    another one with weight 0, since all must take part in the exchange of gradients. So each sample counts once an epoch.
+    """
+    order = np.random.default_rng([seed, epoch]).permutation(n).tolist()
+    size = batch_size * accumulation * world
+    steps = []
+    for start in range(0, n, size):
+        chunk = order[start : start + size]
+        own = chunk[rank::world]
+        picked = own or chunk[:1]
+        steps.append(Step([picked[i : i + batch_size] for i in range(0, len(picked), batch_size)], counts=bool(own), indices=chunk))
+    return steps

@@ -1,0 +1,46 @@
+"""Where to compute, and in which number format."""
+
+import platform
+
+import torch
+
+from vlm.errors import UsageError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(wanted: str) -> tuple[torch.device, str]:
+    """The device for `auto`, `cpu`, `cuda` or `mps`, and a line that says why.
+
+    Raises:
+        UsageError: the device that was asked for is not there.
+    """
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if wanted == "cuda" and not cuda:
+        raise UsageError("--device cuda: this PyTorch finds no CUDA device. Use --device auto, or check the driver and `python test_vlm_setup.py`.")
+    if wanted == "mps" and not mps:
+        raise UsageError("--device mps: this PyTorch finds no Apple GPU. Use --device auto.")
+    if wanted == "cuda" or (wanted == "auto" and cuda):
+        return torch.device("cuda"), f"cuda ({torch.cuda.get_device_name()})"
+    if wanted == "mps":
+        return torch.device("mps"), "mps (Apple GPU)"
+    if wanted == "auto" and mps:
+        return torch.device("cpu"), "cpu (the safe choice on Apple Silicon; --device mps uses the Apple GPU)"
+    return torch.device("cpu"), f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """The number format of the computation: `auto` is bfloat16 on CUDA where the chip has it, else float32.
+
+    On a CPU without matrix instructions for it, bfloat16 is about 20 times slower than float32.
+
+    Raises:
+        UsageError: float16 anywhere but on CUDA, where its gradients can be scaled.
+    """
+    if wanted == "float16" and device.type != "cuda":
+        raise UsageError(f"--dtype float16 works on CUDA only, and the device is {device.type}: use float32 or bfloat16.")
+    if wanted != "auto":
+        return DTYPES[wanted]
+    # Chips before Ampere emulate bfloat16, slowly.
+    native = device.type == "cuda" and torch.cuda.get_device_capability()[0] >= 8
+    return torch.bfloat16 if native else torch.float32

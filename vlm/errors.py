@@ -1,0 +1,63 @@
+"""The two errors a user may cause, and the one place that turns them into a message and an exit code.
+
+Exit codes: 0 done, 1 a run that failed, 2 wrong usage, 130 stopped by the user.
+"""
+
+import sys
+from collections.abc import Callable
+
+
+class UsageError(Exception):
+    """The command or its input is wrong: what was found, what was expected, what to do next. Exit code 2."""
+
+
+class RunError(Exception):
+    """A run that was set up correctly could not go on. Exit code 1."""
+
+
+class Stopped(Exception):
+    """The user stopped the run; its state is saved. Exit code 130."""
+
+
+OUT_OF_MEMORY = (
+    "out of memory. In this order: a smaller --batch-size (with a larger --gradient-accumulation-steps the result is "
+    "the same), a smaller --eval-batch-size, --tune connector instead of lora or full, --dtype bfloat16, a smaller --model."
+)
+
+
+def exit_code(command: Callable[[], None], debug: bool = False) -> int:
+    """Run a command and return its exit code; an expected error prints one or two lines, not a traceback.
+
+    With `debug` every error is raised, so that the traceback is seen.
+    """
+    try:
+        command()
+        return 0
+    except BrokenPipeError:  # the reader of a pipe (head, less) went away: nothing to say
+        return 1
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            raise
+        message, code = _explain(error)
+        print(message, file=sys.stderr)
+        return code
+
+
+def _explain(error: BaseException) -> tuple[str, int]:
+    if isinstance(error, UsageError):
+        return f"error: {error}", 2
+    if isinstance(error, Stopped | KeyboardInterrupt):
+        return str(error) or "stopped.", 130
+    if isinstance(error, RunError):
+        return f"error: {error}", 1
+    if is_out_of_memory(error):
+        return f"error: {OUT_OF_MEMORY}", 1
+    return f"error: {type(error).__name__}: {error}\nhint: run it again with --debug for the traceback.", 1
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out, on the CPU, CUDA or MPS."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)

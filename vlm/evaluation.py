@@ -1,0 +1,100 @@
+"""Class log-probabilities of a whole split, and the metrics that follow. N = pictures, C = classes."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from vlm.classifier import VLMClassifier
+from vlm.data import Split
+from vlm.metrics import classification_metrics, user_metrics
+from vlm.prompts import parse_answer
+from vlm.tracking import progress
+
+TEXTS = 32  # pictures whose text is generated in a test evaluation
+
+
+def score_split(
+    classifier: VLMClassifier,
+    split: Split,
+    batch_size: int = 8,
+    indices: Sequence[int] | None = None,
+    workers: int = 0,
+    description: str = "evaluating",
+) -> Tensor:
+    """(N, C) log-probability of each class's response, by the label tree, on the CPU. `indices`: these samples only."""
+    samples = split if indices is None else Subset(split, indices)
+    if not len(samples):
+        return torch.empty(0, len(classifier.class_names))
+    loader = DataLoader(samples, batch_size, collate_fn=classifier.collate(with_response=False), num_workers=workers, generator=torch.Generator())
+    was_training = classifier.training
+    classifier.eval()
+    try:
+        with torch.no_grad():
+            parts = []
+            for batch in progress(loader, len(loader), description, unit="batches"):
+                parts.append(classifier.score(classifier.read(send_to_device(batch, classifier.device))).cpu())
+    finally:
+        classifier.train(was_training)
+    return torch.cat(parts)
+
+
+def evaluate_vlm_model(
+    classifier: VLMClassifier,
+    split: Split,
+    batch_size: int = 8,
+    metrics: Sequence[Callable[..., Any]] = (),
+    workers: int = 0,
+    description: str = "evaluating",
+) -> dict[str, Any]:
+    """Metrics of a model on a split, each picture counted by exact match of its most probable class.
+
+    Args:
+        metrics: own metrics, each called with labels (N,), predictions (N,), probabilities (N, C) and the class names.
+
+    Returns:
+        accuracy, macro_f1, weighted_f1, per_class, confusion_matrix, nll (of the class, nats), loss (cross entropy of a response token, nats), and
+        the results of own metrics under "own_metrics".
+    """
+    scores = score_split(classifier, split, batch_size, workers=workers, description=description)
+    return metrics_of_scores(classifier, split.labels, scores, metrics)
+
+
+def metrics_of_scores(
+    classifier: VLMClassifier, labels: Sequence[int], scores: Tensor, metrics: Sequence[Callable[..., Any]] = ()
+) -> dict[str, Any]:
+    """What `evaluate_vlm_model` returns, from (N, C) log-probabilities of the responses."""
+    truth = torch.as_tensor(list(labels))
+    log_probabilities = scores.log_softmax(-1).numpy()
+    names = list(classifier.class_names)
+    result = classification_metrics(truth.numpy(), log_probabilities, names)
+    response = scores.gather(1, truth.unsqueeze(1)).sum()
+    result["loss"] = float(-response / classifier.tree.lengths.cpu()[truth].sum())
+    if metrics:
+        probabilities = np.exp(log_probabilities)
+        result["own_metrics"] = user_metrics(metrics, truth.numpy(), probabilities.argmax(-1), probabilities, names)
+    return result
+
+
+def check_texts(classifier: VLMClassifier, split: Split, batch_size: int = 8, count: int = TEXTS) -> dict[str, Any]:
+    """Generate the text of a few pictures, freely, and compare its answer with the prediction.
+
+    An answer that is no class name is counted as invalid, never as a class.
+    """
+    chosen = np.linspace(0, len(split) - 1, min(count, len(split))).astype(int).tolist()
+    loader = DataLoader(Subset(split, chosen), batch_size, collate_fn=classifier.collate(with_response=False), generator=torch.Generator())
+    classifier.eval()
+    answers, predictions = [], []
+    for batch in progress(loader, len(loader), "writing texts", unit="batches"):
+        reading = classifier.read(send_to_device(batch, classifier.device))
+        predictions += [classifier.class_names[i] for i in classifier.score(reading).argmax(-1).tolist()]
+        answers += [parse_answer(text, classifier.class_names) for text in classifier.write(reading)]
+    return {
+        "texts": len(answers),
+        "invalid": sum(answer is None for answer in answers),
+        "agree_with_prediction": sum(answer == prediction for answer, prediction in zip(answers, predictions, strict=True)),
+    }

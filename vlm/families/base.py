@@ -1,0 +1,216 @@
+"""What the rest of the program may ask of an architecture.
+
+B = batch, P = prefix tokens, L = tokens of a row, K = cached and new tokens, D = width, V = vocabulary.
+"""
+
+import copy
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import transformers
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText
+from transformers.cache_utils import Cache, DynamicCache
+
+from vlm.errors import UsageError
+from vlm.prompts import Prompts
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """The conversation as token ids. The picture's own tokens stand between prefix and question."""
+
+    prefix_ids: list[int]
+    question_ids: list[int]
+    response_ids: list[list[int]]  # one a class, each ending in the end-of-turn token
+    max_length: int  # longest row that the model can read
+
+
+@dataclass(frozen=True)
+class EncodedPictures:
+    """Pictures as the model takes them.
+
+    inputs: tensors of all pictures one after the other (a picture may take several rows). token_ids: for each picture
+    the tokens that stand for it in the text, placeholders and wrappers.
+    """
+
+    inputs: dict[str, Tensor]
+    token_ids: list[list[int]]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars, which are for files of gigabytes and print the same lines for each small one."""
+    was_on = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            transformers.utils.logging.enable_progress_bar()
+
+
+class Family:
+    """One architecture: how it reads text and pictures, and what its parts are called.
+
+    A family file says: `model_types`, `vision`, `connector`, `language`, `encode_pictures`, `vision_features` and, where they differ, the rest.
+    """
+
+    model_types: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, model: nn.Module, processor: Any):
+        self.model = model
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+
+    def without_weights(self) -> "Family":
+        """The same family for loader processes, which only encode pictures and should get no copy of the weights."""
+        light = copy.copy(self)
+        light.model = None
+        return light
+
+    # Loading
+
+    @classmethod
+    def load(cls, folder: Path, dtype: torch.dtype, device: torch.device) -> "Family":
+        """Load weights (safetensors only) and processor from a local folder."""
+        processor = cls.load_processor(folder)
+        try:
+            with quiet():
+                model, report = AutoModelForImageTextToText.from_pretrained(
+                    folder, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True, local_files_only=True
+                )
+        except OSError as error:
+            raise UsageError(f"the weights in {folder} cannot be read: {str(error).splitlines()[0]}") from error
+        missing = sorted(report["missing_keys"])
+        if missing:
+            raise UsageError(f"the weights in {folder} are incomplete: {len(missing)} are missing, such as {missing[0]}. Download it anew.")
+        return cls(model.to(device), processor)
+
+    @classmethod
+    def load_processor(cls, folder: Path) -> Any:
+        raise NotImplementedError
+
+    def save(self, folder: Path, state: dict[str, Tensor], dtype: torch.dtype) -> None:
+        """Write weights and processor so that transformers loads them without this program."""
+        with quiet():
+            self.model.save_pretrained(folder, state_dict=state)
+        self.processor.save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config["dtype"] = str(dtype).removeprefix("torch.")  # that of the saved weights, not of the ones being trained
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    # The parts
+
+    @property
+    def vision(self) -> nn.Module:
+        """The vision tower, without the connector."""
+        raise NotImplementedError
+
+    @property
+    def connector(self) -> nn.Module:
+        """What turns vision features into the width of the language model."""
+        raise NotImplementedError
+
+    @property
+    def language(self) -> nn.Module:
+        """The language model without its head: embeddings -> hidden states."""
+        raise NotImplementedError
+
+    # Text
+
+    @property
+    def image_token(self) -> str:
+        """The placeholder of a picture in the rendered conversation."""
+        return self.processor.image_token
+
+    @property
+    def image_token_id(self) -> int:
+        """The token whose embedding is replaced by a picture feature."""
+        return self.tokenizer.convert_tokens_to_ids(self.image_token)
+
+    @property
+    def end_of_turn(self) -> str:
+        """The token that ends the model's turn."""
+        raise NotImplementedError
+
+    @property
+    def max_length(self) -> int:
+        return self.model.config.get_text_config().max_position_embeddings
+
+    def render(self, prompts: Prompts) -> Rendered:
+        """Conversation and responses -> token ids.
+
+        Raises:
+            UsageError: a text holds a picture placeholder or a special token that breaks the conversation.
+        """
+        opening = self.apply_template(prompts.messages(), add_generation_prompt=True)
+        pieces = opening.split(self.image_token)
+        if len(pieces) != 2:
+            raise UsageError(f"the texts hold {len(pieces) - 2} {self.image_token} of their own, which stands for a picture: leave it out.")
+        responses = []
+        for text in prompts.responses:
+            answered = [*prompts.messages(), {"role": "assistant", "content": [{"type": "text", "text": text}]}]
+            turn = self.apply_template(answered, add_generation_prompt=False).removeprefix(opening)
+            responses.append(self.tokenize(turn[: turn.rindex(self.end_of_turn)] + self.end_of_turn))
+        return Rendered(self.tokenize(pieces[0]), self.tokenize(pieces[1]), responses, self.max_length)
+
+    def apply_template(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+        return self.processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
+
+    def tokenize(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def decode(self, ids: list[int]) -> str:
+        """Token ids -> text without special tokens."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    # Pictures
+
+    def encode_pictures(self, pictures: list[Image.Image]) -> EncodedPictures:
+        """RGB pictures -> tensors and tokens. Runs in loader processes, without the weights."""
+        raise NotImplementedError
+
+    def vision_features(self, inputs: dict[str, Tensor]) -> Tensor:
+        """What the vision tower makes of the pictures, before the connector."""
+        raise NotImplementedError
+
+    def picture_features(self, inputs: dict[str, Tensor]) -> Tensor:
+        """(number of placeholders of all pictures, D) features in the order of the placeholders."""
+        frozen = not any(p.requires_grad for p in self.vision.parameters())
+        with torch.no_grad() if frozen else nullcontext():  # a frozen tower would keep a graph otherwise
+            hidden = self.vision_features(inputs)
+        features = self.connector(hidden)
+        return features.reshape(-1, features.shape[-1])
+
+    # The language model
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(B, L) token ids -> (B, L, D)."""
+        return self.model.get_input_embeddings()(ids)
+
+    def new_cache(self) -> Cache:
+        return DynamicCache(config=self.model.config)
+
+    def run_language(self, embeddings: Tensor, positions: Tensor, cache: Cache | None = None, mask: Tensor | None = None) -> Tensor:
+        """(B, L, D) -> hidden states (B, L, D).
+
+        Args:
+            positions: (B, L) or (1, L).
+            cache: keys and values of earlier tokens; the new ones are added to it.
+            mask: (B, 1, L, K) bool, True where a token (L) sees another (K); without it every token sees itself and all before it.
+        """
+        return self.language(
+            inputs_embeds=embeddings, position_ids=positions, past_key_values=cache, attention_mask=mask, use_cache=cache is not None
+        ).last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., V) in float32 at least."""
+        scores = self.model.get_output_embeddings()(hidden)
+        return scores if scores.dtype == torch.float64 else scores.float()

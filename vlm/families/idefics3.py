@@ -1,0 +1,62 @@
+"""Idefics3: SmolVLM-256M / 500M / 2.2B-Instruct and the demo's model."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoImageProcessor, AutoProcessor
+
+from vlm.families.base import EncodedPictures, Family
+
+
+class Idefics3Family(Family):
+    model_types = ("idefics3",)
+    end_of_turn = "<end_of_utterance>"
+
+    @classmethod
+    def load_processor(cls, folder: Path) -> Any:
+        """The published processor, with one tile a picture.
+
+        The published default splits a 224 x 224 picture into 17 tiles (1,088 tokens) where one tile has 64. A `size` equal to the
+        tile spares the enlargement to four tiles' width that comes before it. Both are saved with the processor.
+        """
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+        # The PIL pictures do not depend on whether torchvision is installed.
+        processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
+        processor.image_processor.do_image_splitting = False
+        processor.image_processor.size = dict(processor.image_processor.max_image_size)
+        return processor
+
+    @property
+    def vision(self) -> nn.Module:
+        return self.model.model.vision_model
+
+    @property
+    def connector(self) -> nn.Module:
+        return self.model.model.connector
+
+    @property
+    def language(self) -> nn.Module:
+        return self.model.model.text_model
+
+    def encode_pictures(self, pictures: list[Image.Image]) -> EncodedPictures:
+        batch = self.processor.image_processor([[p] for p in pictures], return_tensors="pt", return_row_col_info=True)
+        tiles = [max(1, rows[0] * columns[0] + (rows[0] > 0)) for rows, columns in zip(batch["rows"], batch["cols"], strict=True)]
+        # (B, most tiles, 3, H, W) padded with empty tiles -> (all tiles, 3, H, W)
+        inputs = {
+            name: torch.cat([tensor[i, :count] for i, count in enumerate(tiles)])
+            for name, tensor in batch.items()
+            if name in ("pixel_values", "pixel_attention_mask")
+        }
+        texts = [self.processor.replace_image_token(batch, i) for i in range(len(pictures))]
+        return EncodedPictures(inputs, [self.tokenize(text) for text in texts])
+
+    def vision_features(self, inputs: dict[str, Tensor]) -> Tensor:
+        """(tiles, patches, vision width)."""
+        size = self.model.config.vision_config.patch_size
+        # A patch counts where any of its pixels belongs to the picture.
+        patches = inputs["pixel_attention_mask"].unfold(1, size, size).unfold(2, size, size).any(-1).any(-1)
+        pixels = inputs["pixel_values"].to(self.vision.dtype)
+        return self.vision(pixel_values=pixels, patch_attention_mask=patches).last_hidden_state

@@ -1,0 +1,119 @@
+"""The words: class names and instructions -> one conversation, a class -> its response, a text -> a class or None.
+
+Training and inference both come here, so that they cannot ask differently.
+"""
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vlm.config import Settings
+from vlm.errors import UsageError
+
+SYSTEM = "You are an expert in {task_description}. Every image belongs to exactly one of these classes: {classes}"
+QUESTION = (
+    "Please classify this image for the {task_description} task. Strictly use this format:\n"
+    "Reasoning: [what you see in the image]\nAnswer: [one class name]"
+)
+RESPONSE = (
+    "Reasoning: Looking at this image, I can see {description}. "
+    "Based on the visual features, this appears to be {class}.\nAnswer: {class}"
+)
+DESCRIPTION = "features of {class}"
+CLOSING_PUNCTUATION = ".!?,;:"
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Everything that is said to the model and everything it may answer.
+
+    system: text before the picture, the same for every sample. question: text after it. class_names and responses: one
+    entry a class, in the order of the labels.
+    """
+
+    system: str
+    question: str
+    class_names: tuple[str, ...]
+    responses: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Prompts":
+        return cls(values["system"], values["question"], tuple(values["class_names"]), tuple(values["responses"]))
+
+    def messages(self) -> list[dict[str, Any]]:
+        """The conversation up to the model's turn, with list content, which every chat template understands."""
+        return [
+            {"role": "system", "content": [{"type": "text", "text": self.system}]},
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": self.question}]},
+        ]
+
+
+def build_prompts(settings: Settings, class_names: list[str]) -> Prompts:
+    """Render the conversation and the response of each class.
+
+    Raises:
+        UsageError: the file of class descriptions is unreadable or names a class that is not there.
+    """
+    descriptions = read_descriptions(settings.class_descriptions, class_names) if settings.class_descriptions else {}
+    values = {"classes": _class_list(class_names, descriptions), "task_description": settings.task_description}
+    responses = []
+    for name in class_names:
+        description = descriptions.get(name) or fill(DESCRIPTION, {"class": name})
+        responses.append(fill(RESPONSE, {"description": description.rstrip(" ."), "class": name}))
+    return Prompts(
+        system=fill(settings.system_instructions or SYSTEM, values),
+        question=fill(settings.prompt_template or QUESTION, values),
+        class_names=tuple(class_names),
+        responses=tuple(responses),
+    )
+
+
+def fill(template: str, values: dict[str, str]) -> str:
+    """Replace `{key}` for the keys in `values`, in one pass; every other brace is left alone."""
+    pattern = "|".join(re.escape("{" + key + "}") for key in values)
+    return re.sub(pattern, lambda found: values[found[0][1:-1]], template)
+
+
+def _class_list(class_names: list[str], descriptions: dict[str, str]) -> str:
+    if not descriptions:
+        return ", ".join(class_names)
+    return "".join(f"\n- {name}: {descriptions[name]}" if name in descriptions else f"\n- {name}" for name in class_names)
+
+
+def read_descriptions(path: str, class_names: list[str]) -> dict[str, str]:
+    """Read a JSON file of class name -> description; classes may be left out."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--class-descriptions {path}: not a readable JSON file ({error}).") from error
+    if not isinstance(values, dict) or not all(isinstance(text, str) for text in values.values()):
+        raise UsageError(f'--class-descriptions {path}: expected a JSON object of texts, such as {{"{class_names[0]}": "..."}}.')
+    unknown = sorted(set(values) - set(class_names))
+    if unknown:
+        raise UsageError(f"--class-descriptions {path} describes {', '.join(unknown)}; the classes are {', '.join(class_names)}.")
+    return values
+
+
+def parse_answer(text: str, class_names: list[str] | tuple[str, ...]) -> str | None:
+    """The class that a text answers with, or None.
+
+    What stands on the line of the last "Answer:" has to be a class name, after trimming case, white space and closing
+    punctuation. A name inside a longer text does not count: "cat or dog" is no answer, and "catfish" is not "cat".
+    """
+    found = re.findall(r"answer\s*:[ \t]*([^\n]*)", text, flags=re.IGNORECASE)
+    if not found:
+        return None
+    answer = found[-1].strip()
+    if answer in class_names:
+        return answer
+    matches = [name for name in class_names if _trimmed(name) == _trimmed(answer)]
+    return matches[0] if len(matches) == 1 else None
+
+
+def _trimmed(text: str) -> str:
+    return text.strip().rstrip(CLOSING_PUNCTUATION).strip().casefold()

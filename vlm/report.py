@@ -1,0 +1,205 @@
+"""Pictures and tables for people: training curves, confusion matrix, aligned text tables.
+
+Figures are drawn by matplotlib's object interface, so that the backend of a notebook stays as it is.
+"""
+
+import math
+import unicodedata
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from vlm.tracking import replacing
+
+DPI = 150
+SMOOTHING = 15  # the smoothed training loss is the mean over about 1/15 of the run
+RANGE_FOR_LOG_SCALE = 30  # largest / smallest loss; above, all after the first steps would lie flat on the axis
+MOST_CLASSES_WITH_COUNTS = 30  # above, a count in each cell could not be read
+MOST_TICK_LABELS = 100
+LONGEST_NAME = 24  # characters, on the axes of the confusion matrix
+TRAIN_COLOR, VALIDATION_COLOR, BEST_COLOR = "tab:blue", "tab:orange", "tab:red"
+
+
+def training_curves(history: Sequence[dict[str, Any]], path: str | Path) -> None:
+    """Draw loss and accuracy over the optimizer steps, as a PNG.
+
+    Args:
+        history: entries of `log.jsonl`: kind "train" with step and loss, kind "validation" with step, loss and accuracy.
+            Other kinds, and figures that are missing, null or NaN, are left out.
+        path: the PNG; replaced if there.
+    """
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    loss_axes, accuracy_axes = figure.subplots(1, 2, sharex=True)
+    steps, accuracy = _series(history, "validation", "accuracy")
+    _draw_loss(loss_axes, history)
+    _draw_points(accuracy_axes, steps, accuracy, VALIDATION_COLOR, "validation")
+    if len(accuracy):
+        best = int(accuracy.argmax())
+        label = f"best: {accuracy[best]:.3f} at step {steps[best]:.0f}"
+        accuracy_axes.plot(steps[best], accuracy[best], "*", color=BEST_COLOR, markersize=13, label=label)
+        loss_axes.axvline(steps[best], color=BEST_COLOR, linestyle=":", label="best validation accuracy")
+    for axes, title, unit in ((loss_axes, "Loss", "loss"), (accuracy_axes, "Accuracy", "share of correct predictions")):
+        _finish(axes, title, unit)
+    _save(figure, path)
+
+
+def _draw_loss(axes: Axes, history: Sequence[dict[str, Any]]) -> None:
+    steps, loss = _series(history, "train", "loss")
+    smoothed = _smooth(loss)
+    if len(loss) > 2:
+        axes.plot(steps, loss, color=TRAIN_COLOR, alpha=0.3, linewidth=1, label="training")
+        axes.plot(steps, smoothed, color=TRAIN_COLOR, linewidth=2, label="training, smoothed")
+    else:
+        _draw_points(axes, steps, loss, TRAIN_COLOR, "training")
+    validation_steps, validation_loss = _series(history, "validation", "loss")
+    _draw_points(axes, validation_steps, validation_loss, VALIDATION_COLOR, "validation")
+    shown = np.concatenate([smoothed, validation_loss])
+    if len(shown) and loss.min(initial=np.inf) > 0 and shown.min() > 0 and shown.max() / shown.min() > RANGE_FOR_LOG_SCALE:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+
+
+def _series(history: Sequence[dict[str, Any]], kind: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and finite values of one figure."""
+    pairs = [(entry["step"], entry[name]) for entry in history if entry.get("kind") == kind and entry.get(name) is not None]
+    pairs = [pair for pair in pairs if math.isfinite(pair[1])]
+    steps, values = zip(*pairs, strict=True) if pairs else ((), ())
+    return np.array(steps, dtype=float), np.array(values, dtype=float)
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Mean over a window around each value; the window is smaller at the ends, so that it stays in the middle and does not lag."""
+    here = np.arange(len(values))
+    reach = np.minimum(np.minimum(here, here[::-1]), math.ceil(len(values) / SMOOTHING / 2))
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    return (sums[here + reach + 1] - sums[here - reach]) / (2 * reach + 1)
+
+
+def _draw_points(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str, label: str) -> None:
+    if len(values):
+        axes.plot(steps, values, color=color, marker="o", markersize=4, label=label)
+
+
+def _finish(axes: Axes, title: str, unit: str) -> None:
+    axes.set(title=title, xlabel="optimizer step", ylabel=unit)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)  # below, where it covers nothing
+    else:
+        axes.set_axis_off()
+        axes.text(0.5, 0.5, "nothing was measured", ha="center", va="center", color="gray", transform=axes.transAxes)
+
+
+def confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence[str], path: str | Path) -> None:
+    """Draw a confusion matrix as a PNG: the color is the share of the true class, and up to 30 classes each cell has its count.
+
+    Args:
+        matrix: C rows of C counts; rows are the true classes, columns the predicted ones.
+        class_names: C names; long ones are cut, and above 100 classes only some are shown.
+        path: the PNG; replaced if there.
+    """
+    counts = np.asarray(matrix, dtype=np.int64)
+    classes = len(class_names)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    cell = float(np.clip(10 / classes, 0.16, 0.6))  # inches
+    side = float(np.clip(cell * classes, 3, 16))
+    points = side / classes * 72  # size of a cell in typographic points
+    # The matrix fills the figure; what stands around it is added when the figure is saved with a tight box.
+    figure = Figure(figsize=(side, side))
+    axes = figure.add_axes((0, 0, 1, 1))
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, cax=figure.add_axes((1 + 0.2 / side, 0, 0.2 / side, 1)), label="share of the true class")
+    _name_classes(axes, class_names, points)
+    if classes <= MOST_CLASSES_WITH_COUNTS:
+        digits = len(str(counts.max(initial=0)))
+        font = float(np.clip(min(0.5 * points, 1.3 * points / digits), 4, 14))
+        for row, column in np.argwhere(counts):
+            color = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=color, fontsize=font)
+    correct, total = int(counts.trace()), int(counts.sum())
+    axes.set_title(f"Accuracy {correct / max(total, 1):.3f} ({correct:,} of {total:,})")
+    axes.set(xlabel="predicted class", ylabel="true class")
+    _save(figure, path)
+
+
+def _name_classes(axes: Axes, class_names: Sequence[str], points: float) -> None:
+    shown = range(0, len(class_names), math.ceil(len(class_names) / MOST_TICK_LABELS))
+    names = [_shorten(_printable(class_names[i])) for i in shown]
+    font = float(np.clip(0.62 * points, 5, 10))
+    fits = max(map(_width, names)) * 0.65 * font < points
+    turned = {} if fits else {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if points > 20 else {"rotation": 90}
+    # parse_math=False: a class name with dollar signs is no formula
+    axes.set_yticks(list(shown), names, fontsize=font, parse_math=False)
+    axes.set_xticks(list(shown), names, fontsize=font, parse_math=False, **turned)
+
+
+def _shorten(name: str) -> str:
+    """Cut in the middle, since long names often differ at the end."""
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME * 2 // 3 - 1]}…{name[-LONGEST_NAME // 3 :]}"
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    with replacing(path) as beside, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a name in a script that the font lacks is drawn as boxes
+        FigureCanvasAgg(figure).print_figure(beside, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.15)
+
+
+def format_table(rows: Sequence[Sequence[Any]], headers: Sequence[str] | None = None) -> str:
+    """A plain text table with aligned columns: numbers to the right, floats with three decimals, None as an empty cell."""
+    columns = list(zip(*rows, strict=True))
+    lines = [[_cell(value) for value in row] for row in rows]
+    if headers is not None:
+        lines.insert(0, list(headers))
+    if not lines:
+        return ""
+    widths = [max(_width(line[i]) for line in lines) for i in range(len(lines[0]))]
+    numeric = [any(_is_number(v) for v in column) and all(v is None or _is_number(v) for v in column) for column in columns]
+    numeric = numeric or [False] * len(widths)
+    if headers is not None:
+        lines.insert(1, ["-" * width for width in widths])
+    return "\n".join("  ".join(map(_pad, line, widths, numeric)).rstrip() for line in lines)
+
+
+def per_class_table(metrics: dict[str, Any]) -> str:
+    """The table of what `classification_metrics` gives: one line a class, then the averages of F1 and the accuracy."""
+    rows: list[tuple[Any, ...]] = [
+        (name, figures["precision"], figures["recall"], figures["f1"], figures["support"]) for name, figures in metrics["per_class"].items()
+    ]
+    rows.append(("macro average", None, None, metrics["macro_f1"], metrics["samples"]))
+    rows.append(("weighted average", None, None, metrics["weighted_f1"], metrics["samples"]))
+    rows.append(("accuracy", None, metrics["accuracy"], None, metrics["samples"]))
+    return format_table(rows, ("class", "precision", "recall", "F1", "pictures"))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3f}" if isinstance(value, float | np.floating) else _printable(str(value))
+
+
+def _printable(text: str) -> str:
+    """Line ends and control characters would break the table, or the terminal."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
+def _width(text: str) -> int:
+    """Columns on a terminal: Chinese, Japanese and Korean characters take two, combining ones none."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def _pad(text: str, width: int, right: bool) -> str:
+    space = " " * (width - _width(text))
+    return space + text if right else text + space

@@ -1,0 +1,72 @@
+"""After the last step: the best model is loaded from its folder, as a user would, and tested once; results and pictures are written."""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from vlm.checkpoint import METADATA, RESULTS, STATE, Progress, write_json
+from vlm.evaluation import check_texts, evaluate_vlm_model
+from vlm.predictor import load_model_and_metadata
+from vlm.report import confusion_matrix, format_table, per_class_table, training_curves
+from vlm.setup import Run
+from vlm.tracking import note
+
+
+def finish(run: Run, progress: Progress, metrics: Sequence[Callable[..., Any]]) -> dict[str, Any]:
+    """Test the best model, write `results.json`, the curves and the confusion matrix, and print the results to stdout.
+
+    Returns:
+        What stands in `results.json`.
+    """
+    settings, output, data = run.settings, run.output, run.data
+    run.model, run.optimizer = None, None  # make room for the model that is loaded
+    run.classifier.model.to("meta")
+    classifier, _, _ = load_model_and_metadata(output / "best_model", device=run.accelerator.device.type, dtype=_name(run))
+    started = time.monotonic()
+    test = evaluate_vlm_model(classifier, data.test, settings.eval_batch_size, metrics, run.workers, "testing")
+    seconds = time.monotonic() - started
+    pictures = len(data.train) * settings.epochs
+    results = {
+        "test": test,
+        "texts": check_texts(classifier, data.test, settings.eval_batch_size),
+        "validation": {"accuracy": progress.best_accuracy, "loss": progress.best_loss, "step": progress.best_step},
+        "pictures": {"train": len(data.train), "validation": len(data.validation), "test": len(data.test), "skipped": len(data.skipped)},
+        "timings": {
+            "train_seconds": round(progress.seconds, 2),
+            "train_pictures_per_second": round(pictures / progress.seconds, 2) if progress.seconds else None,
+            "test_seconds": round(seconds, 2),
+            "test_pictures_per_second": round(len(data.test) / seconds, 2),
+        },
+        "versions": run.metadata["versions"],
+        "settings": settings.to_json(),
+        "history": progress.history,
+    }
+    training_curves(progress.history, output / "training_curves.png")
+    confusion_matrix(test["confusion_matrix"], data.class_names, output / "confusion_matrix.png")
+    write_json(output / METADATA, run.metadata | {"test": {"accuracy": test["accuracy"], "macro_f1": test["macro_f1"]}})
+    write_json(output / RESULTS, results)  # last: it says that the run is finished
+    shutil.rmtree(output / STATE, ignore_errors=True)
+    _print(run, results)
+    return results
+
+
+def _name(run: Run) -> str:
+    return str(run.dtype).removeprefix("torch.")
+
+
+def _print(run: Run, results: dict[str, Any]) -> None:
+    test, texts, timings = results["test"], results["texts"], results["timings"]
+    print(per_class_table(test))
+    rows = [
+        ("test accuracy", f"{test['accuracy']:.4f}  ({results['pictures']['test']} pictures)"),
+        ("macro F1, weighted F1", f"{test['macro_f1']:.4f}, {test['weighted_f1']:.4f}"),
+        ("validation accuracy", f"{results['validation']['accuracy']:.4f}  (step {results['validation']['step']}, the best)"),
+        ("generated texts", f"{texts['agree_with_prediction']} of {texts['texts']} agree with the prediction, {texts['invalid']} invalid"),
+        ("training", f"{timings['train_seconds']:.1f} s, {timings['train_pictures_per_second']} pictures/s"),
+    ]
+    rows += [(name, str(value)) for name, value in test.get("own_metrics", {}).items()]
+    print("\n" + format_table(rows))
+    model = os.path.join(run.settings.output_dir, "best_model")
+    note(f"\nThe results are in {run.settings.output_dir}. Classify pictures with:\n  python inference_vlm.py --model-dir {model} IMAGE_OR_FOLDER...")

@@ -1,0 +1,164 @@
+"""From settings to a run that can start: device, data, model, what is trained, and a look at one sample."""
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+import vlm
+from vlm.batching import IGNORED, vlm_collate_fn
+from vlm.classifier import VLMClassifier
+from vlm.config import Settings
+from vlm.data import Data, Sample, load_data
+from vlm.demo import MODEL_NAME, build_demo_model
+from vlm.device import pick_device, pick_dtype
+from vlm.errors import UsageError
+from vlm.families import load_family
+from vlm.hub import model_folder
+from vlm.prompts import build_prompts
+from vlm.report import format_table
+from vlm.tracking import note
+from vlm.tuning import parameter_groups, prepare_tuning
+
+PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "safetensors", "scikit-learn", "pillow")
+SHOWN_SETTINGS = (
+    "tune", "epochs", "batch_size", "gradient_accumulation_steps", "learning_rate", "weight_decay", "warmup_ratio", "eval_steps", "seed", "output_dir",
+)  # fmt: skip
+PRECISIONS = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass
+class Run:
+    """A run that can start. model: the classifier as the training calls it, wrapped where there are several processes."""
+
+    settings: Settings
+    accelerator: Accelerator
+    dtype: torch.dtype
+    data: Data
+    classifier: VLMClassifier
+    model: nn.Module
+    optimizer: Any
+    metadata: dict[str, Any]
+    workers: int
+
+    @property
+    def output(self) -> Path:
+        return Path(self.settings.output_dir)
+
+
+def set_up(settings: Settings) -> Run:
+    """Load and print everything, in the order in which a mistake is cheapest to find: device, data, model, one sample.
+
+    Raises:
+        UsageError: anything in settings or data with which the run cannot start.
+    """
+    device, reason = pick_device(settings.device)
+    dtype = pick_dtype(settings.dtype, device)
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=PRECISIONS[dtype])
+    data = load_data(settings)
+    note("\n" + format_table(data.summary) + "\n")
+
+    prompts = build_prompts(settings, data.class_names)
+    folder, revision = _find_model(settings, data.class_names, accelerator)
+    family = load_family(folder, dtype, accelerator.device)
+    prepare_tuning(family, settings)
+    classifier = VLMClassifier(family, prompts)
+    note(format_table(_settings_rows(settings, classifier, reason, dtype)) + "\n")
+    preflight(classifier, data.train[0])
+
+    optimizer = torch.optim.AdamW(
+        parameter_groups(classifier, settings.weight_decay), lr=settings.learning_rate, fused=accelerator.device.type in ("cpu", "cuda")
+    )
+    model, optimizer = accelerator.prepare(classifier, optimizer)
+    workers = settings.workers
+    if workers is None:  # on the CPU they would take the cores from the model
+        workers = min(8, torch.get_num_threads()) if device.type == "cuda" else 0
+    metadata = _metadata(settings, data, classifier, revision)
+    return Run(settings, accelerator, dtype, data, classifier, model, optimizer, metadata, workers)
+
+
+def _find_model(settings: Settings, class_names: list[str], accelerator: Accelerator) -> tuple[Path, str | None]:
+    if not settings.demo:
+        return model_folder(settings.model, settings.model_revision)
+    folder = Path(settings.output_dir) / "demo_model"
+    if accelerator.is_main_process:
+        build_demo_model(folder, settings, class_names)
+    accelerator.wait_for_everyone()
+    return folder, None
+
+
+def _settings_rows(settings: Settings, classifier: VLMClassifier, device: str, dtype: torch.dtype) -> list[tuple[str, str]]:
+    trained = sum(p.numel() for p in classifier.parameters() if p.requires_grad)
+    every = sum(p.numel() for p in classifier.parameters())
+    rows = [
+        ("model", "the demo's, 3 + 3 layers with random weights" if settings.demo else str(settings.model)),
+        ("device", device),
+        ("number format", str(dtype).removeprefix("torch.")),
+        ("trained parameters", f"{trained:,} of {every:,} ({trained / every:.1%})"),
+    ]
+    rows += [(name.replace("_", " "), str(getattr(settings, name) or "each epoch")) for name in SHOWN_SETTINGS]
+    return rows
+
+
+def preflight(classifier: VLMClassifier, sample: Sample) -> None:
+    """Print one sample as the model sees it, the tokens in the loss marked.
+
+    Raises:
+        UsageError: the sample has no picture token or no response token.
+    """
+    family, rendered = classifier.family, classifier.rendered
+    batch = vlm_collate_fn([sample], family, rendered)
+    ids, targets = batch["input_ids"][0], batch["targets"][0]
+    pictures = int((ids == family.image_token_id).sum())
+    responses = int((targets != IGNORED).sum())
+    note(
+        f"One sample as the model sees it ({sample.name}, {classifier.class_names[sample.label]}): {len(rendered.prefix_ids)} tokens run once "
+        f"for all, then {len(ids)} with {pictures} picture tokens; the {responses} in [[ ]] are in the loss."
+    )
+    note(render_sample(classifier, ids.tolist(), targets.tolist()) + "\n")
+    if not pictures:
+        raise UsageError("the sample above has no picture token: the model would learn from the text alone. Check the processor of the model.")
+    if not responses:
+        raise UsageError("the sample above has no response token: there is nothing to learn. Check the class names and the responses.")
+
+
+def render_sample(classifier: VLMClassifier, ids: Sequence[int], targets: Sequence[int]) -> str:
+    """Prefix and row as text: runs of picture tokens shortened, what is in the loss between [[ and ]]."""
+    family = classifier.family
+    text, run = [family.tokenizer.decode(classifier.rendered.prefix_ids)], []
+    pictures, in_loss = 0, False
+    for token, target in [*zip(ids, targets, strict=True), (None, IGNORED)]:
+        if token == family.image_token_id:
+            pictures += 1
+            continue
+        if (target != IGNORED) != in_loss or pictures or token is None:
+            text.append(family.tokenizer.decode(run))
+            text.append(f"{family.image_token} x {pictures}" if pictures else "")
+            text.append(("]]" if in_loss else "[[") if (target != IGNORED) != in_loss else "")
+            run, pictures, in_loss = [], 0, target != IGNORED
+        run.append(token)
+    return "  | " + "".join(text).replace("\n", "\n  | ")
+
+
+def _metadata(settings: Settings, data: Data, classifier: VLMClassifier, revision: str | None) -> dict[str, Any]:
+    """What the model folder tells inference, and people."""
+    return {
+        "format_version": 1,
+        "model": MODEL_NAME if settings.demo else settings.model,
+        "model_revision": revision,
+        "model_type": classifier.model.config.model_type,
+        "class_names": list(classifier.class_names),
+        "task_description": settings.task_description,
+        "prompts": classifier.prompts.to_json(),
+        "dataset": data.source,
+        "settings": settings.to_json(),
+        "versions": {"vlm": vlm.__version__, "python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }

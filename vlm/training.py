@@ -1,0 +1,255 @@
+"""fit: set-up, epochs, steps, evaluation, saving. Our own loop on accelerate.
+
+Order, dropout and learning rate are functions of (seed, epoch, step), so that a resumed run goes on exactly where the other stopped: no
+generator state has to be saved. The loss of a step is the mean over all its response tokens, however the step is cut into batches and processes.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object, send_to_device
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from vlm.checkpoint import METADATA, Progress, load_state, prepare_output, read_state, save_model_folder, save_state, write_json
+from vlm.config import Settings
+from vlm.data import Split, Step, epoch_plan
+from vlm.errors import RunError, Stopped
+from vlm.evaluation import metrics_of_scores, score_split
+from vlm.metrics import load_metric
+from vlm.results import finish
+from vlm.setup import Run, set_up
+from vlm.tracking import Bar, RunLog, note
+
+STEPS_PER_LINE = 10  # optimizer steps between two lines of the log
+
+
+def fit(settings: Settings, should_stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+    """Train, evaluate, save.
+
+    Args:
+        should_stop: asked after every step; True saves a state and raises `Stopped`.
+
+    Returns:
+        What stands in `results.json` (empty on processes other than the main one).
+
+    Raises:
+        UsageError: settings or data with which the run cannot start. RunError: it had to stop. Stopped: it was asked to.
+    """
+    prepare_output(settings)
+    metrics = [load_metric(name) for name in settings.metrics or ()]  # a mistake here should not wait for the end
+    run = set_up(settings)
+    trainer = Trainer(run, should_stop)
+    if settings.resume:
+        trainer.resume()
+    if run.accelerator.is_main_process:
+        write_json(run.output / METADATA, run.metadata)
+    trainer.train()
+    if not run.accelerator.is_main_process:
+        return {}
+    return finish(run, trainer.progress, metrics)
+
+
+class Trainer:
+    """The state of a training run and its loop."""
+
+    def __init__(self, run: Run, should_stop: Callable[[], bool]):
+        self.run = run
+        self.settings = run.settings
+        self.accelerator = run.accelerator
+        self.should_stop = should_stop
+        self.progress = Progress()
+        self.response_lengths = run.classifier.tree.lengths.tolist()
+        self.steps_per_epoch = len(self._plan(0))
+        self.total_steps = self.steps_per_epoch * self.settings.epochs
+        self.log: RunLog | None = None
+        self.losses: list[Tensor] = []
+        self.last_save = time.monotonic()
+
+    def resume(self) -> None:
+        """Go on from the newest saved state; without one the run starts from the beginning."""
+        state = read_state(self.run.output)
+        if state is None:
+            note("no state was saved yet: starting from the beginning.")
+            return
+        self.progress = Progress(**state["progress"])
+        load_state(self.run.output, self.run.classifier, self.run.optimizer)
+        if state["scaler"] and self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        note(f"going on after step {self.progress.step} of {self.total_steps}.")
+
+    def train(self) -> None:
+        """All epochs that are left, then the final model."""
+        settings = self.settings
+        if self.accelerator.is_main_process:
+            self.log = RunLog(self.run.output, settings.use_wandb, settings.wandb_project, settings.to_json(), settings.resume)
+            self.log.truncate_after(self.progress.step)
+        self.run.model.train()
+        pictures = len(self.run.data.train)
+        done = min(self.progress.epoch * pictures + self.progress.step_in_epoch * self._pictures_per_step(), settings.epochs * pictures)
+        try:
+            with Bar(settings.epochs * pictures, "training", initial=done) as bar:
+                for epoch in range(self.progress.epoch, settings.epochs):
+                    self._epoch(epoch, bar)
+            if self.accelerator.is_main_process:
+                save_model_folder(self.run.output / "final_model", self.run.classifier, self.run.metadata, self.run.dtype)
+        finally:
+            if self.log:
+                self.log.close()
+
+    def _pictures_per_step(self) -> int:
+        return self.settings.batch_size * self.settings.gradient_accumulation_steps * self.accelerator.num_processes
+
+    def _plan(self, epoch: int) -> list[Step]:
+        s, a = self.settings, self.accelerator
+        return epoch_plan(
+            len(self.run.data.train), s.batch_size, s.gradient_accumulation_steps, s.seed, epoch, a.num_processes, a.process_index
+        )
+
+    def _epoch(self, epoch: int, bar: Bar) -> None:
+        plan = self._plan(epoch)[self.progress.step_in_epoch :]
+        batches = self._batches(plan)
+        for step in plan:
+            started = time.monotonic()
+            loss = self._step(step, batches)
+            self.progress.step += 1
+            self.progress.step_in_epoch += 1
+            end_of_epoch = self.progress.step_in_epoch == self.steps_per_epoch
+            if end_of_epoch:
+                self.progress.epoch, self.progress.step_in_epoch = epoch + 1, 0
+            self.losses.append(loss)
+            evaluate = end_of_epoch or (self.settings.eval_steps and self.progress.step % self.settings.eval_steps == 0)
+            stop = self._all_should_stop(evaluate)
+            save = evaluate or stop or time.monotonic() - self.last_save > 60 * self.settings.save_minutes
+            figures = self._write_losses() if save or self.progress.step % STEPS_PER_LINE == 0 else {}
+            self.progress.seconds += time.monotonic() - started
+            bar.update(len(step.indices), **figures)
+            if evaluate:
+                self._evaluate()
+            if save:
+                self._save()
+            if stop:
+                self.accelerator.wait_for_everyone()
+                done = f"stopped after step {self.progress.step} of {self.total_steps}"
+                raise Stopped(f"{done}; go on with --resume --output-dir {self.run.output}")
+
+    def _batches(self, plan: list[Step]) -> Iterator[dict[str, Any]]:
+        """This process's batches of the steps in `plan`, one after the other."""
+        loader = DataLoader(
+            self.run.data.train,
+            batch_sampler=[batch for step in plan for batch in step.batches],
+            collate_fn=self.run.classifier.collate(with_response=True),
+            num_workers=self.run.workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+            generator=torch.Generator(),  # the default would draw from the global one, and shift dropout after a resume
+        )
+        return iter(loader)
+
+    def _step(self, step: Step, batches: Iterator[dict[str, Any]]) -> Tensor:
+        """One optimizer step; returns this process's share of the mean loss."""
+        run, settings = self.run, self.settings
+        labels = run.data.train.labels
+        tokens = sum(self.response_lengths[labels[index]] for index in step.indices)
+        share = (1.0 if step.counts else 0.0) / tokens
+        for group in run.optimizer.param_groups:
+            group["lr"] = learning_rate_at(self.progress.step, self.total_steps, settings.warmup_ratio, settings.learning_rate)
+        torch.manual_seed(step_seed(settings.seed, self.progress.step, self.accelerator.process_index))
+        total = torch.zeros((), device=self.accelerator.device)
+        for number, _ in enumerate(step.batches, start=1):
+            batch = send_to_device(next(batches), self.accelerator.device, non_blocking=True)
+            synchronize = number == len(step.batches)  # processes exchange gradients once a step
+            with nullcontext() if synchronize else self.accelerator.no_sync(run.model):
+                loss = run.model(batch).loss * share
+                # Several processes average their gradients; the sum is wanted.
+                self.accelerator.backward(loss * self.accelerator.num_processes)
+            total += loss.detach()
+        if settings.max_grad_norm:
+            self.accelerator.clip_grad_norm_(run.model.parameters(), settings.max_grad_norm)
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        return total
+
+    def _write_losses(self) -> dict[str, float]:
+        """Log the mean loss since the last line, and stop where it is no number any more.
+
+        The loss is looked at here only: reading it at every step would make a GPU wait.
+        """
+        loss = float(self.accelerator.reduce(torch.stack(self.losses).mean(), "sum"))
+        self.losses.clear()
+        rate = learning_rate_at(self.progress.step - 1, self.total_steps, self.settings.warmup_ratio, self.settings.learning_rate)
+        self._log("train", loss=loss, learning_rate=rate)
+        if not math.isfinite(loss):
+            best = f"The best model so far (step {self.progress.best_step}) is in best_model." if self.progress.best_step else ""
+            raise RunError(
+                f"the loss is {loss} after step {self.progress.step}: try a lower --learning-rate (now {self.settings.learning_rate:g}), "
+                f"a smaller --max-grad-norm, or --dtype float32. {best}".rstrip()
+            )
+        return {"loss": loss, "lr": rate}
+
+    def _log(self, kind: str, **figures: float) -> None:
+        epoch = self.progress.step / self.steps_per_epoch
+        self.progress.history.append({"kind": kind, "step": self.progress.step, "epoch": epoch, **figures})
+        if self.log:
+            self.log.log(kind, self.progress.step, epoch=epoch, **figures)
+
+    def _evaluate(self) -> None:
+        """Metrics on the validation split; the best model so far is saved."""
+        scores = self._scores(self.run.data.validation)
+        metrics = metrics_of_scores(self.run.classifier, self.run.data.validation.labels, scores)
+        p = self.progress
+        self._log("validation", **{name: metrics[name] for name in ("loss", "accuracy", "macro_f1", "nll")})
+        better = (metrics["accuracy"], -metrics["loss"]) > (p.best_accuracy, -p.best_loss)
+        note(
+            f"epoch {p.step / self.steps_per_epoch:.2f}, step {p.step}: validation accuracy {metrics['accuracy']:.4f}, "
+            f"loss {metrics['loss']:.4f}{' (best so far)' if better else ''}"
+        )
+        if better:
+            p.best_accuracy, p.best_loss, p.best_step = metrics["accuracy"], metrics["loss"], p.step
+            if self.accelerator.is_main_process:
+                metadata = self.run.metadata | {"validation": {"step": p.step, "accuracy": metrics["accuracy"], "loss": metrics["loss"]}}
+                save_model_folder(self.run.output / "best_model", self.run.classifier, metadata, self.run.dtype)
+
+    def _scores(self, split: Split) -> Tensor:
+        """(N, C), every process scoring its share."""
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        with self.accelerator.autocast():
+            part = score_split(
+                self.run.classifier, split, self.settings.eval_batch_size, range(rank, len(split), world), self.run.workers, "validating"
+            )
+        scores = torch.empty(len(split), len(self.run.classifier.class_names), dtype=part.dtype)
+        for other, theirs in enumerate(gather_object([part])):
+            scores[other::world] = theirs
+        return scores
+
+    def _save(self) -> None:
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
+            save_state(self.run.output, self.run.classifier, self.run.optimizer, self.progress, self.settings.to_json(), scaler)
+        self.last_save = time.monotonic()
+
+    def _all_should_stop(self, evaluated: bool) -> bool:
+        """One process's wish is everybody's; several ask each other only where they wait for each other anyway."""
+        if self.accelerator.num_processes == 1:
+            return self.should_stop()
+        if not evaluated and self.progress.step % STEPS_PER_LINE:
+            return False
+        wish = torch.tensor(float(self.should_stop()), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(wish, "sum"))
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Seed of the dropout in one step of one process."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def learning_rate_at(step: int, total: int, warmup_ratio: float, peak: float) -> float:
+    """Linear warm-up, then a half cosine to zero. A function of the step alone."""
+    warmup = math.ceil(total * warmup_ratio)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))

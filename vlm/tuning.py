@@ -1,0 +1,64 @@
+"""What is trained: all weights, the connector, or LoRA on the language model plus the connector; and how it is merged."""
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from vlm.config import Settings
+from vlm.families.base import Family
+
+ADAPTER = "default"
+
+
+def prepare_tuning(family: Family, settings: Settings) -> None:
+    """Freeze and unfreeze the parts, add LoRA, and keep what is trained in float32 whatever the number format of the rest.
+
+    LoRA (Hu et al. 2021) is put on every linear layer of the language model, in place: the modules keep their names.
+    """
+    model = family.model
+    model.requires_grad_(settings.tune == "full")
+    if settings.tune == "lora":
+        inside = {id(module) for module in family.language.modules()}
+        targets = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) in inside]
+        torch.manual_seed(settings.seed)  # the matrices start at random
+        config = LoraConfig(
+            r=settings.lora_rank, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout, target_modules=targets, bias="none"
+        )
+        inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    if settings.tune in ("lora", "connector"):
+        family.connector.requires_grad_(True)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float() if parameter.dtype in (torch.bfloat16, torch.float16) else parameter.data
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def merged_state_dict(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights with LoRA merged, under the names they had before LoRA. The model is left as it is.
+
+    Merging into the model and taking it back out would change the weights by rounding, and a resumed run with them.
+    """
+    state = {
+        name.replace(".base_layer.", "."): tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in model.state_dict().items()
+        if ".lora_" not in name
+    }
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            update = module.get_delta_weight(ADAPTER)
+            state[f"{name}.weight"] = (module.get_base_layer().weight.to(update.dtype) + update).detach().to(dtype)
+    return state
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """AdamW groups: matrices are decayed, biases and norms are not."""
+    trained = trained_parameters(model).values()
+    return [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
