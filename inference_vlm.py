@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm.errors import RunError, UsageError, exit_code
+from vlm.threads import wait_politely
 
 if TYPE_CHECKING:
     from vlm.predictor import load_model_and_metadata, predict_batch, predict_single_image
@@ -56,6 +57,7 @@ def predict(args: argparse.Namespace) -> None:
         raise UsageError(f"--batch-size {args.batch_size}: expected a whole number of at least 1.")
     if args.output and Path(args.output).suffix not in (".csv", ".jsonl"):
         raise UsageError(f"--output {args.output}: expected a name that ends in .csv or .jsonl.")
+    wait_politely()
     from vlm.pictures import find_pictures
     from vlm.predictor import load_model_and_metadata, predict_batch
 

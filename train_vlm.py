@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlm.config import parse_arguments, resolve
 from vlm.errors import UsageError, exit_code
+from vlm.threads import wait_politely
 
 if TYPE_CHECKING:
     from vlm.batching import vlm_collate_fn
@@ -44,6 +45,7 @@ def train(given: dict[str, Any]) -> None:
     """Train with the flags that were given, by field name of `Settings`."""
     settings = resolve(given, saved_settings(Path(given.get("output_dir", "vlm_results"))) if given.get("resume") else None)
     should_stop = stop_on_signals()  # before the heavy imports, which take seconds
+    wait_politely()
     from vlm.training import fit
 
     fit(settings, should_stop)

@@ -63,11 +63,10 @@ def test_final_weights_equal_those_of_an_unbroken_run(unbroken, tmp_path, step):
     assert not (tmp_path / STATE).exists(), "a finished run needs no state"
 
 
+@pytest.mark.parametrize("unbroken", ["lora"], indirect=True)
 def test_dropout_is_there_in_the_lora_run(unbroken, tmp_path):
     """Else the test above would not notice a wrong seed."""
     output, more, _ = unbroken
-    if more["tune"] != "lora":
-        pytest.skip("the full run has no dropout")
     fit(settings(tmp_path, **more | {"lora_dropout": 0.0}))
     ours, theirs = (load_file(folder / "final_model" / "model.safetensors") for folder in (tmp_path, output))
     assert any(not torch.equal(ours[key], theirs[key]) for key in theirs)

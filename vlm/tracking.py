@@ -64,14 +64,15 @@ class Bar:
         description: what is going on.
         unit: what is counted, in the plural.
         initial: how many were done earlier, in a run that is resumed.
+        enabled: False shows nothing.
     """
 
-    def __init__(self, total: int | None, description: str, unit: str = "pictures", initial: int = 0) -> None:
+    def __init__(self, total: int | None, description: str, unit: str = "pictures", initial: int = 0, enabled: bool = True) -> None:
         self.total, self.description, self.unit = total, description, unit
         self.initial = self.done = initial
         self._figures: dict[str, Any] = {}
         self._started = self._said = monotonic()
-        self._open = is_main_process()
+        self._open = enabled and is_main_process()
         self._bar: tqdm | None = None
         if self._open and _stderr_is_terminal():
             # leave=None: a bar within another one disappears when it is complete
