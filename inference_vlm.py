@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Classify pictures with a trained model, from the command line or a notebook.
 
-    python inference_vlm.py --model-dir vlm_results/best_model picture.png folder/
-    from inference_vlm import load_model_and_metadata, predict_single_image, predict_batch
+python inference_vlm.py --model-dir vlm_results/best_model picture.png folder/
+from inference_vlm import load_model_and_metadata, predict_single_image, predict_batch
 """
 
 import argparse
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from vlm.predictor import load_model_and_metadata, predict_batch, predict_single_image
 
 __all__ = ["load_model_and_metadata", "main", "predict_batch", "predict_single_image"]
-
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Train a small vision-language model to classify pictures.
 
-    python train_vlm.py --demo
-    python train_vlm.py --model HuggingFaceTB/SmolVLM-256M-Instruct --dataset my_pictures/
+python train_vlm.py --demo
+python train_vlm.py --model HuggingFaceTB/SmolVLM-256M-Instruct --dataset my_pictures/
 """
 
 import signal

@@ -14,9 +14,10 @@ IGNORED = -100  # a target that is not in the loss; what torch's cross entropy i
 
 
 def vlm_collate_fn(samples: Sequence[Sample], family: Family, rendered: Rendered, with_response: bool = True) -> dict[str, Any]:
-    """Encode pictures and lay out one row a sample: picture tokens, question and, for training, the response of its label.
+    """Encode pictures and lay out one row a sample: picture tokens, question and, for training, its label's response.
 
-    The prefix is not in the rows: it is the same for all and run once. Rows are padded on the right, where causal attention keeps the padding out.
+    The prefix is not in the rows: it is the same for all and run once. Rows are padded on the right, where causal attention
+    keeps the padding out.
 
     Returns:
         pixels: what the family's vision tower takes. input_ids: (B, L). targets: (B, L), the response tokens where they stand in

@@ -24,7 +24,8 @@ RESULTS = "results.json"
 STATE = "resume_state"
 # Everything a run writes, which is what --overwrite deletes.
 WRITTEN = (
-    "best_model", "final_model", "demo_model", STATE, "wandb", METADATA, RESULTS, "log.jsonl", "training_curves.png", "confusion_matrix.png",
+    "best_model", "final_model", "demo_model", STATE, "wandb", METADATA, RESULTS, "log.jsonl", "training_curves.png",
+    "confusion_matrix.png",
 )  # fmt: skip
 
 
@@ -58,7 +59,9 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         os.replace(new, folder)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        raise RunError(f"{folder} cannot be written: {error}. What was saved before is unharmed; make room, then go on with --resume.") from error
+        raise RunError(
+            f"{folder} cannot be written: {error}. What was saved before is unharmed; make room, then go on with --resume."
+        ) from error
 
 
 def prepare_output(settings: Settings) -> None:
@@ -142,7 +145,7 @@ def save_state(
     settings: dict[str, Any],
     scaler: dict[str, Any] | None,
 ) -> None:
-    """Save what a resumed run needs: trained weights, optimizer, progress, settings. Order and randomness are functions of seed and step."""
+    """Save what a resumed run needs: trained weights, optimizer, progress, settings. The rest is a function of seed and step."""
 
     def write(new: Path) -> None:
         save_file({name: p.detach().contiguous() for name, p in trained_parameters(model).items()}, new / "trained.safetensors")

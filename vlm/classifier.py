@@ -194,11 +194,13 @@ class VLMClassifier(nn.Module):
 
 
 def expand(cache: Cache, count: int) -> Cache:
-    """A cache of `count` rows that shares the keys and values of a cache of one row (or of `count`); appending leaves the original as it is."""
+    """A cache of `count` rows that shares the keys and values of a cache of one row, or of as many.
+
+    What is added to it later is not added to the original.
+    """
     result = copy.copy(cache)
     result.layers = [copy.copy(layer) for layer in cache.layers]
     for layer in result.layers:
         layer.keys = layer.keys.expand(count, -1, -1, -1)
         layer.values = layer.values.expand(count, -1, -1, -1)
     return result
-

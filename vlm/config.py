@@ -86,9 +86,7 @@ class Settings:
         None, "training", f"batches in one optimizer step (default: as many as make {PICTURES_PER_STEP} pictures)"
     )
     epochs: int | None = _flag(None, "training", "passes over the training pictures (default: 3; connector: 5; demo: 12)")
-    learning_rate: float | None = _flag(
-        None, "training", "peak learning rate (default: lora 2e-4, connector 5e-4, full 1e-5, demo 2e-3)"
-    )
+    learning_rate: float | None = _flag(None, "training", "peak learning rate (default: lora 2e-4, connector 5e-4, full 1e-5, demo 2e-3)")
     weight_decay: float = _flag(0.01, "training", "AdamW weight decay (default: 0.01)")
     warmup_ratio: float = _flag(0.05, "training", "share of the steps with a rising learning rate (default: 0.05)")
     max_grad_norm: float = _flag(1.0, "training", "gradients are clipped to this norm; 0 switches it off (default: 1.0)")
@@ -102,7 +100,8 @@ class Settings:
     resume: bool = _flag(False, "output", "go on from the newest saved state in the output folder, with its settings")
     save_minutes: float = _flag(10.0, "output", "save a state to resume from at least this often (default: 10 minutes)")
     metrics: list[str] | None = _flag(
-        None, "output", "your own metrics: FILE.py:FUNCTION(labels, predictions, probabilities, class_names)", nargs="+", metavar="FILE:FUNCTION"
+        None, "output", "your own metrics: FILE.py:FUNCTION(labels, predictions, probabilities, class_names)",
+        nargs="+", metavar="FILE:FUNCTION",
     )  # fmt: skip
     use_wandb: bool = _flag(False, "output", "log to Weights & Biases too")
     wandb_project: str = _flag("vlm-classification", "output", "project on Weights & Biases (default: vlm-classification)")

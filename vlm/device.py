@@ -17,7 +17,9 @@ def pick_device(wanted: str) -> tuple[torch.device, str]:
     """
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if wanted == "cuda" and not cuda:
-        raise UsageError("--device cuda: this PyTorch finds no CUDA device. Use --device auto, or check the driver and `python test_vlm_setup.py`.")
+        raise UsageError(
+            "--device cuda: this PyTorch finds no CUDA device. Use --device auto, or check the driver and `python test_vlm_setup.py`."
+        )
     if wanted == "mps" and not mps:
         raise UsageError("--device mps: this PyTorch finds no Apple GPU. Use --device auto.")
     if wanted == "cuda" or (wanted == "auto" and cuda):

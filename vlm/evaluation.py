@@ -30,7 +30,9 @@ def score_split(
     samples = split if indices is None else Subset(split, indices)
     if not len(samples):
         return torch.empty(0, len(classifier.class_names))
-    loader = DataLoader(samples, batch_size, collate_fn=classifier.collate(with_response=False), num_workers=workers, generator=torch.Generator())
+    loader = DataLoader(
+        samples, batch_size, collate_fn=classifier.collate(with_response=False), num_workers=workers, generator=torch.Generator()
+    )
     was_training = classifier.training
     classifier.eval()
     try:
@@ -57,8 +59,8 @@ def evaluate_vlm_model(
         metrics: own metrics, each called with labels (N,), predictions (N,), probabilities (N, C) and the class names.
 
     Returns:
-        accuracy, macro_f1, weighted_f1, per_class, confusion_matrix, nll (of the class, nats), loss (cross entropy of a response token, nats), and
-        the results of own metrics under "own_metrics".
+        accuracy, macro_f1, weighted_f1, per_class, confusion_matrix, nll (of the class, nats), loss (cross entropy
+        of a response token, nats), and the results of own metrics under "own_metrics".
     """
     scores = score_split(classifier, split, batch_size, workers=workers, description=description)
     return metrics_of_scores(classifier, split.labels, scores, metrics)

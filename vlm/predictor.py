@@ -146,4 +146,6 @@ def _check_same_model(model: VLMClassifier, processor: Any, metadata: dict[str, 
     if not isinstance(model, VLMClassifier):
         raise TypeError(f"model is a {type(model).__name__}: pass the three values that load_model_and_metadata returned.")
     if processor is not model.family.processor or tuple(metadata["class_names"]) != model.class_names:
-        raise ValueError("model, processor and metadata belong to different models: pass the three that one load_model_and_metadata returned.")
+        raise ValueError(
+            "model, processor and metadata belong to different models: pass the three that one load_model_and_metadata returned."
+        )

@@ -18,8 +18,7 @@ QUESTION = (
     "Reasoning: [what you see in the image]\nAnswer: [one class name]"
 )
 RESPONSE = (
-    "Reasoning: Looking at this image, I can see {description}. "
-    "Based on the visual features, this appears to be {class}.\nAnswer: {class}"
+    "Reasoning: Looking at this image, I can see {description}. Based on the visual features, this appears to be {class}.\nAnswer: {class}"
 )
 DESCRIPTION = "features of {class}"
 CLOSING_PUNCTUATION = ".!?,;:"

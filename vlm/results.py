@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from vlm.checkpoint import METADATA, RESULTS, STATE, Progress, write_json
@@ -68,5 +70,13 @@ def _print(run: Run, results: dict[str, Any]) -> None:
     ]
     rows += [(name, str(value)) for name, value in test.get("own_metrics", {}).items()]
     print("\n" + format_table(rows))
-    model = os.path.join(run.settings.output_dir, "best_model")
-    note(f"\nThe results are in {run.settings.output_dir}. Classify pictures with:\n  python inference_vlm.py --model-dir {model} IMAGE_OR_FOLDER...")
+    note(
+        f"\nThe results are in {run.output}. Classify pictures with:\n  {_command()} --model-dir {run.output / 'best_model'} IMAGE_OR_FOLDER..."
+    )
+
+
+def _command() -> str:
+    """How to start the inference from here: with this Python where it is that of a folder below, such as .venv."""
+    python = os.path.relpath(sys.executable)
+    script = os.path.relpath(Path(__file__).parent.parent / "inference_vlm.py")
+    return f"{'python' if python.startswith('..') else python} {script}"

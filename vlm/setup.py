@@ -29,7 +29,8 @@ from vlm.tuning import parameter_groups, prepare_tuning
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "safetensors", "scikit-learn", "pillow")
 SHOWN_SETTINGS = (
-    "tune", "epochs", "batch_size", "gradient_accumulation_steps", "learning_rate", "weight_decay", "warmup_ratio", "eval_steps", "seed", "output_dir",
+    "tune", "epochs", "batch_size", "gradient_accumulation_steps", "learning_rate", "weight_decay", "warmup_ratio", "eval_steps",
+    "seed", "output_dir",
 )  # fmt: skip
 PRECISIONS = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -103,7 +104,10 @@ def _settings_rows(settings: Settings, classifier: VLMClassifier, device: str, d
         ("number format", str(dtype).removeprefix("torch.")),
         ("trained parameters", f"{trained:,} of {every:,} ({trained / every:.1%})"),
     ]
-    rows += [(name.replace("_", " "), str(getattr(settings, name) or "each epoch")) for name in SHOWN_SETTINGS]
+    rows += [
+        (name.replace("_", " "), "each epoch" if getattr(settings, name) is None else str(getattr(settings, name)))
+        for name in SHOWN_SETTINGS
+    ]
     return rows
 
 
@@ -119,12 +123,14 @@ def preflight(classifier: VLMClassifier, sample: Sample) -> None:
     pictures = int((ids == family.image_token_id).sum())
     responses = int((targets != IGNORED).sum())
     note(
-        f"One sample as the model sees it ({sample.name}, {classifier.class_names[sample.label]}): {len(rendered.prefix_ids)} tokens run once "
-        f"for all, then {len(ids)} with {pictures} picture tokens; the {responses} in [[ ]] are in the loss."
+        f"One sample as the model sees it ({sample.name}, {classifier.class_names[sample.label]}): {len(rendered.prefix_ids)} tokens run "
+        f"once for all, then {len(ids)} with {pictures} picture tokens; the {responses} in [[ ]] are in the loss."
     )
     note(render_sample(classifier, ids.tolist(), targets.tolist()) + "\n")
     if not pictures:
-        raise UsageError("the sample above has no picture token: the model would learn from the text alone. Check the processor of the model.")
+        raise UsageError(
+            "the sample above has no picture token: the model would learn from the text alone. Check the processor of the model."
+        )
     if not responses:
         raise UsageError("the sample above has no response token: there is nothing to learn. Check the class names and the responses.")
 

@@ -1,7 +1,8 @@
 """fit: set-up, epochs, steps, evaluation, saving. Our own loop on accelerate.
 
-Order, dropout and learning rate are functions of (seed, epoch, step), so that a resumed run goes on exactly where the other stopped: no
-generator state has to be saved. The loss of a step is the mean over all its response tokens, however the step is cut into batches and processes.
+Order, dropout and learning rate are functions of (seed, epoch, step), so that a resumed run goes on exactly where the other stopped:
+no generator state has to be saved. The loss of a step is the mean over all its response tokens, however the step is cut into batches
+and processes.
 """
 
 import math

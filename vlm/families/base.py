@@ -59,7 +59,8 @@ def quiet() -> Iterator[None]:
 class Family:
     """One architecture: how it reads text and pictures, and what its parts are called.
 
-    A family file says: `model_types`, `vision`, `connector`, `language`, `encode_pictures`, `vision_features` and, where they differ, the rest.
+    A family file says `model_types`, `vision`, `connector`, `language`, `encode_pictures`, `vision_features` and, where they
+    differ, the rest.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
