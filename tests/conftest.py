@@ -3,6 +3,9 @@
 import os
 import tempfile
 
+import pytest
+from commands import train
+
 # Set before any library reads them. Kept in a variable, since the folder goes away with it when the tests end.
 _CACHES = tempfile.TemporaryDirectory(prefix="vlm_tests_")
 os.environ.update(
@@ -19,3 +22,11 @@ os.environ.update(
 )
 # Tiny models are quickest on one thread, and threads that wait for each other crawl when anything else runs.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(scope="session")
+def demo_run(tmp_path_factory):
+    """The output folder of a short run of the demo, trained once for all tests. Only to be read."""
+    output = tmp_path_factory.mktemp("demo") / "vlm_results"
+    assert train("--demo", "--max-samples", 100, "--epochs", 1, "--batch-size", 4, "--output-dir", output) == 0
+    return output

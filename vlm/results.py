@@ -70,9 +70,8 @@ def _print(run: Run, results: dict[str, Any]) -> None:
     ]
     rows += [(name, str(value)) for name, value in test.get("own_metrics", {}).items()]
     print("\n" + format_table(rows))
-    note(
-        f"\nThe results are in {run.output}. Classify pictures with:\n  {_command()} --model-dir {run.output / 'best_model'} IMAGE_OR_FOLDER..."
-    )
+    hint = f"{_command()} --model-dir {run.output / 'best_model'} IMAGE_OR_FOLDER..."
+    note(f"\nThe results are in {run.output}. Classify pictures with:\n  {hint}")
 
 
 def _command() -> str:

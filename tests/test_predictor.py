@@ -1,0 +1,195 @@
+"""The three functions of inference, on the demo's model."""
+
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from inference_vlm import load_model_and_metadata, predict_batch, predict_single_image
+from vlm.errors import UsageError
+from vlm.pictures import UnreadablePicture
+
+COUNT = 7
+
+
+@pytest.fixture(scope="module")
+def loaded(demo_run):
+    return load_model_and_metadata(demo_run / "best_model", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    return [(digit * (255 / 16)).round().astype(np.uint8) for digit in load_digits().images[:COUNT]]
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory, arrays):
+    folder = tmp_path_factory.mktemp("digits")
+    for i, array in enumerate(arrays):
+        Image.fromarray(array).save(folder / f"{i}.png")
+    return [folder / f"{i}.png" for i in range(COUNT)]
+
+
+def batch(loaded, paths, **options):
+    model, processor, metadata = loaded
+    return predict_batch(model, processor, paths, metadata, **{"show_progress": False} | options)
+
+
+def single(loaded, image, **options):
+    model, processor, metadata = loaded
+    return predict_single_image(model, processor, image, metadata, **options)
+
+
+def table(results):
+    """(pictures, classes) probabilities."""
+    return np.array([list(result["probabilities"].values()) for result in results.values()])
+
+
+def test_what_is_loaded_is_ready_to_use(loaded):
+    model, processor, metadata = loaded
+    assert not model.training and model.device.type == "cpu"
+    assert processor is model.family.processor and hasattr(processor, "tokenizer")
+    assert metadata["class_names"] == list(model.class_names) and metadata["model"] == "demo"
+
+
+def test_path_text_picture_and_array_give_the_same(loaded, paths, arrays):
+    expected = single(loaded, paths[0])
+    assert single(loaded, str(paths[0])) == expected
+    assert single(loaded, Image.open(paths[0])) == expected
+    assert single(loaded, arrays[0]) == expected
+    assert single(loaded, np.stack([arrays[0]] * 3, axis=-1)) == expected
+    prediction, confidence, text = expected
+    assert prediction in loaded[2]["class_names"] and 0 < confidence < 1 and isinstance(text, str) and text
+
+
+def test_one_by_one_is_the_same_as_in_a_batch(loaded, paths):
+    for path, result in batch(loaded, paths, batch_size=3).items():
+        prediction, confidence, text = single(loaded, path)
+        assert (prediction, text) == (result["prediction"], result["full_response"])
+        assert confidence == pytest.approx(result["confidence"], abs=1e-5)
+
+
+def test_pictures_of_one_batch_do_not_change_each_other(loaded, paths):
+    results = batch(loaded, paths, batch_size=1, explain=False)
+    expected = table(results)
+    assert (np.abs(expected - expected[0]).max(axis=1)[1:] > 1e-4).all(), "else a picture in the wrong place would go unnoticed"
+    for size in (2, COUNT, 100):
+        together = batch(loaded, paths, batch_size=size, explain=False)
+        assert list(together) == list(results)
+        np.testing.assert_allclose(table(together), expected, atol=1e-5)
+
+
+def test_results_come_in_the_order_of_the_paths_and_each_path_once(loaded, paths):
+    mixed = [paths[4], str(paths[1]), paths[6], paths[1], paths[0]]
+    results = batch(loaded, mixed, batch_size=2, explain=False)
+    assert list(results) == [str(path) for path in (paths[4], paths[1], paths[6], paths[0])]
+    alone = batch(loaded, [paths[6]], explain=False)[str(paths[6])]
+    np.testing.assert_allclose(list(results[str(paths[6])]["probabilities"].values()), list(alone["probabilities"].values()), atol=1e-5)
+    assert list(batch(loaded, (path for path in paths), explain=False)) == list(map(str, paths)), "any iterable will do"
+
+
+def test_confidence_is_the_largest_probability_and_they_add_up_to_one(loaded, paths):
+    for result in batch(loaded, paths).values():
+        assert set(result) == {"prediction", "confidence", "probabilities", "full_response"}
+        assert list(result["probabilities"]) == loaded[2]["class_names"]
+        assert sum(result["probabilities"].values()) == pytest.approx(1, abs=1e-6)
+        assert result["confidence"] == max(result["probabilities"].values()) == result["probabilities"][result["prediction"]]
+
+
+def test_without_explain_the_text_is_empty_and_all_else_the_same(loaded, paths):
+    with_text, without = batch(loaded, paths), batch(loaded, paths, explain=False)
+    assert all(result["full_response"] for result in with_text.values())
+    assert without == {path: result | {"full_response": ""} for path, result in with_text.items()}
+    assert single(loaded, paths[0], explain=False)[2] == ""
+
+
+def test_files_that_cannot_be_read_are_named_and_the_rest_goes_on(loaded, paths, tmp_path):
+    (tmp_path / "broken.png").write_bytes(paths[0].read_bytes()[:60])
+    (tmp_path / "notes.txt").write_text("no picture")
+    bad = [tmp_path / "broken.png", tmp_path / "missing.png", tmp_path / "notes.txt", tmp_path]
+    results = batch(loaded, [bad[0], paths[0], *bad[1:], paths[1]], batch_size=2, explain=False)
+    assert list(results) == [str(path) for path in (bad[0], paths[0], *bad[1:], paths[1])]
+    for path in bad:
+        assert set(results[str(path)]) == {"prediction", "error"} and results[str(path)]["prediction"] is None
+        assert results[str(path)]["error"].startswith(f"{path}: ") and "\n" not in results[str(path)]["error"]
+    expected = table(batch(loaded, paths[:2], explain=False))
+    np.testing.assert_allclose(table({path: results[str(path)] for path in paths[:2]}), expected, atol=1e-5)
+    with pytest.raises(UnreadablePicture, match=r"missing\.png: no such file"):
+        single(loaded, bad[1])
+
+
+def test_no_pictures_give_no_results(loaded):
+    assert batch(loaded, []) == {}
+
+
+def test_one_path_instead_of_a_list_is_refused(loaded, paths):
+    for path in (paths[0], str(paths[0])):
+        with pytest.raises(TypeError, match="pass a list of paths"):
+            batch(loaded, path)
+
+
+def test_a_batch_size_of_zero_is_refused(loaded, paths):
+    with pytest.raises(ValueError, match="batch_size is 0, expected at least 1"):
+        batch(loaded, paths, batch_size=0)
+
+
+def test_the_progress_bar_counts_pictures_and_can_be_switched_off(loaded, paths, capsys, monkeypatch):
+    monkeypatch.setattr("vlm.tracking.SECONDS_BETWEEN_LINES", 0)
+    batch(loaded, paths, batch_size=3, explain=False, show_progress=True)
+    out, err = capsys.readouterr()
+    assert out == "" and [line.split()[1] for line in err.splitlines()] == ["3/7", "6/7", "7/7"]
+    batch(loaded, paths, batch_size=3, explain=False)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_metadata_may_lie_beside_the_model_folder(demo_run, loaded, paths, tmp_path):
+    shutil.copytree(demo_run / "best_model", tmp_path / "model")
+    (tmp_path / "model" / "training_metadata.json").rename(tmp_path / "training_metadata.json")
+    moved = load_model_and_metadata(str(tmp_path / "model"), device="cpu", dtype="float32")
+    assert moved[2] == loaded[2]
+    assert batch(moved, paths[:1]) == batch(loaded, paths[:1])
+
+
+def test_an_interrupted_save_is_undone(demo_run, tmp_path):
+    shutil.copytree(demo_run / "best_model", tmp_path / "best_model.old")
+    assert load_model_and_metadata(tmp_path / "best_model", device="cpu")[2]["model"] == "demo"
+
+
+def test_values_of_different_models_are_refused(demo_run, loaded, paths):
+    model, processor, metadata = loaded
+    other = load_model_and_metadata(demo_run / "final_model", device="cpu")
+    others = [
+        (model, other[1], metadata),
+        (model, processor, metadata | {"class_names": metadata["class_names"][::-1]}),
+        (other[0], processor, metadata),
+    ]
+    for mixed in others:
+        with pytest.raises(ValueError, match="belong to different models"):
+            single(mixed, paths[0])
+        with pytest.raises(ValueError, match="belong to different models"):
+            batch(mixed, paths)
+    with pytest.raises(TypeError, match="pass the three values"):
+        single((model.model, processor, metadata), paths[0])
+
+
+def test_a_folder_without_a_trained_model_says_what_was_expected(demo_run, tmp_path):
+    with pytest.raises(UsageError, match=r"nothing is not a folder: train a model first"):
+        load_model_and_metadata(tmp_path / "nothing")
+    with pytest.raises(UsageError, match=r"no training_metadata.json in .* or beside it"):
+        load_model_and_metadata(tmp_path)
+    (tmp_path / "training_metadata.json").write_text("{")
+    with pytest.raises(UsageError, match="is not readable"):
+        load_model_and_metadata(tmp_path)
+    shutil.copy(demo_run / "training_metadata.json", tmp_path)
+    with pytest.raises(UsageError, match="no readable config.json"):
+        load_model_and_metadata(tmp_path)
+
+
+def test_a_device_or_number_format_that_is_not_there_is_refused(demo_run, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UsageError, match="no CUDA device"):
+        load_model_and_metadata(demo_run / "best_model", device="cuda")
+    with pytest.raises(UsageError, match="float16 works on CUDA only"):
+        load_model_and_metadata(demo_run / "best_model", device="cpu", dtype="float16")
