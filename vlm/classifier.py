@@ -91,14 +91,14 @@ class VLMClassifier(nn.Module):
 
     def forward(self, batch: dict[str, Any]) -> LossOutput:
         """Cross entropy of the response tokens, summed; logits are computed at these positions only."""
-        hidden, _ = self._run_rows(batch)
+        hidden, _, _ = self._run_rows(batch)
         targets = batch["targets"][:, 1:]
         in_loss = targets != IGNORED
         logits = self.family.logits(hidden[:, :-1][in_loss])
         return LossOutput(nn.functional.cross_entropy(logits, targets[in_loss], reduction="sum"), in_loss.sum())
 
-    def _run_rows(self, batch: dict[str, Any]) -> tuple[Tensor, Cache]:
-        """Prefix once, rows over it: hidden states (B, L, D) of the rows and the cache of all K tokens."""
+    def _run_rows(self, batch: dict[str, Any]) -> tuple[Tensor, Cache, Tensor]:
+        """Prefix once, rows over it: hidden states (B, L, D) of the rows, the cache of all K tokens, (B,) the position that follows."""
         ids = batch["input_ids"]
         embeddings = self.family.embed(ids)
         features = self.family.picture_features(batch["pixels"]).to(embeddings.dtype)
@@ -107,9 +107,8 @@ class VLMClassifier(nn.Module):
             raise RuntimeError(f"{int(places.sum())} picture tokens in the text, {len(features)} picture features")
         embeddings = embeddings.masked_scatter(places, features)
         cache = expand(self._prefix(), len(ids))
-        start = len(self.rendered.prefix_ids)
-        positions = torch.arange(start, start + ids.shape[1], device=ids.device).unsqueeze(0)
-        return self.family.run_language(embeddings, positions, cache), cache
+        positions, ends = self.family.positions(len(self.rendered.prefix_ids), batch)
+        return self.family.run_language(embeddings, positions, cache), cache, ends
 
     def _prefix(self) -> Cache:
         """Keys and values (1, heads, P, width) of the prefix; kept between calls while nothing can change them."""
@@ -117,7 +116,8 @@ class VLMClassifier(nn.Module):
             return self._kept_prefix
         ids = torch.tensor([self.rendered.prefix_ids], device=self.device)
         cache = self.family.new_cache()
-        self.family.run_language(self.family.embed(ids), torch.arange(ids.shape[1], device=self.device).unsqueeze(0), cache)
+        positions = torch.arange(ids.shape[1], device=self.device).unsqueeze(0)
+        self.family.run_language(self.family.embed(ids), self.family.text_positions(positions), cache)
         if not self.training and not torch.is_grad_enabled():
             self._kept_prefix = cache
         return cache
@@ -127,12 +127,12 @@ class VLMClassifier(nn.Module):
     @torch.no_grad()
     def read(self, batch: dict[str, Any]) -> Reading:
         """Read prefix, pictures and questions of a batch made with `with_response=False`."""
-        hidden, cache = self._run_rows(batch)
+        hidden, cache, ends = self._run_rows(batch)
         lengths = batch["lengths"]
         start = len(self.rendered.prefix_ids)
         places = torch.arange(start + hidden.shape[1], device=hidden.device)
         last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
-        return Reading(cache, places < (start + lengths).unsqueeze(1), last, start + lengths)
+        return Reading(cache, places < (start + lengths).unsqueeze(1), last, ends)
 
     @torch.no_grad()
     def score(self, reading: Reading) -> Tensor:
@@ -142,7 +142,7 @@ class VLMClassifier(nn.Module):
         hidden = reading.hidden.unsqueeze(1)
         if len(tree.inner_tokens):
             embeddings = self.family.embed(tree.inner_tokens.expand(count, -1))
-            positions = reading.next_position.unsqueeze(1) + tree.inner_depths
+            positions = self.family.text_positions(reading.next_position.unsqueeze(1) + tree.inner_depths)
             allowed = torch.cat(
                 [reading.seen.unsqueeze(1).expand(-1, len(tree.inner_tokens), -1), tree.inner_mask.expand(count, -1, -1)], dim=-1
             )
@@ -175,20 +175,20 @@ class VLMClassifier(nn.Module):
             max_new_tokens: default: twice the longest response, and at least 64.
         """
         limit = max_new_tokens or max(64, 2 * int(self.tree.lengths.max()))
-        end = self.family.tokenizer.convert_tokens_to_ids(self.family.end_of_turn)
+        stops = torch.tensor(self.family.stop_ids, device=self.device)
         cache, seen, hidden = expand(reading.cache, len(reading.hidden)), reading.seen, reading.hidden
         written = torch.empty(len(hidden), 0, dtype=torch.long, device=hidden.device)
         done = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
         for step in range(limit):
             token = self.family.logits(hidden).argmax(-1)
-            token = torch.where(done, end, token)
+            token = torch.where(done, stops[0], token)
             written = torch.cat([written, token.unsqueeze(1)], dim=1)
-            done |= token == end
+            done |= torch.isin(token, stops)
             if done.all():
                 break
             embeddings = self.family.embed(token.unsqueeze(1))
             seen = torch.nn.functional.pad(seen, (0, 1), value=True)
-            positions = (reading.next_position + step).unsqueeze(1)
+            positions = self.family.text_positions((reading.next_position + step).unsqueeze(1))
             hidden = self.family.run_language(embeddings, positions, cache, seen[:, None, None])[:, 0]
         return [self.family.decode(ids) for ids in written.tolist()]
 

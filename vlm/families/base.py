@@ -142,6 +142,11 @@ class Family:
         raise NotImplementedError
 
     @property
+    def stop_ids(self) -> list[int]:
+        """Tokens at which the model's turn is over when it writes."""
+        return [self.tokenizer.convert_tokens_to_ids(self.end_of_turn)]
+
+    @property
     def max_length(self) -> int:
         return self.model.config.get_text_config().max_position_embeddings
 
@@ -196,6 +201,19 @@ class Family:
         """(B, L) token ids -> (B, L, D)."""
         return self.model.get_input_embeddings()(ids)
 
+    def positions(self, start: int, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Positions of the rows of a batch (see `vlm_collate_fn`) that follow `start` prefix tokens.
+
+        Returns:
+            what `run_language` takes for the rows, (1, L) here, and (B,) the position of the first token after each row.
+        """
+        length = batch["input_ids"].shape[1]
+        return torch.arange(start, start + length, device=batch["input_ids"].device).unsqueeze(0), start + batch["lengths"]
+
+    def text_positions(self, positions: Tensor) -> Tensor:
+        """(B, L) positions of text tokens -> what `run_language` takes."""
+        return positions
+
     def new_cache(self) -> Cache:
         return DynamicCache(config=self.model.config)
 
@@ -203,7 +221,7 @@ class Family:
         """(B, L, D) -> hidden states (B, L, D).
 
         Args:
-            positions: (B, L) or (1, L).
+            positions: from `positions` or `text_positions`.
             cache: keys and values of earlier tokens; the new ones are added to it.
             mask: (B, 1, L, K) bool, True where a token (L) sees another (K); without it every token sees itself and all before it.
         """
