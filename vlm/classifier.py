@@ -14,16 +14,22 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import send_to_device
+from PIL import Image
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from vlm import plain
 from vlm.batching import IGNORED, vlm_collate_fn
 from vlm.data import Sample
 from vlm.errors import UsageError
 from vlm.families.base import Family
 from vlm.label_tree import LabelTree, build_label_tree, class_log_probabilities
 from vlm.prompts import Prompts
+from vlm.tracking import note
 
+# Largest difference between shared and plain forward of the log-probability of a response: float32, and formats of half the size.
+CHECK_TOLERANCE, HALF_TOLERANCE = 1e-3, 0.5
 LOGITS_AT_ONCE = 2**25  # elements of one block of logits: 128 MiB in float32
 
 
@@ -39,13 +45,15 @@ class Reading:
     """Prompts that were read: what scoring and writing go on from.
 
     cache: keys and values of the K tokens. seen: (B, K) bool, False at padding. hidden: (B, D) state of the last prompt token.
-    next_position: (B,) position of the token to come.
+    next_position: (B,) position of the token to come. A model without a shared prefix
+    has the batch itself instead.
     """
 
-    cache: Cache
-    seen: Tensor
-    hidden: Tensor
-    next_position: Tensor
+    cache: Cache | None = None
+    seen: Tensor | None = None
+    hidden: Tensor | None = None
+    next_position: Tensor | None = None
+    batch: dict[str, Any] | None = None
 
 
 class VLMClassifier(nn.Module):
@@ -69,7 +77,29 @@ class VLMClassifier(nn.Module):
             self.tree: LabelTree = build_label_tree(self.rendered.response_ids)
         except ValueError as error:
             raise UsageError(f"the responses do not tell the classes apart ({error}): give every class a name of its own.") from error
+        self.feature_cache: Any = None  # a `FeatureCache` while training with a frozen vision tower
         self._kept_prefix: Cache | None = None
+        if family.must_be_checked and family.shares_prefix:
+            self._check_shared_prefix()
+
+    def _check_shared_prefix(self) -> None:
+        """Hold the shared prefix and the label tree against the plain forward; where they differ, do without them."""
+        was_training = self.training
+        self.eval()
+        picture = Image.effect_noise((64, 48), 80).convert("RGB")
+        batch = send_to_device(self.collate(with_response=False)([Sample(picture, 0, "a picture of noise")]), self.device)
+        some = range(min(3, len(self.class_names)))
+        try:
+            difference = (self.score(self.read(batch))[:, : len(some)] - plain.score(self, batch, some)).abs()
+            worst = float(difference.max())
+            reason = f"the log-probabilities of the responses differ by {worst:.1e}"
+        except Exception as error:
+            worst, reason = float("inf"), f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        self.train(was_training)
+        if not worst <= (CHECK_TOLERANCE if self.model.dtype in (torch.float32, torch.float64) else HALF_TOLERANCE):
+            note(f"the shared prefix does not fit this model ({reason}): falling back to the plain forward, which is slower and as exact.")
+            self.family.shares_prefix = False
+            self.rendered = self.family.render(self.prompts)
 
     @property
     def device(self) -> torch.device:
@@ -85,12 +115,15 @@ class VLMClassifier(nn.Module):
 
     def collate(self, with_response: bool) -> Callable[[Sequence[Sample]], dict[str, Any]]:
         """`vlm_collate_fn` for this model's pictures and conversation, for a loader with any number of processes."""
-        return partial(vlm_collate_fn, family=self.family.without_weights(), rendered=self.rendered, with_response=with_response)
+        family, cache = self.family.without_weights(), self.feature_cache
+        return partial(vlm_collate_fn, family=family, rendered=self.rendered, with_response=with_response, cache=cache)
 
     # Training
 
     def forward(self, batch: dict[str, Any]) -> LossOutput:
         """Cross entropy of the response tokens, summed; logits are computed at these positions only."""
+        if not self.family.shares_prefix:
+            return LossOutput(*plain.loss(self, batch))
         hidden, _, _ = self._run_rows(batch)
         targets = batch["targets"][:, 1:]
         in_loss = targets != IGNORED
@@ -127,6 +160,8 @@ class VLMClassifier(nn.Module):
     @torch.no_grad()
     def read(self, batch: dict[str, Any]) -> Reading:
         """Read prefix, pictures and questions of a batch made with `with_response=False`."""
+        if not self.family.shares_prefix:
+            return Reading(batch=batch)
         hidden, cache, ends = self._run_rows(batch)
         lengths = batch["lengths"]
         start = len(self.rendered.prefix_ids)
@@ -137,6 +172,8 @@ class VLMClassifier(nn.Module):
     @torch.no_grad()
     def score(self, reading: Reading) -> Tensor:
         """(B, C) exact log-probability of each class's whole response, end of turn included, by the label tree."""
+        if reading.batch is not None:
+            return plain.score(self, reading.batch)
         tree = self.tree = self.tree.to(self.device)
         count = len(reading.hidden)
         hidden = reading.hidden.unsqueeze(1)
@@ -175,6 +212,8 @@ class VLMClassifier(nn.Module):
             max_new_tokens: default: twice the longest response, and at least 64.
         """
         limit = max_new_tokens or max(64, 2 * int(self.tree.lengths.max()))
+        if reading.batch is not None:
+            return plain.write(self, reading.batch, limit)
         stops = torch.tensor(self.family.stop_ids, device=self.device)
         cache, seen, hidden = expand(reading.cache, len(reading.hidden)), reading.seen, reading.hidden
         written = torch.empty(len(hidden), 0, dtype=torch.long, device=hidden.device)

@@ -21,6 +21,7 @@ from vlm.demo import MODEL_NAME, build_demo_model
 from vlm.device import pick_device, pick_dtype
 from vlm.errors import UsageError
 from vlm.families import load_family
+from vlm.features import fill_cache
 from vlm.hub import model_folder
 from vlm.prompts import build_prompts
 from vlm.report import format_table
@@ -68,12 +69,15 @@ def set_up(settings: Settings) -> Run:
 
     prompts = build_prompts(settings, data.class_names)
     folder, revision = _find_model(settings, data.class_names, accelerator)
-    family = load_family(folder, dtype, accelerator.device)
+    family = load_family(folder, dtype, accelerator.device, settings.picture_options())
     prepare_tuning(family, settings)
     classifier = VLMClassifier(family, prompts)
     note(format_table(_settings_rows(settings, classifier, reason, dtype)) + "\n")
     preflight(classifier, data.train[0])
 
+    if not settings.no_feature_cache:
+        with accelerator.main_process_first():  # the others find what the first one has computed
+            classifier.feature_cache = fill_cache(family, (data.train, data.validation), settings.cache_size)
     optimizer = torch.optim.AdamW(
         parameter_groups(classifier, settings.weight_decay), lr=settings.learning_rate, fused=accelerator.device.type in ("cpu", "cuda")
     )
