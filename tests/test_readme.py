@@ -117,7 +117,10 @@ def test_every_command_runs(printed, clone):
     table = next(text for command, text in printed.items() if "inference_vlm.py" in command and "demo_pictures" in command)
     assert all(f"demo_pictures/digit_{i}.png" in table for i in range(10))
     batch = next(text for block, text in printed.items() if "predict_batch" in block)
-    assert re.search(r"demo_pictures/digit_4\.png \w+ 0\.\d+ None", batch) and "no_such_file.png None None no_such_file.png: no such file" in batch
+    assert (
+        re.search(r"demo_pictures/digit_4\.png \w+ 0\.\d+ None", batch)
+        and "no_such_file.png None None no_such_file.png: no such file" in batch
+    )
 
 
 def test_everything_that_a_run_writes_is_named(printed, clone):
