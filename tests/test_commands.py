@@ -13,7 +13,6 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_data import pictures
 from test_sources import CODES, mars
-from tiny import save_tiny_model
 
 MARS = json.loads((ROOT / "tests" / "data" / "mars.json").read_text())
 COMMIT = "0123456789abcdef" * 2 + "76543210"
@@ -22,12 +21,6 @@ import numpy as np
 def sure(labels, predictions, probabilities, class_names):
     return {"mean": probabilities.max(axis=1).mean(), "right": np.mean(labels == predictions), "classes": len(class_names)}
 """
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory):
-    """Where a model as on the hub lies, with two layers of random weights."""
-    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

@@ -190,6 +190,7 @@ def resolve(given: dict[str, Any], saved: dict[str, Any] | None = None) -> Setti
     if saved is not None:
         _check_same_run(given, saved)
         names = {item.name for item in dataclasses.fields(Settings)}
+        names -= {"resume", "overwrite", "debug"}  # what was asked of the earlier start alone
         merged = {k: v for k, v in saved.items() if k in names} | given
     elif given.get("demo"):
         merged = DEMO_DEFAULTS | given
