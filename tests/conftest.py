@@ -30,3 +30,11 @@ def demo_run(tmp_path_factory):
     output = tmp_path_factory.mktemp("demo") / "vlm_results"
     assert train("--demo", "--max-samples", 100, "--epochs", 1, "--batch-size", 4, "--output-dir", output) == 0
     return output
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """A folder with a model as on the hub, of two layers with random weights. Only to be read."""
+    from tiny import save_tiny_model
+
+    return save_tiny_model(tmp_path_factory.mktemp("tiny_model"))

@@ -81,9 +81,21 @@ def test_a_run_that_was_killed_before_the_first_state_starts_from_the_beginning(
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
+@pytest.mark.parametrize("name", ["processes", "training pictures"])
+def test_a_run_that_would_go_on_elsewhere_is_refused(tmp_path, name):
+    with pytest.raises(Stopped):
+        fit(settings(tmp_path), stop_after(1))
+    state = tmp_path / STATE / "state.json"
+    values = json.loads(state.read_text())
+    values["fingerprint"][name] += 1
+    state.write_text(json.dumps(values))
+    with pytest.raises(UsageError, match=f"had [0-9]+ {name}, this one has [0-9]+"):
+        fit(resumed(tmp_path))
+
+
 def test_a_finished_or_interrupted_run_is_not_overwritten_by_chance(unbroken, tmp_path):
     output, more, _ = unbroken
-    with pytest.raises(UsageError, match="holds a finished run: choose another --output-dir, or delete it with --overwrite"):
+    with pytest.raises(UsageError, match="holds a finished run: choose another --output-dir, or --overwrite it"):
         fit(settings(output, **more))
     with pytest.raises(UsageError, match="there is nothing to resume"):
         fit(resumed(output))

@@ -22,9 +22,10 @@ from vlm.tuning import merged_state_dict, trained_parameters
 METADATA = "training_metadata.json"
 RESULTS = "results.json"
 STATE = "resume_state"
+DEMO_PICTURES = "demo_pictures"
 # Everything a run writes, which is what --overwrite deletes.
 WRITTEN = (
-    "best_model", "final_model", "demo_model", STATE, "wandb", METADATA, RESULTS, "log.jsonl", "training_curves.png",
+    "best_model", "final_model", "demo_model", DEMO_PICTURES, STATE, "wandb", METADATA, RESULTS, "log.jsonl", "training_curves.png",
     "confusion_matrix.png",
 )  # fmt: skip
 
@@ -82,8 +83,12 @@ def prepare_output(settings: Settings) -> None:
             path = output / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     elif (output / RESULTS).exists():
-        todo = "there is nothing to resume" if settings.resume else "choose another --output-dir"
-        raise UsageError(f"{output} holds a finished run: {todo}, or delete it with --overwrite.")
+        todo = (
+            "there is nothing to resume; start anew with --overwrite"
+            if settings.resume
+            else "choose another --output-dir, or --overwrite it"
+        )
+        raise UsageError(f"{output} holds a finished run: {todo}.")
     elif (output / METADATA).exists() and not settings.resume:
         raise UsageError(f"{output} holds an interrupted run: go on with --resume, or delete it with --overwrite.")
 
@@ -143,6 +148,7 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     settings: dict[str, Any],
+    fingerprint: dict[str, Any],
     scaler: dict[str, Any] | None,
 ) -> None:
     """Save what a resumed run needs: trained weights, optimizer, progress, settings. The rest is a function of seed and step."""
@@ -152,14 +158,14 @@ def save_state(
         states = optimizer.state_dict()["state"]
         tensors = {f"{index}.{name}": value.contiguous() for index, state in states.items() for name, value in state.items()}
         save_file(tensors, new / "optimizer.safetensors")
-        values = {"settings": settings, "scaler": scaler, "progress": asdict(progress)}
+        values = {"settings": settings, "fingerprint": fingerprint, "scaler": scaler, "progress": asdict(progress)}
         (new / "state.json").write_text(json.dumps(values), encoding="utf-8")  # infinities are kept here
 
     write_folder(output / STATE, write)
 
 
 def read_state(output: Path) -> dict[str, Any] | None:
-    """Settings and progress of the newest saved state, or None where there is none."""
+    """Settings, fingerprint and progress of the newest saved state, or None where there is none."""
     recover(output / STATE)
     path = output / STATE / "state.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

@@ -26,9 +26,11 @@ TUNING_DEFAULTS = {
 # The demo trains a very small model from scratch, which wants other values than fine-tuning does.
 DEMO_DEFAULTS = {
     "tune": "full",
-    "learning_rate": 2e-3,
-    "epochs": 12,
-    "batch_size": 32,
+    "learning_rate": 1.5e-3,
+    "weight_decay": 0.1,
+    "epochs": 16,
+    "batch_size": 16,
+    "eval_batch_size": 64,
     "gradient_accumulation_steps": 1,
     "task_description": "handwritten digit recognition",
 }
@@ -90,17 +92,19 @@ class Settings:
         None, "prompts", "question after the picture, or @file; {classes} and {task_description} are filled in"
     )
 
-    batch_size: int = _flag(1, "training", "pictures in one forward pass (default: 1)")
+    batch_size: int = _flag(1, "training", "pictures in one forward pass (default: 1; demo: 16)")
     gradient_accumulation_steps: int | None = _flag(
         None, "training", f"batches in one optimizer step (default: as many as make {PICTURES_PER_STEP} pictures)"
     )
-    epochs: int | None = _flag(None, "training", "passes over the training pictures (default: 3; connector: 5; demo: 12)")
-    learning_rate: float | None = _flag(None, "training", "peak learning rate (default: lora 2e-4, connector 5e-4, full 1e-5, demo 2e-3)")
-    weight_decay: float = _flag(0.01, "training", "AdamW weight decay (default: 0.01)")
+    epochs: int | None = _flag(None, "training", "passes over the training pictures (default: 3; connector: 5; demo: 16)")
+    learning_rate: float | None = _flag(None, "training", "peak learning rate (default: lora 2e-4, connector 5e-4, full 1e-5, demo 1.5e-3)")
+    weight_decay: float = _flag(0.01, "training", "AdamW weight decay (default: 0.01; demo: 0.1)")
     warmup_ratio: float = _flag(0.05, "training", "share of the steps with a rising learning rate (default: 0.05)")
     max_grad_norm: float = _flag(1.0, "training", "gradients are clipped to this norm; 0 switches it off (default: 1.0)")
     eval_steps: int | None = _flag(None, "training", "optimizer steps between evaluations (default: at the end of each epoch)")
-    eval_batch_size: int | None = _flag(None, "training", "pictures in one batch of an evaluation (default: 8, or --batch-size if larger)")
+    eval_batch_size: int | None = _flag(
+        None, "training", "pictures in one batch of an evaluation (default: 8, or --batch-size if larger; demo: 64)"
+    )
     workers: int | None = _flag(None, "training", "processes that prepare pictures (default: 0 on the CPU, up to 8 on a GPU)")
     no_feature_cache: bool = _flag(False, "training", "compute the features of a frozen vision tower anew each time")
     cache_size: float = _flag(20.0, "training", "largest size of the features kept in ~/.cache/vlm, in GB (default: 20)")
@@ -220,6 +224,7 @@ def resolve(given: dict[str, Any], saved: dict[str, Any] | None = None) -> Setti
     if saved is not None:
         _check_same_run(given, saved)
         names = {item.name for item in dataclasses.fields(Settings)}
+        names -= {"resume", "overwrite", "debug"}  # what was asked of the earlier start alone
         merged = {k: v for k, v in saved.items() if k in names} | given
     elif given.get("demo"):
         merged = DEMO_DEFAULTS | given

@@ -20,8 +20,8 @@ from vlm.prompts import build_prompts
 
 MODEL_NAME = "demo"  # what the metadata calls the model
 IMAGE_SIZE = 32  # pixels; the digits have 8
-PATCH_SIZE = 4
-SCALE_FACTOR = 2  # 2 x 2 patches become one picture token: 16 tokens a picture
+PATCH_SIZE = 8  # 2 x 2 of their pixels
+SCALE_FACTOR = 2  # 2 x 2 patches become one picture token: 4 tokens a picture
 SPECIAL_TOKENS = ["<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>", "<global-img>"]
 # The layout of SmolVLM-Instruct: see docs/architecture.md.
 CHAT_TEMPLATE = (

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm.checkpoint import METADATA, RESULTS, STATE, Progress, write_json
+from vlm.checkpoint import DEMO_PICTURES, METADATA, RESULTS, STATE, Progress, write_json
+from vlm.data import Split
 from vlm.evaluation import check_texts, evaluate_vlm_model
 from vlm.predictor import load_model_and_metadata
 from vlm.report import confusion_matrix, format_table, per_class_table, training_curves
@@ -48,10 +49,20 @@ def finish(run: Run, progress: Progress, metrics: Sequence[Callable[..., Any]]) 
     training_curves(progress.history, output / "training_curves.png")
     confusion_matrix(test["confusion_matrix"], data.class_names, output / "confusion_matrix.png")
     write_json(output / METADATA, run.metadata | {"test": {"accuracy": test["accuracy"], "macro_f1": test["macro_f1"]}})
+    if settings.demo:
+        save_demo_pictures(data.test, output / DEMO_PICTURES)
     write_json(output / RESULTS, results)  # last: it says that the run is finished
     shutil.rmtree(output / STATE, ignore_errors=True)
     _print(run, results)
     return results
+
+
+def save_demo_pictures(split: Split, folder: Path) -> None:
+    """Save the first test picture of each class as a file, to have something to classify."""
+    folder.mkdir(exist_ok=True)
+    for label in sorted(set(split.labels)):
+        picture = split[split.labels.index(label)].image
+        picture.save(folder / f"digit_{label}.png")
 
 
 def _name(run: Run) -> str:
@@ -70,7 +81,8 @@ def _print(run: Run, results: dict[str, Any]) -> None:
     ]
     rows += [(name, str(value)) for name, value in test.get("own_metrics", {}).items()]
     print("\n" + format_table(rows))
-    hint = f"{_command()} --model-dir {run.output / 'best_model'} IMAGE_OR_FOLDER..."
+    pictures = str(run.output / DEMO_PICTURES) if run.settings.demo else "IMAGE_OR_FOLDER..."
+    hint = f"{_command()} --model-dir {run.output / 'best_model'} {pictures}"
     note(f"\nThe results are in {run.output}. Classify pictures with:\n  {hint}")
 
 

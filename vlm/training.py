@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from vlm.checkpoint import METADATA, Progress, load_state, prepare_output, read_state, save_model_folder, save_state, write_json
 from vlm.config import Settings
 from vlm.data import Split, Step, epoch_plan
-from vlm.errors import RunError, Stopped
+from vlm.errors import RunError, Stopped, UsageError
 from vlm.evaluation import metrics_of_scores, score_split
 from vlm.metrics import load_metric
 from vlm.results import finish
@@ -78,11 +78,21 @@ class Trainer:
         if state is None:
             note("no state was saved yet: starting from the beginning.")
             return
+        for name, value in self._fingerprint().items():
+            if state["fingerprint"][name] != value:
+                raise UsageError(
+                    f"--resume: the interrupted run had {state['fingerprint'][name]} {name}, this one has {value}, so it would not go on "
+                    "where the other stopped. Make them equal, or start anew with --overwrite."
+                )
         self.progress = Progress(**state["progress"])
         load_state(self.run.output, self.run.classifier, self.run.optimizer)
         if state["scaler"] and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         note(f"going on after step {self.progress.step} of {self.total_steps}.")
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """What the order of the samples depends on beside the settings."""
+        return {"processes": self.accelerator.num_processes, "training pictures": len(self.run.data.train)}
 
     def train(self) -> None:
         """All epochs that are left, then the final model."""
@@ -230,7 +240,15 @@ class Trainer:
     def _save(self) -> None:
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
-            save_state(self.run.output, self.run.classifier, self.run.optimizer, self.progress, self.settings.to_json(), scaler)
+            save_state(
+                self.run.output,
+                self.run.classifier,
+                self.run.optimizer,
+                self.progress,
+                self.settings.to_json(),
+                self._fingerprint(),
+                scaler,
+            )
         self.last_save = time.monotonic()
 
     def _all_should_stop(self, evaluated: bool) -> bool:

@@ -1,0 +1,71 @@
+"""The step and the schedule: what the gradient of a step is, however it is cut."""
+
+import pytest
+import torch
+from tiny import NAMES, random_picture, save_tiny_model
+
+from vlm.config import resolve
+from vlm.setup import set_up
+from vlm.training import Trainer, learning_rate_at, step_seed
+
+
+def picture_folder(folder, names, each):
+    for label, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for i in range(each):
+            random_picture(100 * label + i).save(folder / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sources")
+    return save_tiny_model(folder / "model"), picture_folder(folder / "pictures", NAMES, each=4)
+
+
+def gradients_of_first_step(sources, output, **more):
+    """Gradients of the first optimizer step, in float64, without clipping."""
+    model, pictures = sources
+    flags = {"model": str(model), "dataset": str(pictures), "tune": "full", "max_grad_norm": 0.0, "output_dir": str(output)}
+    run = set_up(resolve(flags | more))
+    run.classifier.double()
+    trainer = Trainer(run, lambda: False)
+    caught = {}
+
+    def catch():
+        caught.update({name: p.grad.clone() for name, p in run.classifier.named_parameters() if p.grad is not None})
+
+    run.optimizer.step = catch
+    plan = trainer._plan(0)
+    loss = trainer._step(plan[0], trainer._batches(plan[:1]))
+    lengths = {trainer.response_lengths[run.data.train.labels[i]] for i in plan[0].indices}
+    assert len(lengths) > 1, "responses of unequal length, or a mean over batches would pass"
+    return loss, caught
+
+
+def test_accumulated_gradient_equals_that_of_one_large_batch(sources, tmp_path):
+    loss, whole = gradients_of_first_step(sources, tmp_path / "a", batch_size=7, gradient_accumulation_steps=1)
+    for batch_size, accumulation in ((1, 7), (4, 2)):
+        flags = {"batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+        if batch_size * accumulation != 7:
+            loss, whole = gradients_of_first_step(sources, tmp_path / "b", batch_size=8, gradient_accumulation_steps=1)
+        other_loss, parts = gradients_of_first_step(sources, tmp_path / f"c{batch_size}", **flags)
+        torch.testing.assert_close(other_loss, loss, rtol=1e-9, atol=0)
+        assert parts.keys() == whole.keys()
+        largest = max(gradient.norm() for gradient in whole.values())
+        for name, gradient in whole.items():
+            assert (parts[name] - gradient).norm() <= 1e-6 * max(gradient.norm(), 1e-6 * largest), name
+
+
+def test_the_learning_rate_rises_then_falls_to_zero():
+    rates = [learning_rate_at(step, 100, 0.1, 2.0) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2) and rates[9] == 2.0 and rates[10] == 2.0
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert rates[55] == pytest.approx(1.0) and 0 < rates[-1] < 1e-2
+    assert learning_rate_at(0, 1, 0.0, 2.0) == 2.0
+
+
+def test_every_step_and_process_has_a_seed_of_its_own():
+    seeds = {step_seed(seed, step, rank) for seed in range(3) for step in range(50) for rank in range(2)}
+    assert len(seeds) == 300
+    assert step_seed(1, 2, 3) == step_seed(1, 2, 3)
