@@ -41,6 +41,7 @@ from vlm.tracking import note
 GIB = 2**30
 FLOAT32 = 4  # bytes
 CHARACTERS_PER_TOKEN = 3  # of English; a low guess, so that the estimate is no lower than the truth
+LIBRARIES = 100 * 2**20  # what torch's own libraries take when they are first used, and a batch of pictures; measured: 70 to 110 MiB
 BYTES_OF_BITS = {4: 0.5 + 4 / 64, 8: 1.0}  # a float32 scale for each block of 64 weights of 4 bits
 
 
@@ -189,7 +190,7 @@ def _activations(family: Family, settings: Settings, size: int, device: str, tex
     logits = 3 * batch * texts.response * vocabulary.shape[0] * FLOAT32  # logits, their softmax, its gradient
     head = vocabulary.numel() * FLOAT32 if full else 0  # its new gradient, beside the one it is added to
     attended += prefix * block.count * block.keys * size
-    return (prefix + batch * row) * per_token + attended + batch * (patches * seen + tokens * connector * size) + logits + head
+    return LIBRARIES + (prefix + batch * row) * per_token + attended + batch * (patches * seen + tokens * connector * size) + logits + head
 
 
 def _evaluation(family: Family, settings: Settings, size: int, texts: Texts) -> float:
@@ -199,7 +200,8 @@ def _evaluation(family: Family, settings: Settings, size: int, texts: Texts) -> 
     keys = batch * (2 * (texts.prefix + tokens + texts.question) + nodes) * block.count * block.keys * size
     scored = batch * (1 + nodes) * family.model.get_output_embeddings().weight.shape[0]
     passing = batch * max(patches * Block.of(family.vision).passing(size), (tokens + texts.question) * block.passing(size))
-    return keys + max(passing, 3 * min(scored, LOGITS_AT_ONCE) * FLOAT32)
+    blocks = 3 if size == FLOAT32 else 3.5  # logits of a block, their logarithms, and those of the block before
+    return LIBRARIES + keys + max(passing, blocks * min(scored, LOGITS_AT_ONCE) * FLOAT32)
 
 
 def _copied(family: Family, settings: Settings, size: int) -> int:
