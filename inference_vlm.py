@@ -8,6 +8,7 @@ from inference_vlm import load_model_and_metadata, predict_single_image, predict
 import argparse
 import csv
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,8 +55,8 @@ def predict(args: argparse.Namespace) -> None:
     """Classify what the arguments name and show or write it."""
     if args.batch_size < 1:
         raise UsageError(f"--batch-size {args.batch_size}: expected a whole number of at least 1.")
-    if args.output and Path(args.output).suffix not in (".csv", ".jsonl"):
-        raise UsageError(f"--output {args.output}: expected a name that ends in .csv or .jsonl.")
+    if args.output:
+        check_output(Path(args.output))
     wait_politely()
     from vlm.pictures import find_pictures
     from vlm.predictor import load_model_and_metadata, predict_batch
@@ -70,6 +71,14 @@ def predict(args: argparse.Namespace) -> None:
     failed = [path for path, result in results.items() if "error" in result]
     if failed:
         raise RunError(f"{len(failed)} of {len(results)} pictures could not be read, such as {failed[0]}; the others are classified.")
+
+
+def check_output(path: Path) -> None:
+    """Raises UsageError, before the work is done, where the results could not be written after it."""
+    if path.suffix.lower() not in (".csv", ".jsonl"):
+        raise UsageError(f"--output {path}: expected a name that ends in .csv or .jsonl.")
+    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UsageError(f"--output {path} cannot be written: choose another place, in a folder that is there.")
 
 
 def print_results(results: dict[str, dict[str, Any]], explain: bool) -> None:
@@ -95,7 +104,7 @@ def write_results(path: Path, results: dict[str, dict[str, Any]]) -> None:
 
     try:
         with replacing(path) as new, new.open("w", encoding="utf-8", newline="") as file:
-            if path.suffix == ".jsonl":
+            if path.suffix.lower() == ".jsonl":
                 file.writelines(json.dumps({"path": name, **result}, ensure_ascii=False) + "\n" for name, result in results.items())
             else:
                 _write_csv(file, results)

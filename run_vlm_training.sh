@@ -23,10 +23,10 @@ done
 launch=()
 case ${VLM_PROCESSES:-1} in
   1) ;;
-  config) launch=(-m accelerate.commands.launch) ;;
+  config) launch=("$here/launch_processes.py") ;;
   # --multi_gpu stands for several processes: without it, accelerate starts only one on a machine without GPUs.
   [2-9] | [1-9][0-9]*)
-    launch=(-m accelerate.commands.launch --multi_gpu --num_processes "$VLM_PROCESSES" --num_machines 1
+    launch=("$here/launch_processes.py" --multi_gpu --num_processes "$VLM_PROCESSES" --num_machines 1
       --mixed_precision no --dynamo_backend no)
     ;;
   *) stop "VLM_PROCESSES is $VLM_PROCESSES; expected a whole number of at least 1, or config." ;;

@@ -26,7 +26,14 @@ def execute(folder, monkeypatch, **options):
         cell.pop("outputs", None)
         if cell.cell_type == "code":
             cell.outputs = []
-    client = NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(NOTEBOOK.parent)}}, **options)
+    client = NotebookClient(
+        notebook,
+        timeout=120,
+        kernel_name="python3",
+        extra_arguments=["--log-level=ERROR"],
+        resources={"metadata": {"path": str(NOTEBOOK.parent)}},
+        **options,
+    )
     client.execute()
     return notebook
 

@@ -16,7 +16,7 @@ from torch import nn
 from vlm.classifier import VLMClassifier
 from vlm.config import Settings
 from vlm.errors import RunError, UsageError
-from vlm.tracking import replacing
+from vlm.tracking import is_main_process, replacing
 from vlm.tuning import merged_state_dict, trained_parameters
 
 METADATA = "training_metadata.json"
@@ -79,7 +79,7 @@ def prepare_output(settings: Settings) -> None:
     except OSError as error:
         raise UsageError(f"--output-dir {output} cannot be written ({error.strerror}): choose another folder.") from error
     if settings.overwrite:
-        for name in WRITTEN:
+        for name in WRITTEN if is_main_process() else ():
             path = output / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     elif (output / RESULTS).exists():
@@ -133,9 +133,12 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     for path in (folder / METADATA, folder.parent / METADATA):
         if path.is_file():
             try:
-                return json.loads(path.read_text(encoding="utf-8"))
+                metadata = json.loads(path.read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
                 raise UsageError(f"{path} is not readable ({error}). It is written by train_vlm.py with the model.") from error
+            if not isinstance(metadata, dict) or not {"class_names", "prompts"} <= metadata.keys():
+                raise UsageError(f"{path} names no classes and prompts: it was not written by train_vlm.py.")
+            return metadata
     raise UsageError(f"no {METADATA} in {folder} or beside it: --model-dir takes a folder such as vlm_results/best_model.")
 
 

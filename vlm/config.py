@@ -221,6 +221,7 @@ def resolve(given: dict[str, Any], saved: dict[str, Any] | None = None) -> Setti
     Raises:
         UsageError: settings that cannot work, all of them at once.
     """
+    given = {name: _from_file(name, value) for name, value in given.items()}
     if saved is not None:
         _check_same_run(given, saved)
         names = {item.name for item in dataclasses.fields(Settings)}
@@ -260,20 +261,19 @@ def _fill(settings: Settings) -> None:
         settings.gradient_accumulation_steps = max(1, math.ceil(PICTURES_PER_STEP / settings.batch_size))
     if settings.eval_batch_size is None:
         settings.eval_batch_size = max(PICTURES_PER_STEP, settings.batch_size)
-    for name in ("system_instructions", "prompt_template"):
-        value = getattr(settings, name)
-        if value and value.startswith("@"):
-            setattr(settings, name, _read_text(value[1:], name))
     if not settings.demo:
         settings.model = settings.model or DEFAULT_MODEL
         settings.dataset = settings.dataset or DEFAULT_DATASET
 
 
-def _read_text(path: str, name: str) -> str:
+def _from_file(name: str, value: Any) -> Any:
+    """The text of `@FILE` for the settings that may come from a file; else the value itself."""
+    if name not in ("system_instructions", "prompt_template") or not value.startswith("@"):
+        return value
     try:
-        return Path(path).read_text(encoding="utf-8").strip()
+        return Path(value[1:]).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--{name.replace('_', '-')} @{path}: not a readable text file ({error}).") from error
+        raise UsageError(f"--{name.replace('_', '-')} {value}: not a readable text file ({error}).") from error
 
 
 def _problems(s: Settings) -> list[str]:

@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 a run that failed, 2 wrong usage, 130 stopped by the user.
 """
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -39,7 +40,9 @@ def exit_code(command: Callable[[], None], debug: bool = False) -> int:
         if debug:
             raise
         message, code = _explain(error)
-        print(message, file=sys.stderr)
+        # Of several processes that made the same mistake, the main one says so.
+        if os.environ.get("RANK", "0") == "0" or not isinstance(error, UsageError | Stopped):
+            print(message, file=sys.stderr)
         return code
 
 

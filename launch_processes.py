@@ -1,0 +1,16 @@
+"""`accelerate launch`, but with the exit code of the training and without a traceback of its own. For run_vlm_training.sh."""
+
+import sys
+
+from accelerate.commands.launch import main
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ChildFailedError as error:  # the training has said why
+        _, failure = error.get_first_failure()
+        sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
+    except (SignalException, KeyboardInterrupt):
+        sys.exit(130)
