@@ -127,7 +127,9 @@ def main() -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1], help="(default: 1)")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=("float32", "bfloat16"))
     parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--measure", nargs=4, metavar=("FOLDER", "TUNE", "DTYPE", "BATCH"), help="one measurement, in this process, as JSON")
+    parser.add_argument(
+        "--measure", nargs=4, metavar=("FOLDER", "TUNE", "DTYPE", "BATCH"), help="one measurement, in this process, as JSON"
+    )
     options = parser.parse_args()
     if options.measure:
         folder, tune, dtype, batch = options.measure
