@@ -3,8 +3,8 @@
 
 python benchmarks/memory_estimate.py --json memory_estimate.json
 
-The model has SmolVLM-256M's widths, vocabulary and picture size, random bfloat16 weights and fewer layers. Each tuning mode runs in a process of its
-own: two optimizer steps of two batches, then an evaluation, then saving. Linux on the CPU only (/proc/self/status).
+The model has SmolVLM-256M's widths, vocabulary and picture size, random bfloat16 weights and fewer layers. Each tuning mode runs
+in a process of its own: two optimizer steps of two batches, then an evaluation, then saving. Linux on the CPU only (/proc/self/status).
 """
 
 import argparse
@@ -122,8 +122,8 @@ def train(classifier: VLMClassifier, optimizer: torch.optim.Optimizer, samples: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=8, help="of the language model, which has 30 (default: 8)")
-    parser.add_argument("--vision-layers", type=int, default=4, help="of the vision tower, which has 12 (default: 4)")
+    parser.add_argument("--layers", type=int, default=4, help="of the language model, which has 30 (default: 4)")
+    parser.add_argument("--vision-layers", type=int, default=2, help="of the vision tower, which has 12 (default: 2)")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1], help="(default: 1)")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=("float32", "bfloat16"))
     parser.add_argument("--json", type=Path, help="write the figures to this file")

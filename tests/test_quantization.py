@@ -129,8 +129,8 @@ def test_only_the_language_model_is_quantized_and_the_saved_model_is_a_plain_one
     multiply_plainly(classifier.eval())  # eval() forgets the prefix that was kept
     merged, rounded = (float((saved - other).abs().max()) for other in (probabilities(classifier), expected))
     print(f"\n{kind} | {bits} bits, saved as a plain model | {merged:.1e} (as trained: {rounded:.1e})")
-    assert merged < 1e-5
-    assert bits == 8 or rounded < 1e-5
+    assert merged < 2e-5
+    assert bits == 8 or rounded < 2e-5
 
 
 @needs_bitsandbytes

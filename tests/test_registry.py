@@ -1,16 +1,23 @@
-"""The table of models: sizes that are those of the published weights, and the command that prints it."""
+"""The table of models: sizes that are those of the published weights, and the command that prints it.
+
+`PYTHONPATH=. python tests/test_registry.py` writes the tables into docs/models.md.
+"""
 
 import copy
+import re
 
 import pytest
 import torch
 from commands import ROOT, run, train
 
 from vlm import registry
-from vlm.config import TUNING_DEFAULTS, resolve
+from vlm.config import DEFAULT_MODEL, TUNING_DEFAULTS, resolve
 from vlm.families import outline
-from vlm.memory import GIB
-from vlm.registry import MODELS, count_parameters, model_row
+from vlm.memory import GIB, estimate
+from vlm.registry import MODELS, count_parameters, model_table
+from vlm.report import format_table
+
+DOCUMENT = ROOT / "docs/models.md"
 
 # What the hub shows for the published weights, where it counts the numbers in the files.
 PUBLISHED = {
@@ -70,11 +77,57 @@ def test_what_does_not_fit_is_marked(capsys, monkeypatch):
     assert rows["microsoft/Phi-3.5-vision-instruct"].count(registry.MARK) == 3
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_table_in_the_documentation_is_what_is_computed(dtype):
-    """Renew it with the commands in docs/models.md."""
-    document = (ROOT / "docs/models.md").read_text(encoding="utf-8")
-    settings = resolve({"device": "cpu", "dtype": dtype})
+def test_options_of_one_family_and_quantization_change_what_they_are_for(capsys):
+    def needs(*flags: str) -> dict[str, list[float]]:
+        assert train("--list-models", "--device", "cpu", *flags) == 0
+        rows = [line.replace(registry.MARK, "").split() for line in capsys.readouterr().out.splitlines()[2:7]]
+        return {row[0]: [float(value) for value in row[3:]] for row in rows}
+
+    plain, split, bits = needs(), needs("--image-splitting"), needs("--load-in-4bit")
     for name in MODELS:
-        cells = [cell.strip() for cell in model_row(name, settings, getattr(torch, dtype), "cpu", 2**60)]
-        assert f"| {dtype} | {' | '.join(cells)} |" in document
+        assert (split[name] > plain[name]) == ("SmolVLM" in name)
+        assert bits[name][0] < plain[name][0] and bits[name][1:] == plain[name][1:]
+
+
+# docs/models.md
+
+ENOUGH = 2**60  # bytes: nothing is marked
+
+
+def parts_table() -> str:
+    counts = {name: count_parameters(outline(config)) for name, config in MODELS.items()}
+    rows = [[name, *(f"{count:,}" for count in parts.values()), f"{sum(parts.values()):,}"] for name, parts in counts.items()]
+    return format_table(rows, ["model", *next(iter(counts.values())), "all"])
+
+
+def need_table() -> str:
+    family, rows = outline(MODELS[DEFAULT_MODEL]), []
+    for mode in TUNING_DEFAULTS:
+        need = estimate(family, resolve({"tune": mode}), torch.float32, "cpu")
+        rows.append([f"--tune {mode}", *(f"{value / GIB:.2f}" for value in (*vars(need).values(), need.total))])
+    return format_table(rows, ["", *vars(need), "needed"])
+
+
+TABLES = {
+    "parts": parts_table,
+    "cpu": lambda: model_table(resolve({}), torch.float32, "cpu", ENOUGH),
+    "cuda": lambda: model_table(resolve({}), torch.bfloat16, "cuda", ENOUGH),
+    "need": need_table,
+}
+
+
+def block(name: str) -> re.Pattern:
+    return re.compile(rf"(<!-- {name} -->\n```text\n).*?(```\n)", re.DOTALL)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_tables_in_the_documentation_are_what_is_computed(name):
+    found = block(name).search(DOCUMENT.read_text(encoding="utf-8"))
+    assert found and found[0] == f"{found[1]}{TABLES[name]()}\n{found[2]}", "renew it with: PYTHONPATH=. python tests/test_registry.py"
+
+
+if __name__ == "__main__":
+    text = DOCUMENT.read_text(encoding="utf-8")
+    for name, table in TABLES.items():
+        text = block(name).sub(lambda found, table=table: f"{found[1]}{table()}\n{found[2]}", text)
+    DOCUMENT.write_text(text, encoding="utf-8")

@@ -4,27 +4,27 @@
     evaluation  weights + optimizer + keys and values of two forward passes, and the larger of vision tower and logits
     saving      weights + optimizer + the weights that have to be copied to be saved
 
-The three come one after the other, so what a run needs is the largest. Weights that are trained are float32, with a float32 gradient and two
-float32 values of AdamW each; all others are in the number format of the device (see `prepare_tuning`). The parameters are counted on the
-true modules, without their values.
+The three come one after the other, so what a run needs is the largest. Weights that are trained are float32, with a float32 gradient
+and two float32 values of AdamW each; all others are in the number format of the device (see `prepare_tuning`). The parameters are
+counted on the true modules, without their values.
 
 What a block of the transformer keeps for the backward pass, numbers for each token (D = width, Q = width of queries, K = of keys and values
 together, I = inner width; "wide" is what the MLP's first layers put out: I, or 2 I where a gate is multiplied):
 
-    always                       2 D (inputs of the two norms, float32) + 2 Q (queries, result of the attention) + K + wide (+ I with a gate)
+    always                       2 D (inputs of the two norms, float32) + 2 Q (queries, result of the attention) + K + wide
+                                   (+ I with a gate)
     where the weights are        + 2 D (normalized, float32, where the norm is RMSNorm) + I (input of the last layer) + the inputs of the
     trained too                    other linear layers: 2 D, and one for each layer where autocast converts it
     where LoRA is trained        + for each linear layer: its input after dropout, and the dropout's noise
 
 Keys and values of a row include the shared prefix's and, where several heads share them, are repeated for each; the mask of a layer has a
-number for each pair of row token and key. Tokens that no trained weight comes before keep nothing: all of the vision tower unless all weights
-are trained, and the prefix where the connector alone is.
+number for each pair of row token and key. Tokens that no trained weight comes before keep nothing: all of the vision tower unless all
+weights are trained, and the prefix where the connector alone is.
 
 Measured against it: benchmarks/memory_estimate.py, docs/models.md.
 """
 
-import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -171,10 +171,15 @@ def _language_layers(family: Family) -> list[nn.Linear]:
     return [family.model.get_submodule(name) for name in family.linear_layers(language=True)]
 
 
+def _picture_load(family: Family, settings: Settings) -> tuple[int, int]:
+    """Patches and tokens of the largest picture, with the options that the family knows."""
+    return family.picture_load(**{name: value for name, value in settings.picture_options().items() if name in family.picture_defaults})
+
+
 def _activations(family: Family, settings: Settings, size: int, device: str, texts: Texts) -> float:
     """Bytes at the end of the forward pass, when they are most, and what the first steps back add."""
     block, batch, full = Block.of(family.language), settings.batch_size, settings.tune == "full"
-    patches, tokens = family.picture_load(**settings.picture_options())
+    patches, tokens = _picture_load(family, settings)
     row = tokens + texts.question + texts.response
     keys = texts.prefix + row
     prefix = 0 if settings.tune == "connector" else texts.prefix
@@ -195,7 +200,7 @@ def _activations(family: Family, settings: Settings, size: int, device: str, tex
 
 def _evaluation(family: Family, settings: Settings, size: int, texts: Texts) -> float:
     block, batch = Block.of(family.language), settings.eval_batch_size
-    patches, tokens = family.picture_load(**settings.picture_options())
+    patches, tokens = _picture_load(family, settings)
     nodes = texts.response * texts.classes
     keys = batch * (2 * (texts.prefix + tokens + texts.question) + nodes) * block.count * block.keys * size
     scored = batch * (1 + nodes) * family.model.get_output_embeddings().weight.shape[0]
@@ -228,11 +233,11 @@ def warn_if_too_large(folder: Path, settings: Settings, dtype: torch.dtype, devi
     if need > free:
         note(
             f"warning: this run needs about {need / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free on {device.type}: it may run out of "
-            f"memory. {_help(family, settings, dtype, device, prompts, free)}"
+            f"memory. {_help(family, settings, dtype, device, prompts)}"
         )
 
 
-def _help(family: Family, settings: Settings, dtype: torch.dtype, device: torch.device, prompts: Prompts, free: int) -> str:
+def _help(family: Family, settings: Settings, dtype: torch.dtype, device: torch.device, prompts: Prompts) -> str:
     """The flags that need less memory, with what they need."""
     changes = [
         ("--batch-size 1", {"batch_size": 1}, settings.batch_size > 1),
@@ -240,10 +245,9 @@ def _help(family: Family, settings: Settings, dtype: torch.dtype, device: torch.
         ("--tune connector", {"tune": "connector"}, settings.tune != "connector"),
         ("--tune lora --load-in-4bit", {"tune": "lora", "load_in_4bit": True}, not settings.bits),
     ]
-    tried = []
+    tried: list[str] = []
     for flags, values, sensible in changes:
         if sensible:
-            other = copy.copy(settings)
-            vars(other).update(values)
-            tried.append(f"{flags} ({estimate(family, other, dtype, device.type, Texts.of(prompts)).total / GIB:.1f} GiB)")
+            less = estimate(family, replace(settings, **values), dtype, device.type, Texts.of(prompts)).total
+            tried.append(f"{flags} ({less / GIB:.1f} GiB)")
     return f"Less is needed by {', '.join(tried)}, or a smaller --model (see --list-models)." if tried else "Take a smaller --model."

@@ -32,8 +32,8 @@ def check_quantization(bits: int | None, device: torch.device) -> None:
     known = getattr(bitsandbytes, "supported_torch_devices", {"cuda"})
     if device.type not in known:
         raise UsageError(
-            f"--load-in-{bits}bit: {PACKAGE} {bitsandbytes.__version__} does not work on {device.type} (it knows {', '.join(sorted(known))}): "
-            f"leave it out, or pip install --upgrade {PACKAGE}."
+            f"--load-in-{bits}bit: {PACKAGE} {bitsandbytes.__version__} does not work on {device.type} "
+            f"(it knows {', '.join(sorted(known))}): leave it out, or pip install --upgrade {PACKAGE}."
         )
 
 

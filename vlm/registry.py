@@ -3,7 +3,7 @@
 Nothing is asked of the hub: the architectures below are those of the published config.json files, without what no size depends on.
 """
 
-import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ MARK = "*"
 
 
 def count_parameters(family: Family) -> dict[str, int]:
-    """Parameters by part: vision, connector, language (blocks and norms), embeddings (of words, and the head where it is one of its own)."""
+    """Parameters by part: vision, connector, language (blocks and norms), embeddings (of words, and a head of its own)."""
     words = {id(p): p for m in (family.model.get_input_embeddings(), family.model.get_output_embeddings()) for p in m.parameters()}
     counts = {"vision": family.vision, "connector": family.connector, "language": family.language}
     sizes = {name: sum(p.numel() for p in part.parameters() if id(p) not in words) for name, part in counts.items()}
@@ -74,26 +74,28 @@ def list_models(settings: Settings) -> None:
     device, _ = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
     free = free_memory(device)
-    rows = [model_row(name, settings, dtype, device.type, free) for name in MODELS]
-    modes = [f"--tune {mode}" for mode in TUNING_DEFAULTS]
-    print(format_table(rows, ["model", "parameters", "context", *modes]))
+    print(model_table(settings, dtype, device.type, free))
     texts = Texts()
     print(
-        f"\nGiB of memory that training takes on {device.type} in {str(dtype).removeprefix('torch.')}, with --batch-size {settings.batch_size}, "
-        f"one picture a sample,\n{texts.prefix} + {texts.question} + {texts.response} tokens of instructions, question and response, "
-        f"{texts.classes} classes. Free now: {free / GIB:.1f} GiB; {MARK} does not fit.\n"
+        f"\nGiB of memory that training takes on {device.type} in {str(dtype).removeprefix('torch.')}, with --batch-size "
+        f"{settings.batch_size}, one picture a sample,\n{texts.prefix} + {texts.question} + {texts.response} tokens of instructions, "
+        f"question and response, {texts.classes} classes. Free now: {free / GIB:.1f} GiB; {MARK} does not fit.\n"
         "Any other image-text-to-text model in the layout of transformers can be named too. How it is computed: docs/models.md."
     )
 
 
-def model_row(name: str, settings: Settings, dtype: torch.dtype, device: str, free: int) -> list[str]:
+def _with_mode(settings: Settings, mode: str) -> Settings:
+    """The settings with a tuning mode; only LoRA is trained on quantized weights."""
+    return replace(settings, tune=mode) if mode == "lora" else replace(settings, tune=mode, load_in_4bit=False, load_in_8bit=False)
+
+
+def model_table(settings: Settings, dtype: torch.dtype, device: str, free: int) -> str:
     """Name, parameters, context and the GiB of each tuning mode, marked where that is more than `free` bytes."""
-    family = outline(MODELS[name])
-    cells = []
-    for mode in TUNING_DEFAULTS:
-        other = copy.copy(settings)
-        other.tune = mode
-        need = estimate(family, other, dtype, device).total
-        cells.append(f"{need / GIB:.1f} {MARK if need > free else ' '}")
-    context = family.model.config.get_text_config().max_position_embeddings
-    return [name, f"{sum(count_parameters(family).values()) / 1e6:,.0f}M", f"{context:,}", *cells]
+    rows = []
+    for name, config in MODELS.items():
+        family = outline(config)
+        needs = [estimate(family, _with_mode(settings, mode), dtype, device).total for mode in TUNING_DEFAULTS]
+        context = family.model.config.get_text_config().max_position_embeddings
+        cells = [f"{need / GIB:.1f} {MARK if need > free else ''}" for need in needs]
+        rows.append([name, f"{sum(count_parameters(family).values()) / 1e6:,.0f}M", f"{context:,}", *cells])
+    return format_table(rows, ["model", "parameters", "context", *(f"--tune {mode}" for mode in TUNING_DEFAULTS)])

@@ -39,7 +39,7 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def merged_state_dict(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights on the CPU with LoRA merged, under the names they had before LoRA, quantized ones as plain ones. The model stays as it is.
+    """The weights on the CPU with LoRA merged, under the names they had before LoRA, quantized ones as plain ones.
 
     Merging into the model and taking it back out would change the weights by rounding, and a resumed run with them.
     """
