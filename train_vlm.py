@@ -43,6 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(given: dict[str, Any]) -> None:
     """Train with the flags that were given, by field name of `Settings`."""
+    if given.get("list_models"):
+        from vlm.registry import list_models
+
+        return list_models(resolve(given))
     settings = resolve(given, saved_settings(Path(given.get("output_dir", "vlm_results"))) if given.get("resume") else None)
     should_stop = stop_on_signals()  # before the heavy imports, which take seconds
     wait_politely()

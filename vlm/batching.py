@@ -13,11 +13,16 @@ from vlm.families.base import Family, Rendered
 IGNORED = -100  # a target that is not in the loss; what torch's cross entropy ignores
 
 
-def vlm_collate_fn(samples: Sequence[Sample], family: Family, rendered: Rendered, with_response: bool = True) -> dict[str, Any]:
+def vlm_collate_fn(
+    samples: Sequence[Sample], family: Family, rendered: Rendered, with_response: bool = True, cache: Any = None
+) -> dict[str, Any]:
     """Encode pictures and lay out one row a sample: picture tokens, question and, for training, its label's response.
 
     The prefix is not in the rows: it is the same for all and run once. Rows are padded on the right, where causal attention
     keeps the padding out.
+
+    Args:
+        cache: a `FeatureCache` with the features of these pictures, in the place of their pixels.
 
     Returns:
         pixels: what the family's vision tower takes. input_ids: (B, L). targets: (B, L), the response tokens where they stand in
@@ -26,7 +31,8 @@ def vlm_collate_fn(samples: Sequence[Sample], family: Family, rendered: Rendered
     Raises:
         UsageError: a sample is longer than the model can read. Samples with a picture are never truncated.
     """
-    encoded = family.encode_pictures([sample.image for sample in samples])
+    pictures = [sample.image for sample in samples]
+    encoded = cache.encode(pictures) if cache else family.encode_pictures(pictures)
     rows, targets = [], []
     for sample, picture_ids in zip(samples, encoded.token_ids, strict=True):
         prompt = [*picture_ids, *rendered.question_ids]

@@ -60,6 +60,15 @@ class Settings:
         "auto", "model", "number format of the computation (default: auto: bfloat16 on CUDA where supported, else float32)",
         choices=("auto", "float32", "bfloat16", "float16"),
     )  # fmt: skip
+    load_in_4bit: bool = _flag(False, "model", "keep the language model's weights in 4 bits (NF4); with --tune lora, needs bitsandbytes")
+    load_in_8bit: bool = _flag(False, "model", "keep the language model's weights in 8 bits; with --tune lora, needs bitsandbytes")
+
+    image_splitting: bool = _flag(False, "model", "SmolVLM: cut pictures into tiles, as published: sharper, and up to 17 times the tokens")
+    min_pixels: int | None = _flag(None, "model", "Qwen2-VL: enlarge pictures to this many pixels (default: as published, 3136)")
+    max_pixels: int | None = _flag(
+        None, "model", "Qwen2-VL: shrink pictures to this many pixels; 28 x 28 are a token (default: 200704, 256 tokens)"
+    )
+    num_crops: int | None = _flag(None, "model", "Phi-3.5-vision: crops of a picture beside the whole of it (default: 1)")
 
     dataset: str | None = _flag(
         None, "data", f"hub id, image folder, CSV or JSONL file, or save_to_disk folder (default: {DEFAULT_DATASET})"
@@ -97,6 +106,8 @@ class Settings:
         None, "training", "pictures in one batch of an evaluation (default: 8, or --batch-size if larger; demo: 64)"
     )
     workers: int | None = _flag(None, "training", "processes that prepare pictures (default: 0 on the CPU, up to 8 on a GPU)")
+    no_feature_cache: bool = _flag(False, "training", "compute the features of a frozen vision tower anew each time")
+    cache_size: float = _flag(20.0, "training", "largest size of the features kept in ~/.cache/vlm, in GB (default: 20)")
     seed: int = _flag(42, "training", "seed of the order, the splits and all other randomness (default: 42)")
 
     output_dir: str = _flag("vlm_results", "output", "folder of the results (default: vlm_results)")
@@ -111,7 +122,18 @@ class Settings:
     wandb_project: str = _flag("vlm-classification", "output", "project on Weights & Biases (default: vlm-classification)")
 
     demo: bool = _flag(False, "help", "train the small built-in model on scikit-learn's handwritten digits; needs no hub")
+    list_models: bool = _flag(False, "help", "list the tested models, their sizes and the memory that each tuning mode needs, then stop")
     debug: bool = _flag(False, "help", "show the traceback of an error")
+
+    @property
+    def bits(self) -> int | None:
+        """Of a weight of the language model where it is quantized."""
+        return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
+
+    def picture_options(self) -> dict[str, Any]:
+        """What was asked of the model's picture processing; each option belongs to one family (see `load_family`)."""
+        options = {name: getattr(self, name) for name in ("image_splitting", "min_pixels", "max_pixels", "num_crops")}
+        return {name: value for name, value in options.items() if value}
 
     def to_json(self) -> dict[str, Any]:
         """All settings as JSON values, one key a field."""
@@ -119,7 +141,19 @@ class Settings:
 
 
 # Flags that may differ between an interrupted run and the one that goes on from it.
-NOT_PART_OF_THE_RUN = {"resume", "overwrite", "debug", "output_dir", "device", "workers", "save_minutes", "use_wandb", "wandb_project"}
+NOT_PART_OF_THE_RUN = {
+    "no_feature_cache",
+    "cache_size",
+    "resume",
+    "overwrite",
+    "debug",
+    "output_dir",
+    "device",
+    "workers",
+    "save_minutes",
+    "use_wandb",
+    "wandb_project",
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -250,10 +284,14 @@ def _problems(s: Settings) -> list[str]:
         if not correct:
             problems.append(f"--{name.replace('_', '-')} {getattr(s, name)}: expected {wanted}.")
 
-    for name in ("batch_size", "gradient_accumulation_steps", "eval_batch_size", "eval_steps", "max_samples", "lora_rank", "epochs"):
+    for name in (
+        "batch_size", "gradient_accumulation_steps", "eval_batch_size", "eval_steps", "max_samples", "lora_rank", "epochs",
+        "min_pixels", "max_pixels", "num_crops",
+    ):  # fmt: skip
         value = getattr(s, name)
         expect(value is None or value >= 1, name, "a whole number of at least 1")
-    for name in ("learning_rate", "lora_alpha", "save_minutes"):
+    expect((s.min_pixels or 0) <= (s.max_pixels or math.inf), "min_pixels", f"no more than --max-pixels {s.max_pixels}")
+    for name in ("learning_rate", "lora_alpha", "save_minutes", "cache_size"):
         expect(0 < getattr(s, name) < math.inf, name, "a number above 0")
     for name in ("weight_decay", "max_grad_norm"):
         expect(0 <= getattr(s, name) < math.inf, name, "a number of at least 0")
@@ -270,6 +308,10 @@ def _problems(s: Settings) -> list[str]:
         expect(not repeated, "class_names", f"different names, but {', '.join(repeated)} is there twice")
     if s.demo and (s.model or s.dataset):
         problems.append("--demo brings its own model and data set: leave out --model and --dataset, or leave out --demo.")
+    if s.load_in_4bit and s.load_in_8bit:
+        problems.append("--load-in-4bit and --load-in-8bit exclude each other: 4 bits need less memory, 8 are closer to the model.")
+    if s.bits and s.tune != "lora":
+        problems.append(f"--load-in-{s.bits}bit is for --tune lora, not {s.tune}: quantized weights cannot be trained themselves.")
     if s.resume and s.overwrite:
         problems.append("--resume and --overwrite exclude each other: go on with the earlier run, or delete it.")
     return problems

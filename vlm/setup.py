@@ -21,8 +21,11 @@ from vlm.demo import MODEL_NAME, build_demo_model
 from vlm.device import pick_device, pick_dtype
 from vlm.errors import UsageError
 from vlm.families import load_family
+from vlm.features import fill_cache
 from vlm.hub import model_folder
+from vlm.memory import warn_if_too_large
 from vlm.prompts import build_prompts
+from vlm.quantization import check_quantization
 from vlm.report import format_table
 from vlm.tracking import note
 from vlm.tuning import parameter_groups, prepare_tuning
@@ -62,18 +65,23 @@ def set_up(settings: Settings) -> Run:
     """
     device, reason = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
+    check_quantization(settings.bits, device)
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=PRECISIONS[dtype])
     data = load_data(settings)
     note("\n" + format_table(data.summary) + "\n")
 
     prompts = build_prompts(settings, data.class_names)
     folder, revision = _find_model(settings, data.class_names, accelerator)
-    family = load_family(folder, dtype, accelerator.device)
+    warn_if_too_large(folder, settings, dtype, accelerator.device, prompts)
+    family = load_family(folder, dtype, accelerator.device, settings.picture_options(), settings.bits)
     prepare_tuning(family, settings)
     classifier = VLMClassifier(family, prompts)
     note(format_table(_settings_rows(settings, classifier, reason, dtype)) + "\n")
     preflight(classifier, data.train[0])
 
+    if not settings.no_feature_cache:
+        with accelerator.main_process_first():  # the others find what the first one has computed
+            classifier.feature_cache = fill_cache(family, (data.train, data.validation), settings.cache_size)
     optimizer = torch.optim.AdamW(
         parameter_groups(classifier, settings.weight_decay), lr=settings.learning_rate, fused=accelerator.device.type in ("cpu", "cuda")
     )
@@ -97,11 +105,12 @@ def _find_model(settings: Settings, class_names: list[str], accelerator: Acceler
 
 def _settings_rows(settings: Settings, classifier: VLMClassifier, device: str, dtype: torch.dtype) -> list[tuple[str, str]]:
     trained = sum(p.numel() for p in classifier.parameters() if p.requires_grad)
-    every = sum(p.numel() for p in classifier.parameters())
+    every = classifier.model.num_parameters()  # quantized ones too, of which there are several in a number
+    quantized = f", the language model's weights in {settings.bits} bits" if settings.bits else ""
     rows = [
         ("model", "the demo's, 3 + 3 layers with random weights" if settings.demo else str(settings.model)),
         ("device", device),
-        ("number format", str(dtype).removeprefix("torch.")),
+        ("number format", str(dtype).removeprefix("torch.") + quantized),
         ("trained parameters", f"{trained:,} of {every:,} ({trained / every:.1%})"),
     ]
     rows += [

@@ -3,6 +3,7 @@
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from vlm.config import Settings
@@ -19,8 +20,7 @@ def prepare_tuning(family: Family, settings: Settings) -> None:
     model = family.model
     model.requires_grad_(settings.tune == "full")
     if settings.tune == "lora":
-        inside = {id(module) for module in family.language.modules()}
-        targets = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) in inside]
+        targets = family.linear_layers(language=True)
         torch.manual_seed(settings.seed)  # the matrices start at random
         config = LoraConfig(
             r=settings.lora_rank, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout, target_modules=targets, bias="none"
@@ -39,19 +39,21 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def merged_state_dict(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights with LoRA merged, under the names they had before LoRA. The model is left as it is.
+    """The weights on the CPU with LoRA merged, under the names they had before LoRA, quantized ones as plain ones.
 
     Merging into the model and taking it back out would change the weights by rounding, and a resumed run with them.
     """
-    state = {
-        name.replace(".base_layer.", "."): tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
-        for name, tensor in model.state_dict().items()
-        if ".lora_" not in name
-    }
+    state = {}
+    for name, tensor in model.state_dict().items():
+        layer, _, part = name.partition(".base_layer.")
+        if ".lora_" not in name and part in ("", "bias"):  # the other parts are the weight, which follows, and how it is quantized
+            kind = dtype if tensor.is_floating_point() else tensor.dtype
+            state[f"{layer}.{part}" if part else name] = tensor.detach().to("cpu", kind)
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             update = module.get_delta_weight(ADAPTER)
-            state[f"{name}.weight"] = (module.get_base_layer().weight.to(update.dtype) + update).detach().to(dtype)
+            weight = dequantize_module_weight(module.get_base_layer())
+            state[f"{name}.weight"] = (weight.to(update.dtype) + update).detach().to("cpu", dtype)
     return state
 
 

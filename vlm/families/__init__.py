@@ -1,29 +1,85 @@
 """One file per architecture. Every question about an architecture is answered in this folder and nowhere else."""
 
+import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
+from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from vlm.errors import UsageError
 from vlm.families.base import Family
+from vlm.families.generic import GenericFamily
 from vlm.families.idefics3 import Idefics3Family
+from vlm.families.phi3_vision import Phi3VisionFamily
+from vlm.families.qwen2_vl import Qwen2VLFamily, Qwen25VLFamily
 
-FAMILIES: tuple[type[Family], ...] = (Idefics3Family,)
+FAMILIES: tuple[type[Family], ...] = (Idefics3Family, Qwen2VLFamily, Qwen25VLFamily, Phi3VisionFamily)
 
 
-def load_family(folder: Path, dtype: torch.dtype, device: torch.device) -> Family:
+def load_family(
+    folder: Path, dtype: torch.dtype, device: torch.device, pictures: Mapping[str, Any] | None = None, bits: int | None = None
+) -> Family:
     """Load model and processor from a local folder.
 
+    Args:
+        pictures: how pictures are processed, by the names of the settings. A training run passes what was given (`{}` for nothing);
+            the family's `picture_defaults` stand for the rest, whatever the folder says: published folders are made for documents
+            and ask for thousands of tokens. The processor that is saved with the model holds these values. Inference passes None,
+            which keeps them.
+        bits: 4 or 8 for a quantized language model (see vlm/quantization.py).
+
     Raises:
-        UsageError: the folder holds no model that this program can train.
+        UsageError: the folder holds no model that this program can train, or its family does not know one of the options.
     """
+    model_type = read_config(folder).get("model_type")
+    family = _family_of(model_type)
+    if family is GenericFamily:
+        _check_kind(folder, model_type)
+    return family.load(folder, dtype, device, bits=bits, **_picture_options(family, pictures))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of the config.json in a folder. Raises UsageError where there is none that can be read."""
     try:
-        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{folder} holds no readable config.json ({error}).") from error
-    for family in FAMILIES:
-        if model_type in family.model_types:
-            return family.load(folder, dtype, device)
-    known = ", ".join(name for family in FAMILIES for name in family.model_types)
-    raise UsageError(f"the model in {folder} is of type {model_type}; this version trains {known} (SmolVLM-Instruct of every size).")
+
+
+def outline(config: Mapping[str, Any]) -> Family:
+    """The architecture that a config.json describes, without weights or processor (see `Family.outline`)."""
+    family = _family_of(config["model_type"])
+    return family.outline(CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(dict(config))))
+
+
+def _family_of(model_type: str | None) -> type[Family]:
+    return next((family for family in FAMILIES if model_type in family.model_types), GenericFamily)
+
+
+def _picture_options(family: type[Family], given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What `load_processor` is asked for. Raises UsageError for an option that belongs to another family."""
+    if given is None:
+        return {}
+    for name in given:
+        if name not in family.picture_defaults:
+            owners = " and ".join(other.title for other in FAMILIES if name in other.picture_defaults)
+            known = ", ".join("--" + option.replace("_", "-") for option in family.picture_defaults)
+            raise UsageError(f"--{name.replace('_', '-')} is for {owners}: leave it out{f', or use {known}' if known else ''}.")
+    return {**family.picture_defaults, **given}
+
+
+def _check_kind(folder: Path, model_type: str | None) -> None:
+    """Raises UsageError unless transformers knows an image-text-to-text model of this type."""
+    if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return
+    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UsageError(f"the model in {folder} ({model_type}) reads text only: choose an image-text-to-text model, see --list-models.")
+    raise UsageError(
+        f"the model in {folder} is of type {model_type}, which transformers {transformers.__version__} does not know as an "
+        "image-text-to-text model: choose another, see --list-models, or a newer transformers."
+    )

@@ -15,11 +15,14 @@ import torch
 import transformers
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache
 
 from vlm.errors import UsageError
 from vlm.prompts import Prompts
+from vlm.quantization import forget_quantizer, loading_options
+
+TOWER_FEATURES = "tower_features"  # the name of cached features among a batch's pixels
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,12 @@ class Family:
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
+    title: ClassVar[str] = ""  # what people call it
+    # The settings about pictures that it knows, with their values in training where none is given (see `load_family`).
+    picture_defaults: ClassVar[dict[str, Any]] = {}
+    shares_prefix = True  # else everything goes through `full_logits`, with the prefix in every row
+    can_cache = True  # whether what the tower makes of several pictures is what it makes of each, one after the other
+    must_be_checked = False  # whether the shared prefix has to be held against the plain forward first
 
     def __init__(self, model: nn.Module, processor: Any):
         self.model = model
@@ -79,27 +88,47 @@ class Family:
     # Loading
 
     @classmethod
-    def load(cls, folder: Path, dtype: torch.dtype, device: torch.device) -> "Family":
-        """Load weights (safetensors only) and processor from a local folder."""
-        processor = cls.load_processor(folder)
+    def load(cls, folder: Path, dtype: torch.dtype, device: torch.device, bits: int | None = None, **pictures: Any) -> "Family":
+        """Load weights (safetensors only) and processor from a local folder. `pictures` goes to `load_processor`.
+
+        The weights are read into tensors of `dtype`, the language model's linear layers of `bits` bits where that is given, one after the
+        other: there is never a second copy of them.
+        """
+        processor = cls.load_processor(folder, **pictures)
+        kept = cls.outline(AutoConfig.from_pretrained(folder, local_files_only=True)).linear_layers(language=False) if bits else []
         try:
             with quiet():
                 model, report = AutoModelForImageTextToText.from_pretrained(
-                    folder, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True, local_files_only=True
-                )
+                    folder, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True, local_files_only=True,
+                    **loading_options(bits, dtype, device, kept),
+                )  # fmt: skip
         except OSError as error:
             raise UsageError(f"the weights in {folder} cannot be read: {str(error).splitlines()[0]}") from error
         missing = sorted(report["missing_keys"])
         if missing:
             raise UsageError(f"the weights in {folder} are incomplete: {len(missing)} are missing, such as {missing[0]}. Download it anew.")
+        if bits:
+            forget_quantizer(model)
         return cls(model.to(device), processor)
 
     @classmethod
-    def load_processor(cls, folder: Path) -> Any:
+    def outline(cls, config: PreTrainedConfig) -> "Family":
+        """The architecture alone, with neither values of the weights nor processor: to name its parts and count their parameters."""
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config)
+        family = cls.__new__(cls)
+        family.model, family.processor = model, None
+        return family
+
+    @classmethod
+    def load_processor(cls, folder: Path, **pictures: Any) -> Any:
+        """The processor in a folder, with the options named in `picture_defaults`; one that is None or left out is as the folder says."""
         raise NotImplementedError
 
     def save(self, folder: Path, state: dict[str, Tensor], dtype: torch.dtype) -> None:
         """Write weights and processor so that transformers loads them without this program."""
+        # Tensors that were converted share no memory any more, by which transformers would know that they are tied.
+        state = {name: tensor for name, tensor in state.items() if name not in self.model.all_tied_weights_keys}
         with quiet():
             self.model.save_pretrained(folder, state_dict=state)
         self.processor.save_pretrained(folder)
@@ -124,6 +153,19 @@ class Family:
         """The language model without its head: embeddings -> hidden states."""
         raise NotImplementedError
 
+    def linear_layers(self, language: bool) -> list[str]:
+        """Names of the linear layers in the language model, or (False) of all others."""
+        inside = {id(module) for module in self.language.modules()}
+        return [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear) and (id(module) in inside) == language]
+
+    def picture_load(self, **pictures: Any) -> tuple[int, int]:
+        """Patches that the vision tower reads of the largest picture, and the tokens that it becomes; of the configuration alone.
+
+        Args:
+            pictures: as in `load_processor`.
+        """
+        raise NotImplementedError
+
     # Text
 
     @property
@@ -140,6 +182,11 @@ class Family:
     def end_of_turn(self) -> str:
         """The token that ends the model's turn."""
         raise NotImplementedError
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens at which the model's turn is over when it writes."""
+        return [self.tokenizer.convert_tokens_to_ids(self.end_of_turn)]
 
     @property
     def max_length(self) -> int:
@@ -184,9 +231,18 @@ class Family:
 
     def picture_features(self, inputs: dict[str, Tensor]) -> Tensor:
         """(number of placeholders of all pictures, D) features in the order of the placeholders."""
+        return self.connect(self.tower_features(inputs), inputs)
+
+    def tower_features(self, inputs: dict[str, Tensor]) -> Tensor:
+        """`vision_features`, or those of the cache where a batch was made of them."""
+        if TOWER_FEATURES in inputs:
+            return inputs[TOWER_FEATURES]
         frozen = not any(p.requires_grad for p in self.vision.parameters())
         with torch.no_grad() if frozen else nullcontext():  # a frozen tower would keep a graph otherwise
-            hidden = self.vision_features(inputs)
+            return self.vision_features(inputs)
+
+    def connect(self, hidden: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        """What `vision_features` gave -> (number of placeholders, D)."""
         features = self.connector(hidden)
         return features.reshape(-1, features.shape[-1])
 
@@ -196,6 +252,19 @@ class Family:
         """(B, L) token ids -> (B, L, D)."""
         return self.model.get_input_embeddings()(ids)
 
+    def positions(self, start: int, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Positions of the rows of a batch (see `vlm_collate_fn`) that follow `start` prefix tokens.
+
+        Returns:
+            what `run_language` takes for the rows, (1, L) here, and (B,) the position of the first token after each row.
+        """
+        length = batch["input_ids"].shape[1]
+        return torch.arange(start, start + length, device=batch["input_ids"].device).unsqueeze(0), start + batch["lengths"]
+
+    def text_positions(self, positions: Tensor) -> Tensor:
+        """(B, L) positions of text tokens -> what `run_language` takes."""
+        return positions
+
     def new_cache(self) -> Cache:
         return DynamicCache(config=self.model.config)
 
@@ -203,13 +272,17 @@ class Family:
         """(B, L, D) -> hidden states (B, L, D).
 
         Args:
-            positions: (B, L) or (1, L).
+            positions: from `positions` or `text_positions`.
             cache: keys and values of earlier tokens; the new ones are added to it.
             mask: (B, 1, L, K) bool, True where a token (L) sees another (K); without it every token sees itself and all before it.
         """
         return self.language(
             inputs_embeds=embeddings, position_ids=positions, past_key_values=cache, attention_mask=mask, use_cache=cache is not None
         ).last_hidden_state
+
+    def full_logits(self, ids: Tensor, mask: Tensor, response: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        """The plain forward over whole sequences; only a family that may not share its prefix has to have one."""
+        raise NotImplementedError
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V) in float32 at least."""

@@ -10,23 +10,32 @@ from transformers import AutoImageProcessor, AutoProcessor
 
 from vlm.families.base import EncodedPictures, Family
 
+PUBLISHED_TILES = 4  # the width to which pictures are enlarged before they are split, in tiles, in SmolVLM of every size
+
 
 class Idefics3Family(Family):
     model_types = ("idefics3",)
+    title = "SmolVLM"
+    picture_defaults = {"image_splitting": False}
     end_of_turn = "<end_of_utterance>"
 
     @classmethod
-    def load_processor(cls, folder: Path) -> Any:
-        """The published processor, with one tile a picture.
+    def load_processor(cls, folder: Path, image_splitting: bool | None = None) -> Any:
+        """The published processor, with one tile a picture or, with `image_splitting`, as many as were published.
 
-        The published default splits a 224 x 224 picture into 17 tiles (1,088 tokens) where one tile has 64. A `size` equal to the
-        tile spares the enlargement to four tiles' width that comes before it. Both are saved with the processor.
+        The published default splits a 224 x 224 picture into 17 tiles (1,088 tokens) where one tile has 64. Without splitting a `size`
+        equal to the tile spares the enlargement to four tiles' width that comes before it. Both are saved with the processor.
         """
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
         # The PIL pictures do not depend on whether torchvision is installed.
         processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
-        processor.image_processor.do_image_splitting = False
-        processor.image_processor.size = dict(processor.image_processor.max_image_size)
+        images, tile = processor.image_processor, processor.image_processor.max_image_size["longest_edge"]
+        if image_splitting is not None:
+            images.do_image_splitting = image_splitting
+            if not image_splitting:
+                images.size = {"longest_edge": tile}
+            elif images.size["longest_edge"] == tile:  # saved without splitting: back to what SmolVLM has
+                images.size = {"longest_edge": PUBLISHED_TILES * tile}
         return processor
 
     @property
@@ -40,6 +49,12 @@ class Idefics3Family(Family):
     @property
     def language(self) -> nn.Module:
         return self.model.model.text_model
+
+    def picture_load(self, image_splitting: bool = False) -> tuple[int, int]:
+        config = self.model.config
+        tiles = PUBLISHED_TILES**2 + 1 if image_splitting else 1
+        patches = tiles * (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+        return patches, patches // config.scale_factor**2
 
     def encode_pictures(self, pictures: list[Image.Image]) -> EncodedPictures:
         batch = self.processor.image_processor([[p] for p in pictures], return_tensors="pt", return_row_col_info=True)

@@ -1,0 +1,184 @@
+"""The exactness checks of every family, each against transformers' plain full forward. A family's test file fills in the gaps.
+
+The checks print the difference they measure (pytest -s): the table in docs/families.md is made of these lines.
+"""
+
+import pytest
+import torch
+from tiny import NAMES, random_picture, tiny_prompts
+from torch import Tensor
+
+from vlm.batching import IGNORED
+from vlm.checkpoint import save_model_folder
+from vlm.classifier import VLMClassifier
+from vlm.config import resolve
+from vlm.data import Sample
+from vlm.families import load_family
+from vlm.predictor import load_model_and_metadata
+from vlm.tuning import parameter_groups, prepare_tuning
+
+SIZES = ((40, 28), (20, 60), (33, 33))  # unequal, so that families with a varying number of picture tokens are tested
+
+
+def randomize(model: torch.nn.Module, seed: int = 0, scale: float = 0.3) -> None:
+    """Weights so large that the classes, and the pictures, differ clearly; norms are left alone."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float32) * scale)
+
+
+def naive_scores(checks: "FamilyChecks", classifier: VLMClassifier, batch: dict) -> Tensor:
+    """(B, C) by one full forward for every class of every sample."""
+    prefix = classifier.rendered.prefix_ids
+    scores = torch.zeros(len(batch["labels"]), len(classifier.class_names), dtype=torch.float64)
+    for i, length in enumerate(batch["lengths"].tolist()):
+        prompt = batch["input_ids"][i, :length].tolist()
+        for c, response in enumerate(classifier.rendered.response_ids):
+            with torch.no_grad():
+                logits = checks.full_logits(classifier, prefix + prompt + response, checks.one_picture(batch, i))
+            start = len(prefix) + length - 1
+            rows = logits.double().log_softmax(-1)[start : start + len(response)]
+            scores[i, c] = rows.gather(1, torch.tensor(response).unsqueeze(1)).sum()
+    return scores
+
+
+class FamilyChecks:
+    """Subclass, name it Test..., and say `build`, `one_picture` and, where it is not the default, `full_logits`."""
+
+    names = NAMES
+    gradient_tolerance = {torch.float64: 1e-6, torch.float32: 1e-5}  # relative, of each parameter's gradient
+    # A gradient that is zero but for rounding (a bias in front of a softmax) is compared with this share of the largest one.
+    zero_gradient = {torch.float64: 1e-9, torch.float32: 1e-3}
+
+    def build(self, folder) -> None:
+        """Write a small model of the true architecture with its processor, as on the hub."""
+        raise NotImplementedError
+
+    def one_picture(self, batch: dict, i: int) -> dict[str, Tensor]:
+        """The pixel arguments of transformers' forward for the i-th sample of a batch."""
+        raise NotImplementedError
+
+    def full_logits(self, classifier: VLMClassifier, ids: list[int], pixels: dict[str, Tensor]) -> Tensor:
+        """transformers' own forward over one whole sequence, without cache -> (L, V)."""
+        ids = torch.tensor([ids])
+        return classifier.model(input_ids=ids, attention_mask=torch.ones_like(ids), **pixels, use_cache=False).logits[0]
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def folder(cls, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("family")
+        cls().build(folder)
+        return folder
+
+    def classifier(self, folder, dtype=torch.float32) -> VLMClassifier:
+        return VLMClassifier(load_family(folder, dtype, torch.device("cpu")), tiny_prompts(tuple(self.names))).eval()
+
+    def samples(self, labels: list[int]) -> list[Sample]:
+        return [Sample(random_picture(i, *SIZES[i % len(SIZES)]), label, f"picture {i}") for i, label in enumerate(labels)]
+
+    def batch(self, classifier, labels, with_response=False) -> dict:
+        return classifier.collate(with_response)(self.samples(labels))
+
+    def scores(self, classifier, labels=(0, 1, 2)) -> Tensor:
+        return classifier.score(classifier.read(self.batch(classifier, list(labels))))
+
+    def report(self, what: str, difference: float) -> None:
+        print(f"\n{type(self).__name__.removeprefix('Test')} | {what} | {difference:.1e}")
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    def test_loss_and_every_gradient_equal_the_plain_full_forward(self, folder, dtype):
+        classifier = self.classifier(folder, dtype).train()
+        batch = self.batch(classifier, [0, 5, 3], with_response=True)
+        ours = classifier(batch).loss
+        ours.backward()
+        gradients = {name: p.grad.clone() for name, p in classifier.named_parameters() if p.grad is not None}
+        classifier.zero_grad()
+        prefix = len(classifier.rendered.prefix_ids)
+        plain = 0
+        for i, length in enumerate(batch["lengths"].tolist()):
+            row = classifier.rendered.prefix_ids + batch["input_ids"][i, :length].tolist()
+            logits = self.full_logits(classifier, row, self.one_picture(batch, i))[prefix - 1 : -1] if prefix else None
+            if logits is None:
+                logits = self.full_logits(classifier, row, self.one_picture(batch, i))[:-1]
+            targets = batch["targets"][i, :length][0 if prefix else 1 :]
+            plain = plain + torch.nn.functional.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED)
+        plain.backward()
+        name = str(dtype).removeprefix("torch.")
+        loss_error = float(((ours - plain).abs() / plain.abs()).detach())
+        self.report(f"loss, {name}", loss_error)
+        assert loss_error < self.gradient_tolerance[dtype]
+        expected = {name: p.grad for name, p in classifier.named_parameters() if p.grad is not None}
+        assert gradients.keys() == expected.keys()
+        largest = max(float(gradient.norm()) for gradient in expected.values())
+        worst = 0.0
+        for key, gradient in expected.items():
+            error = float((gradients[key] - gradient).norm() / max(float(gradient.norm()), self.zero_gradient[dtype] * largest))
+            worst = max(worst, error)
+            assert error < self.gradient_tolerance[dtype], f"{key}: relative error {error:.2e}"
+        self.report(f"gradients, {name}", worst)
+
+    def test_label_tree_equals_one_forward_a_class(self, folder):
+        classifier = self.classifier(folder)
+        batch = self.batch(classifier, [0, 1, 2])
+        scores = classifier.score(classifier.read(batch)).double()
+        expected = naive_scores(self, classifier, batch)
+        assert expected.std(1).min() > 1e-2, "the classes should differ, or the test says little"
+        self.report("label tree", float((scores - expected).abs().max()))
+        torch.testing.assert_close(scores, expected, rtol=1e-6, atol=1e-4)
+
+    def test_one_by_one_equals_a_batch_of_unequal_pictures(self, folder):
+        classifier = self.classifier(folder)
+        together = self.scores(classifier)
+        alone = []
+        for sample in self.samples([0, 1, 2]):
+            alone.append(classifier.score(classifier.read(classifier.collate(False)([sample])))[0])
+        posterior, expected = together.softmax(-1), torch.stack(alone).softmax(-1)
+        self.report("batch", float((posterior - expected).abs().max()))
+        torch.testing.assert_close(posterior, expected, rtol=0, atol=1e-5)
+
+    def test_another_picture_changes_the_scores(self, folder):
+        scores = self.scores(self.classifier(folder), (0, 0, 0))
+        assert (scores[0] - scores[1]).abs().max() > 1e-3
+
+    def test_tuned_saved_and_reloaded_gives_the_same_probabilities(self, folder, tmp_path):
+        """LoRA, unmerged against merged and reloaded; and the untouched model saved and reloaded."""
+        metadata = {"class_names": self.names, "prompts": tiny_prompts(tuple(self.names)).to_json()}
+        for tune, tolerance in (("full", 1e-6), ("lora", 1e-5)):
+            classifier = self.classifier(folder)
+            before = self.scores(classifier).softmax(-1)
+            prepare_tuning(classifier.family, resolve({"tune": tune}))
+            if tune == "lora":
+                self.train_a_little(classifier)
+            expected = self.scores(classifier).softmax(-1)
+            assert tune == "full" or (expected - before).abs().max() > 1e-3, "training should have changed something"
+            save_model_folder(tmp_path / tune, classifier, metadata, torch.float32)
+            model, _, _ = load_model_and_metadata(tmp_path / tune, device="cpu")
+            again = self.scores(model).softmax(-1)
+            self.report(f"save and reload, {tune}", float((again - expected).abs().max()))
+            torch.testing.assert_close(again, expected, rtol=0, atol=tolerance)
+
+    def train_a_little(self, classifier) -> None:
+        optimizer = torch.optim.AdamW(parameter_groups(classifier, 0.0), lr=2e-3)
+        classifier.train()
+        for _ in range(3):
+            classifier(self.batch(classifier, [0, 1, 2], with_response=True)).loss.backward()
+            torch.nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        classifier.eval()
+
+    def test_written_text_equals_the_greedy_text_of_transformers(self, folder):
+        classifier = self.classifier(folder)
+        batch = self.batch(classifier, [0, 1, 2])
+        texts = classifier.write(classifier.read(batch), max_new_tokens=8)
+        for i, length in enumerate(batch["lengths"].tolist()):
+            ids = classifier.rendered.prefix_ids + batch["input_ids"][i, :length].tolist()
+            start = len(ids)
+            for _ in range(8):
+                with torch.no_grad():
+                    ids.append(int(self.full_logits(classifier, ids, self.one_picture(batch, i))[-1].argmax()))
+                if ids[-1] in classifier.family.stop_ids:
+                    break
+            assert texts[i] == classifier.family.decode(ids[start:])

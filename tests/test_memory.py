@@ -1,0 +1,227 @@
+"""The estimate of memory against real tensors, against a process, and the warning that is made of it; how weights are loaded."""
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hub_layout_phi3_vision
+import hub_layout_qwen2_vl
+import pytest
+import torch
+from commands import ROOT, train
+from tiny import NAMES, batch_of, save_tiny_model, tiny_prompts
+
+from vlm import memory
+from vlm.classifier import VLMClassifier
+from vlm.config import TUNING_DEFAULTS, resolve
+from vlm.demo import build_model, build_processor
+from vlm.families import load_family, outline, read_config
+from vlm.memory import GIB, Need, Texts, estimate, free_memory, warn_if_too_large
+from vlm.tuning import parameter_groups, prepare_tuning, trained_parameters
+
+CPU = torch.device("cpu")
+TIE = {"smolvlm": save_tiny_model, "tied": lambda folder: save_tiny_model(folder, tie=True)}
+BUILDERS = TIE | {"qwen2_vl": hub_layout_qwen2_vl.save_published, "phi3_v": hub_layout_phi3_vision.save_published}
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(scope="module", params=BUILDERS)
+def folder(request, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    BUILDERS[request.param](folder)
+    return folder
+
+
+def prepared(folder: Path, tune: str, dtype: torch.dtype = torch.float32) -> VLMClassifier:
+    family = load_family(folder, dtype, CPU, {})
+    prepare_tuning(family, resolve({"tune": tune}))
+    return VLMClassifier(family, tiny_prompts())
+
+
+def train_a_step(classifier: VLMClassifier) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW(parameter_groups(classifier, 0.0), lr=1e-3)
+    with autocast(classifier.model.dtype):
+        classifier(batch_of(classifier, [0])).loss.backward()
+    optimizer.step()
+    return optimizer
+
+
+def autocast(dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def size(tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tune", TUNING_DEFAULTS)
+def test_weights_gradients_and_optimizer_are_exact_and_frozen_parts_have_none(folder, tune, dtype):
+    classifier = prepared(folder, tune, dtype)
+    need = estimate(outline(read_config(folder)), resolve({"tune": tune}), dtype, "cpu")
+    assert need.weights == size(classifier.parameters())
+    optimizer = train_a_step(classifier)
+    trained = trained_parameters(classifier.model)
+    assert {name for name, p in classifier.model.named_parameters() if p.grad is not None} <= trained.keys()
+    assert need.gradients == size(trained.values())
+    with_state = {id(p) for p in optimizer.state}
+    assert with_state <= {id(p) for p in trained.values()}
+    moments = [tensor for state in optimizer.state.values() for name, tensor in state.items() if name != "step"]
+    missing = sum(2 * 4 * p.numel() for p in trained.values() if id(p) not in with_state)  # without a gradient in this step
+    assert need.optimizer == size(moments) + missing
+
+
+# Activations
+
+
+def saved_bytes(folder: Path, tune: str, dtype: torch.dtype) -> tuple[int, VLMClassifier, dict]:
+    """Bytes of all tensors that a forward pass keeps for the backward pass, the weights aside."""
+    classifier = prepared(folder, tune, dtype).train()
+    batch = batch_of(classifier, [0])
+    weights = {p.untyped_storage().data_ptr() for p in classifier.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        address = tensor.untyped_storage().data_ptr()
+        if address not in weights:
+            kept[address] = tensor  # kept alive, so that no other tensor takes its address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast(dtype):
+        classifier(batch)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), classifier, batch
+
+
+def save_with_layers(folder: Path, vision: int, text: int) -> Path:
+    """A SmolVLM of moderate width, with 64 picture tokens."""
+    folder.mkdir()
+    prompts = tiny_prompts()
+    processor = build_processor(64, 4, 2, corpus=[prompts.system, prompts.question, *prompts.responses])
+    torch.manual_seed(0)
+    build_model(
+        processor,
+        {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": vision, "num_attention_heads": 4},
+        {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": text, "num_attention_heads": 6, "num_key_value_heads": 2},
+        64, 4, 2,
+    ).save_pretrained(folder)  # fmt: skip
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tune", TUNING_DEFAULTS)
+def test_activations_of_the_layers_are_those_that_autograd_keeps(tmp_path, tune, dtype):
+    """Two models that differ in the number of layers: what does not depend on it drops out."""
+    measured, computed = [], []
+    for layers in (2, 4):
+        folder = save_with_layers(tmp_path / str(layers), layers, layers)
+        kept, classifier, batch = saved_bytes(folder, tune, dtype)
+        measured.append(kept)
+        rendered = classifier.rendered
+        length = batch["input_ids"].shape[1] - classifier.family.picture_load()[1]
+        texts = Texts(len(rendered.prefix_ids), length, 0)
+        family = outline(read_config(folder))
+        need = estimate(family, resolve({"tune": tune}), dtype, "cpu", texts)
+        computed.append(need.activations)
+    ratio = (computed[1] - computed[0]) / (measured[1] - measured[0])
+    print(f"\n{tune}, {dtype}: computed / kept by autograd {ratio:.3f}")
+    assert 0.9 < ratio < 1.1
+
+
+def test_what_makes_a_run_larger_makes_the_estimate_larger():
+    family = outline(read_config_of("HuggingFaceTB/SmolVLM-256M-Instruct"))
+
+    def need(device: str = "cpu", dtype: torch.dtype = torch.float32, texts: Texts | None = None, **given) -> Need:
+        return estimate(family, resolve(given), dtype, device, texts)
+
+    assert need(tune="connector").training < need(tune="lora").training < need(tune="full").training
+    assert need(batch_size=4).activations > 2 * need(batch_size=1).activations
+    assert need(lora_rank=64).optimizer == 4 * need(lora_rank=16).optimizer - 3 * need(tune="connector").optimizer
+    assert need(image_splitting=True).activations > need().activations
+    assert need(texts=Texts(prefix=2000)).activations > need().activations
+    assert need(dtype=torch.bfloat16).weights < 0.6 * need().weights
+    assert need(load_in_4bit=True).weights < need(load_in_8bit=True).weights < need().weights
+    assert need(device="cuda").saving == 0 < need().saving
+
+
+def read_config_of(name: str) -> dict:
+    from vlm.registry import MODELS
+
+    return MODELS[name]
+
+
+# A process
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is read from Linux's /proc")
+def test_a_process_takes_about_what_was_estimated_and_loads_its_weights_once(tmp_path):
+    """The benchmark on a model of 75M parameters in bfloat16, trained in float32."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        from memory_estimate import build
+    finally:
+        sys.path.pop(0)
+    build(tmp_path, layers=2, vision_layers=1)
+    command = [sys.executable, ROOT / "benchmarks/memory_estimate.py", "--measure", tmp_path, "lora", "float32", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    ratios = {phase: values["measured"] / values["estimated"] for phase, values in figures.items()}
+    print({phase: round(ratio, 2) for phase, ratio in ratios.items()})
+    assert 0.7 < ratios["training"] < 1.3
+    assert 0.7 < ratios["whole run"] < 1.3
+    # The weights, and the file that they are read from, whose pages the system may take back at any time. A second copy would be 1 more.
+    weights, file = figures["loading"]["estimated"], (tmp_path / "model.safetensors").stat().st_size
+    assert weights < figures["loading"]["measured"] < 1.15 * (weights + file)
+    assert math.isclose(file, weights / 2, rel_tol=0.01)
+
+
+# The warning
+
+
+@pytest.fixture
+def warning(folder, capsys) -> Callable[..., str]:
+    def warn(**given) -> str:
+        warn_if_too_large(folder, resolve(given), torch.float32, CPU, tiny_prompts())
+        return capsys.readouterr().err
+
+    return warn
+
+
+def test_a_warning_names_what_is_needed_what_is_free_and_what_helps(warning, monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda device: GIB // 50)
+    text = warning(tune="full", batch_size=2)
+    assert text.startswith("warning: this run needs about 0.") and "0.0 GiB are free on cpu" in text
+    for flag in ("--batch-size 1 (", "--tune lora (", "--tune connector (", "--load-in-4bit (", "--list-models"):
+        assert flag in text
+    assert "--tune lora (" not in warning(tune="lora")
+    assert "--load-in-4bit" not in warning(load_in_4bit=True)
+
+
+def test_no_warning_where_it_fits_or_where_nothing_is_known(warning, tmp_path, capsys):
+    assert warning() == ""
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}', encoding="utf-8")
+    warn_if_too_large(tmp_path, resolve({}), torch.float32, CPU, tiny_prompts())
+    assert capsys.readouterr().err == ""
+
+
+def test_a_run_goes_on_after_the_warning(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(memory, "free_memory", lambda device: 0)
+    assert train("--demo", "--max-samples", 40, "--epochs", 1, "--output-dir", tmp_path / "out") == 0
+    error = capsys.readouterr().err
+    assert error.count("warning: this run needs about") == 1
+    assert error.index("warning: this run needs") < error.index("One sample as the model sees it")
+
+
+def test_free_memory_is_that_of_the_device(monkeypatch):
+    assert 0 < free_memory(CPU) < 2**50
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3, 4))
+    assert free_memory(torch.device("cuda")) == 3
+
+
+def test_texts_are_estimated_from_the_prompts():
+    texts = Texts.of(tiny_prompts(tuple(NAMES)))
+    assert texts.classes == len(NAMES) and 30 < texts.prefix < 200 and 20 < texts.response < 80

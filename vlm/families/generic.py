@@ -1,0 +1,255 @@
+"""Any other image-text-to-text model that transformers knows, driven by its processor and chat template.
+
+Nothing is assumed of a model but `forward`. Where it has a language model that takes embeddings and a cache, the shared prefix is
+used, after a check against the plain forward at start (`vlm/classifier.py`); else everything goes through the plain forward.
+
+B = batch, K = tokens of a whole sequence, D = width, V = vocabulary.
+"""
+
+import inspect
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoImageProcessor, AutoProcessor
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+from vlm.errors import UsageError
+from vlm.families.base import TOWER_FEATURES, EncodedPictures, Family, Rendered
+from vlm.prompts import Prompts
+from vlm.tracking import note
+
+TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")
+VISION_NAMES = ("vision_tower", "vision_model", "visual", "vision_encoder", "image_tower")
+# Their picture tokens, or the whole prompt, see each other in both directions, which a small model may hide from the check.
+BIDIRECTIONAL = ("gemma3", "gemma4", "paligemma")
+PROBE_SIZE = (64, 48)  # pixels of the picture that shows where a processor puts its tokens
+
+
+def processor_class(folder: Path) -> Any:
+    """The class of the processor in a folder, without its video half where it has one, since that needs torchvision."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    whole = getattr(transformers, PROCESSOR_MAPPING_NAMES.get(config["model_type"], ""), None)
+    if whole is None or "video_processor" not in whole.get_attributes():
+        return AutoProcessor
+    parts = [name for name in whole.get_attributes() if name != "video_processor"]
+    # It keeps its name, under which it is saved and others load it.
+    return type(whole.__name__, (whole,), {"get_attributes": classmethod(lambda cls: parts), "__module__": whole.__module__})
+
+
+class _Reached(Exception):
+    """The tower is done."""
+
+
+class GenericFamily(Family):
+    """A model that is driven through its processor. `shares_prefix` may be switched off by the check at start."""
+
+    must_be_checked = True
+
+    def __init__(self, model: nn.Module, processor: Any):
+        super().__init__(model, processor)
+        if model.config.model_type in BIDIRECTIONAL:
+            note(f"{model.config.model_type} reads pictures in both directions: no prefix can be shared, training takes the plain forward.")
+            self.shares_prefix = False
+
+    @classmethod
+    def load_processor(cls, folder: Path, **options: Any) -> Any:
+        try:
+            processor = processor_class(folder).from_pretrained(folder, local_files_only=True)
+            processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
+        except (ImportError, OSError, ValueError) as error:
+            raise UsageError(f"the processor in {folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        return processor
+
+    # The parts
+
+    @property
+    def body(self) -> nn.Module:
+        """What holds vision, connector and language side by side."""
+        return getattr(self.model, "model", self.model)
+
+    @property
+    def vision(self) -> nn.Module:
+        return next((getattr(self.body, name) for name in VISION_NAMES if hasattr(self.body, name)), nn.ModuleList())
+
+    @property
+    def language(self) -> nn.Module:
+        return getattr(self.body, "language_model", None) or self.model.get_decoder()
+
+    @property
+    def connector(self) -> nn.Module:
+        """All that is neither vision nor language."""
+        return nn.ModuleList(child for child in self.body.children() if child is not self.vision and child is not self.language)
+
+    # Text
+
+    @property
+    def image_token_id(self) -> int:
+        config = self.model.config
+        for name in ("image_token_id", "image_token_index"):
+            if getattr(config, name, None) is not None:
+                return getattr(config, name)
+        raise UsageError(f"a model of type {config.model_type} names no picture token in its config: it cannot be driven.")
+
+    @property
+    def stop_ids(self) -> list[int]:
+        ends = self.model.generation_config.eos_token_id
+        ends = [ends] if isinstance(ends, int) else list(ends or [])
+        return list(dict.fromkeys([self._closing_ids[-1], *ends]))
+
+    def render(self, prompts: Prompts) -> Rendered:
+        """Let the processor lay out a picture, and see what stands before and after its tokens."""
+        self._opening = self._render_opening(prompts)
+        probe = self._whole_ids([Image.new("RGB", PROBE_SIZE)])[0][0]
+        places = [i for i, token in enumerate(probe) if token == self.image_token_id]
+        if not places:
+            raise UsageError("the processor puts no picture token into the conversation: the model would learn from the text alone.")
+        self._prefix = probe[: places[0]] if self.shares_prefix else []
+        self._question = probe[places[-1] + 1 :]
+        responses = [self._response_ids(text) for text in prompts.responses]
+        return Rendered(self._prefix, self._question, responses, self.max_length)
+
+    def _render_opening(self, prompts: Prompts) -> str:
+        """The conversation up to the model's turn. A model without a system role gets the instructions at the head of the user's turn."""
+        asked = [{"type": "image"}, {"type": "text", "text": prompts.question}]
+        in_user_turn = [{"role": "user", "content": [{"type": "text", "text": prompts.system + "\n"}, *asked]}]
+        self._closing_ids = [self.tokenizer.eos_token_id]
+        if not getattr(self.processor, "chat_template", None):
+            note("the model has no chat template: picture, instructions and question are put one after the other.")
+            self._turn = lambda text: text
+            return f"{self._placeholder}{prompts.system}\n{prompts.question}\n"
+        for messages in (prompts.messages(), in_user_turn):
+            try:
+                opening = self.apply_template(messages, add_generation_prompt=True)
+            except Exception:  # templates refuse a system role each in its own way
+                continue
+            if prompts.system in opening and prompts.question in opening:
+                break
+        else:
+            raise UsageError("the chat template of the model drops the instructions or the question: it cannot be used.")
+        if opening.count(self._placeholder) != 1:
+            raise UsageError(
+                f"the conversation holds {opening.count(self._placeholder)} of {self._placeholder}, expected 1: leave it out of the texts."
+            )
+        self._find_closing(messages, opening)
+        return opening
+
+    @property
+    def _placeholder(self) -> str:
+        """What a template writes for a picture, before the processor puts in its tokens."""
+        return getattr(self.processor, "boi_token", None) or getattr(self.processor, "image_token", "<image>")
+
+    def _find_closing(self, messages: list[dict[str, Any]], opening: str) -> None:
+        """What the template puts after the model's turn, which the model has to learn as its end."""
+        mark = "ANSWER"
+        answered = [*messages, {"role": "assistant", "content": [{"type": "text", "text": mark}]}]
+        turn = self.apply_template(answered, add_generation_prompt=False).removeprefix(opening)
+        before, _, after = turn.partition(mark)
+        closing = self.tokenize(after.rstrip())
+        if closing:
+            self._closing_ids = closing
+        self._before = before if len(before) <= 1 else ""  # a space that belongs to the answer
+
+    def _response_ids(self, text: str) -> list[int]:
+        """The response as it is tokenized behind the question, and the end of the turn."""
+        before = getattr(self, "_before", "")
+        tail = self._opening[-20:]
+        alone, together = self.tokenize(tail), self.tokenize(tail + before + text)
+        ids = together[len(alone) :] if together[: len(alone)] == alone else self.tokenize(before + text)
+        return ids + self._closing_ids
+
+    # Pictures
+
+    def picture_load(self) -> tuple[int, int]:
+        """What the configuration says of one tile; of a model that says nothing, about what most have."""
+        config, vision = self.model.config, self.model.config.vision_config
+        sizes = [getattr(vision, name, default) for name, default in (("image_size", 384), ("patch_size", 16))]
+        size, patch = (value[0] if isinstance(value, list | tuple) else value for value in sizes)
+        patches = (size // patch) ** 2
+        tokens = getattr(config, "image_seq_length", None) or getattr(config, "mm_tokens_per_image", None)
+        return patches, min(tokens or patches, patches)
+
+    def _whole_ids(self, pictures: list[Image.Image]) -> tuple[list[list[int]], dict[str, Tensor]]:
+        """The processor's own token ids of conversation and picture, one list a picture, and the pixels."""
+        opening = self._opening
+        twice = self.tokenizer.bos_token is not None and opening.startswith(self.tokenizer.bos_token)
+        batch = self.processor(
+            text=[opening] * len(pictures), images=[[p] for p in pictures], return_tensors="pt", padding=True, add_special_tokens=not twice
+        )
+        rows = [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+        return rows, {name: tensor for name, tensor in batch.items() if name not in TEXT_INPUTS}
+
+    def encode_pictures(self, pictures: list[Image.Image]) -> EncodedPictures:
+        rows, pixels = self._whole_ids(pictures)
+        start, end = len(self._prefix), len(self._question)
+        for row in rows:
+            if row[:start] != self._prefix or row[len(row) - end :] != self._question:
+                raise RuntimeError("the processor lays out this picture in another way than the first one")
+        return EncodedPictures(pixels, [row[start : len(row) - end] for row in rows])
+
+    def picture_features(self, inputs: dict[str, Tensor]) -> Tensor:
+        if TOWER_FEATURES in inputs:
+            return self.connect(inputs[TOWER_FEATURES], inputs)
+        get = self.body.get_image_features
+        known = inspect.signature(get).parameters
+        inputs = {name: t.to(self.model.dtype) if t.is_floating_point() else t for name, t in inputs.items() if name in known}
+        features = get(**inputs).pooler_output
+        features = torch.cat([f.reshape(-1, f.shape[-1]) for f in features]) if isinstance(features, list | tuple) else features
+        return features.reshape(-1, features.shape[-1])
+
+    @cached_property
+    def can_cache(self) -> bool:
+        """Whether the features are those of one connector behind the tower, and nothing else: tried on two pictures."""
+        if not self.shares_prefix or len(self.connector) != 1:
+            return False
+        noise = [Image.effect_noise(size, 80).convert("RGB") for size in (PROBE_SIZE, PROBE_SIZE[::-1])]
+        inputs = [{k: v.to(self.model.device) for k, v in self.encode_pictures([p]).inputs.items()} for p in noise]
+        try:
+            with torch.no_grad():
+                whole = torch.cat([self.picture_features(one) for one in inputs])
+                return torch.equal(self.connect(torch.cat([self.vision_features(one) for one in inputs]), {}), whole)
+        except Exception:  # a tower that does not hand its features to the connector in one tensor
+            return False
+
+    def vision_features(self, inputs: dict[str, Tensor]) -> Tensor:
+        """What reaches the connector."""
+        caught: list[Tensor] = []
+
+        def catch(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            caught.append(arguments[0])
+            raise _Reached
+
+        hook = self.connector[0].register_forward_pre_hook(catch)
+        try:
+            self.picture_features(inputs)
+        except _Reached:
+            pass
+        finally:
+            hook.remove()
+        return caught[0]
+
+    def connect(self, hidden: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        features = self.connector[0](hidden)
+        return features.reshape(-1, features.shape[-1])
+
+    # The plain forward
+
+    def full_logits(self, ids: Tensor, mask: Tensor, response: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        """(B, K, V) by transformers' own forward.
+
+        Args:
+            ids: (B, K) with padding on the right. mask: (B, K) False at padding. response: (B, K) True at the response's tokens.
+        """
+        pictures = (ids == self.image_token_id).long()
+        known = inspect.signature(self.model.forward).parameters
+        # PaliGemma reads the prompt in both directions and the response (1) in one; the others mark the picture tokens.
+        types = response.long() if self.model.config.model_type == "paligemma" else pictures
+        extra = {name: value for name, value in (("token_type_ids", types), ("mm_token_type_ids", pictures)) if name in known}
+        inputs = {name: t.to(self.model.dtype) if t.is_floating_point() else t for name, t in inputs.items()}
+        logits = self.model(input_ids=ids, attention_mask=mask.long(), **inputs, **extra, use_cache=False).logits
+        return logits if logits.dtype == torch.float64 else logits.float()

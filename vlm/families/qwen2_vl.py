@@ -1,0 +1,176 @@
+"""Qwen2-VL-Instruct and Qwen2.5-VL-Instruct of every size, without the video half of their processor, which needs torchvision.
+
+B = batch, L = tokens of a row, N = patches of all pictures, D = width. Four neighboring patches become one picture token.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoImageProcessor
+from transformers.vision_utils import get_vision_window_index
+
+from vlm.errors import UsageError
+from vlm.families.base import EncodedPictures, Family
+
+MIN_PIXELS = 4 * 28 * 28  # as published
+MAX_PIXELS = 256 * 28 * 28  # 448 x 448: 256 picture tokens, where the published 16384 * 28 * 28 runs out of memory
+LONGEST_SHAPE = 200  # the processor refuses pictures whose sides differ by more than this factor
+
+
+# Both keep their published names, under which they are saved and others load them.
+class Qwen2VLProcessor(transformers.Qwen2VLProcessor):
+    """Pictures and text, no videos."""
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        return ["image_processor", "tokenizer"]
+
+
+class Qwen2_5_VLProcessor(transformers.Qwen2_5_VLProcessor):
+    """Pictures and text, no videos."""
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        return ["image_processor", "tokenizer"]
+
+
+class PatchLinear(nn.Module):
+    """A Conv3d over patches of exactly its kernel's size, as the matrix product that it is.
+
+    The weight is the convolution's own, in name and shape. Conv3d is several times slower (`benchmarks/patch_embed.py`).
+    """
+
+    def __init__(self, convolution: nn.Conv3d):
+        super().__init__()
+        self.weight = convolution.weight
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(N, channels, frames, height, width) -> (N, D)."""
+        return nn.functional.linear(patches.flatten(1), self.weight.flatten(1))
+
+
+class Qwen2VLFamily(Family):
+    model_types = ("qwen2_vl",)
+    title = "Qwen2-VL"
+    picture_defaults = {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS}
+    processor_class = Qwen2VLProcessor
+    end_of_turn = "<|im_end|>"
+
+    def __init__(self, model: nn.Module, processor: Any):
+        super().__init__(model, processor)
+        patch_embed = model.model.visual.patch_embed
+        patch_embed.proj = PatchLinear(patch_embed.proj)
+
+    @classmethod
+    def load_processor(cls, folder: Path, min_pixels: int | None = None, max_pixels: int | None = None) -> Any:
+        """The published processor without videos.
+
+        A picture is resized to multiples of 28 pixels, its shape kept about, so that it has between `min_pixels` and `max_pixels`.
+        """
+        processor = cls.processor_class.from_pretrained(folder, local_files_only=True)
+        # The PIL pictures do not depend on whether torchvision is installed.
+        processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
+        processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
+        saved = processor.image_processor.size
+        least, most = min_pixels or saved["shortest_edge"], max_pixels or saved["longest_edge"]
+        if least > most:
+            raise UsageError(f"--min-pixels {least} is more than --max-pixels {most}: give both.")
+        processor.image_processor.size = {"shortest_edge": least, "longest_edge": most}  # pixels, whatever they are called
+        return processor
+
+    def save(self, folder: Path, state: dict[str, Tensor], dtype: torch.dtype) -> None:
+        """Also write the published `preprocessor_config.json`.
+
+        Older programs read it and, where torchvision is installed, so does the video half of transformers' processor.
+        """
+        super().save(folder, state, dtype)
+        images = self.processor.image_processor
+        images.save_pretrained(folder)
+        file = folder / "preprocessor_config.json"
+        config = json.loads(file.read_text(encoding="utf-8")) | {
+            "min_pixels": images.size["shortest_edge"],
+            "max_pixels": images.size["longest_edge"],
+            "processor_class": self.processor_class.__name__,
+        }
+        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    # The parts. transformers keeps the connector, which it calls merger, inside of the vision tower.
+
+    @property
+    def vision(self) -> nn.Module:
+        visual = self.model.model.visual
+        return nn.ModuleList([visual.patch_embed, visual.rotary_pos_emb, visual.blocks])
+
+    @property
+    def connector(self) -> nn.Module:
+        return self.model.model.visual.merger
+
+    @property
+    def language(self) -> nn.Module:
+        return self.model.model.language_model
+
+    @property
+    def stop_ids(self) -> list[int]:
+        return self.tokenizer.convert_tokens_to_ids([self.end_of_turn, "<|endoftext|>"])
+
+    # Pictures
+
+    def picture_load(self, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+        vision = self.model.config.vision_config
+        patches = max(min_pixels, max_pixels) // vision.patch_size**2
+        return patches, patches // vision.spatial_merge_size**2
+
+    def encode_pictures(self, pictures: list[Image.Image]) -> EncodedPictures:
+        """Patches of all pictures, one after the other, and their grids: (pictures, 3) frames, rows, columns of patches."""
+        for picture in pictures:
+            if max(picture.size) > LONGEST_SHAPE * min(picture.size):
+                shape = f"{picture.width} x {picture.height}"
+                raise UsageError(
+                    f"a picture has {shape} pixels: {self.title} takes at most {LONGEST_SHAPE} times as long as wide; crop it."
+                )
+        images = self.processor.image_processor
+        batch = images(pictures, return_tensors="pt")
+        counts = batch["image_grid_thw"].prod(1) // images.merge_size**2
+        return EncodedPictures(dict(batch), [[self.image_token_id] * count for count in counts.tolist()])
+
+    def vision_features(self, inputs: dict[str, Tensor]) -> Tensor:
+        """(N, vision width), the four patches of a token next to each other.
+
+        The forward runs the merger too, and its result is dropped: about one part in seventy of the tower's work.
+        """
+        return self.model.model.visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).last_hidden_state
+
+    # Positions: three of each token, time, row and column (M-RoPE, Wang et al. 2024, arXiv 2409.12191, section 2.1)
+
+    def positions(self, start: int, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """(3, B, L) for rows that begin with a picture: its tokens all have the time `start`, and count rows and columns from there.
+
+        The text goes on behind the larger of rows and columns, as if the picture were that many tokens long.
+        """
+        grid = batch["pixels"]["image_grid_thw"] // self.processor.image_processor.merge_size
+        rows, columns = grid[:, 1:2], grid[:, 2:3]
+        count, extent = rows * columns, torch.maximum(rows, columns)
+        places = torch.arange(batch["input_ids"].shape[1], device=grid.device).unsqueeze(0)
+        text = places - count + extent
+        inside = torch.stack([torch.zeros_like(text), places // columns, places % columns])
+        return start + torch.where(places < count, inside, text), start + batch["lengths"] + (extent - count).squeeze(1)
+
+
+class Qwen25VLFamily(Qwen2VLFamily):
+    model_types = ("qwen2_5_vl",)
+    title = "Qwen2.5-VL"
+    processor_class = Qwen2_5_VLProcessor
+
+    def vision_features(self, inputs: dict[str, Tensor]) -> Tensor:
+        """The tower sorts the tokens by attention window; here they are back in the order of the picture."""
+        hidden = super().vision_features(inputs)
+        visual = self.model.model.visual
+        order, _ = get_vision_window_index(
+            inputs["image_grid_thw"], visual.spatial_merge_size, window_size=visual.window_size, patch_size=visual.patch_size
+        )
+        return hidden.unflatten(0, (-1, visual.spatial_merge_unit))[order.argsort().to(hidden.device)].flatten(0, 1)

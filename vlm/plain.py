@@ -1,0 +1,77 @@
+"""The plain full forward: for a model whose parts the shared prefix does not fit, and to check that it does. Exact, and slow.
+
+B = batch, K = tokens of a whole sequence, V = vocabulary, C = classes. Here the rows of a batch are whole sequences: prefix included.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from vlm.batching import IGNORED
+
+
+def whole_rows(classifier: Any, batch: dict[str, Any]) -> list[list[int]]:
+    """The token ids of each sample, prefix included, without padding."""
+    prefix = classifier.rendered.prefix_ids
+    return [prefix + row[:length].tolist() for row, length in zip(batch["input_ids"], batch["lengths"], strict=True)]
+
+
+def run(classifier: Any, rows: list[list[int]], responses: list[int], pixels: dict[str, Tensor]) -> Tensor:
+    """(B, K, V) by transformers' own forward. `responses`: how many tokens at the end of each row are the response."""
+    device = classifier.device
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
+    places = torch.arange(ids.shape[1], device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device).unsqueeze(1)
+    starts = lengths - torch.tensor(responses, device=device).unsqueeze(1)
+    return classifier.family.full_logits(ids, places < lengths, (places >= starts) & (places < lengths), pixels)
+
+
+def loss(classifier: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Summed cross entropy of the response tokens, and their number, of a batch made with responses."""
+    counts = (batch["targets"] != IGNORED).sum(1).tolist()
+    rows = whole_rows(classifier, batch)
+    logits = run(classifier, rows, counts, batch["pixels"])
+    total = logits.new_zeros(())
+    for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
+        total = total - log_probabilities(logits[i], row, count)
+    return total, (batch["targets"] != IGNORED).sum()
+
+
+def log_probabilities(logits: Tensor, row: list[int], count: int) -> Tensor:
+    """Log-probability of the last `count` tokens of a row, from its (K, V) logits."""
+    end = len(row)
+    predicted = logits[end - count - 1 : end - 1].log_softmax(-1)
+    return predicted.gather(1, torch.tensor(row[end - count :], device=logits.device).unsqueeze(1)).sum()
+
+
+@torch.no_grad()
+def score(classifier: Any, batch: dict[str, Any], classes: range | None = None) -> Tensor:
+    """(B, C) log-probability of each class's response, by one forward a class, of a batch made without responses."""
+    prompts = whole_rows(classifier, batch)
+    columns = []
+    for c in classes or range(len(classifier.class_names)):
+        response = classifier.rendered.response_ids[c]
+        rows = [prompt + response for prompt in prompts]
+        logits = run(classifier, rows, [len(response)] * len(rows), batch["pixels"])
+        columns.append(torch.stack([log_probabilities(logits[i], row, len(response)) for i, row in enumerate(rows)]))
+    return torch.stack(columns, dim=1)
+
+
+@torch.no_grad()
+def write(classifier: Any, batch: dict[str, Any], limit: int) -> list[str]:
+    """Greedy text of each sample, by one full forward a token, of a batch made without responses."""
+    rows = whole_rows(classifier, batch)
+    written: list[list[int]] = [[] for _ in rows]
+    stops = set(classifier.family.stop_ids)
+    for _ in range(limit):
+        logits = run(
+            classifier, [row + new for row, new in zip(rows, written, strict=True)], [len(new) for new in written], batch["pixels"]
+        )
+        for i, new in enumerate(written):
+            if not stops.intersection(new[-1:]):
+                new.append(int(logits[i, len(rows[i]) + len(new) - 1].argmax()))
+        if all(new[-1] in stops for new in written):
+            break
+    return [classifier.family.decode(new) for new in written]
