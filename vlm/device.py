@@ -28,7 +28,8 @@ def pick_device(wanted: str) -> tuple[torch.device, str]:
         return torch.device("mps"), "mps (Apple GPU)"
     if wanted == "auto" and mps:
         return torch.device("cpu"), "cpu (the safe choice on Apple Silicon; --device mps uses the Apple GPU)"
-    return torch.device("cpu"), f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
+    threads = torch.get_num_threads()
+    return torch.device("cpu"), f"cpu ({platform.machine()}, {threads} thread{'s' if threads > 1 else ''})"
 
 
 def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:

@@ -1,5 +1,6 @@
 """From settings to a run that can start: device, data, model, what is trained, and a look at one sample."""
 
+import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,6 +64,8 @@ def set_up(settings: Settings) -> Run:
     Raises:
         UsageError: anything in settings or data with which the run cannot start.
     """
+    if settings.demo and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # so small a model gains little from more, and loses much where the cores are busy
     device, reason = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
     check_quantization(settings.bits, device)
