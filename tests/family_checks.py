@@ -160,7 +160,7 @@ class FamilyChecks:
             torch.testing.assert_close(again, expected, rtol=0, atol=tolerance)
 
     def train_a_little(self, classifier) -> None:
-        optimizer = torch.optim.AdamW(parameter_groups(classifier, 0.0), lr=2e-3)
+        optimizer = torch.optim.AdamW(parameter_groups(classifier, 0.0, 2e-3, 2e-3))
         classifier.train()
         for _ in range(3):
             classifier(self.batch(classifier, [0, 1, 2], with_response=True)).loss.backward()

@@ -42,7 +42,7 @@ def prepared(folder: Path, tune: str, dtype: torch.dtype = torch.float32) -> VLM
 
 
 def train_a_step(classifier: VLMClassifier) -> torch.optim.Optimizer:
-    optimizer = torch.optim.AdamW(parameter_groups(classifier, 0.0), lr=1e-3)
+    optimizer = torch.optim.AdamW(parameter_groups(classifier, 0.0, 1e-3, 1e-3))
     with autocast(classifier.model.dtype):
         classifier(batch_of(classifier, [0])).loss.backward()
     optimizer.step()

@@ -102,7 +102,7 @@ def test_only_the_language_model_is_quantized_and_the_saved_model_is_a_plain_one
             lora = module.weight.requires_grad and id(module) in inside
             assert lora or small == (id(module) in inside)
 
-    optimizer = torch.optim.AdamW(parameter_groups(classifier, 0.0), lr=0.01)
+    optimizer = torch.optim.AdamW(parameter_groups(classifier, 0.0, 0.01, 0.01))
     classifier.train()
     losses = []
     for _ in range(4):

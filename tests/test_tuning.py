@@ -26,7 +26,7 @@ def prepared(folder, tune, **more):
 
 def train_a_little(classifier):
     """Three large steps, so that every trained weight moves."""
-    optimizer = torch.optim.AdamW(parameter_groups(classifier, 0.0), lr=0.02)
+    optimizer = torch.optim.AdamW(parameter_groups(classifier, 0.0, 0.02, 0.02))
     classifier.train()
     for _ in range(3):
         classifier(batch_of(classifier, [0, 1, 2, 3])).loss.backward()

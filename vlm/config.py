@@ -98,6 +98,9 @@ class Settings:
     )
     epochs: int | None = _flag(None, "training", "passes over the training pictures (default: 3; connector: 5; demo: 16)")
     learning_rate: float | None = _flag(None, "training", "peak learning rate (default: lora 2e-4, connector 5e-4, full 1e-5, demo 1.5e-3)")
+    connector_learning_rate: float | None = _flag(
+        None, "training", "peak learning rate of the connector, larger for one that was never trained (default: --learning-rate)"
+    )
     weight_decay: float = _flag(0.01, "training", "AdamW weight decay (default: 0.01; demo: 0.1)")
     warmup_ratio: float = _flag(0.05, "training", "share of the steps with a rising learning rate (default: 0.05)")
     max_grad_norm: float = _flag(1.0, "training", "gradients are clipped to this norm; 0 switches it off (default: 1.0)")
@@ -257,6 +260,8 @@ def _fill(settings: Settings) -> None:
     for name, value in TUNING_DEFAULTS[settings.tune].items():
         if getattr(settings, name) is None:
             setattr(settings, name, value)
+    if settings.connector_learning_rate is None:
+        settings.connector_learning_rate = settings.learning_rate
     if settings.gradient_accumulation_steps is None and settings.batch_size >= 1:
         settings.gradient_accumulation_steps = max(1, math.ceil(PICTURES_PER_STEP / settings.batch_size))
     if settings.eval_batch_size is None:
@@ -291,7 +296,7 @@ def _problems(s: Settings) -> list[str]:
         value = getattr(s, name)
         expect(value is None or value >= 1, name, "a whole number of at least 1")
     expect((s.min_pixels or 0) <= (s.max_pixels or math.inf), "min_pixels", f"no more than --max-pixels {s.max_pixels}")
-    for name in ("learning_rate", "lora_alpha", "save_minutes", "cache_size"):
+    for name in ("learning_rate", "connector_learning_rate", "lora_alpha", "save_minutes", "cache_size"):
         expect(0 < getattr(s, name) < math.inf, name, "a number above 0")
     for name in ("weight_decay", "max_grad_norm"):
         expect(0 <= getattr(s, name) < math.inf, name, "a number of at least 0")

@@ -33,8 +33,8 @@ from vlm.tuning import parameter_groups, prepare_tuning
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "safetensors", "scikit-learn", "pillow")
 SHOWN_SETTINGS = (
-    "tune", "epochs", "batch_size", "gradient_accumulation_steps", "learning_rate", "weight_decay", "warmup_ratio", "eval_steps",
-    "seed", "output_dir",
+    "tune", "epochs", "batch_size", "gradient_accumulation_steps", "learning_rate", "connector_learning_rate", "weight_decay", "warmup_ratio",
+    "eval_steps", "seed", "output_dir",
 )  # fmt: skip
 PRECISIONS = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -85,9 +85,8 @@ def set_up(settings: Settings) -> Run:
     if not settings.no_feature_cache:
         with accelerator.main_process_first():  # the others find what the first one has computed
             classifier.feature_cache = fill_cache(family, (data.train, data.validation), settings.cache_size)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(classifier, settings.weight_decay), lr=settings.learning_rate, fused=accelerator.device.type in ("cpu", "cuda")
-    )
+    groups = parameter_groups(classifier, settings.weight_decay, settings.learning_rate, settings.connector_learning_rate)
+    optimizer = torch.optim.AdamW(groups, fused=accelerator.device.type in ("cpu", "cuda"))
     model, optimizer = accelerator.prepare(classifier, optimizer)
     workers = settings.workers
     if workers is None:  # on the CPU they would take the cores from the model

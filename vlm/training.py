@@ -168,7 +168,7 @@ class Trainer:
         tokens = sum(self.response_lengths[labels[index]] for index in step.indices)
         share = (1.0 if step.counts else 0.0) / tokens
         for group in run.optimizer.param_groups:
-            group["lr"] = learning_rate_at(self.progress.step, self.total_steps, settings.warmup_ratio, settings.learning_rate)
+            group["lr"] = learning_rate_at(self.progress.step, self.total_steps, settings.warmup_ratio, group["peak_lr"])
         torch.manual_seed(step_seed(settings.seed, self.progress.step, self.accelerator.process_index))
         total = torch.zeros((), device=self.accelerator.device)
         for number, _ in enumerate(step.batches, start=1):

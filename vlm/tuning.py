@@ -57,10 +57,19 @@ def merged_state_dict(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]
     return state
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """AdamW groups: matrices are decayed, biases and norms are not."""
-    trained = trained_parameters(model).values()
-    return [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
+def parameter_groups(
+    classifier: nn.Module, weight_decay: float, learning_rate: float, connector_learning_rate: float
+) -> list[dict]:
+    """AdamW groups: matrices are decayed, biases and norms are not; the connector may have a peak learning rate of its own.
+
+    Each group keeps its peak as `peak_lr`, from which the schedule is computed.
+    """
+    inside = {id(p) for p in classifier.family.connector.parameters()}
+    groups = []
+    for connector, peak in ((False, learning_rate), (True, connector_learning_rate)):
+        part = [p for p in trained_parameters(classifier).values() if (id(p) in inside) == connector]
+        for matrices, decay in ((True, weight_decay), (False, 0.0)):
+            some = [p for p in part if (p.ndim >= 2) == matrices]
+            if some:
+                groups.append({"params": some, "weight_decay": decay, "lr": peak, "peak_lr": peak})
+    return groups
