@@ -48,12 +48,12 @@ def texts(axes):
     return [text.get_text() for text in axes.get_legend().get_texts()]
 
 
-def test_curves_show_raw_and_smoothed_loss_and_mark_the_best_validation(tmp_path, drawn):
-    training_curves(history(), tmp_path / "curves.png")
+def test_curves_show_raw_and_smoothed_loss_and_mark_the_best_model(tmp_path, drawn):
+    training_curves(history(), tmp_path / "curves.png", best_step=30)
     assert is_picture(tmp_path / "curves.png")
     loss, accuracy = drawn[0].axes
-    assert texts(loss) == ["training", "training, smoothed", "validation", "best validation accuracy"]
-    assert texts(accuracy) == ["validation", "best: 0.900 at step 20"]
+    assert texts(loss) == ["training", "training, smoothed", "validation", "best model"]
+    assert texts(accuracy) == ["validation", "best: 0.900 at step 30"], "of two equal accuracies the one that was saved"
     assert all(axes.get_xlabel() and axes.get_ylabel() for axes in (loss, accuracy))
     assert loss.get_yscale() == "log", "a loss that falls by a factor of 40 is not flat on the axis"
 

@@ -113,6 +113,15 @@ def test_trained_weights_are_float32_where_the_rest_is_bfloat16(folder):
 
 
 def test_only_matrices_are_decayed(folder):
-    groups = parameter_groups(prepared(folder, "full"), 0.1)
-    assert {p.ndim >= 2 for p in groups[0]["params"]} == {True} and groups[0]["weight_decay"] == 0.1
-    assert {p.ndim < 2 for p in groups[1]["params"]} == {True} and groups[1]["weight_decay"] == 0.0
+    classifier = prepared(folder, "full")
+    groups = parameter_groups(classifier, 0.1, 1e-3, 1e-3)
+    for group in groups:
+        assert {p.ndim >= 2 for p in group["params"]} == {group["weight_decay"] == 0.1}
+    assert sum(len(group["params"]) for group in groups) == len(trained_parameters(classifier))
+
+
+def test_the_connector_may_have_a_learning_rate_of_its_own(folder):
+    classifier = prepared(folder, "lora")
+    connector = {id(p) for p in classifier.family.connector.parameters()}
+    rates = {id(p) in connector: group["peak_lr"] for group in parameter_groups(classifier, 0.1, 1e-4, 1e-3) for p in group["params"]}
+    assert rates == {False: 1e-4, True: 1e-3}

@@ -27,24 +27,24 @@ LONGEST_NAME = 24  # characters, on the axes of the confusion matrix
 TRAIN_COLOR, VALIDATION_COLOR, BEST_COLOR = "tab:blue", "tab:orange", "tab:red"
 
 
-def training_curves(history: Sequence[dict[str, Any]], path: str | Path) -> None:
+def training_curves(history: Sequence[dict[str, Any]], path: str | Path, best_step: int | None = None) -> None:
     """Draw loss and accuracy over the optimizer steps, as a PNG.
 
     Args:
         history: entries of `log.jsonl`: kind "train" with step and loss, kind "validation" with step, loss and accuracy.
             Other kinds, and figures that are missing, null or NaN, are left out.
         path: the PNG; replaced if there.
+        best_step: the step of the best model, which is marked.
     """
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     loss_axes, accuracy_axes = figure.subplots(1, 2, sharex=True)
     steps, accuracy = _series(history, "validation", "accuracy")
     _draw_loss(loss_axes, history)
     _draw_points(accuracy_axes, steps, accuracy, VALIDATION_COLOR, "validation")
-    if len(accuracy):
-        best = int(accuracy.argmax())
-        label = f"best: {accuracy[best]:.3f} at step {steps[best]:.0f}"
-        accuracy_axes.plot(steps[best], accuracy[best], "*", color=BEST_COLOR, markersize=13, label=label)
-        loss_axes.axvline(steps[best], color=BEST_COLOR, linestyle=":", label="best validation accuracy")
+    if best_step in steps:
+        best = accuracy[list(steps).index(best_step)]
+        accuracy_axes.plot(best_step, best, "*", color=BEST_COLOR, markersize=13, label=f"best: {best:.3f} at step {best_step}")
+        loss_axes.axvline(best_step, color=BEST_COLOR, linestyle=":", label="best model")
     for axes, title, unit in ((loss_axes, "Loss", "loss"), (accuracy_axes, "Accuracy", "share of correct predictions")):
         _finish(axes, title, unit)
     _save(figure, path)

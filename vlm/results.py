@@ -46,7 +46,7 @@ def finish(run: Run, progress: Progress, metrics: Sequence[Callable[..., Any]]) 
         "settings": settings.to_json(),
         "history": progress.history,
     }
-    training_curves(progress.history, output / "training_curves.png")
+    training_curves(progress.history, output / "training_curves.png", progress.best_step)
     confusion_matrix(test["confusion_matrix"], data.class_names, output / "confusion_matrix.png")
     write_json(output / METADATA, run.metadata | {"test": {"accuracy": test["accuracy"], "macro_f1": test["macro_f1"]}})
     if settings.demo:

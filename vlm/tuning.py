@@ -57,9 +57,7 @@ def merged_state_dict(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]
     return state
 
 
-def parameter_groups(
-    classifier: nn.Module, weight_decay: float, learning_rate: float, connector_learning_rate: float
-) -> list[dict]:
+def parameter_groups(classifier: nn.Module, weight_decay: float, learning_rate: float, connector_learning_rate: float) -> list[dict]:
     """AdamW groups: matrices are decayed, biases and norms are not; the connector may have a peak learning rate of its own.
 
     Each group keeps its peak as `peak_lr`, from which the schedule is computed.
