@@ -33,8 +33,8 @@ from vlm.tuning import parameter_groups, prepare_tuning
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "safetensors", "scikit-learn", "pillow")
 SHOWN_SETTINGS = (
-    "tune", "epochs", "batch_size", "gradient_accumulation_steps", "learning_rate", "connector_learning_rate", "weight_decay", "warmup_ratio",
-    "eval_steps", "seed", "output_dir",
+    "tune", "epochs", "batch_size", "gradient_accumulation_steps", "learning_rate", "connector_learning_rate", "weight_decay",
+    "warmup_ratio", "eval_steps", "seed", "output_dir",
 )  # fmt: skip
 PRECISIONS = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
