@@ -25,32 +25,39 @@ def vlm_collate_fn(
         cache: a `FeatureCache` with the features of these pictures, in the place of their pixels.
 
     Returns:
-        pixels: what the family's vision tower takes. input_ids: (B, L). targets: (B, L), the response tokens where they stand in
-        `input_ids`, else -100. lengths: (B,) tokens of each row without padding. labels: (B,).
+        pixels: what the family's vision tower takes. input_ids: (B, L); without responses each row has what all of them begin with.
+        targets: (B, L), the response tokens where they stand in `input_ids`, else -100. lengths: (B,) tokens of each row without padding
+        and, where it has no response, without that beginning. labels: (B,). picture_places: places of the picture tokens in the flattened
+        rows; predicting: places in front of the response tokens.
 
     Raises:
         UsageError: a sample is longer than the model can read. Samples with a picture are never truncated.
     """
     pictures = [sample.image for sample in samples]
     encoded = cache.encode(pictures) if cache else family.encode_pictures(pictures)
-    rows, targets = [], []
+    rows, targets, lengths = [], [], []
     for sample, picture_ids in zip(samples, encoded.token_ids, strict=True):
         prompt = [*picture_ids, *rendered.question_ids]
-        response = rendered.response_ids[sample.label] if with_response else []
+        response = rendered.response_ids[sample.label] if with_response else rendered.opening_ids
         total = len(rendered.prefix_ids) + len(prompt) + len(response)
         if total > rendered.max_length:
             raise UsageError(
                 f"{sample.name} has {total} tokens with its texts, and the model reads {rendered.max_length} at most: "
                 "shorten --system-instructions or the class descriptions."
             )
+        lengths.append(len(prompt) + (len(response) if with_response else 0))
         rows.append(prompt + response)
-        targets.append([IGNORED] * len(prompt) + response)
+        targets.append([IGNORED] * len(prompt) + (response if with_response else []))
+    ids, targets = _pad(rows, 0), _pad(targets, IGNORED)
     return {
         "pixels": encoded.inputs,
-        "input_ids": _pad(rows, 0),
-        "targets": _pad(targets, IGNORED),
-        "lengths": torch.tensor([len(row) for row in rows]),
+        "input_ids": ids,
+        "targets": targets,
+        "lengths": torch.tensor(lengths),
         "labels": torch.tensor([sample.label for sample in samples]),
+        # Places in the flattened rows, found here: a GPU would have to wait for the count.
+        "picture_places": (ids == family.image_token_id).flatten().nonzero().squeeze(1),
+        "predicting": (targets != IGNORED).flatten().nonzero().squeeze(1) - 1,
     }
 
 

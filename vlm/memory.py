@@ -31,11 +31,11 @@ import psutil
 import torch
 from torch import nn
 
-from vlm.classifier import LOGITS_AT_ONCE
 from vlm.config import Settings
 from vlm.families import outline, read_config
 from vlm.families.base import Family
 from vlm.prompts import Prompts
+from vlm.scoring import LOGITS_AT_ONCE
 from vlm.tracking import note
 
 GIB = 2**30

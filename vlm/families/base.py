@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConf
 from transformers.cache_utils import Cache, DynamicCache
 
 from vlm.errors import UsageError
+from vlm.label_tree import common_beginning
 from vlm.prompts import Prompts
 from vlm.quantization import forget_quantizer, loading_options
 
@@ -33,6 +35,11 @@ class Rendered:
     question_ids: list[int]
     response_ids: list[list[int]]  # one a class, each ending in the end-of-turn token
     max_length: int  # longest row that the model can read
+
+    @cached_property
+    def opening_ids(self) -> list[int]:
+        """What all responses begin with; it is read together with the prompt."""
+        return common_beginning(self.response_ids)
 
 
 @dataclass(frozen=True)
