@@ -119,6 +119,27 @@ class FamilyChecks:
             assert error < self.gradient_tolerance[dtype], f"{key}: relative error {error:.2e}"
         self.report(f"gradients, {name}", worst)
 
+    def test_gradient_checkpointing_changes_no_gradient(self, folder):
+        """Nor does it with a prefix that several batches share, nor with LoRA's dropout, which has to be drawn alike again."""
+        found = []
+        for checkpointing in (False, True):
+            classifier = self.classifier(folder)
+            prepare_tuning(classifier.family, resolve({"tune": "lora", "lora_dropout": 0.2}))
+            with torch.no_grad():  # LoRA's second matrix starts at zero, and the first has no gradient then
+                for name, parameter in classifier.named_parameters():
+                    if "lora_B" in name:
+                        parameter.fill_(0.01)
+            if checkpointing:
+                classifier.family.checkpoint_layers()
+            classifier.train()
+            torch.manual_seed(0)
+            for i, labels in enumerate(([0, 5], [3])):
+                classifier(self.batch(classifier, labels, with_response=True), first=i == 0, last=i == 1).loss.backward()
+            found.append({name: p.grad for name, p in classifier.named_parameters() if p.grad is not None})
+        assert found[0].keys() == found[1].keys() and any("lora_A" in name for name in found[0])
+        for name, gradient in found[0].items():
+            torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
     def test_label_tree_equals_one_forward_a_class(self, folder):
         classifier = self.classifier(folder)
         batch = self.batch(classifier, [0, 1, 2])

@@ -32,6 +32,7 @@ DEMO_DEFAULTS = {
     "batch_size": 16,
     "eval_batch_size": 64,
     "gradient_accumulation_steps": 1,
+    "threads": 1,  # so small a model gains little from more, and loses much where the cores are busy
     "task_description": "handwritten digit recognition",
 }
 PICTURES_PER_STEP = 8  # what --gradient-accumulation-steps aims at when it is not given
@@ -104,6 +105,9 @@ class Settings:
     weight_decay: float = _flag(0.01, "training", "AdamW weight decay (default: 0.01; demo: 0.1)")
     warmup_ratio: float = _flag(0.05, "training", "share of the steps with a rising learning rate (default: 0.05)")
     max_grad_norm: float = _flag(1.0, "training", "gradients are clipped to this norm; 0 switches it off (default: 1.0)")
+    gradient_checkpointing: bool = _flag(False, "training", "keep less for the backward pass and compute it again: less memory, slower")
+    compile: bool = _flag(False, "training", "let torch.compile speed up the language model; takes minutes at first, needs a C++ compiler")
+    threads: int | None = _flag(None, "training", "threads of the CPU (default: its physical cores; demo: 1)")
     eval_steps: int | None = _flag(None, "training", "optimizer steps between evaluations (default: at the end of each epoch)")
     eval_batch_size: int | None = _flag(
         None, "training", "pictures in one batch of an evaluation (default: 8, or --batch-size if larger; demo: 64)"
@@ -153,6 +157,8 @@ NOT_PART_OF_THE_RUN = {
     "output_dir",
     "device",
     "workers",
+    "threads",
+    "compile",
     "save_minutes",
     "use_wandb",
     "wandb_project",
@@ -291,7 +297,7 @@ def _problems(s: Settings) -> list[str]:
 
     for name in (
         "batch_size", "gradient_accumulation_steps", "eval_batch_size", "eval_steps", "max_samples", "lora_rank", "epochs",
-        "min_pixels", "max_pixels", "num_crops",
+        "min_pixels", "max_pixels", "num_crops", "threads",
     ):  # fmt: skip
         value = getattr(s, name)
         expect(value is None or value >= 1, name, "a whole number of at least 1")

@@ -13,6 +13,7 @@ from vlm.classifier import VLMClassifier
 from vlm.data import Split
 from vlm.metrics import classification_metrics, user_metrics
 from vlm.prompts import parse_answer
+from vlm.scoring import TOLERANCE
 from vlm.tracking import progress
 
 TEXTS = 32  # pictures whose text is generated in a test evaluation
@@ -25,8 +26,14 @@ def score_split(
     indices: Sequence[int] | None = None,
     workers: int = 0,
     description: str = "evaluating",
+    tolerance: float = TOLERANCE,
 ) -> Tensor:
-    """(N, C) log-probability of each class's response, by the label tree, on the CPU. `indices`: these samples only."""
+    """(N, C) log-probability of each class's response, by the label tree, on the CPU.
+
+    Args:
+        indices: these samples only.
+        tolerance: see `VLMClassifier.search`; 0 makes every number exact. That of the true class always is.
+    """
     samples = split if indices is None else Subset(split, indices)
     if not len(samples):
         return torch.empty(0, len(classifier.class_names))
@@ -39,7 +46,8 @@ def score_split(
         with torch.no_grad():
             parts = []
             for batch in progress(loader, len(loader), description, unit="batches"):
-                parts.append(classifier.score(classifier.read(send_to_device(batch, classifier.device))).cpu())
+                reading = classifier.read(send_to_device(batch, classifier.device))
+                parts.append(classifier.search(reading, tolerance, labels=batch["labels"].tolist()).scores)
     finally:
         classifier.train(was_training)
     return torch.cat(parts)
@@ -75,7 +83,7 @@ def metrics_of_scores(
     names = list(classifier.class_names)
     result = classification_metrics(truth.numpy(), log_probabilities, names)
     response = scores.gather(1, truth.unsqueeze(1)).sum()
-    result["loss"] = float(-response / classifier.tree.lengths.cpu()[truth].sum())
+    result["loss"] = float(-response / classifier.tree.lengths[truth.numpy()].sum())
     if metrics:
         probabilities = np.exp(log_probabilities)
         result["own_metrics"] = user_metrics(metrics, truth.numpy(), probabilities.argmax(-1), probabilities, names)
@@ -93,7 +101,7 @@ def check_texts(classifier: VLMClassifier, split: Split, batch_size: int = 8, co
     answers, predictions = [], []
     for batch in progress(loader, len(loader), "writing texts", unit="batches"):
         reading = classifier.read(send_to_device(batch, classifier.device))
-        predictions += [classifier.class_names[i] for i in classifier.score(reading).argmax(-1).tolist()]
+        predictions += [classifier.class_names[i] for i in classifier.search(reading).scores.argmax(-1).tolist()]
         answers += [parse_answer(text, classifier.class_names) for text in classifier.write(reading)]
     return {
         "texts": len(answers),

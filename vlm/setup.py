@@ -1,6 +1,5 @@
 """From settings to a run that can start: device, data, model, what is trained, and a look at one sample."""
 
-import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from vlm.classifier import VLMClassifier
 from vlm.config import Settings
 from vlm.data import Data, Sample, load_data
 from vlm.demo import MODEL_NAME, build_demo_model
-from vlm.device import pick_device, pick_dtype
+from vlm.device import check_compiler, pick_device, pick_dtype, pick_threads
 from vlm.errors import UsageError
 from vlm.families import load_family
 from vlm.features import fill_cache
@@ -64,8 +63,7 @@ def set_up(settings: Settings) -> Run:
     Raises:
         UsageError: anything in settings or data with which the run cannot start.
     """
-    if settings.demo and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # so small a model gains little from more, and loses much where the cores are busy
+    torch.set_num_threads(pick_threads(settings.threads))
     device, reason = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
     check_quantization(settings.bits, device)
@@ -78,6 +76,11 @@ def set_up(settings: Settings) -> Run:
     warn_if_too_large(folder, settings, dtype, accelerator.device, prompts)
     family = load_family(folder, dtype, accelerator.device, settings.picture_options(), settings.bits)
     prepare_tuning(family, settings)
+    if settings.gradient_checkpointing:
+        family.checkpoint_layers()
+    if settings.compile:
+        check_compiler(accelerator.device)
+        family.compile_layers()
     classifier = VLMClassifier(family, prompts)
     note(format_table(_settings_rows(settings, classifier, reason, dtype)) + "\n")
     preflight(classifier, data.train[0])

@@ -175,7 +175,7 @@ class Trainer:
             batch = send_to_device(next(batches), self.accelerator.device, non_blocking=True)
             synchronize = number == len(step.batches)  # processes exchange gradients once a step
             with nullcontext() if synchronize else self.accelerator.no_sync(run.model):
-                loss = run.model(batch).loss * share
+                loss = run.model(batch, first=number == 1, last=synchronize).loss * share
                 # Several processes average their gradients; the sum is wanted.
                 self.accelerator.backward(loss * self.accelerator.num_processes)
             total += loss.detach()

@@ -5,10 +5,10 @@ B = batch, P = prefix tokens, L = tokens of a row, K = cached and new tokens, D 
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,8 +16,10 @@ import torch
 import transformers
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlm.errors import UsageError
 from vlm.label_tree import common_beginning
@@ -64,6 +66,10 @@ def quiet() -> Iterator[None]:
     finally:
         if was_on:
             transformers.utils.logging.enable_progress_bar()
+
+
+def _run_again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs) if torch.is_grad_enabled() else forward(*args, **kwargs)
 
 
 class Family:
@@ -172,6 +178,25 @@ class Family:
             pictures: as in `load_processor`.
         """
         raise NotImplementedError
+
+    def layers(self) -> list[GradientCheckpointingLayer]:
+        """The blocks of both towers."""
+        return [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+    def checkpoint_layers(self) -> None:
+        """Gradient checkpointing (Chen et al. 2016, arXiv 1604.06174): every block keeps its input alone, and is run again on the way back.
+
+        transformers' own switch leaves out the cache, and with it the prefix.
+        """
+        for layer in self.layers():
+            layer.forward = partial(_run_again, layer.forward)
+
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """Let torch compile the blocks of the language model: at the first use, and again for lengths of another kind."""
+        inside = {id(module) for module in self.language.modules()}
+        for layer in self.layers():
+            if id(layer) in inside:
+                layer.compile(backend=backend, dynamic=True)
 
     # Text
 
