@@ -74,7 +74,7 @@ class VLMClassifier(nn.Module):
         self.prompts = prompts
         self.rendered = family.render(prompts)
         try:
-            self.tree: LabelTree = build_label_tree(self.rendered.response_ids)
+            self.tree: LabelTree = build_label_tree(self.rendered.scored_ids)
         except ValueError as error:
             raise UsageError(f"the responses do not tell the classes apart ({error}): give every class a name of its own.") from error
         self.feature_cache: Any = None  # a `FeatureCache` while training with a frozen vision tower
@@ -171,7 +171,7 @@ class VLMClassifier(nn.Module):
 
     @torch.no_grad()
     def score(self, reading: Reading) -> Tensor:
-        """(B, C) exact log-probability of each class's whole response, end of turn included, by the label tree."""
+        """(B, C) exact log-probability of each class's scored text (see vlm/responses.py), by the label tree."""
         if reading.batch is not None:
             return plain.score(self, reading.batch)
         tree = self.tree = self.tree.to(self.device)

@@ -33,6 +33,7 @@ def finish(run: Run, progress: Progress, metrics: Sequence[Callable[..., Any]]) 
     pictures = len(data.train) * settings.epochs
     results = {
         "test": test,
+        **({"zero_shot": progress.zero_shot} if progress.zero_shot else {}),
         "texts": check_texts(classifier, data.test, settings.eval_batch_size),
         "validation": {"accuracy": progress.best_accuracy, "loss": progress.best_loss, "step": progress.best_step},
         "pictures": {"train": len(data.train), "validation": len(data.validation), "test": len(data.test), "skipped": len(data.skipped)},

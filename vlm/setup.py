@@ -3,7 +3,7 @@
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -23,11 +23,13 @@ from vlm.device import pick_device, pick_dtype
 from vlm.errors import UsageError
 from vlm.families import load_family
 from vlm.features import fill_cache
+from vlm.formats import stated_format
 from vlm.hub import model_folder
 from vlm.memory import warn_if_too_large
 from vlm.prompts import build_prompts
 from vlm.quantization import check_quantization
 from vlm.report import format_table
+from vlm.responses import longest_reasoning
 from vlm.tracking import note
 from vlm.tuning import parameter_groups, prepare_tuning
 
@@ -78,13 +80,16 @@ def set_up(settings: Settings) -> Run:
     warn_if_too_large(folder, settings, dtype, accelerator.device, prompts)
     family = load_family(folder, dtype, accelerator.device, settings.picture_options(), settings.bits)
     prepare_tuning(family, settings)
+    if settings.reasoning_column:
+        prompts = replace(prompts, reasoning_tokens=longest_reasoning(data.train, family))
     classifier = VLMClassifier(family, prompts)
     note(format_table(_settings_rows(settings, classifier, reason, dtype)) + "\n")
     preflight(classifier, data.train[0])
 
     if not settings.no_feature_cache:
         with accelerator.main_process_first():  # the others find what the first one has computed
-            classifier.feature_cache = fill_cache(family, (data.train, data.validation), settings.cache_size)
+            seen = [data.train, data.validation] + ([data.test] if settings.zero_shot else [])
+            classifier.feature_cache = fill_cache(family, seen, settings.cache_size)
     groups = parameter_groups(classifier, settings.weight_decay, settings.learning_rate, settings.connector_learning_rate)
     optimizer = torch.optim.AdamW(groups, fused=accelerator.device.type in ("cpu", "cuda"))
     model, optimizer = accelerator.prepare(classifier, optimizer)
@@ -113,6 +118,7 @@ def _settings_rows(settings: Settings, classifier: VLMClassifier, device: str, d
         ("model", "the demo's, 3 + 3 layers with random weights" if settings.demo else str(settings.model)),
         ("device", device),
         ("number format", str(dtype).removeprefix("torch.") + quantized),
+        ("response format", _format_row(settings)),
         ("trained parameters", f"{trained:,} of {every:,} ({trained / every:.1%})"),
     ]
     rows += [
@@ -120,6 +126,17 @@ def _settings_rows(settings: Settings, classifier: VLMClassifier, device: str, d
         for name in SHOWN_SETTINGS
     ]
     return rows
+
+
+def _format_row(settings: Settings) -> str:
+    """The format; where the user's own template asks for one, whether it is that. A contradiction is pointed out."""
+    chosen, stated = settings.response_format, stated_format(settings.prompt_template)
+    if stated not in (None, chosen):
+        note(
+            f"--prompt-template asks for {stated}, --response-format says {chosen}: the responses are {chosen}, against what the question asks. "
+            "Make the two equal, or leave out --response-format.\n"
+        )
+    return f"{chosen}, as --prompt-template states it" if stated == chosen else str(chosen)
 
 
 def preflight(classifier: VLMClassifier, sample: Sample) -> None:
