@@ -17,6 +17,8 @@ from vlm.errors import UsageError
 from vlm.families import load_family
 from vlm.pictures import UnreadablePicture, open_picture
 from vlm.prompts import Prompts
+from vlm.reasoning import classify
+from vlm.reasoning import explain as explain_predictions
 from vlm.tracking import Bar
 
 BATCH_SIZE = 8
@@ -57,10 +59,11 @@ def predict_single_image(
     Args:
         model, processor, metadata: what `load_model_and_metadata` returned.
         image: path, PIL picture, or array (HxW, HxWx1, HxWx3 or HxWx4).
-        explain: generate the text; without it `full_response` is empty and the call is faster.
+        explain: give the text; without it `full_response` is empty, and nothing is written but what scoring needs.
 
     Returns:
-        prediction: the most probable class. confidence: its probability within the label set, 0 to 1. full_response: the text.
+        prediction: the most probable class. confidence: its probability within the label set, 0 to 1. full_response: a text whose
+        answer is the prediction (see `vlm.reasoning.explain`).
 
     Raises:
         UnreadablePicture: the picture cannot be decoded.
@@ -83,7 +86,7 @@ def predict_batch(
 
     Args:
         image_paths: files; a file that is named twice is classified once.
-        explain: generate the texts; without it `full_response` is empty and the call is faster.
+        explain: give the texts; without it `full_response` is empty, and nothing is written but what scoring needs.
 
     Returns:
         For each path, in the order given: prediction (str), confidence (0 to 1, within the label set), probabilities ({class:
@@ -123,13 +126,13 @@ def _predict(model: VLMClassifier, samples: list[Sample], explain: bool) -> list
         return []
     if model.training:
         model.eval()
-    batch = model.collate(with_response=False)(samples)
-    reading = model.read(send_to_device(batch, model.device))
-    probabilities = model.score(reading).softmax(-1).cpu()
-    texts = model.write(reading) if explain else [""] * len(samples)
+    batch = send_to_device(model.collate(with_response=False)(samples), model.device)
+    found = classify(model, batch)
+    probabilities = found.scores.softmax(-1).cpu()
+    predictions = probabilities.argmax(-1).tolist()
+    texts = explain_predictions(model, batch, found, predictions) if explain else [""] * len(samples)
     results = []
-    for row, text in zip(probabilities, texts, strict=True):
-        best = int(row.argmax())
+    for row, best, text in zip(probabilities, predictions, texts, strict=True):
         results.append(
             {
                 "prediction": model.class_names[best],

@@ -50,10 +50,13 @@ def common_start(*sequences: Sequence[int]) -> int:
 
 
 def before_answer(family: "Family", rendered: "Rendered", reasoning: str) -> list[int]:
-    """The tokens of a response from its beginning to where the scored text stands, in a format that ends with the answer."""
+    """The tokens of a response from its beginning to where the scored text stands, in a format that ends with the answer.
+
+    A placeholder of a picture, should a model have spelled one, is left out.
+    """
     text = lay_out(rendered.prompts.response_format, reasoning, rendered.prompts.class_names[0])
     ids = family.response_ids(rendered.prompts, text)
-    return ids[: len(ids) - len(rendered.scored_ids[0])]
+    return [token for token in ids[: len(ids) - len(rendered.scored_ids[0])] if token != family.image_token_id]
 
 
 def before_reasoning(family: "Family", rendered: "Rendered", label: int) -> list[int]:

@@ -74,6 +74,7 @@ def set_up(settings: Settings) -> Run:
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=PRECISIONS[dtype])
     data = load_data(settings)
     note("\n" + format_table(data.summary) + "\n")
+    _point_out_contradiction(settings)
 
     prompts = build_prompts(settings, data.class_names)
     folder, revision = _find_model(settings, data.class_names, accelerator)
@@ -129,14 +130,18 @@ def _settings_rows(settings: Settings, classifier: VLMClassifier, device: str, d
 
 
 def _format_row(settings: Settings) -> str:
-    """The format; where the user's own template asks for one, whether it is that. A contradiction is pointed out."""
-    chosen, stated = settings.response_format, stated_format(settings.prompt_template)
-    if stated not in (None, chosen):
+    stated = stated_format(settings.prompt_template) == settings.response_format
+    return f"{settings.response_format}{', as --prompt-template states it' if stated else ''}"
+
+
+def _point_out_contradiction(settings: Settings) -> None:
+    """The format follows the template unless another one is given: then both are right as they are, but not together."""
+    stated = stated_format(settings.prompt_template)
+    if stated not in (None, settings.response_format):
         note(
-            f"--prompt-template asks for {stated}, --response-format says {chosen}: the responses are {chosen}, against what the question asks. "
-            "Make the two equal, or leave out --response-format.\n"
+            f"--prompt-template asks for {stated}, --response-format says {settings.response_format}: the responses are "
+            f"{settings.response_format}, against what the question asks. Make the two equal, or leave out --response-format.\n"
         )
-    return f"{chosen}, as --prompt-template states it" if stated == chosen else str(chosen)
 
 
 def preflight(classifier: VLMClassifier, sample: Sample) -> None:
