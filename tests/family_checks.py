@@ -78,8 +78,8 @@ class FamilyChecks:
         cls().build(folder)
         return folder
 
-    def classifier(self, folder, dtype=torch.float32) -> VLMClassifier:
-        return VLMClassifier(load_family(folder, dtype, torch.device("cpu")), tiny_prompts(tuple(self.names))).eval()
+    def classifier(self, folder, dtype=torch.float32, prompts=None) -> VLMClassifier:
+        return VLMClassifier(load_family(folder, dtype, torch.device("cpu")), prompts or tiny_prompts(tuple(self.names))).eval()
 
     def samples(self, labels: list[int]) -> list[Sample]:
         return [Sample(random_picture(i, *SIZES[i % len(SIZES)]), label, f"picture {i}") for i, label in enumerate(labels)]
@@ -137,7 +137,7 @@ class FamilyChecks:
     def free_classifier(self, folder, response_format) -> VLMClassifier:
         """A model that writes reasonings of its own."""
         prompts = replace(build_prompts(Settings(response_format=response_format), self.names), reasoning_tokens=8)
-        return VLMClassifier(load_family(folder, torch.float32, torch.device("cpu")), prompts).eval()
+        return self.classifier(folder, torch.float32, prompts)
 
     @pytest.mark.parametrize("response_format", ["reasoning-first", "answer-first"])
     def test_the_scored_text_is_a_part_of_every_response_as_it_is_trained(self, folder, response_format):
