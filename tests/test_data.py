@@ -52,7 +52,7 @@ def test_the_demo_is_scikit_learns_digits():
     data = load_data(resolve({"demo": True}))
     assert counts(data) == [1259, 269, 269]
     assert data.class_names == ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-    image, label, name = data.train[0]
+    image, label, name, _ = data.train[0]
     assert (image.mode, image.size, label, name) == ("RGB", (8, 8), data.train.labels[0], data.train.names[0])
     assert max(np.asarray(data.train[i].image).max() for i in range(9)) == 255
     assert not set(data.train.names) & set(data.test.names)
@@ -230,7 +230,7 @@ def test_shots_are_so_many_of_each_class_by_the_seed(tmp_path):
     assert per_class(data)[0] == {"a": 3, "b": 3, "c": 3}
     assert per_class(data)[1:] == per_class(load(folder))[1:], "the other splits are those without it"
     assert set(data.train.names) <= set(load(folder).train.names)
-    assert dict(data.summary)["train"] == "9 pictures (cut from train, 3 of each class)"
+    assert dict(data.summary)["train"] == "9 pictures (the folder, 3 of each class)"
     assert load(folder, shots=3).train.names == data.train.names
     assert load(folder, shots=3, seed=1).train.names != data.train.names
     assert per_class(load(folder, shots=3, max_samples=9))[0] == {"a": 3, "b": 3, "c": 3}

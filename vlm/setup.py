@@ -25,7 +25,7 @@ from vlm.families import load_family
 from vlm.features import fill_cache
 from vlm.formats import stated_format
 from vlm.hub import model_folder
-from vlm.memory import warn_if_too_large
+from vlm.memory import Texts, warn_if_too_large
 from vlm.prompts import build_prompts
 from vlm.quantization import check_quantization
 from vlm.report import format_table
@@ -78,7 +78,8 @@ def set_up(settings: Settings) -> Run:
 
     prompts = build_prompts(settings, data.class_names)
     folder, revision = _find_model(settings, data.class_names, accelerator)
-    warn_if_too_large(folder, settings, dtype, accelerator.device, prompts)
+    texts = Texts.of(prompts, [text for text in data.train.reasonings if text])
+    warn_if_too_large(folder, settings, dtype, accelerator.device, texts)
     family = load_family(folder, dtype, accelerator.device, settings.picture_options(), settings.bits)
     prepare_tuning(family, settings)
     if settings.reasoning_column:
@@ -89,7 +90,8 @@ def set_up(settings: Settings) -> Run:
 
     if not settings.no_feature_cache:
         with accelerator.main_process_first():  # the others find what the first one has computed
-            seen = [data.train, data.validation] + ([data.test] if settings.zero_shot else [])
+            used = {"train": settings.epochs > 0, "validation": True, "test": settings.zero_shot}
+            seen = [getattr(data, role) for role, is_used in used.items() if is_used]
             classifier.feature_cache = fill_cache(family, seen, settings.cache_size)
     groups = parameter_groups(classifier, settings.weight_decay, settings.learning_rate, settings.connector_learning_rate)
     optimizer = torch.optim.AdamW(groups, fused=accelerator.device.type in ("cpu", "cuda"))
