@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="picture files, or folders that are searched for them")
     parser.add_argument("--model-dir", default="vlm_results/best_model", metavar="FOLDER", help="default: vlm_results/best_model")
     parser.add_argument("--output", metavar="FILE", help="write all probabilities to FILE.csv or FILE.jsonl instead of a table")
-    parser.add_argument("--explain", action="store_true", help="generate the model's text for each picture too (slower)")
+    parser.add_argument("--explain", action="store_true", help="show a text for each picture too, whose answer is the prediction")
     parser.add_argument("--batch-size", type=int, metavar="N", help="pictures in one forward pass (default: by the free memory)")
     parser.add_argument("--exhaustive-scoring", action="store_true", help="score every class to the end, however improbable (slower)")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of the CPU (default: its physical cores)")

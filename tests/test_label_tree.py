@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from vlm.label_tree import ROOT, Search, build_label_tree, common_beginning
+from vlm.label_tree import ROOT, Search, build_label_tree
 
 END = 99
 
@@ -34,12 +34,6 @@ def test_a_node_sees_itself_and_its_ancestors_alone():
 def test_responses_that_are_empty_equal_or_begin_another_are_refused(responses):
     with pytest.raises(ValueError, match="empty, or equals or begins"):
         build_label_tree(responses)
-
-
-def test_the_common_beginning_leaves_something_to_predict():
-    assert common_beginning([[1, 2, 3, END], [1, 2, END]]) == [1, 2]
-    assert common_beginning([[1, END], [2, END]]) == []
-    assert common_beginning([[1, 2, END]]) == [1, 2], "one class: all but its end"
 
 
 def random_language(seed, classes=40, length=6, tokens=5, sharpness=3.0):

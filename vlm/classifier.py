@@ -83,7 +83,7 @@ class VLMClassifier(nn.Module):
         self.prompts = prompts
         self.rendered = family.render(prompts)
         try:
-            self.tree: LabelTree = build_label_tree(self.rendered.response_ids)
+            self.tree: LabelTree = build_label_tree(self.rendered.scored_ids)
         except ValueError as error:
             raise UsageError(f"the responses do not tell the classes apart ({error}): give every class a name of its own.") from error
         self.feature_cache: Any = None  # a `FeatureCache` while training with a frozen vision tower
@@ -211,7 +211,7 @@ class VLMClassifier(nn.Module):
 
     @torch.no_grad()
     def score(self, reading: Reading) -> Tensor:
-        """(B, C) exact log-probability of each class's whole response, end of turn included, by a visit of the whole label tree."""
+        """(B, C) exact log-probability of each class's scored text (see vlm/responses.py), by a visit of the whole label tree."""
         return self.search(reading, tolerance=0.0).scores
 
     @torch.no_grad()
@@ -224,7 +224,7 @@ class VLMClassifier(nn.Module):
         bias: np.ndarray | None = None,
         proven: int = PROVEN,
     ) -> Scored:
-        """Log-probabilities of the responses, the most probable branches of the label tree first (see `label_tree.Search`).
+        """Log-probabilities of the scored texts, the most probable branches of the label tree first (see `label_tree.Search`).
 
         Args:
             tolerance, temperature, bias, proven: see `label_tree.Search`.

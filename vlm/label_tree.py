@@ -115,15 +115,6 @@ def _finish(tokens: list[int], parents: list[int], depths: list[int], leaves: np
     return LabelTree(np.array(tokens), np.array(parents), np.array(depths), ends, leaves, children)
 
 
-def common_beginning(responses: Sequence[Sequence[int]]) -> list[int]:
-    """The tokens with which all responses begin, and behind which something follows in each of them."""
-    shortest, longest = min(responses), max(responses)
-    count = 0
-    while count < min(len(shortest), len(longest)) - 1 and shortest[count] == longest[count]:
-        count += 1
-    return list(shortest[:count])
-
-
 class Search:
     """The best-first search of the tree for one picture.
 

@@ -24,7 +24,7 @@ weights are trained, and the prefix where the connector alone is.
 Measured against it: benchmarks/memory_estimate.py, docs/models.md.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -59,9 +59,9 @@ class Texts:
     classes: int = 10
 
     @classmethod
-    def of(cls, prompts: Prompts) -> "Texts":
-        """About as many as the texts have; the exact numbers would take the tokenizer."""
-        longest = max(map(len, prompts.responses))
+    def of(cls, prompts: Prompts, reasonings: Sequence[str] = ()) -> "Texts":
+        """About as many as the texts have, and the reasonings of the pictures' own; the exact numbers would take the tokenizer."""
+        longest = max(map(len, [*prompts.responses, *reasonings]))
         lengths = (len(text) // CHARACTERS_PER_TOKEN + 10 for text in (prompts.system, prompts.question, "." * longest))
         return cls(*lengths, classes=len(prompts.class_names))
 
@@ -246,22 +246,22 @@ def free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
-def warn_if_too_large(folder: Path, settings: Settings, dtype: torch.dtype, device: torch.device, prompts: Prompts) -> None:
+def warn_if_too_large(folder: Path, settings: Settings, dtype: torch.dtype, device: torch.device, texts: Texts) -> None:
     """Print a warning where the model in a folder will not fit in the free memory, with what would help."""
     try:
         family = outline(read_config(folder))
-        need = estimate(family, settings, dtype, device.type, Texts.of(prompts)).total
+        need = estimate(family, settings, dtype, device.type, texts).total
     except Exception:  # a model that cannot even be outlined is refused, with the reason, when it is loaded
         return
     free = free_memory(device)
     if need > free:
         note(
             f"warning: this run needs about {need / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free on {device.type}: it may run out of "
-            f"memory. {_help(family, settings, dtype, device, prompts)}"
+            f"memory. {_help(family, settings, dtype, device, texts)}"
         )
 
 
-def _help(family: Family, settings: Settings, dtype: torch.dtype, device: torch.device, prompts: Prompts) -> str:
+def _help(family: Family, settings: Settings, dtype: torch.dtype, device: torch.device, texts: Texts) -> str:
     """The flags that need less memory, with what they need."""
     changes = [
         ("--batch-size 1", {"batch_size": 1}, settings.batch_size > 1),
@@ -273,6 +273,6 @@ def _help(family: Family, settings: Settings, dtype: torch.dtype, device: torch.
     tried: list[str] = []
     for flags, values, sensible in changes:
         if sensible:
-            less = estimate(family, replace(settings, **values), dtype, device.type, Texts.of(prompts)).total
+            less = estimate(family, replace(settings, **values), dtype, device.type, texts).total
             tried.append(f"{flags} ({less / GIB:.1f} GiB)")
     return f"Less is needed by {', '.join(tried)}, or a smaller --model (see --list-models)." if tried else "Take a smaller --model."

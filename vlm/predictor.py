@@ -19,6 +19,8 @@ from vlm.families import load_family
 from vlm.memory import largest_batch
 from vlm.pictures import UnreadablePicture, open_picture
 from vlm.prompts import Prompts
+from vlm.reasoning import classify
+from vlm.reasoning import explain as explain_predictions
 from vlm.scoring import TOLERANCE
 from vlm.tracking import Bar
 
@@ -61,10 +63,11 @@ def predict_single_image(
     Args:
         model, processor, metadata: what `load_model_and_metadata` returned.
         image: path, PIL picture, or array (HxW, HxWx1, HxWx3 or HxWx4).
-        explain: generate the text; without it `full_response` is empty and the call is faster.
+        explain: give the text; without it `full_response` is empty, and nothing is written but what scoring needs.
 
     Returns:
-        prediction: the most probable class. confidence: its probability within the label set, 0 to 1. full_response: the text.
+        prediction: the most probable class. confidence: its probability within the label set, 0 to 1. full_response: a text whose
+        answer is the prediction (see `vlm.reasoning.explain`).
 
     Raises:
         UnreadablePicture: the picture cannot be decoded.
@@ -90,7 +93,7 @@ def predict_batch(
     Args:
         image_paths: files; a file that is named twice is classified once.
         batch_size: pictures in one forward pass; default: as many as the free memory has room for, up to 16 on the CPU and 128 on a GPU.
-        explain: generate the texts; without it `full_response` is empty and the call is faster.
+        explain: give the texts; without it `full_response` is empty, and nothing is written but what scoring needs.
         exhaustive: score every class to the end. Without it, classes that are too improbable to matter are left out early, and a
             probability may be wrong by `error_bound`.
 
@@ -142,12 +145,13 @@ def _prepare(model: VLMClassifier, paths: list[str]) -> tuple[dict[str, Any] | N
 def _predict(model: VLMClassifier, batch: dict[str, Any], explain: bool, tolerance: float = TOLERANCE) -> list[dict[str, Any]]:
     if model.training:
         model.eval()
-    reading = model.read(send_to_device(batch, model.device))
-    scored = model.search(reading, tolerance)
-    texts = model.write(reading) if explain else [""] * len(scored.scores)
+    batch = send_to_device(batch, model.device)
+    found = classify(model, batch, tolerance)
+    probabilities = found.scores.softmax(-1)
+    predictions = probabilities.argmax(-1).tolist()
+    texts = explain_predictions(model, batch, found, predictions) if explain else [""] * len(predictions)
     results = []
-    for row, bound, text in zip(scored.scores.softmax(-1), scored.unexplored.tolist(), texts, strict=True):
-        best = int(row.argmax())
+    for row, best, bound, text in zip(probabilities, predictions, found.unexplored.tolist(), texts, strict=True):
         results.append(
             {
                 "prediction": model.class_names[best],

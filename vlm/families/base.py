@@ -22,9 +22,9 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlm.errors import UsageError
-from vlm.label_tree import common_beginning
 from vlm.prompts import Prompts
 from vlm.quantization import forget_quantizer, loading_options
+from vlm.responses import common_start, scored_ids
 
 TOWER_FEATURES = "tower_features"  # the name of cached features among a batch's pixels
 
@@ -36,12 +36,14 @@ class Rendered:
     prefix_ids: list[int]
     question_ids: list[int]
     response_ids: list[list[int]]  # one a class, each ending in the end-of-turn token
+    scored_ids: list[list[int]]  # one a class, what its log-probability is taken of (see vlm/responses.py)
     max_length: int  # longest row that the model can read
+    prompts: Prompts  # what was rendered
 
     @cached_property
     def opening_ids(self) -> list[int]:
-        """What all responses begin with; it is read together with the prompt."""
-        return common_beginning(self.response_ids)
+        """What all scored texts begin with; it is read together with the prompt."""
+        return self.scored_ids[0][: common_start(*self.scored_ids)]
 
 
 @dataclass(frozen=True)
@@ -234,12 +236,23 @@ class Family:
         pieces = opening.split(self.image_token)
         if len(pieces) != 2:
             raise UsageError(f"the texts hold {len(pieces) - 2} {self.image_token} of their own, which stands for a picture: leave it out.")
-        responses = []
-        for text in prompts.responses:
-            answered = [*prompts.messages(), {"role": "assistant", "content": [{"type": "text", "text": text}]}]
-            turn = self.apply_template(answered, add_generation_prompt=False).removeprefix(opening)
-            responses.append(self.tokenize(turn[: turn.rindex(self.end_of_turn)] + self.end_of_turn))
-        return Rendered(self.tokenize(pieces[0]), self.tokenize(pieces[1]), responses, self.max_length)
+        return self.rendered(prompts, self.tokenize(pieces[0]), self.tokenize(pieces[1]))
+
+    def rendered(self, prompts: Prompts, prefix: list[int], question: list[int]) -> Rendered:
+        """Prefix and question with the responses of the classes and what of them is scored."""
+        responses = [self.response_ids(prompts, text) for text in prompts.responses]
+        return Rendered(prefix, question, responses, scored_ids(self, prompts, responses), self.max_length, prompts)
+
+    def response_ids(self, prompts: Prompts, text: str) -> list[int]:
+        """The tokens of one response to a conversation that was rendered, end of turn included. Runs in loader processes, too."""
+        turn = self.turn(prompts, text)
+        return self.tokenize(turn[: turn.rindex(self.end_of_turn)] + self.end_of_turn)
+
+    def turn(self, prompts: Prompts, text: str) -> str:
+        """What the chat template adds to a conversation that is answered with a text."""
+        opening = self.apply_template(prompts.messages(), add_generation_prompt=True)
+        answered = [*prompts.messages(), {"role": "assistant", "content": [{"type": "text", "text": text}]}]
+        return self.apply_template(answered, add_generation_prompt=False).removeprefix(opening)
 
     def apply_template(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
         return self.processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
