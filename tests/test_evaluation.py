@@ -88,7 +88,7 @@ def test_free_texts_are_counted_by_answer_and_reasoning(classifier, split, monke
     prediction = classifier.class_names[int(score_split(classifier, split, indices=[0])[0].argmax())]
     assert prediction not in ("cat", "catfish"), "or the texts above would say something else"
     monkeypatch.setattr(
-        "vlm.evaluation.write_freely", lambda classifier, reading: [text.format(prediction, prediction)] * len(reading.hidden)
+        "vlm.evaluation.write_freely", lambda classifier, reading: [text.format(prediction, prediction)] * len(reading.states)
     )
     same = split.take([0, 0, 0])
     expected = {"texts": 3, "invalid": invalid, "agree_with_prediction": agrees, "reasoning_names_answer": named, "explanations_agree": 3}

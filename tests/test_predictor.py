@@ -92,7 +92,7 @@ def test_results_come_in_the_order_of_the_paths_and_each_path_once(loaded, paths
 
 def test_confidence_is_the_largest_probability_and_they_add_up_to_one(loaded, paths):
     for result in batch(loaded, paths).values():
-        assert set(result) == {"prediction", "confidence", "probabilities", "full_response"}
+        assert set(result) == {"prediction", "confidence", "probabilities", "error_bound", "full_response"}
         assert list(result["probabilities"]) == loaded[2]["class_names"]
         assert sum(result["probabilities"].values()) == pytest.approx(1, abs=1e-6)
         assert result["confidence"] == max(result["probabilities"].values()) == result["probabilities"][result["prediction"]]
