@@ -100,3 +100,11 @@ def check_texts(classifier: VLMClassifier, split: Split, batch_size: int = 8, co
         "invalid": sum(answer is None for answer in answers),
         "agree_with_prediction": sum(answer == prediction for answer, prediction in zip(answers, predictions, strict=True)),
     }
+
+
+def write_texts(classifier: VLMClassifier, split: Split, indices: Sequence[int], batch_size: int = 8) -> list[str]:
+    """The text that the model writes, freely, for some pictures of a split."""
+    loader = DataLoader(Subset(split, indices), batch_size, collate_fn=classifier.collate(with_response=False), generator=torch.Generator())
+    classifier.eval()
+    batches = progress(loader, len(loader), "writing explanations", unit="batches")
+    return [text for batch in batches for text in classifier.write(classifier.read(send_to_device(batch, classifier.device)))]
