@@ -54,7 +54,7 @@ def comparison(content: Content) -> Markup | None:
 def confusion(content: Content) -> Markup:
     """The matrix, up to 30 classes with counts, and the most frequent confusions."""
     pairs = content.confusions
-    rows = [[join([class_name(a), " taken for ", class_name(b)]), f"{n:,} of {s:,}"] for a, b, n, s in pairs]
+    rows = [[join([class_name(a, 24), " taken for ", class_name(b, 24)]), f"{n:,} of {s:,}"] for a, b, n, s in pairs]
     frequent = table(["most frequent mistakes", "pictures"], rows) if rows and len(content.names) > 2 else None
     matrix = _matrix_table(content) if len(content.names) <= MOST_CLASSES_WITH_COUNTS else _matrix_picture(content)
     return element("div", matrix, frequent, class_="side")
@@ -62,7 +62,7 @@ def confusion(content: Content) -> Markup:
 
 def _matrix_table(content: Content) -> Markup:
     names = [class_name(name, 18) for name in content.names]
-    head = element("tr", element("th", "truth ↓ · prediction →", class_="corner"), *(element("th", n, scope="col") for n in names))
+    head = element("tr", element("td"), *(element("th", n, scope="col") for n in names))
     rows = []
     for i, (name, counts) in enumerate(zip(names, content.counts.tolist(), strict=True)):
         total = max(sum(counts), 1)
@@ -118,22 +118,20 @@ def _card(content: Content, position: int) -> Markup:
     best = np.argsort(-p.probabilities, kind="stable")[:3].tolist()
     rows = [_probability(content, p, i) for i in best + ([] if p.label in best else [p.label])]
     truth, answer = content.names[p.label], content.names[p.predicted]
-    right = p.label == p.predicted
+    good, mark = ("good", " ✓ right") if p.label == p.predicted else ("bad", " ✗ wrong")
     alt = f"{shorten(p.name, 80)}: {shorten(truth, 60)}, predicted {shorten(answer, 60)}"
-    facts = element(
-        "p", element("b", "truth"), class_name(truth), element("br"), element("b", "prediction"), class_name(answer),
-        element("span", " ✓ right" if right else " ✗ wrong", class_="good" if right else "bad"),
-    )  # fmt: skip
+    lines = [("truth", class_name(truth), None), ("prediction", class_name(answer), element("span", mark, class_=good))]
+    summary = [element("p", element("b", what), element("span", name, sign)) for what, name, sign in lines]
     text = element("blockquote", shorten(p.text.strip(), LONGEST_TEXT)) if p.text else None
     file = element("p", shorten(p.name, 60), class_="quiet file", title=shorten(p.name, LONGEST_TEXT))
-    side = element("div", facts, element("ul", *rows, class_="top"))
+    side = element("div", *summary, element("ul", *rows, class_="top"))
     return element("article", element("div", _picture(content.data.test, position, alt), side, class_="pair"), text, file)
 
 
 def _probability(content: Content, prediction: Prediction, number: int) -> Markup:
     value = float(prediction.probabilities[number])
     name = element("b" if number == prediction.label else "span", class_name(content.names[number], 28))
-    return element("li", name, bar(value), element("span", f"{value:.3f}", class_="number"))
+    return element("li", name, element("span", f"{value:.3f}", class_="number"), bar(value))
 
 
 def per_class(content: Content) -> Markup:
@@ -247,7 +245,7 @@ def data(content: Content) -> Markup:
 
 def _spread(counts: np.ndarray) -> str:
     low, middle, high = int(counts.min()), float(np.median(counts)), int(counts.max())
-    return f"Training pictures of a class: {low:,} at least, {middle:,.0f} in the middle, {high:,} at most."
+    return f"Training pictures of a class: {low:,} at least, {middle:g} in the middle, {high:,} at most."
 
 
 def settings(content: Content) -> Markup | None:

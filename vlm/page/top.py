@@ -38,10 +38,11 @@ def verdict(content: Content) -> Markup:
     correct, total = int(content.counts.trace()), int(content.counts.sum())
     name, share = content.majority
     guess = ["Right on ", f"{correct:,} of {total:,} test pictures; always answering ", class_name(name), f" gives {percent(share)}. "]
-    pairs = content.confusions[:1]
-    if not pairs:
+    if correct == total:
         return join([*guess, "There is no mistake."])
-    truth, wrong, count, support = pairs[0]
+    truth, wrong, count, support = content.confusions[0]
+    if count == 1:
+        return join([*guess, "No mistake was made twice."])
     return join([*guess, "Most frequent mistake: ", class_name(truth), " taken for ", class_name(wrong), f" ({count:,} of {support:,})."])
 
 
@@ -57,8 +58,9 @@ def concerns(content: Content) -> list[str]:
     if probe and probe[0] - value > NOTABLE:
         found.append(f"A linear probe on the same vision tower is better ({percent(probe[0])}) and costs much less.")
     check = content.results.get("picture_check") or {}
-    gain = check.get("real", 0) - check.get("chance", 0)
-    kept = max(check.get("shuffled", 0), check.get("grey", 0)) - check.get("chance", 0)
-    if check and kept > BLIND * gain:
-        found.append("The accuracy is nearly the same without the right picture: the model does not look at it.")
+    values = [triple(check.get(key)) for key in ("real", "shuffled", "grey", "chance")]
+    if all(values):
+        real, shuffled, grey, chance = (v[0] for v in values)
+        if max(shuffled, grey) - chance > BLIND * (real - chance):
+            found.append("The accuracy is nearly the same without the right picture: the model does not look at it.")
     return found
