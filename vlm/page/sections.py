@@ -123,7 +123,7 @@ def _card(content: Content, position: int) -> Markup:
     lines = [("truth", class_name(truth), None), ("prediction", class_name(answer), element("span", mark, class_=good))]
     summary = [element("p", element("b", what), element("span", name, sign)) for what, name, sign in lines]
     text = element("blockquote", shorten(p.text.strip(), LONGEST_TEXT)) if p.text else None
-    file = element("p", shorten(p.name, 60), class_="quiet file", title=shorten(p.name, LONGEST_TEXT))
+    file = element("p", shorten(p.name, 44), class_="quiet file", title=shorten(p.name, LONGEST_TEXT))
     side = element("div", *summary, element("ul", *rows, class_="top"))
     return element("article", element("div", _picture(content.data.test, position, alt), side, class_="pair"), text, file)
 
