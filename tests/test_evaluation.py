@@ -7,7 +7,7 @@ from tiny import random_picture, save_tiny_model, tiny_classifier
 from train_vlm import evaluate_vlm_model, vlm_collate_fn
 from vlm.batching import IGNORED
 from vlm.data import Split
-from vlm.evaluation import check_texts, score_split
+from vlm.evaluation import check_texts, score_split, write_texts
 from vlm.sources import Rows
 
 LABELS = [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3]
@@ -73,3 +73,9 @@ def test_texts_without_an_answer_are_invalid_and_never_a_class(classifier, split
     """A model with random weights writes nonsense."""
     counts = check_texts(classifier, split, count=5)
     assert counts == {"texts": 5, "invalid": 5, "agree_with_prediction": 0}
+
+
+def test_texts_of_chosen_pictures_come_in_the_order_asked_for(classifier, split):
+    alone = [write_texts(classifier, split, [i])[0] for i in (7, 2, 4)]
+    assert write_texts(classifier, split, [7, 2, 4], batch_size=2) == alone and len(set(alone)) > 1
+    assert write_texts(classifier, split, []) == []

@@ -249,3 +249,5 @@ def test_a_line_of_many_points_is_thinned_and_ends_where_it_ended():
     path = chart.split('class="line')[0].rsplit('d="', 1)[1]
     assert path.count("L") <= MOST_POINTS + 1 and path.split("L")[-1].startswith("426")
     assert "empty" not in chart
+    few, many = (line_chart([Line("a", x[:n], y[:n], "first", dots=True)], Axis("x", 0, n), axis_around("y", y), "T") for n in (3, 300))
+    assert (few.count("<circle"), many.count("<circle")) == (3, 0)

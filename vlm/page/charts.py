@@ -10,11 +10,12 @@ WIDTH, HEIGHT = 440, 280
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 42  # margins
 MOST_TICKS = 6
 MOST_POINTS = 400  # of one line; more could not be told apart
+MOST_DOTS = 40  # above, they would hide the line
 
 
 @dataclass
 class Line:
-    """One line of a chart. style: its class in the style sheet; dots: whether each point is marked."""
+    """One line of a chart. style: its class in the style sheet; dots: whether each point is marked, if they are few."""
 
     label: str
     x: Sequence[float]
@@ -102,4 +103,4 @@ def _draw(line: Line, x: Axis, y: Axis) -> list[Markup]:
     kept = sorted({*range(0, len(line.x), every), len(line.x) - 1})
     points = [(x.place(line.x[i]), y.place(line.y[i])) for i in kept]
     path = element("path", d="M" + "L".join(f"{a} {b}" for a, b in points), class_=f"line {line.style}")
-    return [path, *(element("circle", cx=a, cy=b, r=3.5, class_=line.style) for a, b in points if line.dots)]
+    return [path, *(element("circle", cx=a, cy=b, r=3.5, class_=line.style) for a, b in points if line.dots and len(points) <= MOST_DOTS)]

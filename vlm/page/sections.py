@@ -235,7 +235,7 @@ def data(content: Content) -> Markup:
     cards = []
     for number, name in enumerate(content.names[:MOST_SAMPLES]):
         picture = _picture(content.data.train, first[number], f"A training picture of {shorten(name, 60)}") if number in first else None
-        numbers = " · ".join(f"{split[0]} {count[number]:,}" for split, count in zip(splits, counts, strict=True))
+        numbers = " · ".join(f"{split[0]}\N{NO-BREAK SPACE}{count[number]:,}" for split, count in zip(splits, counts, strict=True))
         cards.append(element("figure", picture, element("figcaption", class_name(name), element("span", numbers, class_="quiet"))))
     smallest = element("p", _spread(counts[0]), class_="quiet")
     detected = facts([(key, value) for key, value in content.data.summary])
