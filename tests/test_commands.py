@@ -93,7 +93,7 @@ def test_the_output_folder_holds_these_files_and_no_others(mars_run):
     assert names_in(mars_run[0]) == {"vlm_results", "mars data", "metrics.py"}
     assert names_in(output) == {
         "best_model", "final_model", "training_metadata.json", "results.json", "training_curves.png", "confusion_matrix.png", "log.jsonl",
-        "wandb",
+        "report.html", "wandb",
     }  # fmt: skip
     assert names_in(output / "best_model") == names_in(output / "final_model") == MODEL_FOLDER
     for name in ("training_curves.png", "confusion_matrix.png"):

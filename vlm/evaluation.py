@@ -124,3 +124,15 @@ def check_texts(classifier: VLMClassifier, split: Split, batch_size: int = 8, co
         "reasoning_names_answer": None if prompts.response_format == "answer-only" else sum(named),
         "explanations_agree": sum(answer == prediction for answer, prediction in zip(explained, predictions, strict=True)),
     }
+
+
+def explanations(classifier: VLMClassifier, split: Split, indices: Sequence[int], batch_size: int = 8) -> list[str]:
+    """The text of some pictures of a split, whose answer is the prediction."""
+    loader = DataLoader(Subset(split, indices), batch_size, collate_fn=classifier.collate(with_response=False), generator=torch.Generator())
+    classifier.eval()
+    texts = []
+    for batch in progress(loader, len(loader), "writing explanations", unit="batches"):
+        batch = send_to_device(batch, classifier.device)
+        found = classify(classifier, batch)
+        texts += explain(classifier, batch, found, found.scores.argmax(-1).tolist())
+    return texts

@@ -38,7 +38,7 @@ def training_curves(history: Sequence[dict[str, Any]], path: str | Path, best_st
     """
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     loss_axes, accuracy_axes = figure.subplots(1, 2, sharex=True)
-    steps, accuracy = _series(history, "validation", "accuracy")
+    steps, accuracy = series(history, "validation", "accuracy")
     _draw_loss(loss_axes, history)
     _draw_points(accuracy_axes, steps, accuracy, VALIDATION_COLOR, "validation")
     if best_step in steps:
@@ -51,22 +51,28 @@ def training_curves(history: Sequence[dict[str, Any]], path: str | Path, best_st
 
 
 def _draw_loss(axes: Axes, history: Sequence[dict[str, Any]]) -> None:
-    steps, loss = _series(history, "train", "loss")
-    smoothed = _smooth(loss)
+    steps, loss = series(history, "train", "loss")
+    smoothed = smooth(loss)
     if len(loss) > 2:
         axes.plot(steps, loss, color=TRAIN_COLOR, alpha=0.3, linewidth=1, label="training")
         axes.plot(steps, smoothed, color=TRAIN_COLOR, linewidth=2, label="training, smoothed")
     else:
         _draw_points(axes, steps, loss, TRAIN_COLOR, "training")
-    validation_steps, validation_loss = _series(history, "validation", "loss")
+    validation_steps, validation_loss = series(history, "validation", "loss")
     _draw_points(axes, validation_steps, validation_loss, VALIDATION_COLOR, "validation")
     shown = np.concatenate([smoothed, validation_loss])
-    if len(shown) and loss.min(initial=np.inf) > 0 and shown.min() > 0 and shown.max() / shown.min() > RANGE_FOR_LOG_SCALE:
+    if wants_log_scale(loss, shown):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
 
 
-def _series(history: Sequence[dict[str, Any]], kind: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+def wants_log_scale(loss: np.ndarray, shown: np.ndarray) -> bool:
+    """Whether the losses that are `shown` span so much that most of them would lie flat; `loss`: the raw ones, all above 0."""
+    positive = len(shown) > 0 and loss.min(initial=np.inf) > 0 and shown.min() > 0
+    return bool(positive and shown.max() / shown.min() > RANGE_FOR_LOG_SCALE)
+
+
+def series(history: Sequence[dict[str, Any]], kind: str, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and finite values of one figure."""
     pairs = [(entry["step"], entry[name]) for entry in history if entry.get("kind") == kind and entry.get(name) is not None]
     pairs = [pair for pair in pairs if math.isfinite(pair[1])]
@@ -74,7 +80,7 @@ def _series(history: Sequence[dict[str, Any]], kind: str, name: str) -> tuple[np
     return np.array(steps, dtype=float), np.array(values, dtype=float)
 
 
-def _smooth(values: np.ndarray) -> np.ndarray:
+def smooth(values: np.ndarray) -> np.ndarray:
     """Mean over a window around each value; the window is smaller at the ends, so that it stays in the middle and does not lag."""
     here = np.arange(len(values))
     reach = np.minimum(np.minimum(here, here[::-1]), math.ceil(len(values) / SMOOTHING / 2))

@@ -8,9 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vlm.checkpoint import DEMO_PICTURES, METADATA, RESULTS, STATE, Progress, write_json
+from vlm.classifier import VLMClassifier
 from vlm.data import Split
-from vlm.evaluation import check_texts, evaluate_vlm_model
+from vlm.evaluation import check_texts, explanations, metrics_of_scores, score_split
+from vlm.page import PAGE, Prediction, shown_pictures, write_page
 from vlm.predictor import load_model_and_metadata
 from vlm.report import confusion_matrix, format_table, per_class_table, training_curves
 from vlm.setup import Run
@@ -18,7 +22,7 @@ from vlm.tracking import note
 
 
 def finish(run: Run, progress: Progress, metrics: Sequence[Callable[..., Any]]) -> dict[str, Any]:
-    """Test the best model, write `results.json`, the curves and the confusion matrix, and print the results to stdout.
+    """Test the best model, write `results.json`, the page, the curves and the confusion matrix, and print the results to stdout.
 
     Returns:
         What stands in `results.json`.
@@ -28,7 +32,8 @@ def finish(run: Run, progress: Progress, metrics: Sequence[Callable[..., Any]]) 
     run.accelerator.free_memory()
     classifier, _, _ = load_model_and_metadata(output / "best_model", device=run.accelerator.device.type, dtype=_name(run))
     started = time.monotonic()
-    test = evaluate_vlm_model(classifier, data.test, settings.eval_batch_size, metrics, run.workers, "testing")
+    scores = score_split(classifier, data.test, settings.eval_batch_size, workers=run.workers, description="testing")
+    test = metrics_of_scores(classifier, data.test.labels, scores, metrics)
     seconds = time.monotonic() - started
     pictures = len(data.train) * settings.epochs
     results = {
@@ -49,6 +54,8 @@ def finish(run: Run, progress: Progress, metrics: Sequence[Callable[..., Any]]) 
     }
     training_curves(progress.history, output / "training_curves.png", progress.best_step)
     confusion_matrix(test["confusion_matrix"], data.class_names, output / "confusion_matrix.png")
+    predictions = explained_predictions(classifier, data.test, scores.softmax(-1).numpy(), settings.eval_batch_size)
+    write_page(output / PAGE, results, data, predictions)
     write_json(output / METADATA, run.metadata | {"test": {"accuracy": test["accuracy"], "macro_f1": test["macro_f1"]}})
     if settings.demo:
         save_demo_pictures(data.test, output / DEMO_PICTURES)
@@ -56,6 +63,15 @@ def finish(run: Run, progress: Progress, metrics: Sequence[Callable[..., Any]]) 
     shutil.rmtree(output / STATE, ignore_errors=True)
     _print(run, results)
     return results
+
+
+def explained_predictions(classifier: VLMClassifier, split: Split, probabilities: np.ndarray, batch_size: int) -> list[Prediction]:
+    """The predictions of a split from (N, C) probabilities, with a text for those that the page shows one by one."""
+    predictions = [Prediction(*row) for row in zip(split.names, split.labels, probabilities, strict=True)]
+    shown = shown_pictures(predictions)
+    for i, text in zip(shown, explanations(classifier, split, shown, batch_size), strict=True):
+        predictions[i].text = text
+    return predictions
 
 
 def save_demo_pictures(split: Split, folder: Path) -> None:
