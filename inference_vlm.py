@@ -39,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", metavar="FILE", help="write all probabilities to FILE.csv or FILE.jsonl instead of a table")
     parser.add_argument("--explain", action="store_true", help="generate the model's text for each picture too (slower)")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures in one forward pass (default: 8)")
+    parser.add_argument("--feature-cache", action="store_true", help="keep the vision features of the pictures for the next time")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -63,7 +64,7 @@ def predict(args: argparse.Namespace) -> None:
 
     paths = find_pictures(args.images)
     model, processor, metadata = load_model_and_metadata(args.model_dir, args.device, args.dtype)
-    results = predict_batch(model, processor, paths, metadata, args.batch_size, explain=args.explain)
+    results = predict_batch(model, processor, paths, metadata, args.batch_size, explain=args.explain, feature_cache=args.feature_cache)
     if args.output:
         write_results(Path(args.output), results)
     else:

@@ -157,7 +157,7 @@ def _count(family: Family, settings: Settings) -> tuple[int, int, int]:
     """Numbers that are trained, that are frozen, and that are frozen and quantized."""
     model = family.model
     model.requires_grad_(settings.tune == "full")
-    family.connector.requires_grad_(True)
+    family.connector.requires_grad_(not settings.freeze_connector)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
     layers = _language_layers(family)
@@ -191,6 +191,7 @@ def _activations(family: Family, settings: Settings, size: int, device: str, tex
     vision = Block.of(family.vision)
     seen = vision.count * (vision.kept(size, trained=True) + vision.keys * size) if full else 0
     connector = sum(m.in_features + m.out_features for m in family.connector.modules() if isinstance(m, nn.Linear))
+    connector = 0 if settings.freeze_connector else connector
     vocabulary = family.model.get_output_embeddings().weight
     logits = 3 * batch * texts.response * vocabulary.shape[0] * FLOAT32  # logits, their softmax, its gradient
     head = vocabulary.numel() * FLOAT32 if full else 0  # its new gradient, beside the one it is added to

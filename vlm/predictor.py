@@ -11,10 +11,12 @@ from PIL import Image
 
 from vlm.checkpoint import read_metadata, recover
 from vlm.classifier import VLMClassifier
+from vlm.config import CACHE_GB
 from vlm.data import Sample
 from vlm.device import pick_device, pick_dtype
 from vlm.errors import UsageError
 from vlm.families import load_family
+from vlm.features import FeatureCache, open_cache
 from vlm.pictures import UnreadablePicture, open_picture
 from vlm.prompts import Prompts
 from vlm.tracking import Bar
@@ -78,12 +80,15 @@ def predict_batch(
     batch_size: int = BATCH_SIZE,
     explain: bool = True,
     show_progress: bool = True,
+    feature_cache: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Classify many picture files, with a progress bar on stderr.
 
     Args:
         image_paths: files; a file that is named twice is classified once.
         explain: generate the texts; without it `full_response` is empty and the call is faster.
+        feature_cache: look the pictures' vision features up in the cache and add those that are missing (see `_cache_of`): the next
+            call on the same pictures skips the vision tower.
 
     Returns:
         For each path, in the order given: prediction (str), confidence (0 to 1, within the label set), probabilities ({class:
@@ -96,12 +101,28 @@ def predict_batch(
         raise ValueError(f"batch_size is {batch_size}, expected at least 1")
     paths = list(dict.fromkeys(str(path) for path in image_paths))
     results: dict[str, dict[str, Any]] = {}
-    with Bar(len(paths), "classifying", enabled=show_progress) as bar:
-        for start in range(0, len(paths), batch_size):
-            some = paths[start : start + batch_size]
-            results |= _predict_files(model, some, explain)
-            bar.update(len(some))
+    model.feature_cache = _cache_of(model, metadata) if feature_cache else None
+    try:
+        with Bar(len(paths), "classifying", enabled=show_progress) as bar:
+            for start in range(0, len(paths), batch_size):
+                some = paths[start : start + batch_size]
+                results |= _predict_files(model, some, explain)
+                bar.update(len(some))
+    finally:
+        model.feature_cache = None
     return results
+
+
+def _cache_of(model: VLMClassifier, metadata: dict[str, Any]) -> FeatureCache | None:
+    """The cache for a trained model, with the size and number format of its training.
+
+    Features before the connector where the cache has a folder for this vision tower, as it has after a training unless that had
+    --freeze-connector; else behind the connector, where they are fewer.
+    """
+    settings = metadata.get("settings", {})
+    options = settings.get("cache_dtype", "float32"), settings.get("cache_size", CACHE_GB)
+    before = open_cache(model.family, False, *options)
+    return before if before is None or before.folder.is_dir() else open_cache(model.family, True, *options)
 
 
 def _predict_files(model: VLMClassifier, paths: list[str], explain: bool) -> dict[str, dict[str, Any]]:
@@ -123,6 +144,8 @@ def _predict(model: VLMClassifier, samples: list[Sample], explain: bool) -> list
         return []
     if model.training:
         model.eval()
+    if model.feature_cache:
+        model.feature_cache.add_missing(model.family, samples)
     batch = model.collate(with_response=False)(samples)
     reading = model.read(send_to_device(batch, model.device))
     probabilities = model.score(reading).softmax(-1).cpu()
