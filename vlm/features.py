@@ -1,7 +1,7 @@
 """The cache of vision features: where the vision tower is frozen, each distinct picture goes through it once, and never again.
 
 One folder for one way of computing (`fingerprint`), one safetensors file a picture, named by the picture's content. A picture has one
-view: nothing in this program augments pictures. Files are mapped into memory, so that reading one copies nothing until a batch is made of it.
+view: nothing in this program augments pictures. Files are mapped into memory, so that reading one copies nothing until a batch is made.
 
 Where the connector is frozen too, the features are those behind it, of which there are fewer; else those before it.
 
