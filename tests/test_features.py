@@ -1,6 +1,7 @@
 """The cache of vision features: the same numbers as from pixels, in every family, without opening a picture."""
 
 import pickle
+from pathlib import Path
 
 import pytest
 import test_family_generic
@@ -32,13 +33,15 @@ def measure(classifier, samples):
     return output.loss.detach(), gradients, classifier.score(classifier.read(classifier.collate(False)(samples)))
 
 
-def assert_equal(measured, expected):
-    for (loss, gradients, scores), (other_loss, other_gradients, other_scores) in [(measured, expected)]:
-        torch.testing.assert_close(loss, other_loss, rtol=1e-6, atol=0)
-        torch.testing.assert_close(scores, other_scores, rtol=1e-6, atol=1e-4)
-        assert gradients.keys() == other_gradients.keys()
-        for key, gradient in other_gradients.items():
-            assert (gradients[key] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-6, key
+def assert_equal(measured, expected, tolerance=1e-6):
+    """Relative to the size of each loss, gradient and vector of scores."""
+    loss, gradients, scores = measured
+    assert gradients.keys() == expected[1].keys()
+    largest = max(float(gradient.norm()) for gradient in expected[1].values())
+    pairs = [("loss", loss, expected[0]), ("scores", scores, expected[2])] + [(n, g, expected[1][n]) for n, g in gradients.items()]
+    for name, tensor, other in pairs:
+        # A gradient that is zero but for rounding (a bias in front of a softmax) is compared with a share of the largest one.
+        assert (tensor - other).norm() <= tolerance * max(float(other.norm()), 1e-6 * largest), name
 
 
 def opens_no_picture(monkeypatch):
@@ -52,7 +55,7 @@ def opens_no_picture(monkeypatch):
 @pytest.mark.parametrize("name", MODELS)
 def test_cached_features_give_the_same_loss_gradients_and_scores_as_pixels(name, settings, tmp_path, root, monkeypatch):
     """Before a connector that is trained, and behind one that is frozen."""
-    classifier = classifier_of(name, tmp_path / "model", **settings)
+    classifier = classifier_of(name, tmp_path / "model", dtype=torch.float64, **settings)
     pictures = split()
     expected = measure(classifier, [pictures[i] for i in range(4)])
     frozen = "freeze_connector" in settings
@@ -125,6 +128,16 @@ def test_a_file_that_is_gone_or_damaged_is_made_up_for_by_the_pixels(tmp_path):
     second.unlink()
     assert cache.encode([pictures[i].key for i in range(4)]) is None
     torch.testing.assert_close(score_split(classifier, pictures, batch_size=4), expected, rtol=1e-6, atol=1e-4)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux shows what is mapped")
+def test_a_file_is_mapped_into_memory_and_not_copied(tmp_path):
+    classifier = classifier_of("idefics3", tmp_path / "model")
+    file = next(fill_cache(classifier.family, [split()], limit_gb=1).folder.iterdir())
+    entry = features.load_file(file)
+    (line,) = (line for line in Path("/proc/self/maps").read_text().splitlines() if file.name in line)
+    first, last = (int(end, 16) for end in line.split()[0].split("-"))
+    assert all(first <= tensor.data_ptr() < last for tensor in entry.values())
 
 
 # Number formats

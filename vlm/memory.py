@@ -243,7 +243,7 @@ def _help(family: Family, settings: Settings, dtype: torch.dtype, device: torch.
     changes = [
         ("--batch-size 1", {"batch_size": 1}, settings.batch_size > 1),
         ("--tune lora", {"tune": "lora"}, settings.tune == "full"),
-        ("--tune connector", {"tune": "connector"}, settings.tune != "connector"),
+        ("--tune connector", {"tune": "connector", "freeze_connector": False}, settings.tune != "connector"),
         ("--tune lora --load-in-4bit", {"tune": "lora", "load_in_4bit": True}, not settings.bits),
     ]
     tried: list[str] = []
