@@ -40,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--explain", action="store_true", help="show a text for each picture too, whose answer is the prediction")
     parser.add_argument("--batch-size", type=int, metavar="N", help="pictures in one forward pass (default: by the free memory)")
     parser.add_argument("--exhaustive-scoring", action="store_true", help="score every class to the end, however improbable (slower)")
+    parser.add_argument("--feature-cache", action="store_true", help="keep the vision features of the pictures for the next time")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of the CPU (default: its physical cores)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
@@ -70,7 +71,8 @@ def predict(args: argparse.Namespace) -> None:
     torch.set_num_threads(pick_threads(args.threads))
     paths = find_pictures(args.images)
     model, processor, metadata = load_model_and_metadata(args.model_dir, args.device, args.dtype)
-    results = predict_batch(model, processor, paths, metadata, args.batch_size, args.explain, exhaustive=args.exhaustive_scoring)
+    options = {"exhaustive": args.exhaustive_scoring, "feature_cache": args.feature_cache}
+    results = predict_batch(model, processor, paths, metadata, args.batch_size, args.explain, **options)
     if args.output:
         write_results(Path(args.output), results)
     else:

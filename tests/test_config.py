@@ -63,6 +63,15 @@ def test_all_problems_are_named_at_once():
         assert expected in str(error.value)
 
 
+def test_only_lora_can_leave_the_connector_as_it_is():
+    assert resolve({"freeze_connector": True}).tune == "lora"
+    for tune in ("connector", "full"):
+        with pytest.raises(UsageError, match=f"--freeze-connector is for --tune lora, not {tune}"):
+            resolve({"tune": tune, "freeze_connector": True})
+    with pytest.raises(UsageError, match="--connector-learning-rate and --freeze-connector exclude each other"):
+        resolve({"freeze_connector": True, "connector_learning_rate": 1e-3})
+
+
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_a_learning_rate_that_is_no_number_is_refused(number):
     with pytest.raises(UsageError, match="learning-rate"):

@@ -1,9 +1,10 @@
 """Any labeled source -> splits of (picture, label) with class names, checked; and the seeded order of training."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from PIL import Image
 from vlm.classes import is_missing, number_labels
 from vlm.config import Settings
 from vlm.errors import UsageError
-from vlm.pictures import UnreadablePicture, open_picture
+from vlm.pictures import UnreadablePicture, open_picture, picture_key
 from vlm.sources import EXPECTED, Rows, Source, read_source
 from vlm.tracking import note, progress
 
@@ -22,35 +23,55 @@ MOST_UNREADABLE = 0.05  # share of a split
 MOST_SHOWN = 5
 
 
-class Sample(NamedTuple):
-    """One labeled picture. image: RGB, loaded; label: index into the class names; name: what to call it; reasoning: a text about it."""
+@dataclass
+class Sample:
+    """One labeled picture, read and decoded when `image` is asked for and not before.
 
-    image: Image.Image
+    picture: RGB and loaded, or what opens it; label: index into the class names; name: what to call it; reasoning: a text about it;
+    known_key: its `key`, if known.
+    """
+
+    picture: Image.Image | Callable[[], Image.Image]
     label: int
     name: str
     reasoning: str | None = None
+    known_key: str | None = None
+
+    @cached_property
+    def image(self) -> Image.Image:
+        """RGB, loaded. Raises UnreadablePicture where it cannot be decoded."""
+        return self.picture() if callable(self.picture) else self.picture
+
+    @cached_property
+    def key(self) -> str:
+        """The `picture_key`, for which a picture is opened only where it is not known."""
+        return self.known_key or picture_key(self.image)
 
 
 class Split:
-    """Labeled pictures that are decoded each time one is asked for. Can be pickled, for the processes of a DataLoader.
+    """Labeled pictures, decoded each time one is looked at. Can be pickled, for the processes of a DataLoader.
 
     Attributes:
         labels: the class numbers, without decoding.
+        keys: the `picture_key` of each picture, None where it is not known.
     """
 
-    def __init__(self, rows: Rows, indices: Sequence[int], labels: Sequence[int]) -> None:
+    def __init__(self, rows: Rows, indices: Sequence[int], labels: Sequence[int], keys: Sequence[str | None] | None = None) -> None:
         self._rows = rows
         self._indices = list(indices)
         self.labels = list(labels)
+        self.keys = list(keys or [None] * len(self._indices))
 
     def __len__(self) -> int:
         return len(self._indices)
 
     def __getitem__(self, i: int) -> Sample:
-        """Raises UnreadablePicture where the picture cannot be decoded."""
         row = self._indices[i]
-        name = self._rows.names[row]
-        return Sample(open_picture(self._rows.pictures[row], name), self.labels[i], name, self._reasoning(row))
+        return Sample(partial(self._open, i), self.labels[i], self._rows.names[row], self._reasoning(row), self.keys[i])
+
+    def _open(self, i: int) -> Image.Image:
+        row = self._indices[i]
+        return open_picture(self._rows.pictures[row], self._rows.names[row])
 
     def _reasoning(self, row: int) -> str | None:
         return self._rows.reasonings[row] if self._rows.reasonings else None
@@ -67,7 +88,7 @@ class Split:
 
     def take(self, positions: Sequence[int]) -> "Split":
         """The samples at some positions, in their order there."""
-        return Split(self._rows, [self._indices[i] for i in positions], [self.labels[i] for i in positions])
+        return Split(self._rows, *([values[i] for i in positions] for values in (self._indices, self.labels, self.keys)))
 
 
 @dataclass
@@ -207,7 +228,7 @@ def _few(split: Split, shots: int, names: list[str], seed: list[int]) -> Split:
 
 
 def _drop_unreadable(splits: dict[str, Split], names: list[str]) -> list[str]:
-    """Decode every picture once and leave out those that cannot be; returns the reasons, each with the picture's name.
+    """Decode every picture once, learn its key and leave out those that cannot be; returns the reasons, each with the picture's name.
 
     Raises:
         UsageError: too many are unreadable, or a class of train has none left.
@@ -217,7 +238,7 @@ def _drop_unreadable(splits: dict[str, Split], names: list[str]) -> list[str]:
     def problem(job: tuple[str, int]) -> str | None:
         role, i = job
         try:
-            splits[role][i]
+            splits[role].keys[i] = splits[role][i].key
         except UnreadablePicture as error:
             return str(error)
         return None

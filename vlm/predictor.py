@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,10 +13,12 @@ from PIL import Image
 
 from vlm.checkpoint import read_metadata, recover
 from vlm.classifier import VLMClassifier
+from vlm.config import CACHE_GB
 from vlm.data import Sample
 from vlm.device import pick_device, pick_dtype
 from vlm.errors import UsageError
 from vlm.families import load_family
+from vlm.features import FeatureCache, open_cache
 from vlm.memory import largest_batch
 from vlm.pictures import UnreadablePicture, open_picture
 from vlm.prompts import Prompts
@@ -87,6 +90,7 @@ def predict_batch(
     explain: bool = True,
     show_progress: bool = True,
     exhaustive: bool = False,
+    feature_cache: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Classify many picture files, with a progress bar on stderr.
 
@@ -96,6 +100,8 @@ def predict_batch(
         explain: give the texts; without it `full_response` is empty, and nothing is written but what scoring needs.
         exhaustive: score every class to the end. Without it, classes that are too improbable to matter are left out early, and a
             probability may be wrong by `error_bound`.
+        feature_cache: look the pictures' vision features up in the cache and add those that are missing (see `_cache_of`): the next
+            call on the same pictures skips the vision tower.
 
     Returns:
         For each path, in the order given: prediction (str), confidence (0 to 1, within the label set), probabilities ({class:
@@ -110,13 +116,30 @@ def predict_batch(
     batch_size = batch_size or largest_batch(model, metadata.get("settings", {}))
     paths = list(dict.fromkeys(str(path) for path in image_paths))
     results: dict[str, dict[str, Any]] = {}
+    model.feature_cache = _cache_of(model, metadata) if feature_cache else None
     chunks = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
-    with Bar(len(paths), "classifying", enabled=show_progress) as bar:
-        for chunk, (batch, errors) in zip(chunks, _ahead(lambda some: _prepare(model, some), chunks), strict=True):
-            predictions = iter(_predict(model, batch, explain, 0.0 if exhaustive else TOLERANCE) if batch else ())
-            results |= {path: errors.get(path) or next(predictions) for path in chunk}
-            bar.update(len(chunk))
+    prepared = (map if feature_cache else _ahead)(partial(_prepare, model), chunks)  # the cache runs the vision tower, one thread at a time
+    try:
+        with Bar(len(paths), "classifying", enabled=show_progress) as bar:
+            for chunk, (batch, errors) in zip(chunks, prepared, strict=True):
+                predictions = iter(_predict(model, batch, explain, 0.0 if exhaustive else TOLERANCE) if batch else ())
+                results |= {path: errors.get(path) or next(predictions) for path in chunk}
+                bar.update(len(chunk))
+    finally:
+        model.feature_cache = None
     return results
+
+
+def _cache_of(model: VLMClassifier, metadata: dict[str, Any]) -> FeatureCache | None:
+    """The cache for a trained model, with the size and number format of its training.
+
+    Features before the connector where the cache has a folder for this vision tower, as it has after a training unless that had
+    --freeze-connector; else behind the connector, where they are fewer.
+    """
+    settings = metadata.get("settings", {})
+    options = settings.get("cache_dtype", "float32"), settings.get("cache_size", CACHE_GB)
+    before = open_cache(model.family, False, *options)
+    return before if before is None or before.folder.is_dir() else open_cache(model.family, True, *options)
 
 
 def _ahead(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
@@ -138,6 +161,8 @@ def _prepare(model: VLMClassifier, paths: list[str]) -> tuple[dict[str, Any] | N
             samples.append(Sample(open_picture(path), 0, path))
         except UnreadablePicture as error:
             errors[path] = {"prediction": None, "error": str(error)}
+    if model.feature_cache:
+        model.feature_cache.add_missing(model.family, samples)
     return model.collate(with_response=False)(samples) if samples else None, errors
 
 

@@ -28,9 +28,12 @@ def finish(run: Run, progress: Progress, metrics: Sequence[Callable[..., Any]]) 
         What stands in `results.json`.
     """
     settings, output, data = run.settings, run.output, run.data
+    cache = run.classifier.feature_cache
     run.model, run.optimizer, run.classifier = None, None, None  # make room for the model that is loaded
     run.accelerator.free_memory()
     classifier, _, _ = load_model_and_metadata(output / "best_model", device=run.accelerator.device.type, dtype=_name(run))
+    if cache and cache.fits(classifier.family):  # unless the frozen weights are saved in another number format
+        classifier.feature_cache = cache
     started = time.monotonic()
     scores = score_split(classifier, data.test, settings.eval_batch_size, workers=run.workers, description="testing")
     test = metrics_of_scores(classifier, data.test.labels, scores, metrics)
