@@ -38,6 +38,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model-dir", default="vlm_results/best_model", metavar="FOLDER", help="default: vlm_results/best_model")
     parser.add_argument("--output", metavar="FILE", help="write all probabilities to FILE.csv or FILE.jsonl instead of a table")
     parser.add_argument("--explain", action="store_true", help="generate the model's text for each picture too (slower)")
+    parser.add_argument(
+        "--abstain-below", type=float, metavar="P", help="no prediction below this confidence; 0: always one (default: as trained)"
+    )
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures in one forward pass (default: 8)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
@@ -55,6 +58,8 @@ def predict(args: argparse.Namespace) -> None:
     """Classify what the arguments name and show or write it."""
     if args.batch_size < 1:
         raise UsageError(f"--batch-size {args.batch_size}: expected a whole number of at least 1.")
+    if args.abstain_below is not None and not 0 <= args.abstain_below <= 1:
+        raise UsageError(f"--abstain-below {args.abstain_below}: expected a probability, 0 to 1.")
     if args.output:
         check_output(Path(args.output))
     wait_politely()
@@ -62,7 +67,7 @@ def predict(args: argparse.Namespace) -> None:
     from vlm.predictor import load_model_and_metadata, predict_batch
 
     paths = find_pictures(args.images)
-    model, processor, metadata = load_model_and_metadata(args.model_dir, args.device, args.dtype)
+    model, processor, metadata = load_model_and_metadata(args.model_dir, args.device, args.dtype, args.abstain_below)
     results = predict_batch(model, processor, paths, metadata, args.batch_size, explain=args.explain)
     if args.output:
         write_results(Path(args.output), results)
@@ -82,7 +87,7 @@ def check_output(path: Path) -> None:
 
 
 def print_results(results: dict[str, dict[str, Any]], explain: bool) -> None:
-    """Print a table to stdout: path, prediction, confidence, the runner-up, and the text if asked for."""
+    """Print a table to stdout: path, prediction, confidence, the runner-up (the two best, if abstained), and the text if asked for."""
     from vlm.report import format_table
 
     rows = []
@@ -90,8 +95,11 @@ def print_results(results: dict[str, dict[str, Any]], explain: bool) -> None:
         if "error" in result:
             rows.append((path, "-", "-", f"error: {result['error']}"))
             continue
-        second, probability = sorted(result["probabilities"].items(), key=lambda item: -item[1])[1]
-        rows.append((path, result["prediction"], f"{result['confidence']:.4f}", f"{second} {probability:.4f}"))
+        first, second = (f"{name} {p:.4f}" for name, p in sorted(result["probabilities"].items(), key=lambda item: -item[1])[:2])
+        if result.get("abstained"):
+            rows.append((path, "(abstained)", f"{result['confidence']:.4f}", f"{first}, {second}"))
+        else:
+            rows.append((path, result["prediction"], f"{result['confidence']:.4f}", second))
     print(format_table(rows, headers=("picture", "prediction", "confidence", "next")))
     if explain:
         for path, result in results.items():
@@ -116,11 +124,11 @@ def write_results(path: Path, results: dict[str, dict[str, Any]]) -> None:
 def _write_csv(file: Any, results: dict[str, dict[str, Any]]) -> None:
     classes = next((list(result["probabilities"]) for result in results.values() if "probabilities" in result), [])
     writer = csv.writer(file)
-    writer.writerow(["path", "prediction", "confidence", "error", "full_response", *(f"p({name})" for name in classes)])
+    writer.writerow(["path", "prediction", "confidence", "abstained", "error", "full_response", *(f"p({name})" for name in classes)])
     for name, result in results.items():
         probabilities = result.get("probabilities", {})
         writer.writerow(
-            [name, result["prediction"], result.get("confidence"), result.get("error"), result.get("full_response")]
+            [name, result["prediction"], *(result.get(key) for key in ("confidence", "abstained", "error", "full_response"))]
             + [probabilities.get(class_name) for class_name in classes]
         )
 

@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache
 
 from vlm import plain
 from vlm.batching import IGNORED, vlm_collate_fn
+from vlm.calibration import Calibration
 from vlm.data import Sample
 from vlm.errors import UsageError
 from vlm.families.base import Family
@@ -78,6 +79,7 @@ class VLMClassifier(nn.Module):
         except ValueError as error:
             raise UsageError(f"the responses do not tell the classes apart ({error}): give every class a name of its own.") from error
         self.feature_cache: Any = None  # a `FeatureCache` while training with a frozen vision tower
+        self.calibration = Calibration()  # what makes probabilities of the scores; fitted after training, and loaded with a model
         self._kept_prefix: Cache | None = None
         if family.must_be_checked and family.shares_prefix:
             self._check_shared_prefix()

@@ -59,8 +59,8 @@ def evaluate_vlm_model(
         metrics: own metrics, each called with labels (N,), predictions (N,), probabilities (N, C) and the class names.
 
     Returns:
-        accuracy, macro_f1, weighted_f1, per_class, confusion_matrix, nll (of the class, nats), loss (cross entropy
-        of a response token, nats), and the results of own metrics under "own_metrics".
+        accuracy, macro_f1, weighted_f1, per_class, confusion_matrix, nll (of the class, nats, with the model's calibration), loss (cross
+        entropy of a response token, nats), and the results of own metrics under "own_metrics".
     """
     scores = score_split(classifier, split, batch_size, workers=workers, description=description)
     return metrics_of_scores(classifier, split.labels, scores, metrics)
@@ -71,7 +71,7 @@ def metrics_of_scores(
 ) -> dict[str, Any]:
     """What `evaluate_vlm_model` returns, from (N, C) log-probabilities of the responses."""
     truth = torch.as_tensor(list(labels))
-    log_probabilities = scores.log_softmax(-1).numpy()
+    log_probabilities = classifier.calibration.log_probabilities(scores).numpy()
     names = list(classifier.class_names)
     result = classification_metrics(truth.numpy(), log_probabilities, names)
     response = scores.gather(1, truth.unsqueeze(1)).sum()

@@ -1,6 +1,7 @@
 """A model folder -> predictions: one by one or in batches. C = classes."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from accelerate.utils import send_to_device
 from PIL import Image
 
+from vlm.calibration import Calibration
 from vlm.checkpoint import read_metadata, recover
 from vlm.classifier import VLMClassifier
 from vlm.data import Sample
@@ -23,16 +25,17 @@ BATCH_SIZE = 8
 
 
 def load_model_and_metadata(
-    model_dir: str | Path = "vlm_results/best_model", device: str = "auto", dtype: str = "auto"
+    model_dir: str | Path = "vlm_results/best_model", device: str = "auto", dtype: str = "auto", abstain_below: float | None = None
 ) -> tuple[VLMClassifier, Any, dict[str, Any]]:
     """Load what `train_vlm.py` saved.
 
     Args:
         model_dir: folder with the weights; `training_metadata.json` lies in it or beside it.
         device: auto, cpu, cuda or mps. dtype: auto, float32, bfloat16 or float16.
+        abstain_below: a prediction whose confidence is smaller is None; default: as stored with the model; 0 switches it off.
 
     Returns:
-        model: a `VLMClassifier` in evaluation mode; `model.model` is the transformers model. processor: the transformers processor.
+        model: a `VLMClassifier` in evaluation mode, with its calibration; `model.model` is the transformers model. processor: the transformers processor.
         metadata: the content of `training_metadata.json`.
 
     Raises:
@@ -46,12 +49,15 @@ def load_model_and_metadata(
     chosen, _ = pick_device(device)
     family = load_family(folder, pick_dtype(dtype, chosen), chosen)
     classifier = VLMClassifier(family, Prompts.from_json(metadata["prompts"])).eval()
+    classifier.calibration = Calibration.from_metadata(metadata, classifier.prompts)
+    if abstain_below is not None:
+        classifier.calibration = replace(classifier.calibration, abstain_below=abstain_below)
     return classifier, family.processor, metadata
 
 
 def predict_single_image(
     model: VLMClassifier, processor: Any, image: str | Path | Image.Image | np.ndarray, metadata: dict[str, Any], explain: bool = True
-) -> tuple[str, float, str]:
+) -> tuple[str | None, float, str]:
     """Classify one picture.
 
     Args:
@@ -60,7 +66,8 @@ def predict_single_image(
         explain: generate the text; without it `full_response` is empty and the call is faster.
 
     Returns:
-        prediction: the most probable class. confidence: its probability within the label set, 0 to 1. full_response: the text.
+        prediction: the most probable class, or None where the model abstains. confidence: the probability of the most probable class
+        within the label set, calibrated, 0 to 1. full_response: the text.
 
     Raises:
         UnreadablePicture: the picture cannot be decoded.
@@ -87,7 +94,8 @@ def predict_batch(
 
     Returns:
         For each path, in the order given: prediction (str), confidence (0 to 1, within the label set), probabilities ({class:
-        probability}, they add up to 1) and full_response (str); for a file that cannot be read: error (str), prediction None.
+        probability}, calibrated, they add up to 1) and full_response (str). Where the model abstains, prediction is None and abstained
+        True; for a file that cannot be read: error (str), prediction None.
     """
     _check_same_model(model, processor, metadata)
     if isinstance(image_paths, str | Path):
@@ -125,19 +133,20 @@ def _predict(model: VLMClassifier, samples: list[Sample], explain: bool) -> list
         model.eval()
     batch = model.collate(with_response=False)(samples)
     reading = model.read(send_to_device(batch, model.device))
-    probabilities = model.score(reading).softmax(-1).cpu()
+    probabilities = model.calibration.log_probabilities(model.score(reading)).exp()
     texts = model.write(reading) if explain else [""] * len(samples)
     results = []
     for row, text in zip(probabilities, texts, strict=True):
         best = int(row.argmax())
-        results.append(
-            {
-                "prediction": model.class_names[best],
-                "confidence": float(row[best]),
-                "probabilities": dict(zip(model.class_names, row.tolist(), strict=True)),
-                "full_response": text,
-            }
-        )
+        result = {
+            "prediction": model.class_names[best],
+            "confidence": float(row[best]),
+            "probabilities": dict(zip(model.class_names, row.tolist(), strict=True)),
+            "full_response": text,
+        }
+        if model.calibration.abstains(result["confidence"]):
+            result |= {"prediction": None, "abstained": True}
+        results.append(result)
     return results
 
 
