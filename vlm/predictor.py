@@ -35,7 +35,8 @@ def load_model_and_metadata(
         abstain_below: a prediction whose confidence is smaller is None; default: as stored with the model; 0 switches it off.
 
     Returns:
-        model: a `VLMClassifier` in evaluation mode, with its calibration; `model.model` is the transformers model. processor: the transformers processor.
+        model: a `VLMClassifier` in evaluation mode, with its calibration; `model.model` is the transformers model. processor: that of
+            transformers.
         metadata: the content of `training_metadata.json`.
 
     Raises:
