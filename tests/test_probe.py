@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 import test_family_generic
 import torch
-from hub_layout_smolvlm import save_published
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from test_features import MODELS
-from tiny import random_picture, tiny_prompts
+from tiny import random_picture, save_tiny_model, tiny_prompts
 
 from vlm import probe as module
 from vlm.config import resolve
@@ -28,7 +27,7 @@ GENERIC = {
 BUILDERS = (
     MODELS
     | {name: lambda folder, checks=checks: checks().build(folder) for name, checks in GENERIC.items()}
-    | {"smolvlm, tiles": save_published}
+    | {"idefics3, tiles": save_tiny_model}
 )
 SIZES = ((40, 28), (20, 60), (40, 28), (90, 30))
 
@@ -72,7 +71,7 @@ def data():
 @pytest.fixture
 def family(tmp_path, monkeypatch):
     monkeypatch.setenv("VLM_CACHE", str(tmp_path / "cache"))
-    family = family_of("idefics3", tmp_path / "model")
+    family = load_family(save_tiny_model(tmp_path / "model"), torch.float32, torch.device("cpu"), {})
     prepare_tuning(family, resolve({"tune": "connector"}))
     return family
 
@@ -87,7 +86,7 @@ def test_the_figures_are_those_of_a_plain_logistic_regression(family, data):
         model = LogisticRegression(C=strength, max_iter=1000).fit(train, data.train.labels)
         accuracies[strength] = (model.score(validation, data.validation.labels), model.score(test, data.test.labels))
     best = max(accuracies, key=lambda strength: (accuracies[strength][0], -strength))
-    assert found["C"] == best and found["features"] == train.shape[1] == 12
+    assert found["C"] == best and found["features"] == train.shape[1] == 16
     assert (found["validation_accuracy"], found["accuracy"][0]) == pytest.approx(accuracies[best])
     value, low, high = found["accuracy"]
     assert 0 <= low <= value <= high <= 1 and value > 0.6, "dark and bright are easy to tell apart"

@@ -58,10 +58,13 @@ def check_pictures(classifier: VLMClassifier, split: Split, scores: Tensor, batc
 
 def other_class_partners(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """(N,) for each sample another one, each used once, at random and of another class unless one class has more than half of all."""
+    classes, numbers = np.unique(labels, return_inverse=True)
     order = rng.permutation(len(labels))
-    order = order[np.argsort(labels[order], kind="stable")]
+    order = order[np.argsort(rng.permutation(len(classes))[numbers][order], kind="stable")]
+    largest = np.bincount(numbers).max()
+    shift = rng.integers(largest, max(largest, len(labels) - largest) + 1)  # past the end of one's own class, and not around to it again
     partners = np.empty_like(order)
-    partners[order] = np.roll(order, -np.bincount(labels).max())  # by the size of the largest class, so past the end of one's own
+    partners[order] = np.roll(order, -shift)
     return partners
 
 

@@ -44,7 +44,7 @@ def probe(family: Family, data: Data, cache: FeatureCache | None = None, seed: i
     was_training = family.model.training
     family.model.eval()
     try:
-        pooled_features(family, [data.train[0].image])
+        pooled_features(family, [data.train[0].image], cache)
     except Exception as error:
         if is_out_of_memory(error):
             raise
