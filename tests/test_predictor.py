@@ -1,13 +1,18 @@
 """The three functions of inference, on the demo's model."""
 
+import json
 import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from inference_vlm import load_model_and_metadata, predict_batch, predict_single_image
+from vlm.batching import vlm_collate_fn
+from vlm.calibration import Calibration
+from vlm.data import Sample
 from vlm.errors import UsageError
 from vlm.pictures import UnreadablePicture
 
@@ -96,6 +101,50 @@ def test_confidence_is_the_largest_probability_and_they_add_up_to_one(loaded, pa
         assert list(result["probabilities"]) == loaded[2]["class_names"]
         assert sum(result["probabilities"].values()) == pytest.approx(1, abs=1e-6)
         assert result["confidence"] == max(result["probabilities"].values()) == result["probabilities"][result["prediction"]]
+
+
+def test_confidence_is_after_the_stored_calibration(demo_run, loaded, paths):
+    model, _, metadata = loaded
+    stored = metadata["calibration"]
+    results = json.loads((demo_run / "results.json").read_text())
+    assert stored["temperature"] == results["test"]["calibration"]["temperature"] != 1 and stored["abstain_below"] is None
+    assert json.loads((demo_run / "training_metadata.json").read_text())["calibration"] == stored
+    batch_of_one = vlm_collate_fn([Sample(Image.open(paths[0]).convert("RGB"), 0, "x")], model.family, model.rendered, with_response=False)
+    with torch.no_grad():
+        scores = model.score(model.read(batch_of_one))[0]
+    expected = (scores.double() / stored["temperature"]).softmax(0)
+    result = batch(loaded, paths[:1])[str(paths[0])]
+    np.testing.assert_allclose(list(result["probabilities"].values()), expected, atol=1e-6)
+    assert result["prediction"] == model.class_names[int(scores.argmax())]
+
+
+def test_a_calibration_for_other_prompts_is_not_used_and_that_is_said(demo_run, tmp_path, capsys):
+    shutil.copytree(demo_run / "best_model", tmp_path / "model")
+    file = tmp_path / "model" / "training_metadata.json"
+    metadata = json.loads(file.read_text())
+    metadata["prompts"]["question"] += " Think."
+    file.write_text(json.dumps(metadata))
+    model, _, _ = load_model_and_metadata(tmp_path / "model", device="cpu")
+    assert model.calibration == Calibration()
+    assert "fitted with other prompts or classes" in capsys.readouterr().err
+
+
+def test_a_model_that_abstains_gives_none_with_its_probabilities(demo_run, loaded, paths, tmp_path):
+    plain = batch(loaded, paths)
+    threshold = sorted(result["confidence"] for result in plain.values())[COUNT // 2]
+    shutil.copytree(demo_run / "best_model", tmp_path / "model")
+    file = tmp_path / "model" / "training_metadata.json"
+    metadata = json.loads(file.read_text())
+    metadata["calibration"]["abstain_below"] = threshold
+    file.write_text(json.dumps(metadata))
+    abstaining = load_model_and_metadata(tmp_path / "model", device="cpu")
+    results = batch(abstaining, paths)
+    assert sum("abstained" in result for result in results.values()) == COUNT // 2
+    for path, result in results.items():
+        left_out = {"prediction": None, "abstained": True} if plain[path]["confidence"] < threshold else {}
+        assert result == plain[path] | left_out
+        assert single(abstaining, path) == (result["prediction"], pytest.approx(result["confidence"], abs=1e-5), result["full_response"])
+    assert batch(load_model_and_metadata(tmp_path / "model", device="cpu", abstain_below=0), paths) == plain, "0 switches it off"
 
 
 def test_without_explain_the_text_is_empty_and_all_else_the_same(loaded, paths):

@@ -23,7 +23,7 @@ from vlm.reliability import accuracy_interval
 from vlm.tracking import Bar, note
 
 BATCH_SIZE = 16
-STRENGTHS = (0.001, 0.01, 0.1, 1.0)  # scikit-learn's C, from strong regularization to weak
+STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)  # scikit-learn's C, from strong regularization to weak
 ITERATIONS = 300
 WORSE = 0.02  # accuracy by which the VLM may be below without a warning
 

@@ -145,7 +145,8 @@ def _name_classes(axes: Axes, class_names: Sequence[str], points: float) -> None
 def reliability_diagram(calibration: dict[str, Any], path: str | Path) -> None:
     """Draw accuracy over confidence before and after the calibration as a PNG; in an honest model the points lie on the diagonal.
 
-    Each point is one bin, its area the bin's share of the pictures: bins of equal mass have equal ones.
+    Each point is one bin, its area the bin's share of the pictures: bins of equal mass have equal ones. Both axes begin below the lowest
+    point, since those of a good model crowd at the top.
 
     Args:
         calibration: as in results.json: before and after, each with ece [value, low, high], and reliability, for each the list of
@@ -154,6 +155,8 @@ def reliability_diagram(calibration: dict[str, Any], path: str | Path) -> None:
     """
     figure = Figure(figsize=(6, 6.4), layout="constrained")
     axes = figure.subplots()
+    points = np.concatenate([np.array(bins, dtype=float)[:, :2] for bins in calibration["reliability"].values()])
+    low = math.floor(10 * min(points.min(), 0.9)) / 10
     axes.plot([0, 1], [0, 1], color="gray", linestyle="--", linewidth=1, label="as right as it is sure")
     for state, color, marker in (("before", TRAIN_COLOR, "s"), ("after", VALIDATION_COLOR, "o")):
         confidence, accuracy, count = np.array(calibration["reliability"][state], dtype=float).T
@@ -161,7 +164,8 @@ def reliability_diagram(calibration: dict[str, Any], path: str | Path) -> None:
         label = f"{state} calibration: ECE {value:.3f} ({low:.3f} to {high:.3f})"
         axes.plot(confidence, accuracy, color=color, alpha=0.5, linewidth=1)
         axes.scatter(confidence, accuracy, s=600 * count / count.sum(), color=color, marker=marker, alpha=0.8, label=label, zorder=3)
-    axes.set(title="Reliability", xlabel="confidence", ylabel="share of correct predictions", xlim=(0, 1.02), ylim=(0, 1.02))
+    axes.set(title="Reliability", xlabel="confidence", ylabel="share of correct predictions")
+    axes.set(xlim=(low - 0.03 * (1 - low), 1 + 0.03 * (1 - low)), ylim=(low - 0.03 * (1 - low), 1 + 0.03 * (1 - low)))
     axes.set_aspect("equal")
     axes.grid(alpha=0.3)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=1, frameon=False)
