@@ -156,7 +156,8 @@ def reliability_diagram(calibration: dict[str, Any], path: str | Path) -> None:
     figure = Figure(figsize=(6, 6.4), layout="constrained")
     axes = figure.subplots()
     points = np.concatenate([np.array(bins, dtype=float)[:, :2] for bins in calibration["reliability"].values()])
-    low = math.floor(10 * min(points.min(), 0.9)) / 10
+    start = math.floor(10 * min(points.min(), 0.9)) / 10
+    limits = (start - 0.03 * (1 - start), 1 + 0.03 * (1 - start))
     axes.plot([0, 1], [0, 1], color="gray", linestyle="--", linewidth=1, label="as right as it is sure")
     for state, color, marker in (("before", TRAIN_COLOR, "s"), ("after", VALIDATION_COLOR, "o")):
         confidence, accuracy, count = np.array(calibration["reliability"][state], dtype=float).T
@@ -165,7 +166,7 @@ def reliability_diagram(calibration: dict[str, Any], path: str | Path) -> None:
         axes.plot(confidence, accuracy, color=color, alpha=0.5, linewidth=1)
         axes.scatter(confidence, accuracy, s=600 * count / count.sum(), color=color, marker=marker, alpha=0.8, label=label, zorder=3)
     axes.set(title="Reliability", xlabel="confidence", ylabel="share of correct predictions")
-    axes.set(xlim=(low - 0.03 * (1 - low), 1 + 0.03 * (1 - low)), ylim=(low - 0.03 * (1 - low), 1 + 0.03 * (1 - low)))
+    axes.set(xlim=limits, ylim=limits)
     axes.set_aspect("equal")
     axes.grid(alpha=0.3)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=1, frameon=False)
