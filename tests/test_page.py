@@ -88,7 +88,7 @@ def everything(results):
     history = [{"kind": "train", "step": s, "loss": 9 / s} for s in range(1, 90)] + [{"kind": "train", "step": 90, "loss": math.nan}]
     history += [{"kind": "validation", "step": s, "loss": 9 / s, "accuracy": 1 - 1 / s} for s in (30, 60, 90)]
     return results | {
-        "picture_check": {"real": accuracy, "shuffled": 0.31, "grey": 0.32, "chance": 0.33, "pictures": 12},
+        "picture_check": {"accuracy": accuracy, "shuffled": 0.31, "gray": 0.32, "chance": 0.33, "pictures": 12, "warning": None},
         "probe": {"accuracy": [0.765, 0.7, 0.8]},
         "zero_shot": {"accuracy": 0.234},
         "texts": {"texts": 12, "invalid": 1, "agree_with_prediction": 10},
@@ -178,10 +178,9 @@ def test_two_classes_and_few_pictures_and_no_mistake(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "warning"),
     [
-        ({"probe": {"accuracy": [1.0, 1.0, 1.0]}}, "linear probe"),
-        ({"picture_check": {"real": 0.9, "shuffled": 0.85, "grey": 0.2, "chance": 0.33}}, "does not look"),
-        ({"picture_check": {"real": 0.9, "shuffled": 0.35, "grey": 0.33, "chance": 0.33}}, None),
-        ({"picture_check": {"real": 0.9, "shuffled": None, "grey": 0.33, "chance": 0.33}}, None),
+        ({"probe": {"accuracy": [1.0, 1.0, 1.0], "warning": "the probe is better."}}, "The probe is better."),
+        ({"picture_check": {"accuracy": 0.9, "shuffled": 0.85, "gray": 0.2, "chance": 0.33, "warning": "it is blind."}}, "It is blind."),
+        ({"picture_check": {"accuracy": 0.9, "shuffled": None, "gray": 0.33, "chance": 0.33, "warning": None}}, None),
         ({"probe": None, "picture_check": None, "zero_shot": None, "texts": None, "history": None}, None),
     ],
 )

@@ -35,6 +35,7 @@ DEMO_DEFAULTS = {
     "gradient_accumulation_steps": 1,
     "threads": 1,  # so small a model gains little from more, and loses much where the cores are busy
     "task_description": "handwritten digit recognition",
+    "probe": True,
 }
 CACHE_GB = 20.0  # what --cache-size is when it is not given
 PICTURES_PER_STEP = 8  # what --gradient-accumulation-steps aims at when it is not given
@@ -135,6 +136,16 @@ class Settings:
     )  # fmt: skip
     seed: int = _flag(42, "training", "seed of the order, the splits and all other randomness (default: 42)")
 
+    calibration: str = _flag(
+        "temperature", "evaluation", "what is fitted on validation so that the probabilities are true (default: temperature)",
+        choices=("temperature", "bias", "none"),
+    )  # fmt: skip
+    abstain_below: float | None = _flag(None, "evaluation", "give no prediction where its probability is below this, such as 0.5")
+    target_precision: float | None = _flag(
+        None, "evaluation", "instead: the threshold on validation from which this share of the predictions is right, such as 0.95"
+    )
+    probe: bool = _flag(False, "evaluation", "also train a linear classifier on the vision tower's features, to compare (demo: yes)")
+
     output_dir: str = _flag("vlm_results", "output", "folder of the results (default: vlm_results)")
     overwrite: bool = _flag(False, "output", "delete the results of an earlier run in the output folder")
     resume: bool = _flag(False, "output", "go on from the newest saved state in the output folder, with its settings")
@@ -167,6 +178,8 @@ class Settings:
 
 # Flags that may differ between an interrupted run and the one that goes on from it.
 NOT_PART_OF_THE_RUN = {
+    "calibration",
+    "probe",
     "no_feature_cache",
     "cache_size",
     "resume",
@@ -333,10 +346,15 @@ def _problems(s: Settings) -> list[str]:
     expect(0 <= s.lora_dropout < 1, "lora_dropout", "a share of at least 0 and below 1")
     expect(s.workers is None or s.workers >= 0, "workers", "a whole number of at least 0")
     expect(s.seed >= 0, "seed", "a whole number of at least 0")
+    for name in ("abstain_below", "target_precision"):
+        value = getattr(s, name)
+        expect(value is None or 0 <= value <= 1, name, "a probability, 0 to 1")
     if s.class_names is not None:
         repeated = sorted({name for name in s.class_names if s.class_names.count(name) > 1})
         expect(len(s.class_names) >= 2, "class_names", "at least two names")
         expect(not repeated, "class_names", f"different names, but {', '.join(repeated)} is there twice")
+    if s.abstain_below is not None and s.target_precision is not None:
+        problems.append("--abstain-below and --target-precision exclude each other: a fixed threshold, or one picked on validation.")
     if s.demo and (s.model or s.dataset):
         problems.append("--demo brings its own model and data set: leave out --model and --dataset, or leave out --demo.")
     if s.reasoning_column and s.response_format == "answer-only":

@@ -134,7 +134,8 @@ def load_data(settings: Settings) -> Data:
         if settings.max_samples < len(names):
             raise UsageError(f"--max-samples {settings.max_samples}: expected at least one for each of the {len(names)} classes.")
         for number, role in enumerate(ROLES):
-            splits[role] = _balanced(splits[role], settings.max_samples, [settings.seed, 2, number])
+            positions = balanced_positions(splits[role].labels, settings.max_samples, [settings.seed, 2, number])
+            splits[role] = splits[role].take(positions)
     skipped = _drop_unreadable(splits, names)
     if settings.shots is not None:
         splits["train"] = _few(splits["train"], settings.shots, names, [settings.seed, 3])
@@ -202,16 +203,16 @@ def _cut(splits: dict[str, Split], missing: list[str], names: list[str], setting
     splits |= {role: train.take(sorted(positions)) for role, positions in parts.items()}
 
 
-def _balanced(split: Split, most: int, seed: list[int]) -> Split:
-    """At most so many samples: one of each class in turn, drawn at random, in the order of the split."""
-    if len(split) <= most:
-        return split
-    order = np.random.default_rng(seed).permutation(len(split))
-    labels = np.array(split.labels)[order]
-    turn = np.empty(len(split), dtype=int)  # how many of the same class come before
-    for label in set(split.labels):
-        turn[labels == label] = np.arange((labels == label).sum())
-    return split.take(sorted(order[np.argsort(turn, kind="stable")[:most]].tolist()))
+def balanced_positions(labels: Sequence[int], most: int, seed: list[int]) -> list[int]:
+    """Positions of at most so many samples: one of each class in turn, drawn at random; in order."""
+    if len(labels) <= most:
+        return list(range(len(labels)))
+    order = np.random.default_rng(seed).permutation(len(labels))
+    drawn = np.array(labels)[order]
+    turn = np.empty(len(labels), dtype=int)  # how many of the same class come before
+    for label in set(labels):
+        turn[drawn == label] = np.arange((drawn == label).sum())
+    return sorted(order[np.argsort(turn, kind="stable")[:most]].tolist())
 
 
 def _few(split: Split, shots: int, names: list[str], seed: list[int]) -> Split:
@@ -224,7 +225,7 @@ def _few(split: Split, shots: int, names: list[str], seed: list[int]) -> Split:
     small = [f"{name} ({count})" for name, count in zip(names, counts, strict=True) if count < shots]
     if small:
         raise UsageError(f"--shots {shots}: train has fewer pictures of {', '.join(small)}. Expected at least {shots} of each class.")
-    return _balanced(split, shots * len(names), seed)
+    return split.take(balanced_positions(split.labels, shots * len(names), seed))
 
 
 def _drop_unreadable(splits: dict[str, Split], names: list[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Pictures and tables for people: training curves, confusion matrix, aligned text tables.
+"""Pictures and tables for people: training curves, confusion matrix, reliability diagram, aligned text tables.
 
 Figures are drawn by matplotlib's object interface, so that the backend of a notebook stays as it is.
 """
@@ -146,6 +146,37 @@ def _name_classes(axes: Axes, class_names: Sequence[str], points: float) -> None
     # parse_math=False: a class name with dollar signs is no formula
     axes.set_yticks(list(shown), names, fontsize=font, parse_math=False)
     axes.set_xticks(list(shown), names, fontsize=font, parse_math=False, **turned)
+
+
+def reliability_diagram(calibration: dict[str, Any], path: str | Path) -> None:
+    """Draw accuracy over confidence before and after the calibration as a PNG; in an honest model the points lie on the diagonal.
+
+    Each point is one bin, its area the bin's share of the pictures: bins of equal mass have equal ones. Both axes begin below the lowest
+    point, since those of a good model crowd at the top.
+
+    Args:
+        calibration: as in results.json: before and after, each with ece [value, low, high], and reliability, for each the list of
+            [mean confidence, accuracy, pictures].
+        path: the PNG; replaced if there.
+    """
+    figure = Figure(figsize=(6, 6.4), layout="constrained")
+    axes = figure.subplots()
+    points = np.concatenate([np.array(bins, dtype=float)[:, :2] for bins in calibration["reliability"].values()])
+    start = math.floor(10 * min(points.min(), 0.9)) / 10
+    limits = (start - 0.03 * (1 - start), 1 + 0.03 * (1 - start))
+    axes.plot([0, 1], [0, 1], color="gray", linestyle="--", linewidth=1, label="as right as it is sure")
+    for state, color, marker in (("before", TRAIN_COLOR, "s"), ("after", VALIDATION_COLOR, "o")):
+        confidence, accuracy, count = np.array(calibration["reliability"][state], dtype=float).T
+        value, low, high = calibration[state]["ece"]
+        label = f"{state} calibration: ECE {value:.3f} ({low:.3f} to {high:.3f})"
+        axes.plot(confidence, accuracy, color=color, alpha=0.5, linewidth=1)
+        axes.scatter(confidence, accuracy, s=600 * count / count.sum(), color=color, marker=marker, alpha=0.8, label=label, zorder=3)
+    axes.set(title="Reliability", xlabel="confidence", ylabel="share of correct predictions")
+    axes.set(xlim=limits, ylim=limits)
+    axes.set_aspect("equal")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=1, frameon=False)
+    _save(figure, path)
 
 
 def _shorten(name: str) -> str:

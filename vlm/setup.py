@@ -42,12 +42,15 @@ PRECISIONS = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"
 
 @dataclass
 class Run:
-    """A run that can start. model: the classifier as the training calls it, wrapped where there are several processes."""
+    """A run that can start. folder: the model as it was before. model: the classifier as the training calls it, wrapped where there are
+    several processes.
+    """
 
     settings: Settings
     accelerator: Accelerator
     dtype: torch.dtype
     data: Data
+    folder: Path
     classifier: VLMClassifier
     model: nn.Module
     optimizer: Any
@@ -102,7 +105,7 @@ def set_up(settings: Settings) -> Run:
     optimizer = torch.optim.AdamW(groups, fused=accelerator.device.type in ("cpu", "cuda"))
     model, optimizer = accelerator.prepare(classifier, optimizer)
     metadata = _metadata(settings, data, classifier, revision)
-    return Run(settings, accelerator, dtype, data, classifier, model, optimizer, metadata, workers)
+    return Run(settings, accelerator, dtype, data, folder, classifier, model, optimizer, metadata, workers)
 
 
 def _find_model(settings: Settings, class_names: list[str], accelerator: Accelerator) -> tuple[Path, str | None]:

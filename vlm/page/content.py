@@ -12,8 +12,6 @@ from vlm.data import Data
 
 MOST_PICTURES = 12  # mistakes, and as many uncertain pictures
 MOST_CONFUSIONS = 10
-NOTABLE = 0.02  # a probe that is better by more than this is worth a warning
-BLIND = 0.5  # a model that keeps more than this share of its gain over chance without the right picture does not look at it
 WIDE = 0.1  # an interval of accuracy that is wider says little
 
 

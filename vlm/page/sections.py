@@ -41,7 +41,7 @@ def comparison(content: Content) -> Markup | None:
         ("Linear probe", "logistic regression on the same vision tower", triple((results.get("probe") or {}).get("accuracy"))),
         ("Zero-shot", "the same model before training", triple((results.get("zero_shot") or {}).get("accuracy"))),
         ("Other picture", f"pictures shuffled, {subset}", triple(check.get("shuffled"))),
-        ("No picture", f"a grey one, {subset}", triple(check.get("grey"))),
+        ("No picture", f"a gray one, {subset}", triple(check.get("gray"))),
     ]
     rows = [row for row in rows if row[2]]
     if len(rows) == 1:

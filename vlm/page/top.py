@@ -1,6 +1,6 @@
 """The top of the page: what it is about, the accuracy with its interval, the verdict in a line, and what speaks against it."""
 
-from vlm.page.content import BLIND, NOTABLE, WIDE, Content, triple
+from vlm.page.content import WIDE, Content
 from vlm.page.markup import Markup, class_name, element, join, percent, shorten
 
 
@@ -48,19 +48,11 @@ def verdict(content: Content) -> Markup:
 
 def concerns(content: Content) -> list[str]:
     """Why the accuracy may mean less than it seems."""
-    value, low, high = content.accuracy
+    _, low, high = content.accuracy
     found = []
     if low <= content.majority[1]:
         found.append("The accuracy is not clearly above that of always answering the most frequent class.")
     if high - low > WIDE:
         found.append(f"{len(content.predictions):,} test pictures are few: the true accuracy may be anywhere in the interval.")
-    probe = triple((content.results.get("probe") or {}).get("accuracy"))
-    if probe and probe[0] - value > NOTABLE:
-        found.append(f"A linear probe on the same vision tower is better ({percent(probe[0])}) and costs much less.")
-    check = content.results.get("picture_check") or {}
-    values = [triple(check.get(key)) for key in ("real", "shuffled", "grey", "chance")]
-    if all(values):
-        real, shuffled, grey, chance = (v[0] for v in values)
-        if max(shuffled, grey) - chance > BLIND * (real - chance):
-            found.append("The accuracy is nearly the same without the right picture: the model does not look at it.")
-    return found
+    warnings = [(content.results.get(part) or {}).get("warning") for part in ("probe", "picture_check")]
+    return found + [warning[0].upper() + warning[1:] for warning in warnings if warning]
