@@ -78,7 +78,7 @@ def measure(folder: Path, tune: str, dtype: torch.dtype, batch_size: int) -> dic
     prepare_tuning(family, settings)
     classifier = VLMClassifier(family, build_prompts(settings, NAMES))
     samples = [Sample(Image.effect_noise((512, 512), 80).convert("RGB"), i % len(NAMES), "noise") for i in range(8)]
-    optimizer = torch.optim.AdamW(parameter_groups(classifier, 0.0), lr=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(classifier, 0.0, 1e-4, 1e-4), fused=True)
     forget_peak()
     train(classifier, optimizer, samples[:batch_size], dtype)
     measured["training"] = resident()["VmHWM"] - before

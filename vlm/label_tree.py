@@ -185,8 +185,9 @@ class Search:
         """How much any probability can be wrong at most: the share of all weight that the classes not visited may have."""
         if not self.open:
             return 0.0
-        rest = np.logaddexp.reduce(list(self.open.values()))
-        return float(np.exp(rest - np.logaddexp(rest, np.logaddexp.reduce(self._weights()))))
+        with np.errstate(invalid="ignore"):  # a model whose numbers have overflowed gives NaN, which the metrics refuse
+            rest = np.logaddexp.reduce(list(self.open.values()))
+            return float(np.exp(rest - np.logaddexp(rest, np.logaddexp.reduce(self._weights()))))
 
     def next(self, tokens: int) -> list[list[int]]:
         """The segments to visit now, none when the search is over.

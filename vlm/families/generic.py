@@ -88,8 +88,9 @@ class GenericFamily(Family):
 
     # Text
 
-    @property
+    @cached_property
     def image_token_id(self) -> int:
+        """Kept, for loader processes, which have no model."""
         config = self.model.config
         for name in ("image_token_id", "image_token_index"):
             if getattr(config, name, None) is not None:
