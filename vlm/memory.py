@@ -47,19 +47,23 @@ BYTES_OF_BITS = {4: 0.5 + 4 / 64, 8: 1.0}  # a float32 scale for each block of 6
 
 @dataclass(frozen=True)
 class Texts:
-    """Tokens of the conversation: before the picture (run once for a batch), behind it, and of a response; and the classes."""
+    """Tokens of the conversation: before the picture (run once for a batch), behind it, and of a response; and the classes.
+
+    edge: longest edge of the pictures, for `--image-size auto`; None: as published.
+    """
 
     prefix: int = 200
     question: int = 50
     response: int = 50
     classes: int = 10
+    edge: int | None = None
 
     @classmethod
-    def of(cls, prompts: Prompts) -> "Texts":
+    def of(cls, prompts: Prompts, edge: int | None = None) -> "Texts":
         """About as many as the texts have; the exact numbers would take the tokenizer."""
         longest = max(map(len, prompts.responses))
         lengths = (len(text) // CHARACTERS_PER_TOKEN + 10 for text in (prompts.system, prompts.question, "." * longest))
-        return cls(*lengths, classes=len(prompts.class_names))
+        return cls(*lengths, classes=len(prompts.class_names), edge=edge)
 
 
 @dataclass(frozen=True)
@@ -171,15 +175,16 @@ def _language_layers(family: Family) -> list[nn.Linear]:
     return [family.model.get_submodule(name) for name in family.linear_layers(language=True)]
 
 
-def _picture_load(family: Family, settings: Settings) -> tuple[int, int]:
+def _picture_load(family: Family, settings: Settings, texts: Texts) -> tuple[int, int]:
     """Patches and tokens of the largest picture, with the options that the family knows."""
-    return family.picture_load(**{name: value for name, value in settings.picture_options().items() if name in family.picture_defaults})
+    options = settings.picture_options(texts.edge)
+    return family.picture_load(**{name: value for name, value in options.items() if name in family.picture_defaults})
 
 
 def _activations(family: Family, settings: Settings, size: int, device: str, texts: Texts) -> float:
     """Bytes at the end of the forward pass, when they are most, and what the first steps back add."""
     block, batch, full = Block.of(family.language), settings.batch_size, settings.tune == "full"
-    patches, tokens = _picture_load(family, settings)
+    patches, tokens = _picture_load(family, settings, texts)
     row = tokens + texts.question + texts.response
     keys = texts.prefix + row
     prefix = 0 if settings.tune == "connector" else texts.prefix
@@ -200,7 +205,7 @@ def _activations(family: Family, settings: Settings, size: int, device: str, tex
 
 def _evaluation(family: Family, settings: Settings, size: int, texts: Texts) -> float:
     block, batch = Block.of(family.language), settings.eval_batch_size
-    patches, tokens = _picture_load(family, settings)
+    patches, tokens = _picture_load(family, settings, texts)
     nodes = texts.response * texts.classes
     keys = batch * (2 * (texts.prefix + tokens + texts.question) + nodes) * block.count * block.keys * size
     scored = batch * (1 + nodes) * family.model.get_output_embeddings().weight.shape[0]
@@ -222,22 +227,25 @@ def free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
-def warn_if_too_large(folder: Path, settings: Settings, dtype: torch.dtype, device: torch.device, prompts: Prompts) -> None:
-    """Print a warning where the model in a folder will not fit in the free memory, with what would help."""
+def warn_if_too_large(
+    folder: Path, settings: Settings, dtype: torch.dtype, device: torch.device, prompts: Prompts, edge: int | None = None
+) -> None:
+    """Print a warning where the model in a folder will not fit in the free memory, with what would help. edge: see `Texts`."""
+    texts = Texts.of(prompts, edge)
     try:
         family = outline(read_config(folder))
-        need = estimate(family, settings, dtype, device.type, Texts.of(prompts)).total
+        need = estimate(family, settings, dtype, device.type, texts).total
     except Exception:  # a model that cannot even be outlined is refused, with the reason, when it is loaded
         return
     free = free_memory(device)
     if need > free:
         note(
             f"warning: this run needs about {need / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free on {device.type}: it may run out of "
-            f"memory. {_help(family, settings, dtype, device, prompts)}"
+            f"memory. {_help(family, settings, dtype, device, texts)}"
         )
 
 
-def _help(family: Family, settings: Settings, dtype: torch.dtype, device: torch.device, prompts: Prompts) -> str:
+def _help(family: Family, settings: Settings, dtype: torch.dtype, device: torch.device, texts: Texts) -> str:
     """The flags that need less memory, with what they need."""
     changes = [
         ("--batch-size 1", {"batch_size": 1}, settings.batch_size > 1),
@@ -248,6 +256,6 @@ def _help(family: Family, settings: Settings, dtype: torch.dtype, device: torch.
     tried: list[str] = []
     for flags, values, sensible in changes:
         if sensible:
-            less = estimate(family, replace(settings, **values), dtype, device.type, Texts.of(prompts)).total
+            less = estimate(family, replace(settings, **values), dtype, device.type, texts).total
             tried.append(f"{flags} ({less / GIB:.1f} GiB)")
     return f"Less is needed by {', '.join(tried)}, or a smaller --model (see --list-models)." if tried else "Take a smaller --model."

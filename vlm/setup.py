@@ -75,8 +75,11 @@ def set_up(settings: Settings) -> Run:
 
     prompts = build_prompts(settings, data.class_names)
     folder, revision = _find_model(settings, data.class_names, accelerator)
-    warn_if_too_large(folder, settings, dtype, accelerator.device, prompts)
-    family = load_family(folder, dtype, accelerator.device, settings.picture_options(), settings.bits)
+    warn_if_too_large(folder, settings, dtype, accelerator.device, prompts, data.edge)
+    pictures = settings.picture_options(data.edge)
+    family = load_family(folder, dtype, accelerator.device, pictures, settings.bits)
+    if "image_size" in pictures:
+        note(family.size_line(pictures["image_size"]) + "\n")
     prepare_tuning(family, settings)
     classifier = VLMClassifier(family, prompts)
     note(format_table(_settings_rows(settings, classifier, reason, dtype)) + "\n")
