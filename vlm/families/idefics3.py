@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, PreTrain
 
 from vlm.config import ImageSize
 from vlm.families.base import EncodedPictures, Family
+from vlm.families.resizing import equals, one_tile
 from vlm.families.sizes import pick_size
 
 PUBLISHED_TILES = 4  # the width to which pictures are enlarged before they are split, in tiles, in SmolVLM of every size
@@ -27,11 +28,20 @@ def _load_of(tile: int, config: PreTrainedConfig) -> tuple[int, int]:
     return patches, patches // config.scale_factor**2
 
 
+def _by_processor(images: Any, pictures: list[Image.Image]) -> dict[str, Any]:
+    return images([[p] for p in pictures], return_tensors="pt", return_row_col_info=True)
+
+
 class Idefics3Family(Family):
     model_types = ("idefics3",)
     title = "SmolVLM"
     picture_defaults = {"image_splitting": False, "image_size": None}
     end_of_turn = "<end_of_utterance>"
+
+    def __init__(self, model: nn.Module, processor: Any):
+        super().__init__(model, processor)
+        images = processor.image_processor
+        self.resizes_fast = not images.do_image_splitting and equals(one_tile, _by_processor, images)
 
     @classmethod
     def load_processor(cls, folder: Path, image_splitting: bool | None = None, image_size: ImageSize | None = None) -> Any:
@@ -78,7 +88,9 @@ class Idefics3Family(Family):
         return tiles * patches, tiles * tokens
 
     def encode_pictures(self, pictures: list[Image.Image]) -> EncodedPictures:
-        batch = self.processor.image_processor([[p] for p in pictures], return_tensors="pt", return_row_col_info=True)
+        images = self.processor.image_processor
+        encode = one_tile if self.resizes_fast and not images.do_image_splitting else _by_processor
+        batch = encode(images, pictures)
         tiles = [max(1, rows[0] * columns[0] + (rows[0] > 0)) for rows, columns in zip(batch["rows"], batch["cols"], strict=True)]
         # (B, most tiles, 3, H, W) padded with empty tiles -> (all tiles, 3, H, W)
         inputs = {

@@ -17,6 +17,7 @@ from transformers.vision_utils import get_vision_window_index
 from vlm.config import ImageSize
 from vlm.errors import UsageError
 from vlm.families.base import EncodedPictures, Family
+from vlm.families.resizing import equals, native_patches
 
 MIN_PIXELS = 4 * 28 * 28  # as published
 MAX_PIXELS = 256 * 28 * 28  # 448 x 448: 256 picture tokens, where the published 16384 * 28 * 28 runs out of memory
@@ -64,6 +65,10 @@ def _most(max_pixels: int, image_size: ImageSize | None) -> int:
     return image_size.pixels**2
 
 
+def _by_processor(images: Any, pictures: list[Image.Image]) -> dict[str, Any]:
+    return images(pictures, return_tensors="pt")
+
+
 class Qwen2VLFamily(Family):
     model_types = ("qwen2_vl",)
     title = "Qwen2-VL"
@@ -75,6 +80,7 @@ class Qwen2VLFamily(Family):
         super().__init__(model, processor)
         patch_embed = model.model.visual.patch_embed
         patch_embed.proj = PatchLinear(patch_embed.proj)
+        self.resizes_fast = equals(native_patches, _by_processor, processor.image_processor)
 
     @classmethod
     def load_processor(
@@ -156,7 +162,7 @@ class Qwen2VLFamily(Family):
                     f"a picture has {shape} pixels: {self.title} takes at most {LONGEST_SHAPE} times as long as wide; crop it."
                 )
         images = self.processor.image_processor
-        batch = images(pictures, return_tensors="pt")
+        batch = native_patches(images, pictures) if self.resizes_fast else _by_processor(images, pictures)
         counts = batch["image_grid_thw"].prod(1) // images.merge_size**2
         return EncodedPictures(dict(batch), [[self.image_token_id] * count for count in counts.tolist()])
 
