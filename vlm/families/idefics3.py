@@ -28,7 +28,8 @@ def _load_of(tile: int, config: PreTrainedConfig) -> tuple[int, int]:
     return patches, patches // config.scale_factor**2
 
 
-def _by_processor(images: Any, pictures: list[Image.Image]) -> dict[str, Any]:
+def by_processor(images: Any, pictures: list[Image.Image]) -> dict[str, Any]:
+    """What transformers gives of RGB pictures, one each sample."""
     return images([[p] for p in pictures], return_tensors="pt", return_row_col_info=True)
 
 
@@ -41,7 +42,7 @@ class Idefics3Family(Family):
     def __init__(self, model: nn.Module, processor: Any):
         super().__init__(model, processor)
         images = processor.image_processor
-        self.resizes_fast = not images.do_image_splitting and equals(one_tile, _by_processor, images)
+        self.resizes_fast = not images.do_image_splitting and equals(one_tile, by_processor, images)
 
     @classmethod
     def load_processor(cls, folder: Path, image_splitting: bool | None = None, image_size: ImageSize | None = None) -> Any:
@@ -89,7 +90,7 @@ class Idefics3Family(Family):
 
     def encode_pictures(self, pictures: list[Image.Image]) -> EncodedPictures:
         images = self.processor.image_processor
-        encode = one_tile if self.resizes_fast and not images.do_image_splitting else _by_processor
+        encode = one_tile if self.resizes_fast and not images.do_image_splitting else by_processor
         batch = encode(images, pictures)
         tiles = [max(1, rows[0] * columns[0] + (rows[0] > 0)) for rows, columns in zip(batch["rows"], batch["cols"], strict=True)]
         # (B, most tiles, 3, H, W) padded with empty tiles -> (all tiles, 3, H, W)

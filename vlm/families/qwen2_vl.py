@@ -65,7 +65,8 @@ def _most(max_pixels: int, image_size: ImageSize | None) -> int:
     return image_size.pixels**2
 
 
-def _by_processor(images: Any, pictures: list[Image.Image]) -> dict[str, Any]:
+def by_processor(images: Any, pictures: list[Image.Image]) -> dict[str, Any]:
+    """What transformers gives of RGB pictures."""
     return images(pictures, return_tensors="pt")
 
 
@@ -80,7 +81,7 @@ class Qwen2VLFamily(Family):
         super().__init__(model, processor)
         patch_embed = model.model.visual.patch_embed
         patch_embed.proj = PatchLinear(patch_embed.proj)
-        self.resizes_fast = equals(native_patches, _by_processor, processor.image_processor)
+        self.resizes_fast = equals(native_patches, by_processor, processor.image_processor)
 
     @classmethod
     def load_processor(
@@ -162,7 +163,7 @@ class Qwen2VLFamily(Family):
                     f"a picture has {shape} pixels: {self.title} takes at most {LONGEST_SHAPE} times as long as wide; crop it."
                 )
         images = self.processor.image_processor
-        batch = native_patches(images, pictures) if self.resizes_fast else _by_processor(images, pictures)
+        batch = native_patches(images, pictures) if self.resizes_fast else by_processor(images, pictures)
         counts = batch["image_grid_thw"].prod(1) // images.merge_size**2
         return EncodedPictures(dict(batch), [[self.image_token_id] * count for count in counts.tolist()])
 
