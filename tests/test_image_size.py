@@ -238,7 +238,7 @@ def test_the_saved_folder_gives_the_same_in_plain_transformers(model, size, fold
         scores = [probabilities(VLMClassifier(f, prompts).eval(), picture) for f in (family, loaded)]
         reading = classifier.read(vlm_collate_fn([Sample(picture, 0, "")], family, classifier.rendered, with_response=False))
     start = len(prompt)
-    torch.testing.assert_close(classifier.family.logits(reading.hidden)[0], logits[start - 1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(classifier.family.logits(reading.states[:, 0])[0], logits[start - 1], rtol=1e-5, atol=1e-5)
     expected = torch.nn.functional.cross_entropy(logits[start - 1 : -1], torch.tensor(row[start:]), reduction="sum")
     torch.testing.assert_close(loss.float(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(scores[0], scores[1], rtol=0, atol=1e-6)

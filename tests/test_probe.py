@@ -61,7 +61,7 @@ def split_of(labels, seed):
 @pytest.fixture
 def data():
     labels = [i % 3 for i in range(30)]
-    return Data(split_of(labels, 0), split_of(labels[:12], 100), split_of(labels[:15], 200), ["a", "b", "c"])
+    return Data(split_of(labels, 0), split_of(labels[:12], 100), split_of(labels[:15], 200), ["a", "b", "c"], edge=20)
 
 
 @pytest.fixture

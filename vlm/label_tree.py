@@ -208,7 +208,7 @@ class Search:
         """The open nodes that have to be visited by what is known now, the most probable first."""
         required = [node for node in self.open if node <= self.required < self.tree.ends[node]]
         ranked = sorted(self.open, key=self.open.__getitem__, reverse=True)
-        if self.tolerance > 0 and ranked:
+        if self.tolerance > 0 and ranked and not np.isnan(self.open[ranked[0]]):
             weights = self._weights()
             bounds = np.array([self.open[node] for node in ranked])
             rest = np.logaddexp.accumulate(bounds[::-1])[::-1]  # of each node and all after it
