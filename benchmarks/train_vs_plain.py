@@ -18,8 +18,10 @@ from torch import Tensor
 from train_vs_trl import BATCH_SIZES, GOALS, cases, row
 
 from vlm.batching import IGNORED, vlm_collate_fn
+from vlm.config import Settings
 from vlm.data import Sample
 from vlm.families import load_family
+from vlm.families.base import Rendered
 from vlm.tuning import prepare_tuning, trained_parameters
 
 PLAIN_GOALS = {"lora": (5, 4), "connector": (5, 4)}
@@ -28,42 +30,39 @@ PLAIN_GOALS = {"lora": (5, 4), "connector": (5, 4)}
 class PlainTraining:
     """The same model in an object of its own, trained without anything that this program does."""
 
-    def __init__(self, options: argparse.Namespace, ours: workload.OurTraining):
+    def __init__(self, options: argparse.Namespace, settings: Settings):
         self.family = load_family(workload.model_folder(options), torch.float32, torch.device("cpu"), {})
-        prepare_tuning(self.family, ours.run.settings)
-        self.model, self.ours = self.family.model.train(), ours
-        source = dict(ours.classifier.model.named_parameters())
-        with torch.no_grad():
-            for name, parameter in trained_parameters(self.model).items():
-                parameter.copy_(source[name])
-        settings = ours.run.settings
-        self.clip = settings.max_grad_norm
+        prepare_tuning(self.family, settings)
+        self.model, self.clip = self.family.model.train(), settings.max_grad_norm
         parameters = list(trained_parameters(self.model).values())
         self.optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
 
-    def batch(self, samples: list[Sample]) -> dict[str, Tensor]:
-        """Whole rows with labels, the prefix in each, and pixels."""
-        return plain_batch(self.family, self.ours.classifier.rendered, samples)
-
-    def step(self, indices: list[int]) -> None:
-        self.model(**self.batch(self.ours.samples(indices)), use_cache=False).loss.backward()
+    def step(self, rendered: Rendered, samples: list[Sample]) -> None:
+        self._loss(rendered, samples).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def compare(self) -> dict[str, float]:
-        """How far loss and gradients of one batch are from ours, relative."""
-        indices, our_loss, our_gradients = self.ours.examine()
+    def _loss(self, rendered: Rendered, samples: list[Sample]) -> Tensor:
+        return self.model(**plain_batch(self.family, rendered, samples), use_cache=False).loss
+
+    def compare(self, ours: workload.OurTraining) -> dict[str, float]:
+        """How far loss and gradients of one batch are from those of ours, relative, with the same trained parameters."""
+        source = dict(ours.classifier.model.named_parameters())
+        with torch.no_grad():
+            for name, parameter in trained_parameters(self.model).items():
+                parameter.copy_(source[name])
+        indices, our_loss, our_gradients = ours.examine()
         with workload.without_dropout(self.model):
-            loss = self.model(**self.batch(self.ours.samples(indices)), use_cache=False).loss
+            loss = self._loss(ours.classifier.rendered, ours.samples(indices))
             loss.backward()
         gradients = {name: p.grad.clone() for name, p in trained_parameters(self.model).items() if p.grad is not None}
         self.optimizer.zero_grad(set_to_none=True)
         difference = workload.relative_difference(gradients, our_gradients)
-        return {"loss": abs(float(loss) - our_loss) / our_loss, "gradients": difference}
+        return {"loss": abs(loss.item() - our_loss) / our_loss, "gradients": difference}
 
 
-def plain_batch(family: Any, rendered: Any, samples: list[Sample], with_response: bool = True) -> dict[str, Tensor]:
+def plain_batch(family: Any, rendered: Rendered, samples: list[Sample], with_response: bool = True) -> dict[str, Tensor]:
     """What transformers' forward takes, from the tokens that this program makes of the same samples."""
     made = vlm_collate_fn(samples, family, rendered, with_response)
     prefix = torch.tensor([rendered.prefix_ids]).expand(len(samples), -1)
@@ -82,10 +81,14 @@ def compare(options: argparse.Namespace, tune: str, cached: bool) -> dict[str, A
     """One row of the table."""
     batch_size = options.batch_size or BATCH_SIZES[options.size][tune]
     ours = workload.OurTraining(options, tune, batch_size, cached)
-    plain = PlainTraining(options, ours)
-    differences = plain.compare()
+    plain = PlainTraining(options, ours.run.settings)
+    differences = plain.compare(ours)
     indices = list(range(batch_size))
-    seconds = common.take_turns({"plain": lambda: plain.step(indices), "ours": ours.step}, options.rounds)
+
+    def plain_step() -> None:
+        plain.step(ours.classifier.rendered, ours.samples(indices))
+
+    seconds = common.take_turns({"plain": plain_step, "ours": ours.step}, options.rounds)
     return row(tune, batch_size, cached, seconds, differences, "plain")
 
 

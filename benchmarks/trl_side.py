@@ -108,4 +108,4 @@ def compare(trainer: SFTTrainer, ours: OurTraining) -> dict[str, float]:
     gradients: dict[str, Tensor] = {name: p.grad for name, p in trained(trainer).items() if p.grad is not None}
     difference = relative_difference(gradients, our_gradients)
     trainer.model.zero_grad(set_to_none=True)
-    return {"loss": abs(float(loss) - our_loss) / our_loss, "gradients": difference}
+    return {"loss": abs(loss.item() - our_loss) / our_loss, "gradients": difference}

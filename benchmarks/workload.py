@@ -7,12 +7,13 @@ the published 49,280 rows all the same, so that every product has its true size.
 import argparse
 import contextlib
 import io
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import common  # first: it finds the program
+import common  # noqa: F401, first: it finds the program
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -135,6 +136,19 @@ def picture_folder(options: argparse.Namespace, pictures: int, classes: int) -> 
 # Training, as the program does it
 
 
+def settings(options: argparse.Namespace, tune: str, batch_size: int, cached: bool, **more: Any) -> dict[str, Any]:
+    """The flags of the training run that is measured, by field name of `Settings`."""
+    descriptions = options.cache / "descriptions.json"
+    if not descriptions.is_file():
+        descriptions.write_text(json.dumps({name: DESCRIPTION.format(name) for name in class_names(10)}), encoding="utf-8")
+    return {
+        "model": str(model_folder(options)), "dataset": str(picture_folder(options, max(2 * batch_size, 10), 10)), "tune": tune,
+        "epochs": 1000, "system_instructions": system_text(options.size), "class_descriptions": str(descriptions),
+        "batch_size": batch_size, "gradient_accumulation_steps": 1, "no_feature_cache": not cached, "device": "cpu", "dtype": "float32",
+        "output_dir": str(options.cache / "output"), **more,
+    }  # fmt: skip
+
+
 class OurTraining:
     """The program's own set-up and loop (`fit` without evaluation and saving), one optimizer step at a time.
 
@@ -144,19 +158,8 @@ class OurTraining:
     """
 
     def __init__(self, options: argparse.Namespace, tune: str, batch_size: int, cached: bool, **more: Any):
-        pictures = max(2 * batch_size, 10)
-        self.texts = prompts(options.size, 10)
-        descriptions = options.cache / "descriptions.json"
-        if not descriptions.is_file():
-            descriptions.write_text(common.json.dumps({name: DESCRIPTION.format(name) for name in class_names(10)}), encoding="utf-8")
-        given = {
-            "model": str(model_folder(options)), "dataset": str(picture_folder(options, pictures, 10)), "tune": tune, "epochs": 1000,
-            "system_instructions": self.texts.system, "class_descriptions": str(descriptions), "batch_size": batch_size,
-            "gradient_accumulation_steps": 1, "no_feature_cache": not cached, "device": "cpu", "dtype": "float32",
-            "output_dir": str(options.cache / "output"), **more,
-        }  # fmt: skip
         with contextlib.redirect_stderr(io.StringIO()):
-            self.run = set_up(resolve(given))
+            self.run = set_up(resolve(settings(options, tune, batch_size, cached, **more)))
             self.trainer = Trainer(self.run, lambda: False)
         self.classifier: VLMClassifier = self.run.classifier
         start_adapters(self.classifier)
