@@ -37,8 +37,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="picture files, or folders that are searched for them")
     parser.add_argument("--model-dir", default="vlm_results/best_model", metavar="FOLDER", help="default: vlm_results/best_model")
     parser.add_argument("--output", metavar="FILE", help="write all probabilities to FILE.csv or FILE.jsonl instead of a table")
-    parser.add_argument("--explain", action="store_true", help="generate the model's text for each picture too (slower)")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures in one forward pass (default: 8)")
+    parser.add_argument("--explain", action="store_true", help="show a text for each picture too, whose answer is the prediction")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="pictures in one forward pass (default: by the free memory)")
+    parser.add_argument("--exhaustive-scoring", action="store_true", help="score every class to the end, however improbable (slower)")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads of the CPU (default: its physical cores)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -53,17 +55,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def predict(args: argparse.Namespace) -> None:
     """Classify what the arguments name and show or write it."""
-    if args.batch_size < 1:
-        raise UsageError(f"--batch-size {args.batch_size}: expected a whole number of at least 1.")
+    for name, value in (("batch-size", args.batch_size), ("threads", args.threads)):
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} {value}: expected a whole number of at least 1.")
     if args.output:
         check_output(Path(args.output))
     wait_politely()
+    import torch
+
+    from vlm.device import pick_threads
     from vlm.pictures import find_pictures
     from vlm.predictor import load_model_and_metadata, predict_batch
 
+    torch.set_num_threads(pick_threads(args.threads))
     paths = find_pictures(args.images)
     model, processor, metadata = load_model_and_metadata(args.model_dir, args.device, args.dtype)
-    results = predict_batch(model, processor, paths, metadata, args.batch_size, explain=args.explain)
+    results = predict_batch(model, processor, paths, metadata, args.batch_size, args.explain, exhaustive=args.exhaustive_scoring)
     if args.output:
         write_results(Path(args.output), results)
     else:

@@ -14,6 +14,7 @@ os.environ.update(
     MPLBACKEND="Agg",
     MPLCONFIGDIR=os.path.join(_CACHES.name, "matplotlib"),
     TOKENIZERS_PARALLELISM="false",
+    VLM_CACHE=os.path.join(_CACHES.name, "vlm"),
     WANDB_MODE="offline",
     WANDB_SILENT="true",
     WANDB_CACHE_DIR=os.path.join(_CACHES.name, "wandb"),

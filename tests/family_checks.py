@@ -3,6 +3,8 @@
 The checks print the difference they measure (pytest -s): the table in docs/families.md is made of these lines.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import NAMES, random_picture, tiny_prompts
@@ -11,10 +13,14 @@ from torch import Tensor
 from vlm.batching import IGNORED
 from vlm.checkpoint import save_model_folder
 from vlm.classifier import VLMClassifier
-from vlm.config import resolve
+from vlm.config import Settings, resolve
 from vlm.data import Sample
 from vlm.families import load_family
+from vlm.formats import reasoning_of
 from vlm.predictor import load_model_and_metadata
+from vlm.prompts import build_prompts, parse_answer
+from vlm.reasoning import classify, explain, go_on
+from vlm.responses import before_answer, before_reasoning, response_of
 from vlm.tuning import parameter_groups, prepare_tuning
 
 SIZES = ((40, 28), (20, 60), (33, 33))  # unequal, so that families with a varying number of picture tokens are tested
@@ -30,12 +36,12 @@ def randomize(model: torch.nn.Module, seed: int = 0, scale: float = 0.3) -> None
 
 
 def naive_scores(checks: "FamilyChecks", classifier: VLMClassifier, batch: dict) -> Tensor:
-    """(B, C) by one full forward for every class of every sample."""
+    """(B, C) by one full forward for every class of every sample, of the scored text behind the row."""
     prefix = classifier.rendered.prefix_ids
     scores = torch.zeros(len(batch["labels"]), len(classifier.class_names), dtype=torch.float64)
     for i, length in enumerate(batch["lengths"].tolist()):
         prompt = batch["input_ids"][i, :length].tolist()
-        for c, response in enumerate(classifier.rendered.response_ids):
+        for c, response in enumerate(classifier.rendered.scored_ids):
             with torch.no_grad():
                 logits = checks.full_logits(classifier, prefix + prompt + response, checks.one_picture(batch, i))
             start = len(prefix) + length - 1
@@ -72,8 +78,8 @@ class FamilyChecks:
         cls().build(folder)
         return folder
 
-    def classifier(self, folder, dtype=torch.float32) -> VLMClassifier:
-        return VLMClassifier(load_family(folder, dtype, torch.device("cpu")), tiny_prompts(tuple(self.names))).eval()
+    def classifier(self, folder, dtype=torch.float32, prompts=None) -> VLMClassifier:
+        return VLMClassifier(load_family(folder, dtype, torch.device("cpu")), prompts or tiny_prompts(tuple(self.names))).eval()
 
     def samples(self, labels: list[int]) -> list[Sample]:
         return [Sample(random_picture(i, *SIZES[i % len(SIZES)]), label, f"picture {i}") for i, label in enumerate(labels)]
@@ -119,6 +125,27 @@ class FamilyChecks:
             assert error < self.gradient_tolerance[dtype], f"{key}: relative error {error:.2e}"
         self.report(f"gradients, {name}", worst)
 
+    def test_gradient_checkpointing_changes_no_gradient(self, folder):
+        """Nor does it with a prefix that several batches share, nor with LoRA's dropout, which has to be drawn alike again."""
+        found = []
+        for checkpointing in (False, True):
+            classifier = self.classifier(folder)
+            prepare_tuning(classifier.family, resolve({"tune": "lora", "lora_dropout": 0.2}))
+            with torch.no_grad():  # LoRA's second matrix starts at zero, and the first has no gradient then
+                for name, parameter in classifier.named_parameters():
+                    if "lora_B" in name:
+                        parameter.fill_(0.01)
+            if checkpointing:
+                classifier.family.checkpoint_layers()
+            classifier.train()
+            torch.manual_seed(0)
+            for i, labels in enumerate(([0, 5], [3])):
+                classifier(self.batch(classifier, labels, with_response=True), first=i == 0, last=i == 1).loss.backward()
+            found.append({name: p.grad for name, p in classifier.named_parameters() if p.grad is not None})
+        assert found[0].keys() == found[1].keys() and any("lora_A" in name for name in found[0])
+        for name, gradient in found[0].items():
+            torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
     def test_label_tree_equals_one_forward_a_class(self, folder):
         classifier = self.classifier(folder)
         batch = self.batch(classifier, [0, 1, 2])
@@ -127,6 +154,47 @@ class FamilyChecks:
         assert expected.std(1).min() > 1e-2, "the classes should differ, or the test says little"
         self.report("label tree", float((scores - expected).abs().max()))
         torch.testing.assert_close(scores, expected, rtol=1e-6, atol=1e-4)
+
+    def free_classifier(self, folder, response_format) -> VLMClassifier:
+        """A model that writes reasonings of its own."""
+        prompts = replace(build_prompts(Settings(response_format=response_format), self.names), reasoning_tokens=8)
+        return self.classifier(folder, torch.float32, prompts)
+
+    @pytest.mark.parametrize("response_format", ["reasoning-first", "answer-first"])
+    def test_the_scored_text_is_a_part_of_every_response_as_it_is_trained(self, folder, response_format):
+        classifier = self.free_classifier(folder, response_format)
+        family, rendered, prompts = classifier.family, classifier.rendered, classifier.prompts
+        light = family.without_weights()  # as in a loader process
+        for label, name in enumerate(self.names):
+            for reasoning in ("Fur, whiskers.", "(50%) 1. a\n2. ß 猫!", "x"):
+                response = response_of(Sample(None, label, "", reasoning), light, rendered)
+                assert family.decode(response) == prompts.response(label, reasoning)
+                scored = rendered.scored_ids[label]
+                if response_format == "answer-first":
+                    assert response[: len(scored)] == scored
+                    assert family.decode(scored) == f"Answer: {name}" and family.tokenizer.decode(scored).endswith("\n")
+                    opened = before_reasoning(family, rendered, label)
+                    assert response[: len(opened)] == opened and family.decode(opened) == f"Answer: {name}\nReasoning:"
+                else:
+                    assert response == before_answer(family, rendered, reasoning) + scored and family.decode(scored) == name
+                    assert scored[-1] == rendered.response_ids[label][-1]
+
+    @pytest.mark.parametrize("response_format", ["reasoning-first", "answer-first"])
+    def test_free_reasoning_is_scored_where_the_answer_stands(self, folder, response_format):
+        """Against one full forward a class, over prompt, reasoning and answer; the answer of every explanation is the prediction."""
+        classifier = self.free_classifier(folder, response_format)
+        batch = self.batch(classifier, [0, 1, 2])
+        found = classify(classifier, batch)
+        rows = batch
+        if response_format == "reasoning-first":
+            assert len(found.texts) == 3
+            rows = go_on(batch, [before_answer(classifier.family, classifier.rendered, reasoning_of(text)) for text in found.texts])
+        expected = naive_scores(self, classifier, rows)
+        assert expected.std(1).min() > 1e-2, "the classes should differ, or the test says little"
+        torch.testing.assert_close(found.scores.double(), expected, rtol=1e-6, atol=1e-4)
+        for c in range(len(self.names)):
+            for text in explain(classifier, batch, found, [c] * 3):
+                assert parse_answer(text, self.names, response_format) == self.names[c]
 
     def test_one_by_one_equals_a_batch_of_unequal_pictures(self, folder):
         classifier = self.classifier(folder)

@@ -1,12 +1,18 @@
 """The shared forward pass against transformers' plain full forward, and the label tree against one forward a class."""
 
+import numpy as np
 import pytest
 import torch
 from tiny import NAMES, batch_of, full_row_logits, random_picture, samples, save_tiny_model, tiny_classifier
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from vlm import scoring
 from vlm.batching import IGNORED, vlm_collate_fn
+from vlm.config import resolve
 from vlm.errors import UsageError
+from vlm.families.base import TOWER_FEATURES
 from vlm.prompts import Prompts
+from vlm.tuning import parameter_groups, prepare_tuning
 
 
 @pytest.fixture(scope="module")
@@ -56,17 +62,17 @@ def test_a_prefix_without_gradient_would_be_noticed(double):
     double.train()
     batch = batch_of(double, [0, 5])
     right = gradients(double, double(batch).loss)
-    whole = double._prefix
+    whole = double._run_prefix
 
     def without_gradient():
         with torch.no_grad():
             return whole()
 
-    double._prefix = without_gradient
+    double._run_prefix = without_gradient
     try:
         wrong = gradients(double, double(batch).loss)
     finally:
-        del double._prefix
+        del double._run_prefix
     name = next(n for n in right if n.endswith("layers.0.self_attn.v_proj.weight") and "text_model" in n)
     assert (right[name] - wrong[name]).norm() / right[name].norm() > 1e-2
 
@@ -99,7 +105,7 @@ def test_scores_in_small_blocks_of_logits_are_the_same(folder, monkeypatch):
     classifier = tiny_classifier(folder).eval()
     reading = classifier.read(batch_of(classifier, [0, 1], with_response=False))
     whole = classifier.score(reading)
-    monkeypatch.setattr("vlm.classifier.LOGITS_AT_ONCE", 1)
+    monkeypatch.setattr("vlm.scoring.LOGITS_AT_ONCE", 1)
     torch.testing.assert_close(classifier.score(reading), whole, rtol=1e-6, atol=1e-5)
 
 
@@ -135,7 +141,7 @@ def test_written_text_equals_the_greedy_text_of_transformers(folder):
     batch = batch_of(classifier, [0, 1], with_response=False)
     texts = classifier.write(classifier.read(batch), max_new_tokens=16)
     for i in range(2):
-        ids = torch.tensor([classifier.rendered.prefix_ids + batch["input_ids"][i].tolist()])
+        ids = torch.tensor([classifier.rendered.prefix_ids + batch["input_ids"][i, : batch["lengths"][i]].tolist()])
         pixels = {name: tensor[i : i + 1].unsqueeze(1) for name, tensor in batch["pixels"].items()}
         expected = classifier.model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), **pixels, max_new_tokens=16, do_sample=False
@@ -209,3 +215,126 @@ def test_equal_responses_are_refused(folder):
     family = tiny_classifier(folder).family
     with pytest.raises(UsageError, match="do not tell the classes apart"):
         type(tiny_classifier(folder))(family, Prompts("s", "q", ("a", "b"), ("Answer: a", "Answer: a")))
+
+
+def test_batches_of_one_step_share_the_prefix_with_the_gradients_of_one_batch_each(double):
+    """The prefix is run with the first batch alone; the last one brings the gradients of all back through it."""
+    double.train()
+    batches = [batch_of(double, labels) for labels in ([0, 5], [3], [6, 1, 2])]
+    double.zero_grad()
+    for batch in batches:
+        double(batch).loss.backward()
+    expected = {name: p.grad.clone() for name, p in double.named_parameters()}
+    double.zero_grad()
+    runs, run_prefix = [], double._run_prefix
+    double._run_prefix = lambda: runs.append(1) or run_prefix()
+    try:
+        for i, batch in enumerate(batches):
+            double(batch, first=i == 0, last=i == 2).loss.backward()
+    finally:
+        del double._run_prefix
+    assert runs == [1] and double._step_prefix is None
+    for name, parameter in double.named_parameters():
+        error = (parameter.grad - expected[name]).norm() / expected[name].norm()
+        assert error < 1e-6, f"{name}: relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"bias": np.linspace(-1, 1, len(NAMES))}])
+def test_a_search_is_as_exact_as_it_says_and_leaves_nodes_out(folder, monkeypatch, options):
+    classifier = tiny_classifier(folder, torch.float64).train()
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=1e-2)
+    for _ in range(40):  # until it writes the template, so that the classes alone are open
+        classifier(batch_of(classifier, [0, 1, 2, 3])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    classifier.eval()
+    reading = classifier.read(batch_of(classifier, [0, 1, 2, 3], with_response=False))
+    exact = classifier.score(reading)
+    visited = []
+    run = scoring._State.run
+    monkeypatch.setattr(scoring._State, "run", lambda self, nodes: visited.extend(map(len, nodes)) or run(self, nodes))
+    found = classifier.search(reading, 1e-3, labels=[0, 1, 2, 3], **options)
+    inner = len(classifier.tree.inner) - len(classifier.rendered.opening_ids)
+    assert 0 < sum(visited) < 4 * inner, "it should leave nodes out, or the test says little"
+    bias = torch.tensor(options.get("bias", 0.0))
+    ours, theirs = ((scores / options.get("temperature", 1.0) + bias).softmax(-1) for scores in (found.scores, exact))
+    assert (found.unexplored <= 1e-3).all()
+    assert ((ours - theirs).abs().max(-1).values <= found.unexplored + 1e-9).all()
+    assert ours.argmax(-1).tolist() == theirs.argmax(-1).tolist()
+    rows = torch.arange(4)
+    torch.testing.assert_close(found.scores[rows, rows], exact[rows, rows], rtol=0, atol=1e-9)
+
+
+def test_searches_in_small_passes_that_drop_what_is_finished_are_the_same(folder, monkeypatch):
+    classifier = tiny_classifier(folder).eval()
+    reading = classifier.read(batch_of(classifier, [0, 1, 2], with_response=False))
+    whole = classifier.score(reading)
+    longest = []
+    run = scoring._State.run
+    monkeypatch.setattr(scoring._State, "run", lambda self, nodes: longest.append(self.nodes.shape[1]) or run(self, nodes))
+    monkeypatch.setattr(scoring, "NODES_AT_ONCE", 6)
+    monkeypatch.setattr(scoring, "NODES_KEPT", 12)
+    torch.testing.assert_close(classifier.score(reading), whole, rtol=1e-6, atol=1e-5)
+    assert len(longest) > 5 and max(longest) < len(classifier.tree.inner) / 2, "the cache stays small"
+
+
+def test_checkpointing_keeps_the_inputs_of_the_blocks_alone(folder):
+    """Counted: the bytes that autograd keeps for the way back."""
+    classifier = tiny_classifier(folder).train()
+
+    def kept():
+        sizes = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.setdefault(t.data_ptr(), t.nbytes) and t, lambda t: t):
+            classifier(batch_of(classifier, [0, 1, 2]))
+        known = {p.data_ptr() for p in classifier.parameters()}
+        return sum(size for place, size in sizes.items() if place not in known)
+
+    before = kept()
+    classifier.family.checkpoint_layers()
+    assert kept() < 0.6 * before
+
+
+def test_compiled_blocks_give_the_same_gradients(folder):
+    """By a backend that traces and differentiates as the real one does, but needs no compiler."""
+    classifier = tiny_classifier(folder).train()
+    batch = batch_of(classifier, [0, 5, 6])
+    expected = gradients(classifier, classifier(batch).loss)
+    classifier.family.compile_layers(backend="aot_eager")
+    found = gradients(classifier, classifier(batch).loss)
+    assert all(layer._compiled_call_impl is not None for layer in classifier.family.language.layers)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()), msg=name)
+
+
+class Waits(TorchDispatchMode):
+    """Records the operations at which a GPU would have to be waited for: their result, or its size, is needed by the program."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
+        if name in self.NAMES or any(t is not None and t.dtype == torch.bool for t in indices):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_training_step_on_cached_features_waits_for_nothing(folder):
+    classifier = tiny_classifier(folder)
+    prepare_tuning(classifier.family, resolve({"tune": "lora"}))
+    batch = batch_of(classifier.train(), [0, 5])
+    batch["pixels"] = {TOWER_FEATURES: classifier.family.tower_features(batch["pixels"])}
+    optimizer = torch.optim.AdamW(parameter_groups(classifier, 0.01, 1e-3, 1e-3), fused=True)
+    with Waits() as waits:
+        for first, last in ((True, False), (False, True)):
+            classifier(batch, first, last).loss.backward()
+        torch.nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
+        optimizer.step()
+    assert waits.found == []
+    with Waits() as waits:
+        batch["labels"].sum().item()
+    assert waits.found, "or it would notice nothing"

@@ -52,7 +52,7 @@ def test_the_demo_is_scikit_learns_digits():
     data = load_data(resolve({"demo": True}))
     assert counts(data) == [1259, 269, 269]
     assert data.class_names == ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-    image, label, name = data.train[0]
+    image, label, name, _ = data.train[0]
     assert (image.mode, image.size, label, name) == ("RGB", (8, 8), data.train.labels[0], data.train.names[0])
     assert max(np.asarray(data.train[i].image).max() for i in range(9)) == 255
     assert not set(data.train.names) & set(data.test.names)
@@ -222,3 +222,21 @@ def test_the_order_is_a_function_of_seed_and_epoch():
     plan = epoch_plan(40, 2, 2, seed=1, epoch=0)
     assert epoch_plan(40, 2, 2, seed=1, epoch=0) == plan
     assert epoch_plan(40, 2, 2, seed=1, epoch=1) != plan != epoch_plan(40, 2, 2, seed=2, epoch=0)
+
+
+def test_shots_are_so_many_of_each_class_by_the_seed(tmp_path):
+    folder = pictures(tmp_path, {"a": 20, "b": 40, "c": 5})
+    data = load(folder, shots=3)
+    assert per_class(data)[0] == {"a": 3, "b": 3, "c": 3}
+    assert per_class(data)[1:] == per_class(load(folder))[1:], "the other splits are those without it"
+    assert set(data.train.names) <= set(load(folder).train.names)
+    assert dict(data.summary)["train"] == "9 pictures (the folder, 3 of each class)"
+    assert load(folder, shots=3).train.names == data.train.names
+    assert load(folder, shots=3, seed=1).train.names != data.train.names
+    assert per_class(load(folder, shots=3, max_samples=9))[0] == {"a": 3, "b": 3, "c": 3}
+
+
+def test_a_class_with_fewer_pictures_than_shots_is_named(tmp_path):
+    folder = pictures(tmp_path, {"a": 20, "b": 40, "c": 5})
+    refuse(r"--shots 4: train has fewer pictures of c \(3\)\. Expected at least 4", folder, shots=4)
+    refuse("--shots 0: expected a whole number of at least 1", folder, shots=0)

@@ -72,4 +72,24 @@ def test_evaluation_leaves_the_mode_as_it_was(classifier, split):
 def test_texts_without_an_answer_are_invalid_and_never_a_class(classifier, split):
     """A model with random weights writes nonsense."""
     counts = check_texts(classifier, split, count=5)
-    assert counts == {"texts": 5, "invalid": 5, "agree_with_prediction": 0}
+    free = {"texts": 5, "invalid": 5, "agree_with_prediction": 0, "reasoning_names_answer": 0}
+    assert counts == free | {"explanations_agree": 5}, "an explanation answers with the prediction whatever the model would write"
+
+
+@pytest.mark.parametrize(
+    ("text", "agrees", "invalid", "named"),
+    [
+        ("Reasoning: a catfish, no doubt.\nAnswer: {}", 3, 0, 0),
+        ("Reasoning: this is {} I think.\nAnswer: {}", 3, 0, 3),
+        ("Reasoning: cat\nAnswer: a dog", 0, 3, 0),
+    ],
+)
+def test_free_texts_are_counted_by_answer_and_reasoning(classifier, split, monkeypatch, text, agrees, invalid, named):
+    prediction = classifier.class_names[int(score_split(classifier, split, indices=[0])[0].argmax())]
+    assert prediction not in ("cat", "catfish"), "or the texts above would say something else"
+    monkeypatch.setattr(
+        "vlm.evaluation.write_freely", lambda classifier, reading: [text.format(prediction, prediction)] * len(reading.hidden)
+    )
+    same = split.take([0, 0, 0])
+    expected = {"texts": 3, "invalid": invalid, "agree_with_prediction": agrees, "reasoning_names_answer": named, "explanations_agree": 3}
+    assert check_texts(classifier, same) == expected

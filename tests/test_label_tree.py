@@ -1,64 +1,151 @@
-"""The tree against scoring by hand, without any model."""
+"""The tree and its search against scoring by hand, without any model."""
 
+import itertools
 import math
 
+import numpy as np
 import pytest
-import torch
 
-from vlm.label_tree import build_label_tree, class_log_probabilities
+from vlm.label_tree import ROOT, Search, build_label_tree
 
 END = 99
 
 
 def test_shared_beginnings_are_one_path_and_prefixes_are_leaves_of_their_own():
-    tree = build_label_tree([[1, 2, END], [1, 2, 3, END], [4, END]])
-    assert tree.tokens.tolist() == [1, 2, END, 3, END, 4, END]
-    assert tree.lengths.tolist() == [3, 4, 2]
-    assert tree.inner_tokens.tolist() == [1, 2, 3, 4]
-    assert tree.inner_depths.tolist() == [0, 1, 2, 0]
-    sees = [[int(x) for x in row] for row in tree.inner_mask]
-    assert sees == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 1]]
-    assert tree.predictor.tolist() == [0, 1, 2, 2, 3, 0, 4]
+    tree = build_label_tree([[1, 2, END], [4, END], [1, 2, 3, END]])
+    assert tree.tokens.tolist() == [1, 2, 3, END, END, 4, END]
+    assert tree.parents.tolist() == [ROOT, 0, 1, 2, 1, ROOT, 5]
+    assert tree.depths.tolist() == [0, 1, 2, 3, 2, 0, 1]
+    assert tree.lengths.tolist() == [3, 2, 4]
+    assert tree.leaves.tolist() == [4, 6, 3]
+    assert tree.first == [0, 5] and tree.inner == [0, 1, 2, 5]
+    assert tree.segment(0) == [0, 1] and tree.segment(2) == [2] and tree.segment(5) == [5]
+    assert [sorted(tree.classes_below(node).tolist()) for node in (0, 2, 4, 5)] == [[0, 2], [2], [0], [1]]
 
 
-def test_class_log_probability_is_the_sum_over_its_path():
-    tree = build_label_tree([[1, 2, END], [1, 2, 3, END], [4, END]])
-    nodes = torch.tensor([[-0.1, -0.2, -0.3, -0.4, -0.5, -0.6, -0.7]])
-    expected = torch.tensor([[-0.6, -1.2, -1.3]])
-    torch.testing.assert_close(class_log_probabilities(tree, nodes), expected)
-
-
-def test_probabilities_of_all_sequences_of_a_small_language_add_up_to_one():
-    """Every sequence of one or two tokens of {1, 2} with an end: a complete set, so the tree's posterior has the mass 1."""
-    responses = [[a, END] for a in (1, 2)] + [[a, b, END] for a in (1, 2) for b in (1, 2)]
-    tree = build_label_tree(responses)
-    generator = torch.Generator().manual_seed(0)
-    first = torch.rand(2, generator=generator).log_softmax(0)  # 1 or 2
-    second = torch.rand(2, 3, generator=generator).log_softmax(1)  # 1, 2 or the end
-    by_hand = {(a, END): first[a - 1] + second[a - 1, 2] for a in (1, 2)}
-    by_hand |= {(a, b, END): first[a - 1] + second[a - 1, b - 1] for a in (1, 2) for b in (1, 2)}
-    values = []
-    for node, token in enumerate(tree.tokens.tolist()):
-        row = tree.predictor[node].item()
-        if row == 0:
-            values.append(first[token - 1])
-        elif tree.inner_depths[row - 1] == 0:
-            values.append(second[tree.inner_tokens[row - 1] - 1, 2 if token == END else token - 1])
-        else:
-            values.append(torch.tensor(0.0))  # after two tokens only the end can come
-    scores = class_log_probabilities(tree, torch.stack(values).unsqueeze(0))[0]
-    for score, response in zip(scores, responses, strict=True):
-        assert score == pytest.approx(by_hand[tuple(response)].item(), abs=1e-6)
-    assert math.fsum(scores.exp().tolist()) == pytest.approx(1, abs=1e-6)
-
-
-def test_one_token_responses_need_no_inner_node():
-    tree = build_label_tree([[1], [2]])
-    assert len(tree.inner_tokens) == 0
-    assert class_log_probabilities(tree, torch.tensor([[-1.0, -2.0]])).tolist() == [[-1, -2]]
+def test_a_node_sees_itself_and_its_ancestors_alone():
+    tree = build_label_tree([[1, 2, END], [4, END], [1, 2, 3, END]])
+    nodes = np.array([0, 1, 2, 5, -1])
+    expected = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [0, 0, 0, 1, 0]]
+    assert tree.sees(nodes, nodes)[:4].astype(int).tolist() == expected
 
 
 @pytest.mark.parametrize("responses", [[[1], []], [[1, 2], [1, 2]], [[1], [1, 2]], [[1, 2], [1]]])
 def test_responses_that_are_empty_equal_or_begin_another_are_refused(responses):
     with pytest.raises(ValueError, match="empty, or equals or begins"):
         build_label_tree(responses)
+
+
+def random_language(seed, classes=40, length=6, tokens=5, sharpness=3.0):
+    """Responses over a few tokens, and the log-probability of each token after each history, as a model would give it."""
+    generator = np.random.default_rng(seed)
+    responses = {tuple(generator.integers(0, tokens, generator.integers(1, length)).tolist()) + (END,) for _ in range(classes)}
+    table = {}
+
+    def after(history):
+        if history not in table:
+            logits = np.random.default_rng([seed, *history]).normal(0, sharpness, tokens + 1)
+            table[history] = logits - np.logaddexp.reduce(logits)
+        return table[history]
+
+    def log_probability(history, token):
+        return float(after(history)[tokens if token == END else token])
+
+    return [list(response) for response in sorted(responses)], log_probability
+
+
+def run(tree, log_probability, search, room=10_000):
+    """Let a search go on until it is over; returns the nodes that it visited."""
+    path = {ROOT: ()}
+    for node, token in enumerate(tree.tokens.tolist()):
+        path[node] = path[tree.parents[node]] + (token,)
+    seen = []
+
+    def tell(node):
+        below = tree.first if node == ROOT else tree.children[node]
+        search.record(below, [log_probability(path[node], int(tree.tokens[child])) for child in below])
+
+    tell(ROOT)
+    search.begin([])
+    while segments := search.next(room):
+        for segment in segments:
+            for node in segment:
+                tell(node)
+            seen += segment
+            search.visited(segment)
+    return seen
+
+
+def by_hand(responses, log_probability):
+    return np.array([sum(log_probability(tuple(r[:k]), token) for k, token in enumerate(r)) for r in responses])
+
+
+def softmax(values):
+    return np.exp(values - np.logaddexp.reduce(values))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_whole_visit_gives_the_log_probability_of_each_path(seed):
+    responses, log_probability = random_language(seed)
+    tree = build_label_tree(responses)
+    search = Search(tree, tolerance=0.0)
+    assert sorted(run(tree, log_probability, search, room=7)) == tree.inner, "each inner node once"
+    np.testing.assert_allclose(search.class_log_probabilities(), by_hand(responses, log_probability), atol=1e-12)
+    assert search.unexplored == 0
+
+
+@pytest.mark.parametrize(("seed", "temperature", "biased"), list(itertools.product(range(5), (0.5, 1.0, 3.0), (False, True))))
+def test_a_search_that_stops_early_is_wrong_by_no_more_than_it_says(seed, temperature, biased):
+    responses, log_probability = random_language(seed)
+    tree = build_label_tree(responses)
+    bias = np.random.default_rng(seed).normal(0, 1, len(responses)) if biased else np.zeros(len(responses))
+    search = Search(tree, 1e-2, temperature, bias, proven=2)
+    seen = run(tree, log_probability, search)
+    exact = by_hand(responses, log_probability) / temperature + bias
+    found = search.class_log_probabilities() / temperature + bias
+    assert search.unexplored <= 1e-2
+    assert np.abs(softmax(found) - softmax(exact)).max() <= search.unexplored + 1e-12
+    assert np.argsort(found)[-2:].tolist() == np.argsort(exact)[-2:].tolist(), "the first two are proven"
+    assert len(seen) == len(set(seen))
+
+
+def test_most_nodes_are_left_out_where_one_branch_has_almost_all():
+    responses, log_probability = random_language(0, classes=300, sharpness=8.0)
+    tree = build_label_tree(responses)
+    seen = run(tree, log_probability, Search(tree, 1e-4))
+    assert len(seen) < len(tree.inner) / 2
+
+
+def test_a_label_is_visited_however_improbable():
+    responses, log_probability = random_language(1, classes=100, sharpness=8.0)
+    tree = build_label_tree(responses)
+    exact = by_hand(responses, log_probability)
+    label = int(exact.argmin())
+    without, search = Search(tree, 1e-2), Search(tree, 1e-2, label=label)
+    run(tree, log_probability, without)
+    run(tree, log_probability, search)
+    assert np.isnan(without.reached[tree.leaves[label]]), "or the test says nothing"
+    assert search.class_log_probabilities()[label] == pytest.approx(exact[label], abs=1e-9)
+
+
+def test_probabilities_of_a_complete_language_add_up_to_one():
+    """Every sequence of one or two tokens of {1, 2} with an end."""
+    responses = [[a, END] for a in (1, 2)] + [[a, b, END] for a in (1, 2) for b in (1, 2)]
+    first = np.log([0.3, 0.7])
+    second = np.log([[0.2, 0.3, 0.5], [0.6, 0.3, 0.1]])  # 1, 2 or the end
+
+    def log_probability(history, token):
+        if not history:
+            return float(first[token - 1])
+        return 0.0 if len(history) == 2 else float(second[history[0] - 1, 2 if token == END else token - 1])
+
+    search = Search(build_label_tree(responses), 0.0)
+    run(search.tree, log_probability, search)
+    assert math.fsum(np.exp(search.class_log_probabilities()).tolist()) == pytest.approx(1, abs=1e-12)
+
+
+def test_one_token_responses_need_no_visit():
+    search = Search(build_label_tree([[2], [1]]), 0.0)
+    search.record(search.tree.first, [-1.0, -2.0])
+    search.begin([])
+    assert search.next(10) == [] and search.class_log_probabilities().tolist() == [-2, -1]

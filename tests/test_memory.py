@@ -185,7 +185,7 @@ def test_a_process_takes_about_what_was_estimated_and_loads_its_weights_once(tmp
 @pytest.fixture
 def warning(folder, capsys) -> Callable[..., str]:
     def warn(**given) -> str:
-        warn_if_too_large(folder, resolve(given), torch.float32, CPU, tiny_prompts())
+        warn_if_too_large(folder, resolve(given), torch.float32, CPU, Texts.of(tiny_prompts()))
         return capsys.readouterr().err
 
     return warn
@@ -204,7 +204,7 @@ def test_a_warning_names_what_is_needed_what_is_free_and_what_helps(warning, mon
 def test_no_warning_where_it_fits_or_where_nothing_is_known(warning, tmp_path, capsys):
     assert warning() == ""
     (tmp_path / "config.json").write_text('{"model_type": "bert"}', encoding="utf-8")
-    warn_if_too_large(tmp_path, resolve({}), torch.float32, CPU, tiny_prompts())
+    warn_if_too_large(tmp_path, resolve({}), torch.float32, CPU, Texts.of(tiny_prompts()))
     assert capsys.readouterr().err == ""
 
 
@@ -225,3 +225,4 @@ def test_free_memory_is_that_of_the_device(monkeypatch):
 def test_texts_are_estimated_from_the_prompts():
     texts = Texts.of(tiny_prompts(tuple(NAMES)))
     assert texts.classes == len(NAMES) and 30 < texts.prefix < 200 and 20 < texts.response < 80
+    assert 300 < Texts.of(tiny_prompts(tuple(NAMES)), ["short", "long " * 200]).response < 400

@@ -1,11 +1,13 @@
 """What is said to the model, and how its answers are read."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from vlm.config import Settings
+from vlm.config import Settings, resolve
 from vlm.errors import UsageError
+from vlm.formats import LAYOUTS, reasoning_of, stated_format
 from vlm.prompts import Prompts, build_prompts, parse_answer
 
 NAMES = ["cat", "catfish", "cat fish"]
@@ -52,8 +54,93 @@ def test_bad_description_files_are_refused_with_their_name(tmp_path, content, me
 
 
 def test_prompts_survive_json():
-    prompts = build_prompts(Settings(), NAMES)
+    prompts = replace(build_prompts(Settings(response_format="answer-first"), NAMES), reasoning_tokens=50)
     assert Prompts.from_json(json.loads(json.dumps(prompts.to_json()))) == prompts
+    earlier = {"system": "s", "question": "q", "class_names": ["a", "b"], "responses": ["Answer: a", "Answer: b"]}
+    assert Prompts.from_json(earlier).response_format == "reasoning-first" and not Prompts.from_json(earlier).free
+
+
+# Formats
+
+REASONING = "Looking at this image, I can see features of cat. Based on the visual features, this appears to be cat."
+RESPONSES = {
+    "reasoning-first": f"Reasoning: {REASONING}\nAnswer: cat",
+    "answer-first": f"Answer: cat\nReasoning: {REASONING}",
+    "answer-only": "Answer: cat",
+}
+
+
+@pytest.mark.parametrize("response_format", LAYOUTS)
+def test_question_and_responses_have_the_format(response_format):
+    prompts = build_prompts(Settings(response_format=response_format), NAMES)
+    assert prompts.responses[0] == RESPONSES[response_format] == prompts.response(0)
+    assert stated_format(prompts.question) == response_format, "the question asks for what the responses are"
+    assert prompts.response_format == response_format
+    for name, text in zip(NAMES, prompts.responses, strict=True):
+        assert parse_answer(text, NAMES, response_format) == name
+
+
+def test_a_reasoning_of_the_pictures_own_is_laid_out_as_it_is():
+    prompts = build_prompts(Settings(response_format="answer-first"), NAMES)
+    assert prompts.response(1, "{class} and {answer}: 50%") == "Answer: catfish\nReasoning: {class} and {answer}: 50%"
+    assert prompts.response(1, "") == prompts.response(1, None) == prompts.responses[1]
+
+
+@pytest.mark.parametrize(
+    ("template", "stated"),
+    [
+        ("Reasoning: ...\nAnswer: ...", "reasoning-first"),
+        ("First answer: X, then reasoning : Y", "answer-first"),
+        ("ANSWER: [class]", "answer-only"),
+        ("Answer: [class]. Explain yourself.", None),
+        ("Give a reason, then Answer: [class]", None),
+        ("What is it? {classes}", None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_the_format_follows_the_template_unless_it_is_given(template, stated):
+    assert stated_format(template) == stated
+    prompts = build_prompts(Settings(prompt_template=template), NAMES)
+    assert prompts.response_format == (stated or "reasoning-first")
+    given = build_prompts(Settings(prompt_template=template, response_format="answer-first"), NAMES)
+    assert given.response_format == "answer-first" and given.responses[0].startswith("Answer: cat")
+    assert resolve({"prompt_template": template or "x"}).response_format == (stated or "reasoning-first")
+
+
+def test_a_reasoning_column_needs_a_format_with_reasoning():
+    with pytest.raises(UsageError, match="--reasoning-column .* not answer-only"):
+        resolve({"reasoning_column": "why", "response_format": "answer-only"})
+
+
+@pytest.mark.parametrize(
+    ("text", "first", "last"),
+    [
+        ("Answer: cat\nReasoning: no catfish.\nAnswer: catfish", "cat", "catfish"),
+        ("Reasoning: x\nAnswer: cat", "cat", "cat"),
+        ("Answer: dog\nAnswer: cat", None, "cat"),
+    ],
+)
+def test_the_answer_is_the_first_or_the_last_by_format(text, first, last):
+    assert parse_answer(text, NAMES, "answer-first") == parse_answer(text, NAMES, "answer-only") == first
+    assert parse_answer(text, NAMES) == parse_answer(text, NAMES, "reasoning-first") == last
+
+
+@pytest.mark.parametrize(
+    ("text", "reasoning"),
+    [
+        ("  Stripes.\nAnd whiskers. ", "Stripes.\nAnd whiskers."),
+        ("Reasoning: stripes\nAnswer: cat", "stripes"),
+        ("Answer: cat\nReasoning: stripes", "stripes"),
+        ("Answer: cat\nReasoning: stripes\nAnswer: dog\nmore", "stripes"),
+        ("The answer: stripes", "The answer: stripes"),
+        ("reasoning : Reasoning: twice", "Reasoning: twice"),
+        ("Answer: cat", ""),
+        (" \n ", ""),
+    ],
+)
+def test_the_reasoning_alone(text, reasoning):
+    assert reasoning_of(text) == reasoning
 
 
 @pytest.mark.parametrize(

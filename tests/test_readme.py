@@ -20,8 +20,9 @@ import pytest
 
 from vlm.checkpoint import prepare_output
 from vlm.config import TUNING_DEFAULTS, parse_arguments, resolve
+from vlm.formats import LAYOUTS
 from vlm.metrics import load_metric
-from vlm.prompts import QUESTION, RESPONSE, SYSTEM
+from vlm.prompts import QUESTION, REASONING, SYSTEM
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -169,7 +170,7 @@ def test_every_flag_exists():
 
 
 def test_the_defaults_are_those_of_the_program():
-    for text in (SYSTEM, QUESTION, RESPONSE):
+    for text in (SYSTEM, QUESTION, REASONING, *(layout.format(reasoning=REASONING, answer="{class}") for layout in LAYOUTS.values())):
         assert all(line in README for line in text.splitlines()), text
     for tune, values in TUNING_DEFAULTS.items():
         assert re.search(rf"^\| `{tune}`.*\| {values['learning_rate']:g} \| {values['epochs']} \|", README, re.MULTILINE), tune

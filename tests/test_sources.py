@@ -1,5 +1,6 @@
 """Every kind of source gives the same data: folders, CSV, JSONL, save_to_disk, parquet, a hub; and what is odd in one is said."""
 
+import csv
 import io
 import json
 from pathlib import Path
@@ -275,3 +276,61 @@ def test_what_is_no_data_set_says_what_was_expected(tmp_path):
     refuse("a file of a kind that is not read. Expected a hub id", tmp_path / "a.txt")
     (tmp_path / "empty").mkdir()
     refuse("cannot be loaded.*Expected a hub id", tmp_path / "empty")
+
+
+# A column of texts about the pictures
+
+
+WHY = ["Reasoning: stripes.\nAnswer: a", None, "", "  two\nlines ", "x", "y"]
+READ = ["stripes.", None, None, "two\nlines", "x", "y"]
+
+
+def write_why(folder: Path, kind: str) -> Path:
+    if kind == "disk":
+        datasets.DatasetDict({"train": table(["a", "b"] * 3, why=WHY), "test": table(["a", "b"])}).save_to_disk(folder / "data")
+        return folder / "data"
+    if kind == "parquet":
+        table(["a", "b"] * 3, why=WHY).to_parquet(folder / "train.parquet")
+        return folder
+    for i in range(6):
+        draw(folder / f"{i}.png")
+    rows = [{"file_name": f"{i}.png", "label": "ab"[i % 2], "why": WHY[i]} for i in range(6)]
+    if kind == "jsonl":
+        (folder / "data.jsonl").write_text("\n".join(json.dumps({k: v for k, v in row.items() if v is not None}) for row in rows))
+        return folder / "data.jsonl"
+    with (folder / "metadata.csv" if kind == "metadata" else folder / "data.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["file_name", "label", "why"])
+        writer.writeheader()
+        writer.writerows(rows)
+    return folder if kind == "metadata" else folder / "data.csv"
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "metadata", "parquet", "disk"])
+def test_a_reasoning_column_of_every_kind_of_source(tmp_path, kind):
+    data = load(write_why(tmp_path, kind), reasoning_column="why", validation_ratio=0.01, test_ratio=0.01)
+    found = {}
+    for role in ("train", "validation", "test"):
+        split = getattr(data, role)
+        assert [split[i].reasoning for i in range(len(split))] == split.reasonings
+        found |= dict(zip(split.names, split.reasonings, strict=True))
+    own = {name: text for name, text in found.items() if not name.startswith("test")}
+    assert [own[name] for name in sorted(own)][: len(READ)] == READ[: len(own)]
+    count = sum(text is not None for text in data.train.reasonings)
+    summary = dict(data.summary)
+    assert summary["reasoning column"] == f"why: {count} of {len(data.train)} training pictures have a text"
+    assert summary.get("without one", "0").split(",")[0] == str(len(data.train) - count)
+    assert data.source["reasoning_column"] == "why"
+    assert load(write_why(tmp_path, kind)).train.reasonings == [None] * len(data.train) if kind == "csv" else True
+
+
+def test_a_reasoning_column_that_cannot_be_used(tmp_path):
+    file = write_why(tmp_path, "csv")
+    refuse("--reasoning-column wy: no such column.* Did you mean why", file, reasoning_column="wy")
+    refuse("--reasoning-column label: no such column", file, reasoning_column="label")
+    (tmp_path / "empty.csv").write_text("file_name,label,why\n" + "".join(f"{i}.png,{'ab'[i % 2]},\n" for i in range(6)))
+    refuse("--reasoning-column why: no training picture has a text there", tmp_path / "empty.csv", reasoning_column="why")
+    lines = [json.dumps({"file_name": f"{i}.png", "label": "ab"[i % 2], "why": i}) for i in range(6)]
+    (tmp_path / "numbers.jsonl").write_text("\n".join(lines))
+    refuse("0.png has a value of kind int there. Expected text", tmp_path / "numbers.jsonl", reasoning_column="why")
+    folder = pictures(tmp_path / "folder", {"a": 3, "b": 3})
+    refuse("a picture folder has no columns", folder, reasoning_column="why")

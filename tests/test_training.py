@@ -38,7 +38,7 @@ def gradients_of_first_step(sources, output, **more):
     run.optimizer.step = catch
     plan = trainer._plan(0)
     loss = trainer._step(plan[0], trainer._batches(plan[:1]))
-    lengths = {trainer.response_lengths[run.data.train.labels[i]] for i in plan[0].indices}
+    lengths = {trainer.response_lengths[i] for i in plan[0].indices}
     assert len(lengths) > 1, "responses of unequal length, or a mean over batches would pass"
     return loss, caught
 

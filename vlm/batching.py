@@ -9,6 +9,7 @@ from torch import Tensor
 from vlm.data import Sample
 from vlm.errors import UsageError
 from vlm.families.base import Family, Rendered
+from vlm.responses import response_of
 
 IGNORED = -100  # a target that is not in the loss; what torch's cross entropy ignores
 
@@ -16,7 +17,7 @@ IGNORED = -100  # a target that is not in the loss; what torch's cross entropy i
 def vlm_collate_fn(
     samples: Sequence[Sample], family: Family, rendered: Rendered, with_response: bool = True, cache: Any = None
 ) -> dict[str, Any]:
-    """Encode pictures and lay out one row a sample: picture tokens, question and, for training, its label's response.
+    """Encode pictures and lay out one row a sample: picture tokens, question and, for training, its response.
 
     The prefix is not in the rows: it is the same for all and run once. Rows are padded on the right, where causal attention
     keeps the padding out.
@@ -25,34 +26,47 @@ def vlm_collate_fn(
         cache: a `FeatureCache` with the features of these pictures, in the place of their pixels.
 
     Returns:
-        pixels: what the family's vision tower takes. input_ids: (B, L). targets: (B, L), the response tokens where they stand in
-        `input_ids`, else -100. lengths: (B,) tokens of each row without padding. labels: (B,).
+        pixels: what the family's vision tower takes. input_ids: (B, L); without responses each row has what all of them begin with.
+        targets: (B, L), the response tokens where they stand in `input_ids`, else -100. lengths: (B,) tokens of each row without padding
+        and, where it has no response, without that beginning. labels: (B,). picture_places: places of the picture tokens in the flattened
+        rows; predicting: places in front of the response tokens.
 
     Raises:
         UsageError: a sample is longer than the model can read. Samples with a picture are never truncated.
     """
     pictures = [sample.image for sample in samples]
     encoded = cache.encode(pictures) if cache else family.encode_pictures(pictures)
-    rows, targets = [], []
+    rows, targets, lengths = [], [], []
     for sample, picture_ids in zip(samples, encoded.token_ids, strict=True):
         prompt = [*picture_ids, *rendered.question_ids]
-        response = rendered.response_ids[sample.label] if with_response else []
+        response = response_of(sample, family, rendered) if with_response else rendered.opening_ids
         total = len(rendered.prefix_ids) + len(prompt) + len(response)
         if total > rendered.max_length:
             raise UsageError(
                 f"{sample.name} has {total} tokens with its texts, and the model reads {rendered.max_length} at most: "
-                "shorten --system-instructions or the class descriptions."
+                "shorten --system-instructions, the class descriptions or its reasoning."
             )
+        lengths.append(len(prompt) + (len(response) if with_response else 0))
         rows.append(prompt + response)
-        targets.append([IGNORED] * len(prompt) + response)
+        targets.append([IGNORED] * len(prompt) + (response if with_response else []))
+    ids, targets = pad_rows(rows), pad_rows(targets, IGNORED)
     return {
         "pixels": encoded.inputs,
-        "input_ids": _pad(rows, 0),
-        "targets": _pad(targets, IGNORED),
-        "lengths": torch.tensor([len(row) for row in rows]),
+        "input_ids": ids,
+        "targets": targets,
+        "lengths": torch.tensor(lengths),
         "labels": torch.tensor([sample.label for sample in samples]),
+        # Found here: a GPU would have to wait for the count.
+        "picture_places": places(ids == family.image_token_id),
+        "predicting": places(targets != IGNORED) - 1,
     }
 
 
-def _pad(rows: list[list[int]], value: int) -> Tensor:
+def places(mask: Tensor) -> Tensor:
+    """(B, L) bool -> the places of the true ones in the flattened rows."""
+    return mask.flatten().nonzero().squeeze(1)
+
+
+def pad_rows(rows: list[list[int]], value: int = 0) -> Tensor:
+    """Rows of unequal length -> (B, L), filled up on the right."""
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)

@@ -32,7 +32,10 @@ WRITTEN = (
 
 @dataclass
 class Progress:
-    """Where a run stands. epoch and step_in_epoch: what comes next. step: optimizer steps done. seconds: of training so far."""
+    """Where a run stands. epoch and step_in_epoch: what comes next. step: optimizer steps done. seconds: of training so far.
+
+    zero_shot: the test metrics of the model before the first step, where they were asked for.
+    """
 
     epoch: int = 0
     step_in_epoch: int = 0
@@ -41,6 +44,7 @@ class Progress:
     best_accuracy: float = -1.0
     best_loss: float = float("inf")
     best_step: int = 0
+    zero_shot: dict[str, float] | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
 
 

@@ -1,18 +1,18 @@
 """One module, three uses: the loss, the probability of every class, the text. The only owner of the forward pass.
 
 B = batch, P = prefix tokens, L = row tokens (picture and question, when training the response too), K = P + L,
-I = inner nodes of the label tree, T = its nodes, C = classes, D = width.
+C = classes, D = width.
 
 The prefix (instructions, class list) stands before the picture and is the same for every sample. Causal attention means that its
 keys and values do not depend on the picture: it is run once, with gradients, and only the rows are run per sample.
 """
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from PIL import Image
@@ -20,38 +20,47 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from vlm import plain
-from vlm.batching import IGNORED, vlm_collate_fn
+from vlm.batching import vlm_collate_fn
 from vlm.data import Sample
 from vlm.errors import UsageError
 from vlm.families.base import Family
-from vlm.label_tree import LabelTree, build_label_tree, class_log_probabilities
+from vlm.label_tree import LabelTree, Search, build_label_tree
+from vlm.prefix import KeysAndValues, Recorded, StepPrefix, expand, in_front
 from vlm.prompts import Prompts
+from vlm.scoring import PROVEN, TOLERANCE, run_searches
 from vlm.tracking import note
 
 # Largest difference between shared and plain forward of the log-probability of a response: float32, and formats of half the size.
 CHECK_TOLERANCE, HALF_TOLERANCE = 1e-3, 0.5
-LOGITS_AT_ONCE = 2**25  # elements of one block of logits: 128 MiB in float32
 
 
 class LossOutput(NamedTuple):
     """loss: scalar, the summed cross entropy of the response tokens. tokens: how many there are."""
 
     loss: Tensor
-    tokens: Tensor
+    tokens: int
+
+
+class Scored(NamedTuple):
+    """scores: (B, C) log-probability of each response. unexplored: (B,) how much the probability of any class can be wrong at most."""
+
+    scores: Tensor
+    unexplored: Tensor
 
 
 @dataclass
 class Reading:
     """Prompts that were read: what scoring and writing go on from.
 
-    cache: keys and values of the K tokens. seen: (B, K) bool, False at padding. hidden: (B, D) state of the last prompt token.
-    next_position: (B,) position of the token to come. A model without a shared prefix
-    has the batch itself instead.
+    cache: keys and values of the K tokens: prompt, and the O tokens that all responses begin with. seen: (B, K) bool, True at the
+    prompt; seen_opening: True at those O too. states: (B, 1 + O, D) hidden states of the last prompt token and of those O.
+    next_position: (B,) position of the first token behind the prompt. A model without a shared prefix has the batch itself instead.
     """
 
     cache: Cache | None = None
     seen: Tensor | None = None
-    hidden: Tensor | None = None
+    seen_opening: Tensor | None = None
+    states: Tensor | None = None
     next_position: Tensor | None = None
     batch: dict[str, Any] | None = None
 
@@ -74,11 +83,13 @@ class VLMClassifier(nn.Module):
         self.prompts = prompts
         self.rendered = family.render(prompts)
         try:
-            self.tree: LabelTree = build_label_tree(self.rendered.response_ids)
+            self.tree: LabelTree = build_label_tree(self.rendered.scored_ids)
         except ValueError as error:
             raise UsageError(f"the responses do not tell the classes apart ({error}): give every class a name of its own.") from error
         self.feature_cache: Any = None  # a `FeatureCache` while training with a frozen vision tower
         self._kept_prefix: Cache | None = None
+        self._step_prefix: StepPrefix | None = None
+        self._prefix_ids = torch.tensor([self.rendered.prefix_ids])
         if family.must_be_checked and family.shares_prefix:
             self._check_shared_prefix()
 
@@ -100,10 +111,16 @@ class VLMClassifier(nn.Module):
             note(f"the shared prefix does not fit this model ({reason}): falling back to the plain forward, which is slower and as exact.")
             self.family.shares_prefix = False
             self.rendered = self.family.render(self.prompts)
+            self._prefix_ids = torch.tensor([self.rendered.prefix_ids])
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    @property
+    def vocabulary(self) -> int:
+        """How many numbers the logits of a token have."""
+        return self.model.get_output_embeddings().weight.shape[0]
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -120,89 +137,110 @@ class VLMClassifier(nn.Module):
 
     # Training
 
-    def forward(self, batch: dict[str, Any]) -> LossOutput:
-        """Cross entropy of the response tokens, summed; logits are computed at these positions only."""
+    def forward(self, batch: dict[str, Any], first: bool = True, last: bool = True) -> LossOutput:
+        """Cross entropy of the response tokens, summed; logits are computed at these positions only.
+
+        Args:
+            first, last: whether the batch is the first, or the last, of an optimizer step. The prefix is run with the first; its gradients
+                come with the backward pass of the last, which has to come after those of the others.
+        """
         if not self.family.shares_prefix:
             return LossOutput(*plain.loss(self, batch))
-        hidden, _, _ = self._run_rows(batch)
-        targets = batch["targets"][:, 1:]
-        in_loss = targets != IGNORED
-        logits = self.family.logits(hidden[:, :-1][in_loss])
-        return LossOutput(nn.functional.cross_entropy(logits, targets[in_loss], reduction="sum"), in_loss.sum())
+        hidden = self._run_rows(batch, in_front(self._prefix_of_step(first, last)))
+        logits = self.family.logits(hidden.flatten(0, 1)[batch["predicting"]])
+        targets = batch["targets"].flatten()[batch["predicting"] + 1]
+        return LossOutput(nn.functional.cross_entropy(logits, targets, reduction="sum"), len(targets))
 
-    def _run_rows(self, batch: dict[str, Any]) -> tuple[Tensor, Cache, Tensor]:
-        """Prefix once, rows over it: hidden states (B, L, D) of the rows, the cache of all K tokens, (B,) the position that follows."""
+    def _prefix_of_step(self, first: bool, last: bool) -> KeysAndValues:
+        if first and last:
+            return self._run_prefix()
+        if first:
+            self._step_prefix = StepPrefix(self._run_prefix())
+        if not last:
+            return self._step_prefix.for_batch()
+        step, self._step_prefix = self._step_prefix, None
+        return step.for_last_batch()
+
+    def _run_rows(self, batch: dict[str, Any], cache: Cache) -> Tensor:
+        """(B, L, D) hidden states of the rows behind what is in the cache."""
         ids = batch["input_ids"]
         embeddings = self.family.embed(ids)
         features = self.family.picture_features(batch["pixels"]).to(embeddings.dtype)
-        places = (ids == self.family.image_token_id).unsqueeze(-1)
-        if places.sum() != len(features):
-            raise RuntimeError(f"{int(places.sum())} picture tokens in the text, {len(features)} picture features")
-        embeddings = embeddings.masked_scatter(places, features)
-        cache = expand(self._prefix(), len(ids))
-        positions, ends = self.family.positions(len(self.rendered.prefix_ids), batch)
-        return self.family.run_language(embeddings, positions, cache), cache, ends
+        if len(batch["picture_places"]) != len(features):
+            raise RuntimeError(f"{len(batch['picture_places'])} picture tokens in the text, {len(features)} picture features")
+        embeddings = embeddings.flatten(0, 1).index_copy(0, batch["picture_places"], features).unflatten(0, ids.shape)
+        positions, _ = self.family.positions(len(self.rendered.prefix_ids), batch)
+        return self.family.run_language(embeddings, positions, cache)
 
-    def _prefix(self) -> Cache:
-        """Keys and values (1, heads, P, width) of the prefix; kept between calls while nothing can change them."""
-        if self._kept_prefix is not None:
-            return self._kept_prefix
-        ids = torch.tensor([self.rendered.prefix_ids], device=self.device)
-        cache = self.family.new_cache()
-        positions = torch.arange(ids.shape[1], device=self.device).unsqueeze(0)
+    def _run_prefix(self) -> KeysAndValues:
+        """Keys and values of the prefix, one row."""
+        if self._prefix_ids.device != self.device:
+            self._prefix_ids = self._prefix_ids.to(self.device)
+        ids = self._prefix_ids
+        cache = Cache(layer_class_to_replicate=Recorded)
+        positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
         self.family.run_language(self.family.embed(ids), self.family.text_positions(positions), cache)
-        if not self.training and not torch.is_grad_enabled():
-            self._kept_prefix = cache
-        return cache
+        return [(layer.keys, layer.values) for layer in cache.layers]
 
     # Reading, then scoring or writing
 
     @torch.no_grad()
     def read(self, batch: dict[str, Any]) -> Reading:
-        """Read prefix, pictures and questions of a batch made with `with_response=False`."""
+        """Read prefix, pictures, questions and what all responses begin with, of a batch made with `with_response=False`."""
         if not self.family.shares_prefix:
             return Reading(batch=batch)
-        hidden, cache, ends = self._run_rows(batch)
-        lengths = batch["lengths"]
-        start = len(self.rendered.prefix_ids)
+        cache = expand(self._prefix(), len(batch["input_ids"]))
+        hidden = self._run_rows(batch, cache)
+        start, lengths = len(self.rendered.prefix_ids), batch["lengths"].unsqueeze(1)
         places = torch.arange(start + hidden.shape[1], device=hidden.device)
-        last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
-        return Reading(cache, places < (start + lengths).unsqueeze(1), last, ends)
+        behind = torch.arange(len(self.rendered.opening_ids) + 1, device=hidden.device)
+        states = hidden.gather(1, (lengths - 1 + behind).unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+        _, ends = self.family.positions(start, batch)
+        return Reading(cache, places < start + lengths, places < start + lengths + len(behind) - 1, states, ends)
+
+    def _prefix(self) -> Cache:
+        """The cache of the prefix, one row; kept between calls while nothing can change it."""
+        if self._kept_prefix is not None:
+            return self._kept_prefix
+        cache = self.family.new_cache()
+        for index, (keys, values) in enumerate(self._run_prefix()):
+            cache.update(keys, values, index)
+        if not self.training:
+            self._kept_prefix = cache
+        return cache
 
     @torch.no_grad()
     def score(self, reading: Reading) -> Tensor:
-        """(B, C) exact log-probability of each class's whole response, end of turn included, by the label tree."""
+        """(B, C) exact log-probability of each class's scored text (see vlm/responses.py), by a visit of the whole label tree."""
+        return self.search(reading, tolerance=0.0).scores
+
+    @torch.no_grad()
+    def search(
+        self,
+        reading: Reading,
+        tolerance: float = TOLERANCE,
+        labels: Sequence[int] | None = None,
+        temperature: float = 1.0,
+        bias: np.ndarray | None = None,
+        proven: int = PROVEN,
+    ) -> Scored:
+        """Log-probabilities of the scored texts, the most probable branches of the label tree first (see `label_tree.Search`).
+
+        Args:
+            tolerance, temperature, bias, proven: see `label_tree.Search`.
+            labels: of each picture a class whose log-probability has to be exact.
+        """
         if reading.batch is not None:
-            return plain.score(self, reading.batch)
-        tree = self.tree = self.tree.to(self.device)
-        count = len(reading.hidden)
-        hidden = reading.hidden.unsqueeze(1)
-        if len(tree.inner_tokens):
-            embeddings = self.family.embed(tree.inner_tokens.expand(count, -1))
-            positions = self.family.text_positions(reading.next_position.unsqueeze(1) + tree.inner_depths)
-            allowed = torch.cat(
-                [reading.seen.unsqueeze(1).expand(-1, len(tree.inner_tokens), -1), tree.inner_mask.expand(count, -1, -1)], dim=-1
-            )
-            nodes = self.family.run_language(embeddings, positions, expand(reading.cache, count), allowed.unsqueeze(1))
-            hidden = torch.cat([hidden, nodes], dim=1)
-        return class_log_probabilities(tree, self._node_log_probabilities(hidden))
-
-    def _node_log_probabilities(self, hidden: Tensor) -> Tensor:
-        """(B, 1 + I, D) states that predict -> (B, T) log-probability of each node's token, in blocks of bounded size."""
-        tree = self.tree
-        result = torch.empty(len(hidden), len(tree.tokens), device=hidden.device, dtype=torch.promote_types(hidden.dtype, torch.float32))
-        for rows in self._blocks(hidden):
-            logits = self.family.logits(hidden[:, rows])
-            log_probabilities = logits - logits.logsumexp(-1, keepdim=True)
-            nodes = ((tree.predictor >= rows.start) & (tree.predictor < rows.stop)).nonzero().squeeze(1)
-            result[:, nodes] = log_probabilities[:, tree.predictor[nodes] - rows.start, tree.tokens[nodes]].to(result.dtype)
-        return result
-
-    def _blocks(self, hidden: Tensor) -> Iterator[slice]:
-        vocabulary = self.model.get_output_embeddings().weight.shape[0]
-        step = max(1, LOGITS_AT_ONCE // (len(hidden) * vocabulary))
-        for start in range(0, hidden.shape[1], step):
-            yield slice(start, min(start + step, hidden.shape[1]))
+            scores = plain.score(self, reading.batch)
+            return Scored(scores, torch.zeros(len(scores)))
+        searches = [
+            Search(self.tree, tolerance, temperature, bias, None if labels is None else labels[i], proven)
+            for i in range(len(reading.states))
+        ]
+        run_searches(self, reading, searches)
+        scores = np.stack([search.class_log_probabilities() for search in searches])
+        kind = torch.promote_types(reading.states.dtype, torch.float32)
+        return Scored(torch.from_numpy(scores).to(kind), torch.tensor([search.unexplored for search in searches]))
 
     @torch.no_grad()
     def write(self, reading: Reading, max_new_tokens: int | None = None) -> list[str]:
@@ -215,7 +253,8 @@ class VLMClassifier(nn.Module):
         if reading.batch is not None:
             return plain.write(self, reading.batch, limit)
         stops = torch.tensor(self.family.stop_ids, device=self.device)
-        cache, seen, hidden = expand(reading.cache, len(reading.hidden)), reading.seen, reading.hidden
+        hidden, seen = reading.states[:, 0], reading.seen
+        cache = expand(reading.cache, len(hidden))
         written = torch.empty(len(hidden), 0, dtype=torch.long, device=hidden.device)
         done = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
         for step in range(limit):
@@ -230,16 +269,3 @@ class VLMClassifier(nn.Module):
             positions = self.family.text_positions((reading.next_position + step).unsqueeze(1))
             hidden = self.family.run_language(embeddings, positions, cache, seen[:, None, None])[:, 0]
         return [self.family.decode(ids) for ids in written.tolist()]
-
-
-def expand(cache: Cache, count: int) -> Cache:
-    """A cache of `count` rows that shares the keys and values of a cache of one row, or of as many.
-
-    What is added to it later is not added to the original.
-    """
-    result = copy.copy(cache)
-    result.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in result.layers:
-        layer.keys = layer.keys.expand(count, -1, -1, -1)
-        layer.values = layer.values.expand(count, -1, -1, -1)
-    return result

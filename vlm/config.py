@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from vlm.errors import UsageError
+from vlm.formats import LAYOUTS, choose_format
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolVLM-500M-Instruct"
 DEFAULT_DATASET = "Mirali33/mb-domars16k"
@@ -32,6 +33,7 @@ DEMO_DEFAULTS = {
     "batch_size": 16,
     "eval_batch_size": 64,
     "gradient_accumulation_steps": 1,
+    "threads": 1,  # so small a model gains little from more, and loses much where the cores are busy
     "task_description": "handwritten digit recognition",
 }
 PICTURES_PER_STEP = 8  # what --gradient-accumulation-steps aims at when it is not given
@@ -76,10 +78,14 @@ class Settings:
     dataset_config: str | None = _flag(None, "data", "configuration of a hub data set that has several")
     image_column: str | None = _flag(None, "data", "column with the pictures (default: found by its type, then by its name)")
     label_column: str | None = _flag(None, "data", "column with the labels (default: found by its type, then by its name)")
+    reasoning_column: str | None = _flag(
+        None, "data", "column with a text about each picture that the model learns to write (default: one text a class)"
+    )
     class_names: list[str] | None = _flag(
         None, "data", "names of the classes: several words, or one string separated by commas or spaces", nargs="+", metavar="NAME"
     )
     max_samples: int | None = _flag(None, "data", "at most this many pictures of each split, balanced over the classes")
+    shots: int | None = _flag(None, "data", "train on this many pictures of each class, drawn by the seed")
     validation_ratio: float = _flag(0.15, "data", "share cut from train where there is no validation split (default: 0.15)")
     test_ratio: float = _flag(0.15, "data", "share cut from train where there is no test split (default: 0.15)")
 
@@ -91,12 +97,16 @@ class Settings:
     prompt_template: str | None = _flag(
         None, "prompts", "question after the picture, or @file; {classes} and {task_description} are filled in"
     )
+    response_format: str | None = _flag(
+        None, "prompts", "order of reasoning and answer (default: as --prompt-template states it, else reasoning-first)",
+        choices=tuple(LAYOUTS),
+    )  # fmt: skip
 
     batch_size: int = _flag(1, "training", "pictures in one forward pass (default: 1; demo: 16)")
     gradient_accumulation_steps: int | None = _flag(
         None, "training", f"batches in one optimizer step (default: as many as make {PICTURES_PER_STEP} pictures)"
     )
-    epochs: int | None = _flag(None, "training", "passes over the training pictures (default: 3; connector: 5; demo: 16)")
+    epochs: int | None = _flag(None, "training", "passes over the training pictures; 0 trains nothing (default: 3; connector: 5; demo: 16)")
     learning_rate: float | None = _flag(None, "training", "peak learning rate (default: lora 2e-4, connector 5e-4, full 1e-5, demo 1.5e-3)")
     connector_learning_rate: float | None = _flag(
         None, "training", "peak learning rate of the connector, larger for one that was never trained (default: --learning-rate)"
@@ -104,10 +114,14 @@ class Settings:
     weight_decay: float = _flag(0.01, "training", "AdamW weight decay (default: 0.01; demo: 0.1)")
     warmup_ratio: float = _flag(0.05, "training", "share of the steps with a rising learning rate (default: 0.05)")
     max_grad_norm: float = _flag(1.0, "training", "gradients are clipped to this norm; 0 switches it off (default: 1.0)")
+    gradient_checkpointing: bool = _flag(False, "training", "keep less for the backward pass and compute it again: less memory, slower")
+    compile: bool = _flag(False, "training", "let torch.compile speed up the language model; takes minutes at first, needs a C++ compiler")
+    threads: int | None = _flag(None, "training", "threads of the CPU (default: its physical cores; demo: 1)")
     eval_steps: int | None = _flag(None, "training", "optimizer steps between evaluations (default: at the end of each epoch)")
     eval_batch_size: int | None = _flag(
         None, "training", "pictures in one batch of an evaluation (default: 8, or --batch-size if larger; demo: 64)"
     )
+    zero_shot: bool = _flag(False, "training", "test the model before the training too, for comparison")
     workers: int | None = _flag(None, "training", "processes that prepare pictures (default: 0 on the CPU, up to 8 on a GPU)")
     no_feature_cache: bool = _flag(False, "training", "compute the features of a frozen vision tower anew each time")
     cache_size: float = _flag(20.0, "training", "largest size of the features kept in ~/.cache/vlm, in GB (default: 20)")
@@ -153,6 +167,8 @@ NOT_PART_OF_THE_RUN = {
     "output_dir",
     "device",
     "workers",
+    "threads",
+    "compile",
     "save_minutes",
     "use_wandb",
     "wandb_project",
@@ -260,6 +276,7 @@ def _fill(settings: Settings) -> None:
     for name, value in TUNING_DEFAULTS[settings.tune].items():
         if getattr(settings, name) is None:
             setattr(settings, name, value)
+    settings.response_format = choose_format(settings.response_format, settings.prompt_template)
     if settings.connector_learning_rate is None:
         settings.connector_learning_rate = settings.learning_rate
     if settings.gradient_accumulation_steps is None and settings.batch_size >= 1:
@@ -290,11 +307,12 @@ def _problems(s: Settings) -> list[str]:
             problems.append(f"--{name.replace('_', '-')} {getattr(s, name)}: expected {wanted}.")
 
     for name in (
-        "batch_size", "gradient_accumulation_steps", "eval_batch_size", "eval_steps", "max_samples", "lora_rank", "epochs",
-        "min_pixels", "max_pixels", "num_crops",
+        "batch_size", "gradient_accumulation_steps", "eval_batch_size", "eval_steps", "max_samples", "lora_rank", "shots",
+        "min_pixels", "max_pixels", "num_crops", "threads",
     ):  # fmt: skip
         value = getattr(s, name)
         expect(value is None or value >= 1, name, "a whole number of at least 1")
+    expect(s.epochs >= 0, "epochs", "a whole number of at least 0")
     expect((s.min_pixels or 0) <= (s.max_pixels or math.inf), "min_pixels", f"no more than --max-pixels {s.max_pixels}")
     for name in ("learning_rate", "connector_learning_rate", "lora_alpha", "save_minutes", "cache_size"):
         expect(0 < getattr(s, name) < math.inf, name, "a number above 0")
@@ -313,6 +331,8 @@ def _problems(s: Settings) -> list[str]:
         expect(not repeated, "class_names", f"different names, but {', '.join(repeated)} is there twice")
     if s.demo and (s.model or s.dataset):
         problems.append("--demo brings its own model and data set: leave out --model and --dataset, or leave out --demo.")
+    if s.reasoning_column and s.response_format == "answer-only":
+        problems.append("--reasoning-column is for a --response-format with a reasoning, not answer-only: leave out one of the two.")
     if s.load_in_4bit and s.load_in_8bit:
         problems.append("--load-in-4bit and --load-in-8bit exclude each other: 4 bits need less memory, 8 are closer to the model.")
     if s.bits and s.tune != "lora":

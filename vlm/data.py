@@ -23,11 +23,12 @@ MOST_SHOWN = 5
 
 
 class Sample(NamedTuple):
-    """One labeled picture. image: RGB, loaded; label: index into the class names; name: what to call it."""
+    """One labeled picture. image: RGB, loaded; label: index into the class names; name: what to call it; reasoning: a text about it."""
 
     image: Image.Image
     label: int
     name: str
+    reasoning: str | None = None
 
 
 class Split:
@@ -49,12 +50,20 @@ class Split:
         """Raises UnreadablePicture where the picture cannot be decoded."""
         row = self._indices[i]
         name = self._rows.names[row]
-        return Sample(open_picture(self._rows.pictures[row], name), self.labels[i], name)
+        return Sample(open_picture(self._rows.pictures[row], name), self.labels[i], name, self._reasoning(row))
+
+    def _reasoning(self, row: int) -> str | None:
+        return self._rows.reasonings[row] if self._rows.reasonings else None
 
     @property
     def names(self) -> list[str]:
         """What to call the pictures, in their order."""
         return [self._rows.names[i] for i in self._indices]
+
+    @property
+    def reasonings(self) -> list[str | None]:
+        """The texts about the pictures, in their order; None where there is none."""
+        return [self._reasoning(i) for i in self._indices]
 
     def take(self, positions: Sequence[int]) -> "Split":
         """The samples at some positions, in their order there."""
@@ -87,8 +96,8 @@ def load_data(settings: Settings) -> Data:
     source = read_source(settings)
     if "train" not in source.splits:
         raise UsageError(f"--dataset {settings.dataset}: no split called train; there are: {', '.join(_all_names(source))}. {EXPECTED}")
-    if source.image_column is None and (settings.image_column or settings.label_column):
-        raise UsageError(f"--image-column and --label-column: a {source.kind} has no columns. Leave them out.")
+    if source.image_column is None and (settings.image_column or settings.label_column or settings.reasoning_column):
+        raise UsageError(f"--image-column, --label-column and --reasoning-column: a {source.kind} has no columns. Leave them out.")
     origins = {role: source.split_names.get(role, "") for role in ROLES}
     for role in _without_labels(source):
         origins[role] = f"cut from train, as {source.split_names[role]} has no labels"
@@ -106,6 +115,11 @@ def load_data(settings: Settings) -> Data:
         for number, role in enumerate(ROLES):
             splits[role] = _balanced(splits[role], settings.max_samples, [settings.seed, 2, number])
     skipped = _drop_unreadable(splits, names)
+    if settings.shots is not None:
+        splits["train"] = _few(splits["train"], settings.shots, names, [settings.seed, 3])
+        origins["train"] += f", {settings.shots} of each class"
+    if source.reasoning_column and not any(splits["train"].reasonings):
+        raise UsageError(f"--reasoning-column {source.reasoning_column}: no training picture has a text there. Name another column.")
     data = Data(**splits, class_names=names, skipped=skipped)
     data.summary = _summary(settings, source, origins, how, data)
     data.source = _describe(settings, source, origins, data)
@@ -179,6 +193,19 @@ def _balanced(split: Split, most: int, seed: list[int]) -> Split:
     return split.take(sorted(order[np.argsort(turn, kind="stable")[:most]].tolist()))
 
 
+def _few(split: Split, shots: int, names: list[str], seed: list[int]) -> Split:
+    """So many samples of each class, drawn at random, in the order of the split.
+
+    Raises:
+        UsageError: a class has fewer.
+    """
+    counts = np.bincount(split.labels, minlength=len(names))
+    small = [f"{name} ({count})" for name, count in zip(names, counts, strict=True) if count < shots]
+    if small:
+        raise UsageError(f"--shots {shots}: train has fewer pictures of {', '.join(small)}. Expected at least {shots} of each class.")
+    return _balanced(split, shots * len(names), seed)
+
+
 def _drop_unreadable(splits: dict[str, Split], names: list[str]) -> list[str]:
     """Decode every picture once and leave out those that cannot be; returns the reasons, each with the picture's name.
 
@@ -226,6 +253,12 @@ def _summary(settings: Settings, source: Source, origins: dict[str, str], how: l
     shown = ", ".join(data.class_names[:20]) + (", ..." if len(data.class_names) > 20 else "")
     rows += [("classes", f"{len(data.class_names)}: {shown}"), ("class names", "; ".join(how))]
     rows += [(role, f"{len(getattr(data, role)):,} pictures ({origins[role]})") for role in ROLES]
+    if source.reasoning_column:
+        own = sum(text is not None for text in data.train.reasonings)
+        rest = len(data.train) - own
+        rows.append(("reasoning column", f"{source.reasoning_column}: {own:,} of {len(data.train):,} training pictures have a text"))
+        if rest:
+            rows.append(("without one", f"{rest:,}, which get the response of their class"))
     if source.others:
         rows.append(("left alone", ", ".join(source.others)))
     if data.skipped:
@@ -243,6 +276,7 @@ def _describe(settings: Settings, source: Source, origins: dict[str, str], data:
         "kind": source.kind,
         "image_column": source.image_column,
         "label_column": source.label_column,
+        "reasoning_column": source.reasoning_column,
         "splits": {role: {"from": origins[role], "pictures": len(getattr(data, role))} for role in ROLES},
         "left_alone": source.others,
         "unreadable": len(data.skipped),

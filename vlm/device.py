@@ -1,7 +1,9 @@
 """Where to compute, and in which number format."""
 
+import os
 import platform
 
+import psutil
 import torch
 
 from vlm.errors import UsageError
@@ -47,3 +49,25 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
     # Chips before Ampere emulate bfloat16, slowly.
     native = device.type == "cuda" and torch.cuda.get_device_capability()[0] >= 8
     return torch.bfloat16 if native else torch.float32
+
+
+def pick_threads(wanted: int | None) -> int:
+    """Threads for torch on the CPU: `wanted`, or `OMP_NUM_THREADS`, or the physical cores that this process may use, shared fairly with the
+    other processes of the run on this machine.
+
+    Two threads on one core (hyper-threading) get in each other's way in matrix products.
+    """
+    if wanted is None and os.environ.get("OMP_NUM_THREADS", "").isdigit():
+        wanted = int(os.environ["OMP_NUM_THREADS"])
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = min(usable, psutil.cpu_count(logical=False) or usable)
+    return wanted or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises UsageError where torch.compile has no compiler to work with."""
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(2, device=device))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(f"--compile does not work here ({reason}): install a C++ compiler such as g++, or leave it out.") from error

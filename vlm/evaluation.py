@@ -11,8 +11,11 @@ from torch.utils.data import DataLoader, Subset
 
 from vlm.classifier import VLMClassifier
 from vlm.data import Split
+from vlm.formats import reasoning_of
 from vlm.metrics import classification_metrics, user_metrics
 from vlm.prompts import parse_answer
+from vlm.reasoning import classify, explain, names_class, write_freely
+from vlm.scoring import TOLERANCE
 from vlm.tracking import progress
 
 TEXTS = 32  # pictures whose text is generated in a test evaluation
@@ -25,8 +28,14 @@ def score_split(
     indices: Sequence[int] | None = None,
     workers: int = 0,
     description: str = "evaluating",
+    tolerance: float = TOLERANCE,
 ) -> Tensor:
-    """(N, C) log-probability of each class's response, by the label tree, on the CPU. `indices`: these samples only."""
+    """(N, C) log-probability of each class's scored text (see vlm/responses.py), on the CPU.
+
+    Args:
+        indices: these samples only.
+        tolerance: see `VLMClassifier.search`; 0 makes every number exact. That of the true class always is.
+    """
     samples = split if indices is None else Subset(split, indices)
     if not len(samples):
         return torch.empty(0, len(classifier.class_names))
@@ -39,7 +48,8 @@ def score_split(
         with torch.no_grad():
             parts = []
             for batch in progress(loader, len(loader), description, unit="batches"):
-                parts.append(classifier.score(classifier.read(send_to_device(batch, classifier.device))).cpu())
+                labels = batch["labels"].tolist()
+                parts.append(classify(classifier, send_to_device(batch, classifier.device), tolerance, labels=labels).scores)
     finally:
         classifier.train(was_training)
     return torch.cat(parts)
@@ -60,7 +70,8 @@ def evaluate_vlm_model(
 
     Returns:
         accuracy, macro_f1, weighted_f1, per_class, confusion_matrix, nll (of the class, nats), loss (cross entropy
-        of a response token, nats), and the results of own metrics under "own_metrics".
+        of a scored token, nats: of the whole response where each class has one, else of the answer), and the results of own metrics
+        under "own_metrics".
     """
     scores = score_split(classifier, split, batch_size, workers=workers, description=description)
     return metrics_of_scores(classifier, split.labels, scores, metrics)
@@ -75,7 +86,7 @@ def metrics_of_scores(
     names = list(classifier.class_names)
     result = classification_metrics(truth.numpy(), log_probabilities, names)
     response = scores.gather(1, truth.unsqueeze(1)).sum()
-    result["loss"] = float(-response / classifier.tree.lengths.cpu()[truth].sum())
+    result["loss"] = float(-response / classifier.tree.lengths[truth.numpy()].sum())
     if metrics:
         probabilities = np.exp(log_probabilities)
         result["own_metrics"] = user_metrics(metrics, truth.numpy(), probabilities.argmax(-1), probabilities, names)
@@ -85,18 +96,31 @@ def metrics_of_scores(
 def check_texts(classifier: VLMClassifier, split: Split, batch_size: int = 8, count: int = TEXTS) -> dict[str, Any]:
     """Generate the text of a few pictures, freely, and compare its answer with the prediction.
 
-    An answer that is no class name is counted as invalid, never as a class.
+    Returns:
+        texts: how many. invalid: free texts whose answer is no class name, which are never counted as a class. agree_with_prediction: free
+        texts that answer with the predicted class. reasoning_names_answer: free texts whose reasoning names the class that they answer
+        with; None in a format without reasoning. explanations_agree: texts of `explain` that answer with the predicted class: all.
     """
     chosen = np.linspace(0, len(split) - 1, min(count, len(split))).astype(int).tolist()
     loader = DataLoader(Subset(split, chosen), batch_size, collate_fn=classifier.collate(with_response=False), generator=torch.Generator())
     classifier.eval()
-    answers, predictions = [], []
+    prompts = classifier.prompts
+    predictions, free, constrained = [], [], []
     for batch in progress(loader, len(loader), "writing texts", unit="batches"):
-        reading = classifier.read(send_to_device(batch, classifier.device))
-        predictions += [classifier.class_names[i] for i in classifier.score(reading).argmax(-1).tolist()]
-        answers += [parse_answer(text, classifier.class_names) for text in classifier.write(reading)]
+        batch = send_to_device(batch, classifier.device)
+        found = classify(classifier, batch)
+        best = found.scores.argmax(-1).tolist()
+        predictions += [classifier.class_names[i] for i in best]
+        free += write_freely(classifier, found.reading) if found.texts is None else found.texts
+        constrained += explain(classifier, batch, found, best)
+    answers, explained = (
+        [parse_answer(text, prompts.class_names, prompts.response_format) for text in texts] for texts in (free, constrained)
+    )
+    named = [answer is not None and names_class(reasoning_of(text), answer) for text, answer in zip(free, answers, strict=True)]
     return {
         "texts": len(answers),
         "invalid": sum(answer is None for answer in answers),
         "agree_with_prediction": sum(answer == prediction for answer, prediction in zip(answers, predictions, strict=True)),
+        "reasoning_names_answer": None if prompts.response_format == "answer-only" else sum(named),
+        "explanations_agree": sum(answer == prediction for answer, prediction in zip(explained, predictions, strict=True)),
     }

@@ -1,44 +1,75 @@
-"""The label tree: the possible responses merged into one prefix tree, so that one forward pass scores every class.
+"""The label tree: the possible responses merged into one prefix tree, and the order in which it is searched.
 
-Pure tensors: this file knows no model. B = batch, T = nodes, I = inner nodes (those with children), C = classes, N = longest response.
+This file knows no model. T = nodes, C = classes.
 
 A node is one token after one history. The log-probability of a class is the sum over the nodes of its path, each node's
-token being predicted by its parent (by the end of the prompt for the first one). Only inner nodes predict something, so
-only they are run through the model. Every response ends in the end-of-turn token, so that no response is the
-beginning of another: "cat" and "catfish" are two leaves.
+token being predicted by its parent (by the end of the prompt for the first one). Every response ends in the end-of-turn token, so
+that no response is the beginning of another: "cat" and "catfish" are two leaves. Leaves predict nothing and are never run.
+
+Log-probability only falls along a branch. So the classes below a node that was not visited have, together, no more probability than the
+node itself: a search that takes the most probable nodes first knows at any time how much it can be wrong at most, and may stop.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
-import torch
-from torch import Tensor
+import numpy as np
+
+ROOT = -1  # the end of the prompt
 
 
 @dataclass(frozen=True)
 class LabelTree:
-    """The tree of C responses.
+    """The tree of C responses. Nodes are numbered depth first, so those at or below node n are n .. ends[n] - 1.
 
-    tokens: (T,) token of each node. predictor: (T,) row that predicts the node: 0 is the end of the prompt, i + 1 the
-    i-th inner node. paths: (C, N) nodes of each class, padded with T.
-    inner_tokens: (I,), inner_depths: (I,) distance to the prompt, from 0, inner_mask: (I, I) bool, [i, j] says
-    that i sees j (itself or an ancestor).
+    tokens: (T,) token of each node. parents: (T,) or ROOT. depths: (T,) distance to the prompt, from 0. ends: (T,).
+    children: of each node. leaves: (C,) last node of each class's response.
     """
 
-    tokens: Tensor
-    predictor: Tensor
-    paths: Tensor
-    inner_tokens: Tensor
-    inner_depths: Tensor
-    inner_mask: Tensor
-
-    def to(self, device: torch.device | str) -> "LabelTree":
-        return LabelTree(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+    tokens: np.ndarray
+    parents: np.ndarray
+    depths: np.ndarray
+    ends: np.ndarray
+    leaves: np.ndarray
+    children: list[list[int]] = field(repr=False)
 
     @property
-    def lengths(self) -> Tensor:
+    def lengths(self) -> np.ndarray:
         """(C,) number of tokens of each response."""
-        return (self.paths < len(self.tokens)).sum(-1)
+        return self.depths[self.leaves] + 1
+
+    @property
+    def first(self) -> list[int]:
+        """The nodes that the end of the prompt predicts."""
+        return np.flatnonzero(self.parents == ROOT).tolist()
+
+    @property
+    def inner(self) -> list[int]:
+        """All nodes that predict something, parents before children."""
+        return [node for node, below in enumerate(self.children) if below]
+
+    def segment(self, node: int) -> list[int]:
+        """An inner node and the inner nodes after it up to the next branching: what is visited in one go."""
+        nodes = [node]
+        while len(below := self.children[nodes[-1]]) == 1 and self.children[below[0]]:
+            nodes.append(below[0])
+        return nodes
+
+    def sees(self, nodes: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """(..., N, M) bool: whether each of `nodes` (..., N) is one of `others` (..., M) or comes below it; -1 is no node."""
+        nodes, others = nodes[..., :, None], others[..., None, :]
+        return (others >= 0) & (others <= nodes) & (nodes < self.ends[others])
+
+    @cached_property
+    def by_leaf(self) -> np.ndarray:
+        """(C,) the classes in the order of their leaves: those below a node stand side by side."""
+        return np.argsort(self.leaves)
+
+    def classes_below(self, node: int) -> np.ndarray:
+        """The classes whose response goes through a node."""
+        start, stop = np.searchsorted(self.leaves[self.by_leaf], (node, self.ends[node]))
+        return self.by_leaf[start:stop]
 
 
 def build_label_tree(responses: Sequence[Sequence[int]]) -> LabelTree:
@@ -50,50 +81,147 @@ def build_label_tree(responses: Sequence[Sequence[int]]) -> LabelTree:
     Raises:
         ValueError: an empty response, or one that equals or begins another.
     """
-    children: list[dict[int, int]] = [{}]  # of the prompt, then of each node
+    order = sorted(range(len(responses)), key=lambda c: list(responses[c]))  # neighbors share the most: depth first falls out
     tokens: list[int] = []
     parents: list[int] = []
     depths: list[int] = []
-    paths: list[list[int]] = []
-    for response in responses:
-        row, path = 0, []
-        for depth, token in enumerate(response):
-            node = children[row].get(token)
-            if node is None:
-                node = len(tokens)
-                children[row][token] = node
-                children.append({})
-                tokens.append(token)
-                parents.append(row - 1)
-                depths.append(depth)
-            path.append(node)
-            row = node + 1
-        paths.append(path)
-    for index, path in enumerate(paths):
-        if not path or children[path[-1] + 1] or path in paths[:index]:
-            raise ValueError(f"response {index} is empty, or equals or begins another one")
-    return _as_tensors(tokens, parents, depths, paths, inner=[n for n in range(len(tokens)) if children[n + 1]])
+    leaves = np.zeros(len(responses), dtype=int)
+    path: list[int] = []  # the nodes of the previous response
+    before: list[int] = []
+    for c in order:
+        response = list(responses[c])
+        shared = 0
+        while shared < min(len(before), len(response)) and before[shared] == response[shared]:
+            shared += 1
+        if not response or shared == len(response) or (before and shared == len(before)):
+            raise ValueError(f"response {c} is empty, or equals or begins another one")
+        path = path[:shared]
+        for depth, token in enumerate(response[shared:], start=shared):
+            tokens.append(token)
+            parents.append(path[-1] if path else ROOT)
+            depths.append(depth)
+            path.append(len(tokens) - 1)
+        leaves[c], before = path[-1], response
+    return _finish(tokens, parents, depths, leaves)
 
 
-def _as_tensors(tokens: list[int], parents: list[int], depths: list[int], paths: list[list[int]], inner: list[int]) -> LabelTree:
-    place = {node: i for i, node in enumerate(inner)}
-    mask = torch.zeros(len(inner), len(inner), dtype=torch.bool)
-    for i, node in enumerate(inner):  # parents come before children, so the parent's row is complete
-        if parents[node] >= 0:
-            mask[i] = mask[place[parents[node]]]
-        mask[i, i] = True
-    longest = max(map(len, paths))
-    return LabelTree(
-        tokens=torch.tensor(tokens),
-        predictor=torch.tensor([0 if parent < 0 else place[parent] + 1 for parent in parents]),
-        paths=torch.tensor([path + [len(tokens)] * (longest - len(path)) for path in paths]),
-        inner_tokens=torch.tensor([tokens[node] for node in inner], dtype=torch.long),
-        inner_depths=torch.tensor([depths[node] for node in inner], dtype=torch.long),
-        inner_mask=mask,
-    )
+def _finish(tokens: list[int], parents: list[int], depths: list[int], leaves: np.ndarray) -> LabelTree:
+    children: list[list[int]] = [[] for _ in tokens]
+    ends = np.arange(1, len(tokens) + 1)
+    for node in range(len(tokens) - 1, -1, -1):  # children come after their parent
+        if parents[node] != ROOT:
+            children[parents[node]].insert(0, node)
+            ends[parents[node]] = max(ends[parents[node]], ends[node])
+    return LabelTree(np.array(tokens), np.array(parents), np.array(depths), ends, leaves, children)
 
 
-def class_log_probabilities(tree: LabelTree, node_log_probabilities: Tensor) -> Tensor:
-    """(B, T) log-probability of each node's token -> (B, C) log-probability of each response."""
-    padded = torch.nn.functional.pad(node_log_probabilities, (0, 1))  # the padding of a path adds nothing
-    return padded[:, tree.paths].sum(-1)
+class Search:
+    """The best-first search of the tree for one picture.
+
+    Args:
+        tolerance: stop when the classes that were not visited have, together, no more than this share of the probability; 0 visits all.
+        temperature, bias: what the log-probabilities are divided by, and (C,) what is added then, before they are compared: the
+            tolerance is meant for the probabilities that come out.
+        label: a class that is visited whatever its probability.
+        proven: so many of the most probable classes have to be known to be these.
+    """
+
+    def __init__(
+        self,
+        tree: LabelTree,
+        tolerance: float,
+        temperature: float = 1.0,
+        bias: np.ndarray | None = None,
+        label: int | None = None,
+        proven: int = 1,
+    ):
+        self.tree = tree
+        self.tolerance = tolerance
+        self.temperature = temperature
+        self.bias = np.zeros(len(tree.leaves)) if bias is None else bias
+        self.required = -1 if label is None else int(tree.leaves[label])
+        self.proven = min(proven, len(tree.leaves))
+        self.reached = np.full(len(tree.tokens), np.nan)  # log-probability of the path up to and with each node
+        self.open: dict[int, float] = {}  # inner nodes that may be visited next, with a bound of the log-weight below
+
+    def record(self, nodes: Sequence[int], log_probabilities: Sequence[float]) -> None:
+        """The log-probabilities of nodes, each given its parent's path; parents come before children."""
+        for node, value in zip(nodes, log_probabilities, strict=True):
+            parent = self.tree.parents[node]
+            self.reached[node] = value + (0.0 if parent == ROOT else self.reached[parent])
+
+    def visited(self, segment: Sequence[int]) -> None:
+        """The nodes of a segment were run, and what follows them was recorded."""
+        self.open.pop(segment[0], None)
+        for node in self.tree.children[segment[-1]]:
+            self._open(node)
+
+    def begin(self, opening: Sequence[int]) -> None:
+        """The prompt was run, and with it the nodes that all responses begin with."""
+        for node in self.tree.children[opening[-1]] if opening else self.tree.first:
+            self._open(node)
+
+    def _open(self, node: int) -> None:
+        if self.tree.children[node]:
+            self.open[node] = self._bound(node)
+
+    def _bound(self, node: int) -> float:
+        """Logarithm of the largest weight, exp(log-probability / temperature + bias), that the classes below a node can have together.
+
+        Their probabilities add up to no more than that of the node; above a temperature of 1 the sum of the weights is largest when they
+        are equal, below it when one class has all.
+        """
+        classes = self.tree.classes_below(node)
+        spread = max(0.0, 1 - 1 / self.temperature) * np.log(len(classes))
+        return float(self.reached[node] / self.temperature + spread + self.bias[classes].max())
+
+    def _weights(self) -> np.ndarray:
+        """(C,) log-weights of the classes that were visited, else -inf."""
+        reached = self.reached[self.tree.leaves]
+        return np.where(np.isnan(reached), -np.inf, reached / self.temperature + self.bias)
+
+    @property
+    def unexplored(self) -> float:
+        """How much any probability can be wrong at most: the share of all weight that the classes not visited may have."""
+        if not self.open:
+            return 0.0
+        rest = np.logaddexp.reduce(list(self.open.values()))
+        return float(np.exp(rest - np.logaddexp(rest, np.logaddexp.reduce(self._weights()))))
+
+    def next(self, tokens: int) -> list[list[int]]:
+        """The segments to visit now, none when the search is over.
+
+        Args:
+            tokens: how many nodes there is room for; the first segment is given in any case.
+        """
+        chosen: list[list[int]] = []
+        for node in self._wanted():
+            segment = self.tree.segment(node)
+            tokens -= len(segment)
+            if tokens < 0 and chosen:
+                break
+            chosen.append(segment)
+        return chosen
+
+    def _wanted(self) -> list[int]:
+        """The open nodes that have to be visited by what is known now, the most probable first."""
+        required = [node for node in self.open if node <= self.required < self.tree.ends[node]]
+        ranked = sorted(self.open, key=self.open.__getitem__, reverse=True)
+        if self.tolerance > 0 and ranked:
+            weights = self._weights()
+            bounds = np.array([self.open[node] for node in ranked])
+            rest = np.logaddexp.accumulate(bounds[::-1])[::-1]  # of each node and all after it
+            total = np.logaddexp(rest[0], np.logaddexp.reduce(weights))
+            count = int((rest - total > np.log(self.tolerance)).sum())
+            if not count:  # enough for the probabilities; now for the order of the first few
+                count = min(self.proven, int((bounds > np.sort(weights)[-self.proven]).sum()))
+            ranked = ranked[:count]
+        return [*required, *(node for node in ranked if node not in required)]
+
+    def class_log_probabilities(self) -> np.ndarray:
+        """(C,) log-probability of each response. Classes not visited share the most that their branch can have equally."""
+        result = self.reached[self.tree.leaves].copy()
+        for node in self.open:
+            classes = self.tree.classes_below(node)
+            result[classes] = self.reached[node] - np.log(len(classes))
+        return result

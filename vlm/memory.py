@@ -24,23 +24,27 @@ weights are trained, and the prefix where the connector alone is.
 Measured against it: benchmarks/memory_estimate.py, docs/models.md.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from torch import nn
 
-from vlm.classifier import LOGITS_AT_ONCE
 from vlm.config import Settings
 from vlm.families import outline, read_config
 from vlm.families.base import Family
 from vlm.prompts import Prompts
+from vlm.scoring import LOGITS_AT_ONCE, NODES_AT_ONCE, NODES_KEPT
 from vlm.tracking import note
 
 GIB = 2**30
 FLOAT32 = 4  # bytes
 CHARACTERS_PER_TOKEN = 3  # of English; a low guess, so that the estimate is no lower than the truth
+BATCHES = (128, 64, 32, 16, 8, 4, 2)
+BATCH_ON_CPU, BATCH_ON_GPU = 16, 128  # more is no faster
 LIBRARIES = 100 * 2**20  # what torch's own libraries take when they are first used, and a batch of pictures; measured: 70 to 110 MiB
 BYTES_OF_BITS = {4: 0.5 + 4 / 64, 8: 1.0}  # a float32 scale for each block of 64 weights of 4 bits
 
@@ -55,9 +59,9 @@ class Texts:
     classes: int = 10
 
     @classmethod
-    def of(cls, prompts: Prompts) -> "Texts":
-        """About as many as the texts have; the exact numbers would take the tokenizer."""
-        longest = max(map(len, prompts.responses))
+    def of(cls, prompts: Prompts, reasonings: Sequence[str] = ()) -> "Texts":
+        """About as many as the texts have, and the reasonings of the pictures' own; the exact numbers would take the tokenizer."""
+        longest = max(map(len, [*prompts.responses, *reasonings]))
         lengths = (len(text) // CHARACTERS_PER_TOKEN + 10 for text in (prompts.system, prompts.question, "." * longest))
         return cls(*lengths, classes=len(prompts.class_names))
 
@@ -190,6 +194,9 @@ def _activations(family: Family, settings: Settings, size: int, device: str, tex
     attended = block.count * batch * keys * (2 * block.queries * size + row * size)
     vision = Block.of(family.vision)
     seen = vision.count * (vision.kept(size, trained=True) + vision.keys * size) if full else 0
+    if settings.gradient_checkpointing:  # the inputs of all blocks, and one block whole
+        per_token, attended = block.count * block.width * FLOAT32 + per_token / block.count, attended / block.count
+        seen = vision.count * vision.width * FLOAT32 + seen / vision.count if full else 0
     connector = sum(m.in_features + m.out_features for m in family.connector.modules() if isinstance(m, nn.Linear))
     vocabulary = family.model.get_output_embeddings().weight
     logits = 3 * batch * texts.response * vocabulary.shape[0] * FLOAT32  # logits, their softmax, its gradient
@@ -201,7 +208,7 @@ def _activations(family: Family, settings: Settings, size: int, device: str, tex
 def _evaluation(family: Family, settings: Settings, size: int, texts: Texts) -> float:
     block, batch = Block.of(family.language), settings.eval_batch_size
     patches, tokens = _picture_load(family, settings)
-    nodes = texts.response * texts.classes
+    nodes = min(texts.response * texts.classes, NODES_KEPT + NODES_AT_ONCE)
     keys = batch * (2 * (texts.prefix + tokens + texts.question) + nodes) * block.count * block.keys * size
     scored = batch * (1 + nodes) * family.model.get_output_embeddings().weight.shape[0]
     passing = batch * max(patches * Block.of(family.vision).passing(size), (tokens + texts.question) * block.passing(size))
@@ -217,30 +224,48 @@ def _copied(family: Family, settings: Settings, size: int) -> int:
     return every * size if size < FLOAT32 else 0
 
 
+def largest_batch(classifier: Any, settings: Mapping[str, Any]) -> int:
+    """How many pictures a batch of an inference may have: as many as half of the free memory has room for.
+
+    Args:
+        classifier: a `VLMClassifier`. settings: those of its training, from the metadata.
+    """
+    rendered, most = classifier.rendered, BATCH_ON_GPU if classifier.device.type == "cuda" else BATCH_ON_CPU
+    texts = Texts(len(rendered.prefix_ids), len(rendered.question_ids), max(map(len, rendered.response_ids)), len(rendered.response_ids))
+    known = {item.name for item in fields(Settings)}
+    settings = Settings(**{name: value for name, value in settings.items() if name in known})
+    for batch in (b for b in BATCHES if b <= most):
+        need = _evaluation(classifier.family, replace(settings, eval_batch_size=batch), classifier.model.dtype.itemsize, texts)
+        if need < free_memory(classifier.device) / 2:
+            return batch
+    return 1
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on a device."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
-def warn_if_too_large(folder: Path, settings: Settings, dtype: torch.dtype, device: torch.device, prompts: Prompts) -> None:
+def warn_if_too_large(folder: Path, settings: Settings, dtype: torch.dtype, device: torch.device, texts: Texts) -> None:
     """Print a warning where the model in a folder will not fit in the free memory, with what would help."""
     try:
         family = outline(read_config(folder))
-        need = estimate(family, settings, dtype, device.type, Texts.of(prompts)).total
+        need = estimate(family, settings, dtype, device.type, texts).total
     except Exception:  # a model that cannot even be outlined is refused, with the reason, when it is loaded
         return
     free = free_memory(device)
     if need > free:
         note(
             f"warning: this run needs about {need / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free on {device.type}: it may run out of "
-            f"memory. {_help(family, settings, dtype, device, prompts)}"
+            f"memory. {_help(family, settings, dtype, device, texts)}"
         )
 
 
-def _help(family: Family, settings: Settings, dtype: torch.dtype, device: torch.device, prompts: Prompts) -> str:
+def _help(family: Family, settings: Settings, dtype: torch.dtype, device: torch.device, texts: Texts) -> str:
     """The flags that need less memory, with what they need."""
     changes = [
         ("--batch-size 1", {"batch_size": 1}, settings.batch_size > 1),
+        ("--gradient-checkpointing", {"gradient_checkpointing": True}, not settings.gradient_checkpointing),
         ("--tune lora", {"tune": "lora"}, settings.tune == "full"),
         ("--tune connector", {"tune": "connector"}, settings.tune != "connector"),
         ("--tune lora --load-in-4bit", {"tune": "lora", "load_in_4bit": True}, not settings.bits),
@@ -248,6 +273,6 @@ def _help(family: Family, settings: Settings, dtype: torch.dtype, device: torch.
     tried: list[str] = []
     for flags, values, sensible in changes:
         if sensible:
-            less = estimate(family, replace(settings, **values), dtype, device.type, Texts.of(prompts)).total
+            less = estimate(family, replace(settings, **values), dtype, device.type, texts).total
             tried.append(f"{flags} ({less / GIB:.1f} GiB)")
     return f"Less is needed by {', '.join(tried)}, or a smaller --model (see --list-models)." if tried else "Take a smaller --model."

@@ -18,6 +18,11 @@ def whole_rows(classifier: Any, batch: dict[str, Any]) -> list[list[int]]:
     return [prefix + row[:length].tolist() for row, length in zip(batch["input_ids"], batch["lengths"], strict=True)]
 
 
+def begun_responses(batch: dict[str, Any]) -> list[int]:
+    """How many tokens at the end of each row are a response that was begun (see `vlm.reasoning.go_on`)."""
+    return batch["begun"].tolist() if "begun" in batch else [0] * len(batch["lengths"])
+
+
 def run(classifier: Any, rows: list[list[int]], responses: list[int], pixels: dict[str, Tensor]) -> Tensor:
     """(B, K, V) by transformers' own forward. `responses`: how many tokens at the end of each row are the response."""
     device = classifier.device
@@ -48,13 +53,13 @@ def log_probabilities(logits: Tensor, row: list[int], count: int) -> Tensor:
 
 @torch.no_grad()
 def score(classifier: Any, batch: dict[str, Any], classes: range | None = None) -> Tensor:
-    """(B, C) log-probability of each class's response, by one forward a class, of a batch made without responses."""
-    prompts = whole_rows(classifier, batch)
+    """(B, C) log-probability of each class's scored text, by one forward a class, of a batch made without responses."""
+    prompts, begun = whole_rows(classifier, batch), begun_responses(batch)
     columns = []
     for c in classes or range(len(classifier.class_names)):
-        response = classifier.rendered.response_ids[c]
+        response = classifier.rendered.scored_ids[c]
         rows = [prompt + response for prompt in prompts]
-        logits = run(classifier, rows, [len(response)] * len(rows), batch["pixels"])
+        logits = run(classifier, rows, [count + len(response) for count in begun], batch["pixels"])
         columns.append(torch.stack([log_probabilities(logits[i], row, len(response)) for i, row in enumerate(rows)]))
     return torch.stack(columns, dim=1)
 
@@ -62,13 +67,12 @@ def score(classifier: Any, batch: dict[str, Any], classes: range | None = None) 
 @torch.no_grad()
 def write(classifier: Any, batch: dict[str, Any], limit: int) -> list[str]:
     """Greedy text of each sample, by one full forward a token, of a batch made without responses."""
-    rows = whole_rows(classifier, batch)
+    rows, begun = whole_rows(classifier, batch), begun_responses(batch)
     written: list[list[int]] = [[] for _ in rows]
     stops = set(classifier.family.stop_ids)
     for _ in range(limit):
-        logits = run(
-            classifier, [row + new for row, new in zip(rows, written, strict=True)], [len(new) for new in written], batch["pixels"]
-        )
+        counts = [count + len(new) for count, new in zip(begun, written, strict=True)]
+        logits = run(classifier, [row + new for row, new in zip(rows, written, strict=True)], counts, batch["pixels"])
         for i, new in enumerate(written):
             if not stops.intersection(new[-1:]):
                 new.append(int(logits[i, len(rows[i]) + len(new) - 1].argmax()))

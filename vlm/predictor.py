@@ -1,8 +1,9 @@
 """A model folder -> predictions: one by one or in batches. C = classes."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,11 +16,16 @@ from vlm.data import Sample
 from vlm.device import pick_device, pick_dtype
 from vlm.errors import UsageError
 from vlm.families import load_family
+from vlm.memory import largest_batch
 from vlm.pictures import UnreadablePicture, open_picture
 from vlm.prompts import Prompts
+from vlm.reasoning import classify
+from vlm.reasoning import explain as explain_predictions
+from vlm.scoring import TOLERANCE
 from vlm.tracking import Bar
 
-BATCH_SIZE = 8
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def load_model_and_metadata(
@@ -57,16 +63,18 @@ def predict_single_image(
     Args:
         model, processor, metadata: what `load_model_and_metadata` returned.
         image: path, PIL picture, or array (HxW, HxWx1, HxWx3 or HxWx4).
-        explain: generate the text; without it `full_response` is empty and the call is faster.
+        explain: give the text; without it `full_response` is empty, and nothing is written but what scoring needs.
 
     Returns:
-        prediction: the most probable class. confidence: its probability within the label set, 0 to 1. full_response: the text.
+        prediction: the most probable class. confidence: its probability within the label set, 0 to 1. full_response: a text whose
+        answer is the prediction (see `vlm.reasoning.explain`).
 
     Raises:
         UnreadablePicture: the picture cannot be decoded.
     """
     _check_same_model(model, processor, metadata)
-    result = _predict(model, [Sample(open_picture(image), 0, "picture")], explain)[0]
+    batch = model.collate(with_response=False)([Sample(open_picture(image), 0, "picture")])
+    result = _predict(model, batch, explain)[0]
     return result["prediction"], result["confidence"], result["full_response"]
 
 
@@ -75,66 +83,81 @@ def predict_batch(
     processor: Any,
     image_paths: Iterable[str | Path],
     metadata: dict[str, Any],
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = None,
     explain: bool = True,
     show_progress: bool = True,
+    exhaustive: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Classify many picture files, with a progress bar on stderr.
 
     Args:
         image_paths: files; a file that is named twice is classified once.
-        explain: generate the texts; without it `full_response` is empty and the call is faster.
+        batch_size: pictures in one forward pass; default: as many as the free memory has room for, up to 16 on the CPU and 128 on a GPU.
+        explain: give the texts; without it `full_response` is empty, and nothing is written but what scoring needs.
+        exhaustive: score every class to the end. Without it, classes that are too improbable to matter are left out early, and a
+            probability may be wrong by `error_bound`.
 
     Returns:
         For each path, in the order given: prediction (str), confidence (0 to 1, within the label set), probabilities ({class:
-        probability}, they add up to 1) and full_response (str); for a file that cannot be read: error (str), prediction None.
+        probability}, they add up to 1), error_bound (0 to 0.0001: how much a probability can be wrong at most) and full_response (str);
+        for a file that cannot be read: error (str), prediction None.
     """
     _check_same_model(model, processor, metadata)
     if isinstance(image_paths, str | Path):
         raise TypeError(f"image_paths is one path ({image_paths}): pass a list of paths, or use predict_single_image.")
-    if batch_size < 1:
+    if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected at least 1")
+    batch_size = batch_size or largest_batch(model, metadata.get("settings", {}))
     paths = list(dict.fromkeys(str(path) for path in image_paths))
     results: dict[str, dict[str, Any]] = {}
+    chunks = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
     with Bar(len(paths), "classifying", enabled=show_progress) as bar:
-        for start in range(0, len(paths), batch_size):
-            some = paths[start : start + batch_size]
-            results |= _predict_files(model, some, explain)
-            bar.update(len(some))
+        for chunk, (batch, errors) in zip(chunks, _ahead(lambda some: _prepare(model, some), chunks), strict=True):
+            predictions = iter(_predict(model, batch, explain, 0.0 if exhaustive else TOLERANCE) if batch else ())
+            results |= {path: errors.get(path) or next(predictions) for path in chunk}
+            bar.update(len(chunk))
     return results
 
 
-def _predict_files(model: VLMClassifier, paths: list[str], explain: bool) -> dict[str, dict[str, Any]]:
-    samples, results = [], {}
+def _ahead(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """`map` in a thread that is one item ahead: pictures are decoded and resized while the model is busy with the ones before."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        waiting: list[Future[Result]] = []
+        for item in items:
+            waiting.append(thread.submit(work, item))
+            if len(waiting) > 1:
+                yield waiting.pop(0).result()
+        yield from (future.result() for future in waiting)
+
+
+def _prepare(model: VLMClassifier, paths: list[str]) -> tuple[dict[str, Any] | None, dict[str, dict[str, Any]]]:
+    """The batch of the pictures that can be read, None where there is none, and the results of the others."""
+    samples, errors = [], {}
     for path in paths:
-        results[path] = {}  # keeps the order
         try:
             samples.append(Sample(open_picture(path), 0, path))
         except UnreadablePicture as error:
-            results[path] = {"prediction": None, "error": str(error)}
-    for sample, result in zip(samples, _predict(model, samples, explain), strict=True):
-        results[sample.name] = result
-    return results
+            errors[path] = {"prediction": None, "error": str(error)}
+    return model.collate(with_response=False)(samples) if samples else None, errors
 
 
 @torch.no_grad()
-def _predict(model: VLMClassifier, samples: list[Sample], explain: bool) -> list[dict[str, Any]]:
-    if not samples:
-        return []
+def _predict(model: VLMClassifier, batch: dict[str, Any], explain: bool, tolerance: float = TOLERANCE) -> list[dict[str, Any]]:
     if model.training:
         model.eval()
-    batch = model.collate(with_response=False)(samples)
-    reading = model.read(send_to_device(batch, model.device))
-    probabilities = model.score(reading).softmax(-1).cpu()
-    texts = model.write(reading) if explain else [""] * len(samples)
+    batch = send_to_device(batch, model.device)
+    found = classify(model, batch, tolerance)
+    probabilities = found.scores.softmax(-1)
+    predictions = probabilities.argmax(-1).tolist()
+    texts = explain_predictions(model, batch, found, predictions) if explain else [""] * len(predictions)
     results = []
-    for row, text in zip(probabilities, texts, strict=True):
-        best = int(row.argmax())
+    for row, best, bound, text in zip(probabilities, predictions, found.unexplored.tolist(), texts, strict=True):
         results.append(
             {
                 "prediction": model.class_names[best],
                 "confidence": float(row[best]),
                 "probabilities": dict(zip(model.class_names, row.tolist(), strict=True)),
+                "error_bound": bound,
                 "full_response": text,
             }
         )

@@ -11,15 +11,12 @@ from typing import Any
 
 from vlm.config import Settings
 from vlm.errors import UsageError
+from vlm.formats import DEFAULT_FORMAT, choose_format, lay_out
 
 SYSTEM = "You are an expert in {task_description}. Every image belongs to exactly one of these classes: {classes}"
-QUESTION = (
-    "Please classify this image for the {task_description} task. Strictly use this format:\n"
-    "Reasoning: [what you see in the image]\nAnswer: [one class name]"
-)
-RESPONSE = (
-    "Reasoning: Looking at this image, I can see {description}. Based on the visual features, this appears to be {class}.\nAnswer: {class}"
-)
+QUESTION = "Please classify this image for the {task_description} task. Strictly use this format:\n"
+SHOWN_REASONING, SHOWN_ANSWER = "[what you see in the image]", "[one class name]"  # what the question shows of a response
+REASONING = "Looking at this image, I can see {description}. Based on the visual features, this appears to be {class}."
 DESCRIPTION = "features of {class}"
 CLOSING_PUNCTUATION = ".!?,;:"
 
@@ -29,20 +26,40 @@ class Prompts:
     """Everything that is said to the model and everything it may answer.
 
     system: text before the picture, the same for every sample. question: text after it. class_names and responses: one
-    entry a class, in the order of the labels.
+    entry a class, in the order of the labels. response_format: the order of reasoning and answer (see vlm/formats.py).
+    reasoning_tokens: the most that the model writes of a reasoning of its own, trained on texts of the data set; 0: there are none,
+    each class has one response.
     """
 
     system: str
     question: str
     class_names: tuple[str, ...]
     responses: tuple[str, ...]
+    response_format: str = DEFAULT_FORMAT
+    reasoning_tokens: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Prompts":
-        return cls(values["system"], values["question"], tuple(values["class_names"]), tuple(values["responses"]))
+        """Of the JSON of this or an earlier version."""
+        texts = {name: tuple(values[name]) for name in ("class_names", "responses")}
+        return cls(**values | texts)
+
+    @property
+    def free(self) -> bool:
+        """Whether the model was trained on reasonings of the pictures' own."""
+        return self.reasoning_tokens > 0
+
+    @property
+    def answer_first(self) -> bool:
+        """Whether a text begins with its answer."""
+        return self.response_format != "reasoning-first"
+
+    def response(self, label: int, reasoning: str | None = None) -> str:
+        """What a picture of a class is answered with: its own reasoning laid out, or, without one, the response of the class."""
+        return lay_out(self.response_format, reasoning, self.class_names[label]) if reasoning else self.responses[label]
 
     def messages(self) -> list[dict[str, Any]]:
         """The conversation up to the model's turn, with list content, which every chat template understands."""
@@ -58,17 +75,21 @@ def build_prompts(settings: Settings, class_names: list[str]) -> Prompts:
     Raises:
         UsageError: the file of class descriptions is unreadable or names a class that is not there.
     """
+    response_format = choose_format(settings.response_format, settings.prompt_template)
+    template = lay_out(response_format, REASONING, "{class}")
+    question = settings.prompt_template or QUESTION + lay_out(response_format, SHOWN_REASONING, SHOWN_ANSWER)
     descriptions = read_descriptions(settings.class_descriptions, class_names) if settings.class_descriptions else {}
     values = {"classes": _class_list(class_names, descriptions), "task_description": settings.task_description}
     responses = []
     for name in class_names:
         description = descriptions.get(name) or fill(DESCRIPTION, {"class": name})
-        responses.append(fill(RESPONSE, {"description": description.rstrip(" ."), "class": name}))
+        responses.append(fill(template, {"description": description.rstrip(" ."), "class": name}))
     return Prompts(
         system=fill(settings.system_instructions or SYSTEM, values),
-        question=fill(settings.prompt_template or QUESTION, values),
+        question=fill(question, values),
         class_names=tuple(class_names),
         responses=tuple(responses),
+        response_format=response_format,
     )
 
 
@@ -98,16 +119,17 @@ def read_descriptions(path: str, class_names: list[str]) -> dict[str, str]:
     return values
 
 
-def parse_answer(text: str, class_names: list[str] | tuple[str, ...]) -> str | None:
+def parse_answer(text: str, class_names: list[str] | tuple[str, ...], response_format: str = DEFAULT_FORMAT) -> str | None:
     """The class that a text answers with, or None.
 
-    What stands on the line of the last "Answer:" has to be a class name, after trimming case, white space and closing
-    punctuation. A name inside a longer text does not count: "cat or dog" is no answer, and "catfish" is not "cat".
+    What stands on the line of the last "Answer:" (of the first one, in a format that begins with the answer) has to be a class name, after
+    trimming case, white space and closing punctuation. A name inside a longer text does not count: "cat or dog" is no answer, and
+    "catfish" is not "cat".
     """
     found = re.findall(r"answer\s*:[ \t]*([^\n]*)", text, flags=re.IGNORECASE)
     if not found:
         return None
-    answer = found[-1].strip()
+    answer = found[-1 if response_format == "reasoning-first" else 0].strip()
     if answer in class_names:
         return answer
     matches = [name for name in class_names if _trimmed(name) == _trimmed(answer)]

@@ -33,6 +33,7 @@ def finish(run: Run, progress: Progress, metrics: Sequence[Callable[..., Any]]) 
     pictures = len(data.train) * settings.epochs
     results = {
         "test": test,
+        **({"zero_shot": progress.zero_shot} if progress.zero_shot else {}),
         "texts": check_texts(classifier, data.test, settings.eval_batch_size),
         "validation": {"accuracy": progress.best_accuracy, "loss": progress.best_loss, "step": progress.best_step},
         "pictures": {"train": len(data.train), "validation": len(data.validation), "test": len(data.test), "skipped": len(data.skipped)},
@@ -76,9 +77,16 @@ def _print(run: Run, results: dict[str, Any]) -> None:
         ("test accuracy", f"{test['accuracy']:.4f}  ({results['pictures']['test']} pictures)"),
         ("macro F1, weighted F1", f"{test['macro_f1']:.4f}, {test['weighted_f1']:.4f}"),
         ("validation accuracy", f"{results['validation']['accuracy']:.4f}  (step {results['validation']['step']}, the best)"),
-        ("generated texts", f"{texts['agree_with_prediction']} of {texts['texts']} agree with the prediction, {texts['invalid']} invalid"),
+        ("free texts", f"{texts['agree_with_prediction']} of {texts['texts']} agree with the prediction, {texts['invalid']} invalid"),
+        ("explanations", f"{texts['explanations_agree']} of {texts['texts']} agree with the prediction"),
         ("training", f"{timings['train_seconds']:.1f} s, {timings['train_pictures_per_second']} pictures/s"),
     ]
+    if not run.settings.epochs:
+        rows[-1] = ("training", "none (--epochs 0)")
+    if "zero_shot" in results:
+        rows.insert(1, ("test accuracy before training", f"{results['zero_shot']['accuracy']:.4f}"))
+    if texts["reasoning_names_answer"] is not None:
+        rows.insert(-1, ("reasonings", f"{texts['reasoning_names_answer']} of {texts['texts']} free texts name in it what they answer"))
     rows += [(name, str(value)) for name, value in test.get("own_metrics", {}).items()]
     print("\n" + format_table(rows))
     pictures = str(run.output / DEMO_PICTURES) if run.settings.demo else "IMAGE_OR_FOLDER..."

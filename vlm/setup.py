@@ -1,9 +1,8 @@
 """From settings to a run that can start: device, data, model, what is trained, and a look at one sample."""
 
-import os
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -19,15 +18,17 @@ from vlm.classifier import VLMClassifier
 from vlm.config import Settings
 from vlm.data import Data, Sample, load_data
 from vlm.demo import MODEL_NAME, build_demo_model
-from vlm.device import pick_device, pick_dtype
+from vlm.device import check_compiler, pick_device, pick_dtype, pick_threads
 from vlm.errors import UsageError
 from vlm.families import load_family
 from vlm.features import fill_cache
+from vlm.formats import stated_format
 from vlm.hub import model_folder
-from vlm.memory import warn_if_too_large
+from vlm.memory import Texts, warn_if_too_large
 from vlm.prompts import build_prompts
 from vlm.quantization import check_quantization
 from vlm.report import format_table
+from vlm.responses import longest_reasoning
 from vlm.tracking import note
 from vlm.tuning import parameter_groups, prepare_tuning
 
@@ -64,27 +65,37 @@ def set_up(settings: Settings) -> Run:
     Raises:
         UsageError: anything in settings or data with which the run cannot start.
     """
-    if settings.demo and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # so small a model gains little from more, and loses much where the cores are busy
+    torch.set_num_threads(pick_threads(settings.threads))
     device, reason = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
     check_quantization(settings.bits, device)
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=PRECISIONS[dtype])
     data = load_data(settings)
     note("\n" + format_table(data.summary) + "\n")
+    _point_out_contradiction(settings)
 
     prompts = build_prompts(settings, data.class_names)
     folder, revision = _find_model(settings, data.class_names, accelerator)
-    warn_if_too_large(folder, settings, dtype, accelerator.device, prompts)
+    texts = Texts.of(prompts, [text for text in data.train.reasonings if text])
+    warn_if_too_large(folder, settings, dtype, accelerator.device, texts)
     family = load_family(folder, dtype, accelerator.device, settings.picture_options(), settings.bits)
     prepare_tuning(family, settings)
+    if settings.gradient_checkpointing:
+        family.checkpoint_layers()
+    if settings.compile:
+        check_compiler(accelerator.device)
+        family.compile_layers()
+    if settings.reasoning_column:
+        prompts = replace(prompts, reasoning_tokens=longest_reasoning(data.train, family))
     classifier = VLMClassifier(family, prompts)
     note(format_table(_settings_rows(settings, classifier, reason, dtype)) + "\n")
     preflight(classifier, data.train[0])
 
     if not settings.no_feature_cache:
         with accelerator.main_process_first():  # the others find what the first one has computed
-            classifier.feature_cache = fill_cache(family, (data.train, data.validation), settings.cache_size)
+            used = {"train": settings.epochs > 0, "validation": True, "test": settings.zero_shot}
+            seen = [getattr(data, role) for role, is_used in used.items() if is_used]
+            classifier.feature_cache = fill_cache(family, seen, settings.cache_size)
     groups = parameter_groups(classifier, settings.weight_decay, settings.learning_rate, settings.connector_learning_rate)
     optimizer = torch.optim.AdamW(groups, fused=accelerator.device.type in ("cpu", "cuda"))
     model, optimizer = accelerator.prepare(classifier, optimizer)
@@ -113,6 +124,7 @@ def _settings_rows(settings: Settings, classifier: VLMClassifier, device: str, d
         ("model", "the demo's, 3 + 3 layers with random weights" if settings.demo else str(settings.model)),
         ("device", device),
         ("number format", str(dtype).removeprefix("torch.") + quantized),
+        ("response format", _format_row(settings)),
         ("trained parameters", f"{trained:,} of {every:,} ({trained / every:.1%})"),
     ]
     rows += [
@@ -120,6 +132,21 @@ def _settings_rows(settings: Settings, classifier: VLMClassifier, device: str, d
         for name in SHOWN_SETTINGS
     ]
     return rows
+
+
+def _format_row(settings: Settings) -> str:
+    stated = stated_format(settings.prompt_template) == settings.response_format
+    return f"{settings.response_format}{', as --prompt-template states it' if stated else ''}"
+
+
+def _point_out_contradiction(settings: Settings) -> None:
+    """The format follows the template unless another one is given: then both are right as they are, but not together."""
+    stated = stated_format(settings.prompt_template)
+    if stated not in (None, settings.response_format):
+        note(
+            f"--prompt-template asks for {stated}, --response-format says {settings.response_format}: the responses are "
+            f"{settings.response_format}, against what the question asks. Make the two equal, or leave out --response-format.\n"
+        )
 
 
 def preflight(classifier: VLMClassifier, sample: Sample) -> None:

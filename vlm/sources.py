@@ -13,6 +13,7 @@ import numpy as np
 
 from vlm.config import Settings
 from vlm.errors import UsageError
+from vlm.formats import reasoning_of
 from vlm.hub import check_dataset_reachable, looks_like_path
 from vlm.pictures import is_picture, visible_files
 
@@ -36,11 +37,15 @@ EXPECTED = (
 
 @dataclass
 class Rows:
-    """The rows of one split: by index, what `open_picture` takes, the label as it was found, and a name for messages."""
+    """The rows of one split: by index, what `open_picture` takes, the label as it was found, and a name for messages.
+
+    reasonings: a text about each picture, or None for it, where a column of them was named.
+    """
 
     pictures: Sequence[Any]
     labels: list[Any]
     names: list[str]
+    reasonings: list[str | None] | None = None
 
 
 @dataclass
@@ -57,6 +62,7 @@ class Source:
     class_names: list[str] | None = None
     image_column: str | None = None
     label_column: str | None = None
+    reasoning_column: str | None = None
     commit: str | None = None
 
 
@@ -123,6 +129,25 @@ def choose_column(flag: str, given: str | None, columns: list[str], typed: list[
     raise UsageError(f"{flag}: no column was recognized by its type or name. {there} Name one with {flag}.")
 
 
+def _reasoning_column(settings: Settings, columns: list[str]) -> str | None:
+    """The column given, which must be there."""
+    if settings.reasoning_column is None:
+        return None
+    return choose_column("--reasoning-column", settings.reasoning_column, columns, [], [])
+
+
+def _reasonings(values: Sequence[Any], names: list[str]) -> list[str | None]:
+    """The texts of a column without what the response puts around them; None where there is none.
+
+    Raises:
+        UsageError: a value that is no text.
+    """
+    for value, name in zip(values, names, strict=True):
+        if not (value is None or isinstance(value, str) or value != value):
+            raise UsageError(f"--reasoning-column: {name} has a value of kind {type(value).__name__} there. Expected text.")
+    return [reasoning_of(value) or None if isinstance(value, str) else None for value in values]
+
+
 def _read_digits() -> Source:
     from sklearn.datasets import load_digits
 
@@ -181,13 +206,17 @@ def _read_tables(paths: dict[str, Path], others: list[str], settings: Settings) 
     columns = list(dict.fromkeys(column for table in tables.values() for row in table[:1000] for column in row))
     image = choose_column("--image-column", settings.image_column, columns, [], IMAGE_COLUMNS)
     label = choose_column("--label-column", settings.label_column, [c for c in columns if c != image], [], LABEL_COLUMNS)
+    reasoning = _reasoning_column(settings, [c for c in columns if c not in (image, label)])
     splits = {}
     for role, table in tables.items():
         names = [str(row.get(image) or "") for row in table]
         pictures = [paths[role].parent / name if name else None for name in names]
-        splits[role] = Rows(pictures, [row.get(label) for row in table], [name or f"row {i + 1}" for i, name in enumerate(names)])
+        names = [name or f"row {i + 1}" for i, name in enumerate(names)]
+        texts = _reasonings([row.get(reasoning) for row in table], names) if reasoning else None
+        splits[role] = Rows(pictures, [row.get(label) for row in table], names, texts)
     kind = "CSV" if all(path.suffix.lower() in (".csv", ".tsv") for path in paths.values()) else "JSONL"
-    return Source(f"{kind} file", splits, {role: path.name for role, path in paths.items()}, others, image_column=image, label_column=label)
+    split_names = {role: path.name for role, path in paths.items()}
+    return Source(f"{kind} file", splits, split_names, others, None, image, label, reasoning)
 
 
 def _read_csv(path: Path) -> list[dict[str, Any]]:
@@ -293,12 +322,15 @@ def _from_library(data: dict[str, Any], settings: Settings, kind: str, folder: P
     rest = [name for name in features if name != image]
     classes = [name for name in rest if isinstance(features[name], datasets.ClassLabel)]
     label = choose_column("--label-column", settings.label_column, rest, classes, LABEL_COLUMNS)
+    reasoning = _reasoning_column(settings, [name for name in rest if name != label])
     splits = {}
     for role, name in roles.items():
         part = data[name].with_format(None)
         if image not in part.features:
             raise UsageError(f"--image-column {image}: train has it, but {name} has not. Columns there: {', '.join(part.features)}.")
         labels = part[label][:] if label in part.features else [None] * len(part)
-        splits[role] = Rows(_Column(part, image, folder), labels, [f"{name}[{i}]" for i in range(len(part))])
+        own = [f"{name}[{i}]" for i in range(len(part))]
+        texts = _reasonings(part[reasoning][:], own) if reasoning in part.features else None
+        splits[role] = Rows(_Column(part, image, folder), labels, own, texts)
     names = list(features[label].names) if label in classes else None
-    return Source(kind, splits, roles, others, names, image, label)
+    return Source(kind, splits, roles, others, names, image, label, reasoning)

@@ -23,6 +23,7 @@ from vlm.data import Split, Step, epoch_plan
 from vlm.errors import RunError, Stopped, UsageError
 from vlm.evaluation import metrics_of_scores, score_split
 from vlm.metrics import load_metric
+from vlm.responses import response_lengths
 from vlm.results import finish
 from vlm.setup import Run, set_up
 from vlm.tracking import Bar, RunLog, note
@@ -65,7 +66,7 @@ class Trainer:
         self.accelerator = run.accelerator
         self.should_stop = should_stop
         self.progress = Progress()
-        self.response_lengths = run.classifier.tree.lengths.tolist()
+        self.response_lengths = response_lengths(run.data.train, run.classifier.family, run.classifier.rendered)
         self.steps_per_epoch = len(self._plan(0))
         self.total_steps = self.steps_per_epoch * self.settings.epochs
         self.log: RunLog | None = None
@@ -105,6 +106,10 @@ class Trainer:
         done = min(self.progress.epoch * pictures + self.progress.step_in_epoch * self._pictures_per_step(), settings.epochs * pictures)
         try:
             with Bar(settings.epochs * pictures, "training", initial=done) as bar:
+                if settings.zero_shot and self.progress.zero_shot is None:
+                    self._test_untouched()
+                if not settings.epochs:
+                    self._evaluate()
                 for epoch in range(self.progress.epoch, settings.epochs):
                     self._epoch(epoch, bar)
             if self.accelerator.is_main_process:
@@ -164,8 +169,7 @@ class Trainer:
     def _step(self, step: Step, batches: Iterator[dict[str, Any]]) -> Tensor:
         """One optimizer step; returns this process's share of the mean loss."""
         run, settings = self.run, self.settings
-        labels = run.data.train.labels
-        tokens = sum(self.response_lengths[labels[index]] for index in step.indices)
+        tokens = sum(self.response_lengths[index] for index in step.indices)
         share = (1.0 if step.counts else 0.0) / tokens
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate_at(self.progress.step, self.total_steps, settings.warmup_ratio, group["peak_lr"])
@@ -175,7 +179,7 @@ class Trainer:
             batch = send_to_device(next(batches), self.accelerator.device, non_blocking=True)
             synchronize = number == len(step.batches)  # processes exchange gradients once a step
             with nullcontext() if synchronize else self.accelerator.no_sync(run.model):
-                loss = run.model(batch).loss * share
+                loss = run.model(batch, first=number == 1, last=synchronize).loss * share
                 # Several processes average their gradients; the sum is wanted.
                 self.accelerator.backward(loss * self.accelerator.num_processes)
             total += loss.detach()
@@ -225,12 +229,19 @@ class Trainer:
                 metadata = self.run.metadata | {"validation": {"step": p.step, "accuracy": metrics["accuracy"], "loss": metrics["loss"]}}
                 save_model_folder(self.run.output / "best_model", self.run.classifier, metadata, self.run.dtype)
 
-    def _scores(self, split: Split) -> Tensor:
+    def _test_untouched(self) -> None:
+        """Metrics of the model as it is before the first step, on the test split, for comparison."""
+        scores = self._scores(self.run.data.test, "testing the untouched model")
+        metrics = metrics_of_scores(self.run.classifier, self.run.data.test.labels, scores)
+        self.progress.zero_shot = {name: metrics[name] for name in ("accuracy", "nll", "macro_f1")}
+        note(f"before the training: test accuracy {metrics['accuracy']:.4f}")
+
+    def _scores(self, split: Split, description: str = "validating") -> Tensor:
         """(N, C), every process scoring its share."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         with self.accelerator.autocast():
             part = score_split(
-                self.run.classifier, split, self.settings.eval_batch_size, range(rank, len(split), world), self.run.workers, "validating"
+                self.run.classifier, split, self.settings.eval_batch_size, range(rank, len(split), world), self.run.workers, description
             )
         scores = torch.empty(len(split), len(self.run.classifier.class_names), dtype=part.dtype)
         for other, theirs in enumerate(gather_object([part])):

@@ -5,9 +5,10 @@ B = batch, P = prefix tokens, L = tokens of a row, K = cached and new tokens, D 
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,12 +16,15 @@ import torch
 import transformers
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlm.errors import UsageError
 from vlm.prompts import Prompts
 from vlm.quantization import forget_quantizer, loading_options
+from vlm.responses import common_start, scored_ids
 
 TOWER_FEATURES = "tower_features"  # the name of cached features among a batch's pixels
 
@@ -32,7 +36,14 @@ class Rendered:
     prefix_ids: list[int]
     question_ids: list[int]
     response_ids: list[list[int]]  # one a class, each ending in the end-of-turn token
+    scored_ids: list[list[int]]  # one a class, what its log-probability is taken of (see vlm/responses.py)
     max_length: int  # longest row that the model can read
+    prompts: Prompts  # what was rendered
+
+    @cached_property
+    def opening_ids(self) -> list[int]:
+        """What all scored texts begin with; it is read together with the prompt."""
+        return self.scored_ids[0][: common_start(*self.scored_ids)]
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,10 @@ def quiet() -> Iterator[None]:
     finally:
         if was_on:
             transformers.utils.logging.enable_progress_bar()
+
+
+def _run_again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs) if torch.is_grad_enabled() else forward(*args, **kwargs)
 
 
 class Family:
@@ -166,6 +181,25 @@ class Family:
         """
         raise NotImplementedError
 
+    def layers(self) -> list[GradientCheckpointingLayer]:
+        """The blocks of both towers."""
+        return [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+    def checkpoint_layers(self) -> None:
+        """Gradient checkpointing (Chen et al. 2016, arXiv 1604.06174): every block keeps its input alone, and is run again on the way back.
+
+        transformers' own switch leaves out the cache, and with it the prefix.
+        """
+        for layer in self.layers():
+            layer.forward = partial(_run_again, layer.forward)
+
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """Let torch compile the blocks of the language model: at the first use, and again for lengths of another kind."""
+        inside = {id(module) for module in self.language.modules()}
+        for layer in self.layers():
+            if id(layer) in inside:
+                layer.compile(backend=backend, dynamic=True)
+
     # Text
 
     @property
@@ -202,12 +236,23 @@ class Family:
         pieces = opening.split(self.image_token)
         if len(pieces) != 2:
             raise UsageError(f"the texts hold {len(pieces) - 2} {self.image_token} of their own, which stands for a picture: leave it out.")
-        responses = []
-        for text in prompts.responses:
-            answered = [*prompts.messages(), {"role": "assistant", "content": [{"type": "text", "text": text}]}]
-            turn = self.apply_template(answered, add_generation_prompt=False).removeprefix(opening)
-            responses.append(self.tokenize(turn[: turn.rindex(self.end_of_turn)] + self.end_of_turn))
-        return Rendered(self.tokenize(pieces[0]), self.tokenize(pieces[1]), responses, self.max_length)
+        return self.rendered(prompts, self.tokenize(pieces[0]), self.tokenize(pieces[1]))
+
+    def rendered(self, prompts: Prompts, prefix: list[int], question: list[int]) -> Rendered:
+        """Prefix and question with the responses of the classes and what of them is scored."""
+        responses = [self.response_ids(prompts, text) for text in prompts.responses]
+        return Rendered(prefix, question, responses, scored_ids(self, prompts, responses), self.max_length, prompts)
+
+    def response_ids(self, prompts: Prompts, text: str) -> list[int]:
+        """The tokens of one response to a conversation that was rendered, end of turn included. Runs in loader processes, too."""
+        turn = self.turn(prompts, text)
+        return self.tokenize(turn[: turn.rindex(self.end_of_turn)] + self.end_of_turn)
+
+    def turn(self, prompts: Prompts, text: str) -> str:
+        """What the chat template adds to a conversation that is answered with a text."""
+        opening = self.apply_template(prompts.messages(), add_generation_prompt=True)
+        answered = [*prompts.messages(), {"role": "assistant", "content": [{"type": "text", "text": text}]}]
+        return self.apply_template(answered, add_generation_prompt=False).removeprefix(opening)
 
     def apply_template(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
         return self.processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)

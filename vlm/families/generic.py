@@ -111,8 +111,7 @@ class GenericFamily(Family):
             raise UsageError("the processor puts no picture token into the conversation: the model would learn from the text alone.")
         self._prefix = probe[: places[0]] if self.shares_prefix else []
         self._question = probe[places[-1] + 1 :]
-        responses = [self._response_ids(text) for text in prompts.responses]
-        return Rendered(self._prefix, self._question, responses, self.max_length)
+        return self.rendered(prompts, self._prefix, self._question)
 
     def _render_opening(self, prompts: Prompts) -> str:
         """The conversation up to the model's turn. A model without a system role gets the instructions at the head of the user's turn."""
@@ -155,8 +154,8 @@ class GenericFamily(Family):
             self._closing_ids = closing
         self._before = before if len(before) <= 1 else ""  # a space that belongs to the answer
 
-    def _response_ids(self, text: str) -> list[int]:
-        """The response as it is tokenized behind the question, and the end of the turn."""
+    def response_ids(self, prompts: Prompts, text: str) -> list[int]:
+        """As it is tokenized behind the question, and the end of the turn."""
         before = getattr(self, "_before", "")
         tail = self._opening[-20:]
         alone, together = self.tokenize(tail), self.tokenize(tail + before + text)

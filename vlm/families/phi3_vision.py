@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +126,6 @@ class Phi3VisionFamily(Family):
     def render(self, prompts: Prompts) -> Rendered:
         """As published: the text on either side of the picture is tokenized by itself, each with its beginning-of-text token.
 
-        A response is tokenized together with what stands before it, since the first word may depend on it.
-
         Raises:
             UsageError: a text holds a picture placeholder.
         """
@@ -134,16 +133,17 @@ class Phi3VisionFamily(Family):
         pieces = PICTURES.split(opening)
         if len(pieces) != 2 or PLACEHOLDER in "".join([opening, *prompts.responses]):
             raise UsageError(f"the texts hold a placeholder of their own, such as {PICTURE} or {PLACEHOLDER}: leave it out.")
-        prefix, question = self.tokenize(pieces[0]), self.tokenize(pieces[1])
-        responses = []
-        for text in prompts.responses:
-            answered = [*prompts.messages(), {"role": "assistant", "content": [{"type": "text", "text": text}]}]
-            turn = self.apply_template(answered, add_generation_prompt=False).removeprefix(opening)
-            ids = self.tokenize(pieces[1] + turn[: turn.rindex(self.end_of_turn)] + self.end_of_turn)
-            responses.append(ids[len(question) :])
+        rendered = self.rendered(prompts, self.tokenize(pieces[0]), self.tokenize(pieces[1]))
         # Room for whatever is written later, so that no row passes the switch of the positions on its way.
-        room = max(ROOM_TO_WRITE, 2 * max(map(len, responses)))
-        return Rendered(prefix, question, responses, self.max_length - room)
+        room = max(ROOM_TO_WRITE, 2 * max(map(len, rendered.response_ids)), 2 * prompts.reasoning_tokens)
+        return replace(rendered, max_length=self.max_length - room)
+
+    def response_ids(self, prompts: Prompts, text: str) -> list[int]:
+        """Tokenized together with what stands before it, since the first word may depend on it."""
+        question = PICTURES.split(self.apply_template(prompts.messages(), add_generation_prompt=True))[1]
+        turn = self.turn(prompts, text)
+        ids = self.tokenize(question + turn[: turn.rindex(self.end_of_turn)] + self.end_of_turn)
+        return ids[len(self.tokenize(question)) :]
 
     def apply_template(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
         """The published template takes plain text."""
