@@ -31,6 +31,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
+from vlm.device import pick_threads
 from vlm.report import format_table
 
 ROUNDS, QUICK_ROUNDS, TINY_ROUNDS = 5, 3, 1
@@ -42,7 +43,7 @@ def parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--output", type=Path, metavar="FILE.json", help="write the figures to this file")
     result.add_argument("--rounds", type=int, help=f"turns of each side, after one to warm up (default: {ROUNDS}; --quick: {QUICK_ROUNDS})")
-    result.add_argument("--threads", type=int, help="CPU threads of both sides (default: torch's)")
+    result.add_argument("--threads", type=int, help="CPU threads of both sides (default: the program's, physical cores)")
     size = result.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_const", dest="size", const="quick", help="a sixth of the model: 5 + 2 layers of 30 + 12")
     size.add_argument("--tiny", action="store_const", dest="size", const="tiny", help="a model without any use but to test the benchmark")
@@ -58,8 +59,7 @@ def start(options: argparse.Namespace) -> argparse.Namespace:
     """Fill in what depends on other options, and apply what concerns the whole process."""
     if options.rounds is None:
         options.rounds = {"full": ROUNDS, "quick": QUICK_ROUNDS, "tiny": TINY_ROUNDS}[options.size]
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    torch.set_num_threads(pick_threads(options.threads))  # as the program does; the other sides have them too
     options.cache.mkdir(parents=True, exist_ok=True)
     os.environ["VLM_CACHE"] = str(options.cache)  # features of benchmarks stay out of the user's own cache
     return options

@@ -3,7 +3,7 @@
 
 python benchmarks/levers.py --output benchmarks/results/levers.json
 
-Every lever is exact, so that loss or log-probabilities are compared in the same run. To add one: a function in `TRAINING` or `SCORING` that
+Every lever is exact, so that loss or probabilities are compared in the same run. To add one: a function in `TRAINING` or `SCORING` that
 switches it off in the object it is given, as a context manager.
 """
 
@@ -12,6 +12,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import common
@@ -21,11 +22,12 @@ from torch import Tensor, nn
 from train_vs_trl import BATCH_SIZES
 
 from vlm.batching import IGNORED
-from vlm.classifier import LossOutput, VLMClassifier
+from vlm.classifier import LossOutput, Reading, Scored, VLMClassifier
 from vlm.data import Sample
 from vlm.pictures import open_picture
+from vlm.prefix import expand, in_front
 
-TOLERANCE = 1e-4  # of the loss, relative; of log-probabilities, absolute and ten times that
+TOLERANCE = 1e-4  # of the loss, relative; of probabilities, absolute and three times that, as the search may leave out 1e-4
 Lever = Callable[[Any], Any]
 
 
@@ -54,12 +56,12 @@ def without_shared_prefix(ours: workload.OurTraining) -> Any:
     """The prefix runs in every row; logits at the response only, as before."""
     classifier = ours.classifier
 
-    def forward(batch: dict[str, Any]) -> LossOutput:
+    def forward(batch: dict[str, Any], **_: Any) -> LossOutput:
         embeddings, targets = _embeddings(classifier, batch)
         hidden = classifier.family.run_language(embeddings, torch.arange(embeddings.shape[1]).unsqueeze(0))
         in_loss = targets[:, 1:] != IGNORED
         logits = classifier.family.logits(hidden[:, :-1][in_loss])
-        return LossOutput(nn.functional.cross_entropy(logits, targets[:, 1:][in_loss], reduction="sum"), in_loss.sum())
+        return LossOutput(nn.functional.cross_entropy(logits, targets[:, 1:][in_loss], reduction="sum"), int(in_loss.sum()))
 
     return replaced(classifier, "forward", forward)
 
@@ -68,11 +70,11 @@ def without_response_logits(ours: workload.OurTraining) -> Any:
     """Logits at every place of the rows, of which most are thrown away; the prefix shared, as before."""
     classifier = ours.classifier
 
-    def forward(batch: dict[str, Any]) -> LossOutput:
-        hidden, _, _ = classifier._run_rows(batch)
+    def forward(batch: dict[str, Any], **_: Any) -> LossOutput:
+        hidden = classifier._run_rows(batch, in_front(classifier._run_prefix()))
         logits, targets = classifier.family.logits(hidden[:, :-1]), batch["targets"][:, 1:]
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
-        return LossOutput(loss, (targets != IGNORED).sum())
+        return LossOutput(loss, int((targets != IGNORED).sum()))
 
     return replaced(classifier, "forward", forward)
 
@@ -111,24 +113,33 @@ def without_kept_prefix(classifier: VLMClassifier) -> Iterator[None]:
         yield
 
 
+def without_search(classifier: VLMClassifier) -> Any:
+    """The whole label tree is visited."""
+    return replaced(classifier, "search", partial(classifier.search, tolerance=0.0))
+
+
 def without_label_tree(classifier: VLMClassifier) -> Any:
     """One pass a class over the same cache, its response scored token by token."""
-    from vlm.classifier import expand
 
-    def score(reading: Any) -> Tensor:
-        family, columns = classifier.family, []
-        for response in classifier.rendered.response_ids:
-            ids = torch.tensor([response]).expand(len(reading.hidden), -1)
-            positions = family.text_positions(reading.next_position.unsqueeze(1) + torch.arange(len(response) - 1))
-            causal = torch.ones(len(response) - 1, len(response) - 1, dtype=torch.bool).tril()
-            seen = reading.seen.unsqueeze(1).expand(-1, len(response) - 1, -1)
-            mask = torch.cat([seen, causal.expand(len(ids), -1, -1)], dim=-1).unsqueeze(1)
-            states = family.run_language(family.embed(ids[:, :-1]), positions, expand(reading.cache, len(ids)), mask)
-            logits = family.logits(torch.cat([reading.hidden.unsqueeze(1), states], dim=1))
-            columns.append(-nn.functional.cross_entropy(logits.transpose(1, 2), ids, reduction="none").sum(1))
-        return torch.stack(columns, dim=1)
+    def search(reading: Reading) -> Scored:
+        columns = [_log_probability(classifier, reading, response) for response in classifier.rendered.scored_ids]
+        return Scored(torch.stack(columns, dim=1), torch.zeros(len(reading.states)))
 
-    return replaced(classifier, "score", torch.no_grad()(score))
+    return replaced(classifier, "search", torch.no_grad()(search))
+
+
+def _log_probability(classifier: VLMClassifier, reading: Reading, response: list[int]) -> Tensor:
+    """(B,) of one response. What all responses begin with was read with the prompt."""
+    family, begun = classifier.family, reading.states.shape[1] - 1
+    ids = torch.tensor([response]).expand(len(reading.states), -1)
+    rest = ids[:, begun:-1]
+    places = torch.arange(begun, len(response) - 1)
+    causal = torch.ones(len(places), len(places), dtype=torch.bool).tril().expand(len(ids), -1, -1)
+    mask = torch.cat([reading.seen_opening.unsqueeze(1).expand(-1, len(places), -1), causal], dim=-1).unsqueeze(1)
+    positions = family.text_positions(reading.next_position.unsqueeze(1) + places)
+    states = family.run_language(family.embed(rest), positions, expand(reading.cache, len(ids)), mask)
+    logits = family.logits(torch.cat([reading.states, states], dim=1))
+    return -nn.functional.cross_entropy(logits.transpose(1, 2), ids, reduction="none").sum(1)
 
 
 @contextmanager
@@ -141,6 +152,7 @@ def without_features(classifier: VLMClassifier) -> Iterator[None]:
 SCORING: dict[str, Lever] = {
     "feature cache": without_features,
     "prefix kept between batches": without_kept_prefix,
+    "best-first search of the tree": without_search,
     "label tree": without_label_tree,
 }
 
@@ -179,14 +191,13 @@ def score(options: argparse.Namespace) -> list[dict[str, Any]]:
 
     def work(lever: Lever = lambda _: nullcontext()) -> Tensor:
         with lever(classifier):
-            return classifier.score(classifier.read(classifier.collate(with_response=False)(samples))).log_softmax(-1)
+            return classifier.search(classifier.read(classifier.collate(with_response=False)(samples))).scores.softmax(-1)
 
     whole = work()
-    likely = whole > -8  # a search of the tree may leave out what is less probable
-    differences = {name: float((work(lever) - whole)[likely].abs().max()) for name, lever in SCORING.items()}
+    differences = {name: float((work(lever) - whole).abs().max()) for name, lever in SCORING.items()}
     sides = {"all": work, **{name: (lambda lever=lever: work(lever)) for name, lever in SCORING.items()}}
     seconds = common.take_turns(sides, options.rounds)
-    return [row(f"score, {options.classes} classes", name, seconds, differences[name], 10 * TOLERANCE) for name in SCORING]
+    return [row(f"score, {options.classes} classes", name, seconds, differences[name], 3 * TOLERANCE) for name in SCORING]
 
 
 def row(work: str, name: str, seconds: dict[str, list[float]], difference: float, tolerance: float) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def build_works(options: argparse.Namespace) -> tuple[dict[str, Callable[[], Any
 
     @torch.no_grad()
     def score() -> None:
-        classifier.score(classifier.read(batch))
+        classifier.search(classifier.read(batch))
 
     return works | {"score new pictures, 15 classes": score}, classifier
 

@@ -65,10 +65,12 @@ class PlainTraining:
 def plain_batch(family: Any, rendered: Rendered, samples: list[Sample], with_response: bool = True) -> dict[str, Tensor]:
     """What transformers' forward takes, from the tokens that this program makes of the same samples."""
     made = vlm_collate_fn(samples, family, rendered, with_response)
+    length = int(made["lengths"].max())  # without responses, the rows have the beginning of one behind it
+    rows = made["input_ids"][:, :length]
     prefix = torch.tensor([rendered.prefix_ids]).expand(len(samples), -1)
-    places = torch.arange(made["input_ids"].shape[1])
+    places = torch.arange(length)
     batch = {
-        "input_ids": torch.cat([prefix, made["input_ids"]], dim=1),
+        "input_ids": torch.cat([prefix, rows], dim=1),
         "attention_mask": torch.cat([torch.ones_like(prefix), (places < made["lengths"].unsqueeze(1)).long()], dim=1),
         **{name: tensor.unsqueeze(1) for name, tensor in made["pixels"].items()},  # one tile a picture
     }

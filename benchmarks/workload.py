@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vlm import config
 from vlm.classifier import VLMClassifier
 from vlm.config import Settings, resolve
 from vlm.data import Sample, Step
@@ -144,8 +145,7 @@ def settings(options: argparse.Namespace, tune: str, batch_size: int, cached: bo
     return {
         "model": str(model_folder(options)), "dataset": str(picture_folder(options, max(2 * batch_size, 10), 10)), "tune": tune,
         "epochs": 1000, "system_instructions": system_text(options.size), "class_descriptions": str(descriptions),
-        "batch_size": batch_size, "gradient_accumulation_steps": 1, "no_feature_cache": not cached, "device": "cpu", "dtype": "float32",
-        "output_dir": str(options.cache / "output"), **more,
+        "batch_size": batch_size, "gradient_accumulation_steps": 1, "no_feature_cache": not cached, "device": "cpu", "dtype": "float32", "threads": options.threads, "output_dir": str(options.cache / "output"), **more,
     }  # fmt: skip
 
 
@@ -251,6 +251,12 @@ def classifier(options: argparse.Namespace, classes: int, peaked: bool = False, 
     if peaked:
         peak(options, result)
     return result
+
+
+def size_option(pixels: int) -> dict[str, Any]:
+    """The picture option of a family for `--image-size`; nothing where this version of the program has none."""
+    kind = getattr(config, "ImageSize", None)
+    return {"image_size": kind(pixels)} if kind else {}
 
 
 def keep_features(result: VLMClassifier, files: list[Path]) -> VLMClassifier:
