@@ -38,8 +38,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model-dir", default="vlm_results/best_model", metavar="FOLDER", help="default: vlm_results/best_model")
     parser.add_argument("--output", metavar="FILE", help="write all probabilities to FILE.csv or FILE.jsonl instead of a table")
     parser.add_argument("--explain", action="store_true", help="show a text for each picture too, whose answer is the prediction")
+    parser.add_argument(
+        "--abstain-below", type=float, metavar="P", help="no prediction below this confidence; 0: always one (default: as trained)"
+    )
     parser.add_argument("--batch-size", type=int, metavar="N", help="pictures in one forward pass (default: by the free memory)")
     parser.add_argument("--exhaustive-scoring", action="store_true", help="score every class to the end, however improbable (slower)")
+    parser.add_argument("--feature-cache", action="store_true", help="keep the vision features of the pictures for the next time")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of the CPU (default: its physical cores)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
@@ -58,6 +62,8 @@ def predict(args: argparse.Namespace) -> None:
     for name, value in (("batch-size", args.batch_size), ("threads", args.threads)):
         if value is not None and value < 1:
             raise UsageError(f"--{name} {value}: expected a whole number of at least 1.")
+    if args.abstain_below is not None and not 0 <= args.abstain_below <= 1:
+        raise UsageError(f"--abstain-below {args.abstain_below}: expected a probability, 0 to 1.")
     if args.output:
         check_output(Path(args.output))
     wait_politely()
@@ -69,8 +75,9 @@ def predict(args: argparse.Namespace) -> None:
 
     torch.set_num_threads(pick_threads(args.threads))
     paths = find_pictures(args.images)
-    model, processor, metadata = load_model_and_metadata(args.model_dir, args.device, args.dtype)
-    results = predict_batch(model, processor, paths, metadata, args.batch_size, args.explain, exhaustive=args.exhaustive_scoring)
+    model, processor, metadata = load_model_and_metadata(args.model_dir, args.device, args.dtype, args.abstain_below)
+    options = {"exhaustive": args.exhaustive_scoring, "feature_cache": args.feature_cache}
+    results = predict_batch(model, processor, paths, metadata, args.batch_size, args.explain, **options)
     if args.output:
         write_results(Path(args.output), results)
     else:
@@ -89,7 +96,7 @@ def check_output(path: Path) -> None:
 
 
 def print_results(results: dict[str, dict[str, Any]], explain: bool) -> None:
-    """Print a table to stdout: path, prediction, confidence, the runner-up, and the text if asked for."""
+    """Print a table to stdout: path, prediction, confidence, the runner-up (the two best, if abstained), and the text if asked for."""
     from vlm.report import format_table
 
     rows = []
@@ -97,8 +104,11 @@ def print_results(results: dict[str, dict[str, Any]], explain: bool) -> None:
         if "error" in result:
             rows.append((path, "-", "-", f"error: {result['error']}"))
             continue
-        second, probability = sorted(result["probabilities"].items(), key=lambda item: -item[1])[1]
-        rows.append((path, result["prediction"], f"{result['confidence']:.4f}", f"{second} {probability:.4f}"))
+        first, second = (f"{name} {p:.4f}" for name, p in sorted(result["probabilities"].items(), key=lambda item: -item[1])[:2])
+        if result.get("abstained"):
+            rows.append((path, "(abstained)", f"{result['confidence']:.4f}", f"{first}, {second}"))
+        else:
+            rows.append((path, result["prediction"], f"{result['confidence']:.4f}", second))
     print(format_table(rows, headers=("picture", "prediction", "confidence", "next")))
     if explain:
         for path, result in results.items():
@@ -123,11 +133,11 @@ def write_results(path: Path, results: dict[str, dict[str, Any]]) -> None:
 def _write_csv(file: Any, results: dict[str, dict[str, Any]]) -> None:
     classes = next((list(result["probabilities"]) for result in results.values() if "probabilities" in result), [])
     writer = csv.writer(file)
-    writer.writerow(["path", "prediction", "confidence", "error", "full_response", *(f"p({name})" for name in classes)])
+    writer.writerow(["path", "prediction", "confidence", "abstained", "error", "full_response", *(f"p({name})" for name in classes)])
     for name, result in results.items():
         probabilities = result.get("probabilities", {})
         writer.writerow(
-            [name, result["prediction"], result.get("confidence"), result.get("error"), result.get("full_response")]
+            [name, result["prediction"], *(result.get(key) for key in ("confidence", "abstained", "error", "full_response"))]
             + [probabilities.get(class_name) for class_name in classes]
         )
 

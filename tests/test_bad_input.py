@@ -113,7 +113,7 @@ def test_an_empty_split_and_a_label_outside_the_names(refused, tmp_path):
     ("flags", "said"),
     [
         (["--batch-size", 0], "--batch-size 0: expected a whole number of at least 1"),
-        (["--epochs", -1], "--epochs -1: expected a whole number of at least 1"),
+        (["--epochs", -1], "--epochs -1: expected a whole number of at least 0"),
         (["--learning-rate", "nan"], "--learning-rate nan: expected a number above 0"),
         (["--metrics", "nothing.py:f"], "nothing.py"),
         (["--prompt-template", "@nothing.txt"], "--prompt-template @nothing.txt: not a readable text file"),

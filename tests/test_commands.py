@@ -93,17 +93,28 @@ def test_the_output_folder_holds_these_files_and_no_others(mars_run):
     assert names_in(mars_run[0]) == {"vlm_results", "mars data", "metrics.py"}
     assert names_in(output) == {
         "best_model", "final_model", "training_metadata.json", "results.json", "training_curves.png", "confusion_matrix.png", "log.jsonl",
-        "wandb",
+        "report.html", "wandb", "reliability.png",
     }  # fmt: skip
     assert names_in(output / "best_model") == names_in(output / "final_model") == MODEL_FOLDER
-    for name in ("training_curves.png", "confusion_matrix.png"):
+    for name in ("training_curves.png", "confusion_matrix.png", "reliability.png"):
         with Image.open(output / name) as picture:
             picture.load()
             assert min(picture.size) > 400
 
 
 def test_results_json_tells_the_whole_story(mars_run, results):
-    assert set(results) == {"test", "texts", "validation", "pictures", "timings", "versions", "settings", "history"}
+    assert set(results) == {
+        "test",
+        "texts",
+        "picture_check",
+        "probe",
+        "validation",
+        "pictures",
+        "timings",
+        "versions",
+        "settings",
+        "history",
+    }
     test = results["test"]
     assert {"accuracy", "macro_f1", "weighted_f1", "per_class", "confusion_matrix", "nll", "loss"} <= set(test)
     assert list(test["per_class"]) == CODES and sum(map(sum, test["confusion_matrix"])) == 30
@@ -112,6 +123,17 @@ def test_results_json_tells_the_whole_story(mars_run, results):
     assert all(value > 0 for value in results["timings"].values())
     assert {"torch", "transformers", "python", "vlm"} <= set(results["versions"])
     assert results["texts"]["texts"] == 30 and results["settings"]["tune"] == "lora"
+
+
+def test_what_is_said_about_trust_stands_beside_the_accuracy(results):
+    test, check = results["test"], results["picture_check"]
+    calibration = test["calibration"]
+    assert calibration["temperature"] == 1 and "only 15 validation pictures" in calibration["remarks"][0]
+    for state in ("before", "after"):
+        assert calibration[state]["accuracy"][0] == test["accuracy"] and set(calibration[state]) == {"accuracy", "nll", "brier", "ece"}
+        assert sum(count for _, _, count in calibration["reliability"][state]) == 30
+    assert results["probe"] is None and "abstention" not in test, "they were not asked for"
+    assert check["pictures"] == 30 and check["chance"] == pytest.approx(1 / 15)
 
 
 def test_own_metrics_stand_in_the_results(results):

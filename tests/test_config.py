@@ -61,6 +61,17 @@ def test_all_problems_are_named_at_once():
         resolve({"batch_size": 0, "epochs": -1, "learning_rate": 0.0, "class_names": ["a", "a"], "demo": True, "model": "x"})
     for expected in ("--batch-size 0", "--epochs -1", "--learning-rate 0.0", "a is there twice", "--demo brings its own model"):
         assert expected in str(error.value)
+    with pytest.raises(UsageError, match=r"(?s)abstain-below 5: expected a probability.*--abstain-below and --target-precision exclude"):
+        resolve({"abstain_below": 5, "target_precision": 0.9})
+
+
+def test_only_lora_can_leave_the_connector_as_it_is():
+    assert resolve({"freeze_connector": True}).tune == "lora"
+    for tune in ("connector", "full"):
+        with pytest.raises(UsageError, match=f"--freeze-connector is for --tune lora, not {tune}"):
+            resolve({"tune": tune, "freeze_connector": True})
+    with pytest.raises(UsageError, match="--connector-learning-rate and --freeze-connector exclude each other"):
+        resolve({"freeze_connector": True, "connector_learning_rate": 1e-3})
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])

@@ -52,8 +52,9 @@ def test_the_demo_is_scikit_learns_digits():
     data = load_data(resolve({"demo": True}))
     assert counts(data) == [1259, 269, 269]
     assert data.class_names == ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-    image, label, name, _ = data.train[0]
-    assert (image.mode, image.size, label, name) == ("RGB", (8, 8), data.train.labels[0], data.train.names[0])
+    sample = data.train[0]
+    assert (sample.image.mode, sample.image.size) == ("RGB", (8, 8))
+    assert (sample.label, sample.name) == (data.train.labels[0], data.train.names[0])
     assert max(np.asarray(data.train[i].image).max() for i in range(9)) == 255
     assert not set(data.train.names) & set(data.test.names)
 

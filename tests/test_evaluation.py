@@ -7,7 +7,7 @@ from tiny import random_picture, save_tiny_model, tiny_classifier
 from train_vlm import evaluate_vlm_model, vlm_collate_fn
 from vlm.batching import IGNORED
 from vlm.data import Split
-from vlm.evaluation import check_texts, score_split
+from vlm.evaluation import check_texts, explanations, score_split
 from vlm.sources import Rows
 
 LABELS = [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3]
@@ -88,8 +88,14 @@ def test_free_texts_are_counted_by_answer_and_reasoning(classifier, split, monke
     prediction = classifier.class_names[int(score_split(classifier, split, indices=[0])[0].argmax())]
     assert prediction not in ("cat", "catfish"), "or the texts above would say something else"
     monkeypatch.setattr(
-        "vlm.evaluation.write_freely", lambda classifier, reading: [text.format(prediction, prediction)] * len(reading.hidden)
+        "vlm.evaluation.write_freely", lambda classifier, reading: [text.format(prediction, prediction)] * len(reading.states)
     )
     same = split.take([0, 0, 0])
     expected = {"texts": 3, "invalid": invalid, "agree_with_prediction": agrees, "reasoning_names_answer": named, "explanations_agree": 3}
     assert check_texts(classifier, same) == expected
+
+
+def test_texts_of_chosen_pictures_come_in_the_order_asked_for(classifier, split):
+    alone = [explanations(classifier, split, [i])[0] for i in (7, 2, 4)]
+    assert explanations(classifier, split, [7, 2, 4], batch_size=2) == alone
+    assert explanations(classifier, split, []) == []

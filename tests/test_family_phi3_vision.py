@@ -104,15 +104,15 @@ def test_features_of_unequal_pictures_equal_plain_loops(folder):
         )  # the same numbers in another order of adding
 
 
-def test_cached_features_give_the_same_loss(folder, tmp_path):
+def test_cached_features_give_the_same_loss(folder, tmp_path, monkeypatch):
     """`image_sizes` stays in a batch whose pixels are replaced by features: the newlines depend on it."""
     family = load(folder, {"num_crops": 4})
-    cache = FeatureCache(tmp_path)
+    monkeypatch.setenv("VLM_CACHE", str(tmp_path))
+    cache = FeatureCache(family, connected=False, halved=False, limit_gb=1)
     classifier = VLMClassifier(family, tiny_prompts())
     samples = [Sample(random_picture(i, *size), i, f"picture {i}") for i, size in enumerate([(40, 28), (20, 90)])]
     with torch.no_grad():
-        for sample in samples:
-            cache.add(family, sample.image)
+        assert cache.add_missing(family, samples)
         losses = [classifier(vlm_collate_fn(samples, family, classifier.rendered, cache=kept)).loss for kept in (None, cache)]
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=0)
 

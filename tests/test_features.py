@@ -1,38 +1,20 @@
-"""The cache of vision features: the same numbers as from pixels, and no harm from runs that share it or are killed."""
+"""The cache of vision features: the same numbers as from pixels, in every family, without opening a picture."""
 
-import os
-import time
+import pickle
+from pathlib import Path
 
-import hub_layout_phi3_vision
-import hub_layout_qwen2_vl
-import hub_layout_smolvlm
 import pytest
 import test_family_generic
 import torch
-from tiny import random_picture, tiny_prompts
+from feature_checks import LABELS, MODELS, classifier_of, load, split
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 
-from vlm import features
-from vlm.classifier import VLMClassifier
-from vlm.config import resolve
-from vlm.data import Split
-from vlm.families import load_family
-from vlm.features import cache_root, fill_cache, fingerprint
-from vlm.sources import Rows
-from vlm.tuning import prepare_tuning
-
-LABELS = [0, 1, 2, 3]
-MODELS = {
-    "idefics3": hub_layout_smolvlm.save_published,
-    "qwen2_vl": hub_layout_qwen2_vl.save_published,
-    "phi3_v": hub_layout_phi3_vision.save_published,
-    "llava": lambda folder: test_family_generic.TestLlavaClip().build(folder),
-}
-
-
-def split(count=4):
-    """Pictures of unequal sizes; the last one is the first once more."""
-    pictures = [random_picture(i, 30 + 20 * i, 40) for i in range(count - 1)]
-    return Split(Rows([*pictures, pictures[0]], LABELS, [str(i) for i in range(count)]), range(count), LABELS)
+from vlm import data, features
+from vlm.checkpoint import save_model_folder
+from vlm.evaluation import score_split
+from vlm.families.base import CONNECTED_FEATURES, TOWER_FEATURES
+from vlm.features import cache_root, fill_cache, fingerprint, open_cache
 
 
 @pytest.fixture(autouse=True)
@@ -41,90 +23,204 @@ def root(tmp_path, monkeypatch):
     return cache_root()
 
 
-def classifier_of(build, folder):
-    build(folder)
-    family = load_family(folder, torch.float32, torch.device("cpu"), {})
-    prepare_tuning(family, resolve({"tune": "connector"}))
-    return VLMClassifier(family, tiny_prompts())
+def measure(classifier, samples):
+    """Loss, gradients and scores."""
+    output = classifier.train()(classifier.collate(True)(samples))
+    output.loss.backward()
+    gradients = {name: p.grad.clone() for name, p in classifier.named_parameters() if p.grad is not None}
+    classifier.zero_grad()
+    classifier.eval()
+    return output.loss.detach(), gradients, classifier.score(classifier.read(classifier.collate(False)(samples)))
+
+
+def assert_equal(measured, expected, tolerance=1e-6):
+    """Relative to the size of each loss, gradient and vector of scores."""
+    loss, gradients, scores = measured
+    assert gradients.keys() == expected[1].keys()
+    largest = max(float(gradient.norm()) for gradient in expected[1].values())
+    pairs = [("loss", loss, expected[0]), ("scores", scores, expected[2])] + [(n, g, expected[1][n]) for n, g in gradients.items()]
+    for name, tensor, other in pairs:
+        # A gradient that is zero but for rounding (a bias in front of a softmax) is compared with a share of the largest one.
+        assert (tensor - other).norm() <= tolerance * max(float(other.norm()), 1e-6 * largest), name
+
+
+def opens_no_picture(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a picture is opened")
+
+    monkeypatch.setattr(data, "open_picture", refuse)
+
+
+@pytest.mark.parametrize("settings", [{"tune": "connector"}, {"tune": "lora", "freeze_connector": True, "lora_dropout": 0.0}])
+@pytest.mark.parametrize("name", MODELS)
+def test_cached_features_give_the_same_loss_gradients_and_scores_as_pixels(name, settings, tmp_path, root, monkeypatch):
+    """Before a connector that is trained, and behind one that is frozen."""
+    classifier = classifier_of(name, tmp_path / "model", dtype=torch.float64, **settings)
+    pictures = split()
+    expected = measure(classifier, [pictures[i] for i in range(4)])
+    frozen = "freeze_connector" in settings
+    assert not frozen or all(".lora_" in key for key in expected[1]), "nothing but LoRA is trained"
+    classifier.feature_cache = fill_cache(classifier.family, [pictures], limit_gb=1)
+    assert len(list(root.glob("*/*.safetensors"))) == 3, "the picture that is there twice is computed once"
+    opens_no_picture(monkeypatch)
+    classifier.family.vision_features = None  # it must not be needed any more
+    samples = [pictures[i] for i in range(4)]
+    batch = classifier.collate(True)(samples)
+    assert not any("pixel" in key for key in batch["pixels"])
+    assert (CONNECTED_FEATURES if frozen else TOWER_FEATURES) in batch["pixels"]
+    assert_equal(measure(classifier, samples), expected)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_cached_features_give_the_same_loss_gradients_and_scores_as_pixels(name, tmp_path, root):
-    classifier = classifier_of(MODELS[name], tmp_path / "model")
-    samples = [split()[i] for i in range(4)]
-
-    def measure():
-        output = classifier.train()(classifier.collate(True)(samples))
-        output.loss.backward()
-        gradients = {n: p.grad.clone() for n, p in classifier.named_parameters() if p.grad is not None}
-        classifier.zero_grad()
-        classifier.eval()
-        return output.loss.detach(), gradients, classifier.score(classifier.read(classifier.collate(False)(samples)))
-
-    loss, gradients, scores = measure()
-    classifier.feature_cache = fill_cache(classifier.family, [split()], limit_gb=1)
-    batch = classifier.collate(True)(samples)
-    assert not any("pixel" in key for key in batch["pixels"])
-    assert len(list(root.glob("*/*.safetensors"))) == 3, "the picture that is there twice is computed once"
-    classifier.family.vision_features = None  # it must not be needed any more
-    cached_loss, cached_gradients, cached_scores = measure()
-    torch.testing.assert_close(cached_loss, loss, rtol=1e-6, atol=0)
-    torch.testing.assert_close(cached_scores, scores, rtol=1e-6, atol=1e-4)
-    assert cached_gradients.keys() == gradients.keys()
-    for key, gradient in gradients.items():
-        assert (cached_gradients[key] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-6, key
+def test_features_computed_in_a_batch_are_those_of_one_picture_after_the_other(name, tmp_path):
+    classifier = classifier_of(name, tmp_path / "model")
+    family, pictures = classifier.family.model.eval() and classifier.family, split()
+    encoded = [family.encode_pictures([pictures[i].image]) for i in range(3)]
+    with torch.no_grad():
+        for connected in (False, True):
+            together = family.features_of_each(encoded, connected)
+            for one, features_of_one in zip(encoded, together, strict=True):
+                alone = family.features_of_each([one], connected)[0]
+                assert alone.shape == features_of_one.shape
+                assert (alone - features_of_one).norm() <= 1e-6 * alone.norm(), float((alone - features_of_one).norm() / alone.norm())
+    counts = [len(one.inputs["pixel_values"]) for one in encoded]
+    several = name not in ("idefics3", "llava")
+    assert (len(set(counts)) > 1) == several, f"unequal rows of pixels are tested: {counts}"
 
 
-def test_a_second_run_computes_nothing(tmp_path, monkeypatch):
-    classifier = classifier_of(MODELS["idefics3"], tmp_path / "model")
-    cache = fill_cache(classifier.family, [split()], limit_gb=1)
-    times = {file: file.stat().st_mtime_ns for file in cache.folder.iterdir()}
-    computed = []
-    monkeypatch.setattr(features.FeatureCache, "add", lambda self, family, picture: computed.append(1) or self.file(picture))
-    again = fill_cache(classifier.family, [split()], limit_gb=1)
-    assert again.folder == cache.folder and len(computed) <= 1, "but for the first, which tells the size"
-    assert {file: file.stat().st_mtime_ns for file in cache.folder.iterdir()} == times
+def test_batches_are_bounded_and_nothing_is_computed_twice(tmp_path, monkeypatch):
+    classifier = classifier_of("qwen2_vl", tmp_path / "model")
+    sizes = []
+    whole = classifier.family.features_of_each
+    classifier.family.features_of_each = lambda pictures, connected: sizes.append(len(pictures)) or whole(pictures, connected)
+    monkeypatch.setattr(features, "PICTURES_AT_ONCE", 2)
+    fill_cache(classifier.family, [split(), split()], limit_gb=1)
+    assert sizes == [2, 1], "three different pictures in two splits of four"
+    fill_cache(classifier.family, [split()], limit_gb=1)
+    assert sizes == [2, 1], "a second run computes nothing"
+    monkeypatch.setattr(features, "VALUES_AT_ONCE", 1)
+    for file in cache_root().glob("*/*"):
+        file.unlink()
+    fill_cache(classifier.family, [split()], limit_gb=1)
+    assert sizes == [2, 1, 1, 1, 1], "a picture that is too large is computed alone"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loader_processes_open_no_picture(workers, tmp_path, monkeypatch):
+    classifier = classifier_of("idefics3", tmp_path / "model").eval()
+    pictures = split()
+    expected = score_split(classifier, pictures, batch_size=2)
+    classifier.feature_cache = fill_cache(classifier.family, [pictures], limit_gb=1, workers=workers)
+    opens_no_picture(monkeypatch)
+    torch.testing.assert_close(score_split(classifier, pictures, batch_size=2, workers=workers), expected, rtol=1e-6, atol=1e-4)
+    again, collate = pickle.loads(pickle.dumps((pictures, classifier.collate(True))))
+    batch = next(iter(DataLoader(again, 4, collate_fn=collate)))
+    assert TOWER_FEATURES in batch["pixels"] and batch["labels"].tolist() == LABELS
+
+
+def test_a_file_that_is_gone_or_damaged_is_made_up_for_by_the_pixels(tmp_path):
+    classifier = classifier_of("idefics3", tmp_path / "model").eval()
+    pictures = split()
+    cache = classifier.feature_cache = fill_cache(classifier.family, [pictures], limit_gb=1)
+    expected = score_split(classifier, pictures, batch_size=4)
+    first, second, _ = sorted(cache.folder.iterdir())
+    first.write_bytes(b"")
+    second.unlink()
+    assert cache.encode([pictures[i].key for i in range(4)]) is None
+    torch.testing.assert_close(score_split(classifier, pictures, batch_size=4), expected, rtol=1e-6, atol=1e-4)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux shows what is mapped")
+def test_a_file_is_mapped_into_memory_and_not_copied(tmp_path):
+    classifier = classifier_of("idefics3", tmp_path / "model")
+    file = next(fill_cache(classifier.family, [split()], limit_gb=1).folder.iterdir())
+    entry = features.load_file(file)
+    (line,) = (line for line in Path("/proc/self/maps").read_text().splitlines() if file.name in line)
+    first, last = (int(end, 16) for end in line.split()[0].split("-"))
+    assert all(first <= tensor.data_ptr() < last for tensor in entry.values())
+
+
+# Number formats
+
+
+def test_float16_halves_the_features_and_stays_within_its_tolerance(tmp_path):
+    classifier = classifier_of("idefics3", tmp_path / "model")
+    pictures = split()
+    loss, _, scores = measure(classifier, [pictures[i] for i in range(4)])
+    whole, halved = (fill_cache(classifier.family, [pictures], limit_gb=1, cache_dtype=dtype) for dtype in ("float32", "float16"))
+    assert whole.folder != halved.folder
+    keys = [pictures[i].key for i in range(4)]
+    exact, rounded = (cache.encode(keys).inputs[TOWER_FEATURES] for cache in (whole, halved))
+    assert exact.dtype == rounded.dtype == torch.float32
+    assert 0 < ((rounded - exact).abs() / (exact.abs() + 1e-4)).max() <= 2**-11
+    size, half = (next(cache.folder.iterdir()).stat().st_size for cache in (whole, halved))
+    assert half < 0.6 * size
+    classifier.feature_cache = halved
+    other_loss, _, other_scores = measure(classifier, [pictures[i] for i in range(4)])
+    assert abs(other_loss - loss) < 1e-3 * loss
+    torch.testing.assert_close(other_scores, scores, rtol=1e-3, atol=0)
+
+
+def test_a_feature_that_float16_cannot_hold_is_kept_in_float32(tmp_path):
+    classifier = classifier_of("idefics3", tmp_path / "model")
+    whole = classifier.family.vision_features
+    classifier.family.vision_features = lambda inputs: whole(inputs) * 1e6
+    pictures = split()
+    cache = fill_cache(classifier.family, [pictures], limit_gb=1, cache_dtype="float16")
+    expected = classifier.family.features_of_each([classifier.family.encode_pictures([pictures[1].image])], False)[0]
+    assert expected.abs().max() > 65504
+    torch.testing.assert_close(cache.encode([pictures[1].key]).inputs[TOWER_FEATURES], expected)
+
+
+def test_a_model_in_bfloat16_keeps_its_features_as_they_are(tmp_path):
+    MODELS["idefics3"][0](tmp_path / "model")
+    classifier = load(tmp_path / "model", dtype=torch.bfloat16)
+    cache = fill_cache(classifier.family, [split()], limit_gb=1, cache_dtype="float16")
+    assert load_file(next(cache.folder.iterdir()))[TOWER_FEATURES].dtype == torch.bfloat16
+
+
+# What features belong to
 
 
 def test_other_weights_or_picture_processing_have_features_of_their_own(tmp_path):
-    classifier = classifier_of(MODELS["idefics3"], tmp_path / "model")
-    seen = {fingerprint(classifier.family)}
+    classifier = classifier_of("idefics3", tmp_path / "model")
+    family = classifier.family
+    seen = {fingerprint(family, connected, halved) for connected in (False, True) for halved in (False, True)}
+    before = fingerprint(family, False, False)
     with torch.no_grad():
-        next(classifier.family.vision.parameters()).add_(1e-3)
-    seen.add(fingerprint(classifier.family))
-    classifier.family.processor.image_processor.image_mean = [0.4, 0.5, 0.5]
-    seen.add(fingerprint(classifier.family))
-    seen.add(fingerprint(load_family(tmp_path / "model", torch.bfloat16, torch.device("cpu"), {})))
-    assert len(seen) == 4
+        next(family.connector.parameters()).add_(1e-3)
+    assert fingerprint(family, False, False) == before, "the connector does not matter before it"
+    seen.add(fingerprint(family, True, False))
+    with torch.no_grad():
+        next(family.vision.parameters()).add_(1e-3)
+    seen.add(fingerprint(family, False, False))
+    family.processor.image_processor.image_mean = [0.4, 0.5, 0.5]
+    seen.add(fingerprint(family, False, False))
+    seen.add(fingerprint(load(tmp_path / "model", {}, torch.bfloat16).family, False, False))
+    assert len(seen) == 8
+
+
+def test_another_layer_of_the_tower_has_features_of_its_own(tmp_path):
+    classifier = classifier_of("llava", tmp_path / "model")
+    before = fingerprint(classifier.family, False, False)
+    classifier.family.model.config.vision_feature_layer = -1
+    assert fingerprint(classifier.family, False, False) != before
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_that_was_saved_after_training_uses_the_features_of_its_training(name, tmp_path):
+    classifier = classifier_of(name, tmp_path / "model", tune="lora", freeze_connector=True)
+    caches = [open_cache(classifier.family, connected, "float32", 1) for connected in (False, True)]
+    save_model_folder(tmp_path / "saved", classifier, {}, torch.float32)
+    again = load(tmp_path / "saved", None).family
+    assert all(cache.fits(again) for cache in caches)
+    save_model_folder(tmp_path / "rounded", classifier, {}, torch.bfloat16)
+    assert not any(cache.fits(load(tmp_path / "rounded", None).family) for cache in caches), "rounded weights have others"
 
 
 def test_a_trained_tower_and_one_that_packs_its_features_are_not_cached(tmp_path):
-    classifier = classifier_of(MODELS["idefics3"], tmp_path / "model")
+    classifier = classifier_of("idefics3", tmp_path / "model")
     classifier.family.vision.requires_grad_(True)
     assert fill_cache(classifier.family, [split()], limit_gb=1) is None
-    packing = classifier_of(lambda folder: test_family_generic.TestLlavaOnevision().build(folder), tmp_path / "packing")
-    assert fill_cache(packing.family, [split()], limit_gb=1) is None
-
-
-def test_features_that_are_too_large_are_not_kept(tmp_path, capsys):
-    classifier = classifier_of(MODELS["idefics3"], tmp_path / "model")
-    assert fill_cache(classifier.family, [split()], limit_gb=1e-6) is None
-    assert "more than --cache-size 1e-06: not kept" in capsys.readouterr().err
-
-
-def test_only_features_that_nobody_used_for_a_day_make_room(tmp_path, root):
-    classifier = classifier_of(MODELS["idefics3"], tmp_path / "model")
-    for name, age in (("old", 2 * 86400), ("new", 60)):
-        (root / name).mkdir(parents=True)
-        (root / name / "x.safetensors").write_bytes(bytes(600_000))
-        os.utime(root / name, (time.time() - age, time.time() - age))
-    assert fill_cache(classifier.family, [split()], limit_gb=1.2e-3) is not None
-    assert sorted(path.name for path in root.iterdir() if path.name in ("old", "new")) == ["new"]
-
-
-def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch, capsys):
-    classifier = classifier_of(MODELS["idefics3"], tmp_path / "model")
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("VLM_CACHE", str(tmp_path / "file"))
-    assert fill_cache(classifier.family, [split()], limit_gb=1) is None
-    assert "computed anew each time" in capsys.readouterr().err
+    test_family_generic.TestLlavaOnevision().build(tmp_path / "packing")
+    assert fill_cache(load(tmp_path / "packing").family, [split()], limit_gb=1) is None

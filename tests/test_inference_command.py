@@ -79,7 +79,7 @@ def test_csv_and_json_lines_hold_the_same(infer, pictures, tmp_path):
     assert [row["path"] for row in rows] == [entry["path"] for entry in entries]
     for row, entry in zip(rows[:3], entries[:3], strict=True):
         assert set(entry) == {"path", "prediction", "confidence", "probabilities", "full_response"}
-        assert set(row) == {"path", "prediction", "confidence", "error", "full_response"} | {
+        assert set(row) == {"path", "prediction", "confidence", "abstained", "error", "full_response"} | {
             f"p({name})" for name in entry["probabilities"]
         }
         assert (row["prediction"], row["full_response"], row["error"]) == (entry["prediction"], entry["full_response"], "")
@@ -88,6 +88,25 @@ def test_csv_and_json_lines_hold_the_same(infer, pictures, tmp_path):
     assert entries[3]["prediction"] is None and entries[3]["error"] == rows[3]["error"] != ""
     assert (rows[3]["prediction"], rows[3]["confidence"], rows[3]["p(zero)"]) == ("", "", "")
     assert {path.name for path in tmp_path.iterdir()} == {"broken.png", "x.csv", "x.jsonl"}, "nothing is left beside them"
+
+
+def test_a_threshold_of_the_command_line_leaves_predictions_out(infer, pictures, tmp_path):
+    _, plain, _ = infer(pictures)
+    confidences = [float(line.split()[-3]) for line in plain.splitlines()[2:]]
+    threshold = sorted(confidences)[1] + 0.001  # keeps one of three
+    code, out, _ = infer(pictures, "--abstain-below", threshold)
+    assert code == 0
+    for before, after, confidence in zip(plain.splitlines()[2:], out.splitlines()[2:], confidences, strict=True):
+        assert ("(abstained)" in after) is (confidence < threshold)
+        prediction = before.split()[-4]
+        assert confidence >= threshold or f"(abstained)  {confidence:.4f}" in after and f"{prediction} {confidence:.4f}, " in after
+    assert infer(pictures, "--abstain-below", 0)[1] == plain
+    for name in ("x.csv", "x.jsonl"):
+        infer(pictures, "--abstain-below", 1, "--output", tmp_path / name)
+    rows, entries = read_csv(tmp_path / "x.csv"), [json.loads(line) for line in (tmp_path / "x.jsonl").read_text("utf-8").splitlines()]
+    assert [(row["prediction"], row["abstained"]) for row in rows] == [("", "True")] * 3
+    assert [(entry["prediction"], entry["abstained"]) for entry in entries] == [(None, True)] * 3
+    assert all(float(row["confidence"]) == entry["confidence"] > 0 for row, entry in zip(rows, entries, strict=True))
 
 
 def test_a_table_where_no_picture_can_be_read(infer, tmp_path):
@@ -110,6 +129,7 @@ def test_a_table_where_no_picture_can_be_read(infer, tmp_path):
         (["a.png", "--output", "a.png/x.csv"], "a.png/x.csv cannot be written"),
         (["a.png", "--batch-size", "0"], "--batch-size 0: expected a whole number of at least 1"),
         (["a.png", "--dtype", "float16"], "float16 works on CUDA only"),
+        (["a.png", "--abstain-below", "50"], "--abstain-below 50.0: expected a probability, 0 to 1."),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(infer, pictures, tmp_path, monkeypatch, arguments, message):

@@ -140,6 +140,8 @@ def test_what_makes_a_run_larger_makes_the_estimate_larger():
     assert need(tune="connector").training < need(tune="lora").training < need(tune="full").training
     assert need(batch_size=4).activations > 2 * need(batch_size=1).activations
     assert need(lora_rank=64).optimizer == 4 * need(lora_rank=16).optimizer - 3 * need(tune="connector").optimizer
+    frozen = need(freeze_connector=True)
+    assert frozen.optimizer == need().optimizer - need(tune="connector").optimizer and frozen.activations < need().activations
     assert need(image_splitting=True).activations > need().activations
     assert need(texts=Texts(prefix=2000)).activations > need().activations
     assert need(dtype=torch.bfloat16).weights < 0.6 * need().weights

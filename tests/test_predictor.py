@@ -1,13 +1,18 @@
 """The three functions of inference, on the demo's model."""
 
+import json
 import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from inference_vlm import load_model_and_metadata, predict_batch, predict_single_image
+from vlm.batching import vlm_collate_fn
+from vlm.calibration import Calibration
+from vlm.data import Sample
 from vlm.errors import UsageError
 from vlm.pictures import UnreadablePicture
 
@@ -71,7 +76,13 @@ def test_one_by_one_is_the_same_as_in_a_batch(loaded, paths):
         assert confidence == pytest.approx(result["confidence"], abs=1e-5)
 
 
-def test_pictures_of_one_batch_do_not_change_each_other(loaded, paths):
+@pytest.fixture
+def uncalibrated(loaded, monkeypatch):
+    """With the model's own probabilities: after so short a training the calibrated ones are nearly the same for every picture."""
+    monkeypatch.setattr(loaded[0], "calibration", Calibration())
+
+
+def test_pictures_of_one_batch_do_not_change_each_other(loaded, paths, uncalibrated):
     results = batch(loaded, paths, batch_size=1, explain=False)
     expected = table(results)
     assert (np.abs(expected - expected[0]).max(axis=1)[1:] > 1e-4).all(), "else a picture in the wrong place would go unnoticed"
@@ -81,7 +92,7 @@ def test_pictures_of_one_batch_do_not_change_each_other(loaded, paths):
         np.testing.assert_allclose(table(together), expected, atol=1e-5)
 
 
-def test_results_come_in_the_order_of_the_paths_and_each_path_once(loaded, paths):
+def test_results_come_in_the_order_of_the_paths_and_each_path_once(loaded, paths, uncalibrated):
     mixed = [paths[4], str(paths[1]), paths[6], paths[1], paths[0]]
     results = batch(loaded, mixed, batch_size=2, explain=False)
     assert list(results) == [str(path) for path in (paths[4], paths[1], paths[6], paths[0])]
@@ -92,10 +103,54 @@ def test_results_come_in_the_order_of_the_paths_and_each_path_once(loaded, paths
 
 def test_confidence_is_the_largest_probability_and_they_add_up_to_one(loaded, paths):
     for result in batch(loaded, paths).values():
-        assert set(result) == {"prediction", "confidence", "probabilities", "full_response"}
+        assert set(result) == {"prediction", "confidence", "probabilities", "error_bound", "full_response"}
         assert list(result["probabilities"]) == loaded[2]["class_names"]
         assert sum(result["probabilities"].values()) == pytest.approx(1, abs=1e-6)
         assert result["confidence"] == max(result["probabilities"].values()) == result["probabilities"][result["prediction"]]
+
+
+def test_confidence_is_after_the_stored_calibration(demo_run, loaded, paths):
+    model, _, metadata = loaded
+    stored = metadata["calibration"]
+    results = json.loads((demo_run / "results.json").read_text())
+    assert stored["temperature"] == results["test"]["calibration"]["temperature"] != 1 and stored["abstain_below"] is None
+    assert json.loads((demo_run / "training_metadata.json").read_text())["calibration"] == stored
+    batch_of_one = vlm_collate_fn([Sample(Image.open(paths[0]).convert("RGB"), 0, "x")], model.family, model.rendered, with_response=False)
+    with torch.no_grad():
+        scores = model.score(model.read(batch_of_one))[0]
+    expected = (scores.double() / stored["temperature"]).softmax(0)
+    result = batch(loaded, paths[:1])[str(paths[0])]
+    np.testing.assert_allclose(list(result["probabilities"].values()), expected, atol=1e-6)
+    assert result["prediction"] == model.class_names[int(scores.argmax())]
+
+
+def test_a_calibration_for_other_prompts_is_not_used_and_that_is_said(demo_run, tmp_path, capsys):
+    shutil.copytree(demo_run / "best_model", tmp_path / "model")
+    file = tmp_path / "model" / "training_metadata.json"
+    metadata = json.loads(file.read_text())
+    metadata["prompts"]["question"] += " Think."
+    file.write_text(json.dumps(metadata))
+    model, _, _ = load_model_and_metadata(tmp_path / "model", device="cpu")
+    assert model.calibration == Calibration()
+    assert "fitted with other prompts or classes" in capsys.readouterr().err
+
+
+def test_a_model_that_abstains_gives_none_with_its_probabilities(demo_run, loaded, paths, tmp_path):
+    plain = batch(loaded, paths)
+    threshold = sorted(result["confidence"] for result in plain.values())[COUNT // 2]
+    shutil.copytree(demo_run / "best_model", tmp_path / "model")
+    file = tmp_path / "model" / "training_metadata.json"
+    metadata = json.loads(file.read_text())
+    metadata["calibration"]["abstain_below"] = threshold
+    file.write_text(json.dumps(metadata))
+    abstaining = load_model_and_metadata(tmp_path / "model", device="cpu")
+    results = batch(abstaining, paths)
+    assert sum("abstained" in result for result in results.values()) == COUNT // 2
+    for path, result in results.items():
+        left_out = {"prediction": None, "abstained": True} if plain[path]["confidence"] < threshold else {}
+        assert result == plain[path] | left_out
+        assert single(abstaining, path) == (result["prediction"], pytest.approx(result["confidence"], abs=1e-5), result["full_response"])
+    assert batch(load_model_and_metadata(tmp_path / "model", device="cpu", abstain_below=0), paths) == plain, "0 switches it off"
 
 
 def test_without_explain_the_text_is_empty_and_all_else_the_same(loaded, paths):

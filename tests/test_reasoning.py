@@ -76,7 +76,7 @@ def test_the_reasoning_behind_a_forced_answer_is_the_greedy_one_of_transformers(
     batch = batch_of(classifier)
     for i, text in enumerate(explain(classifier, batch, classify(classifier, batch), [1, 5, 3])):
         label = (1, 5, 3)[i]
-        row = batch["input_ids"][i].tolist() + before_reasoning(classifier.family, classifier.rendered, label)
+        row = batch["input_ids"][i, : batch["lengths"][i]].tolist() + before_reasoning(classifier.family, classifier.rendered, label)
         start = len(row)
         for _ in range(12):
             with torch.no_grad():

@@ -10,7 +10,7 @@ from PIL import Image
 
 from vlm import report
 from vlm.metrics import classification_metrics
-from vlm.report import confusion_matrix, format_table, per_class_table, training_curves
+from vlm.report import confusion_matrix, format_table, per_class_table, reliability_diagram, training_curves
 
 
 @pytest.fixture(autouse=True)
@@ -84,9 +84,9 @@ def test_curves_of_little_data_are_drawn_without_warnings(tmp_path, entries, rec
 
 def test_smoothing_keeps_a_line_and_quiets_noise():
     line = np.arange(50, dtype=float)
-    assert np.allclose(report._smooth(line), line), "the window stays in the middle: no lag"
+    assert np.allclose(report.smooth(line), line), "the window stays in the middle: no lag"
     noise = np.random.default_rng(0).normal(size=600)
-    assert report._smooth(noise)[30:-30].std() < 0.3 * noise.std()
+    assert report.smooth(noise)[30:-30].std() < 0.3 * noise.std()
 
 
 @pytest.mark.parametrize("classes", [2, 15, 40])
@@ -169,3 +169,17 @@ def test_per_class_table_has_every_class_and_the_averages():
     assert lines[3].split() == ["dog", "1.000", "0.500", "0.667", "2"]
     assert [line.split()[-2:] for line in lines[4:]] == [["0.733", "4"], ["0.733", "4"], ["0.750", "4"]]
     assert len({len(line) for line in lines}) == 1
+
+
+@pytest.mark.parametrize(("lowest", "begin"), [(0.0, 0.0), (0.73, 0.7), (1.0, 0.9)])
+def test_the_reliability_diagram_shows_every_bin_before_and_after(tmp_path, drawn, lowest, begin):
+    bins = {"before": [[0.9, lowest, 10], [0.99, 1.0, 10]], "after": [[0.95, 1.0, 20]]}
+    figures = {state: {"ece": [0.1, 0.05, 0.2]} for state in bins}
+    reliability_diagram({**figures, "reliability": bins}, tmp_path / "reliability.png")
+    assert is_picture(tmp_path / "reliability.png")
+    axes = drawn[0].axes[0]
+    points = [collection.get_offsets().tolist() for collection in axes.collections]
+    assert points == [[[0.9, lowest], [0.99, 1.0]], [[0.95, 1.0]]]
+    assert axes.get_xlim() == axes.get_ylim() and begin - 0.05 < axes.get_xlim()[0] < begin < 1 < axes.get_xlim()[1]
+    assert texts(axes)[1:] == [f"{state} calibration: ECE 0.100 (0.050 to 0.200)" for state in bins]
+    assert not axes.get_legend().get_window_extent().overlaps(axes.get_window_extent())

@@ -48,6 +48,7 @@ def test_each_mode_trains_its_parts_and_nothing_else(folder):
     assert all(".lora_A." in name or ".lora_B." in name for name in lora)
     assert len(lora) == 2 * 2 * 7, "two matrices on each of the seven linear layers of the two text layers"
     assert all("text_model" in name for name in lora)
+    assert set(trained_parameters(prepared(folder, "lora", freeze_connector=True).model)) == lora
 
 
 @pytest.mark.parametrize("tune", ["full", "connector", "lora"])

@@ -23,7 +23,7 @@ def vlm_collate_fn(
     keeps the padding out.
 
     Args:
-        cache: a `FeatureCache` with the features of these pictures, in the place of their pixels.
+        cache: a `FeatureCache`. Where it has the features of these pictures, they are in the place of pixels, and no picture is opened.
 
     Returns:
         pixels: what the family's vision tower takes. input_ids: (B, L); without responses each row has what all of them begin with.
@@ -34,8 +34,8 @@ def vlm_collate_fn(
     Raises:
         UsageError: a sample is longer than the model can read. Samples with a picture are never truncated.
     """
-    pictures = [sample.image for sample in samples]
-    encoded = cache.encode(pictures) if cache else family.encode_pictures(pictures)
+    encoded = cache.encode([sample.key for sample in samples]) if cache else None
+    encoded = encoded or family.encode_pictures([sample.image for sample in samples])
     rows, targets, lengths = [], [], []
     for sample, picture_ids in zip(samples, encoded.token_ids, strict=True):
         prompt = [*picture_ids, *rendered.question_ids]

@@ -26,7 +26,7 @@ DEMO_PICTURES = "demo_pictures"
 # Everything a run writes, which is what --overwrite deletes.
 WRITTEN = (
     "best_model", "final_model", "demo_model", DEMO_PICTURES, STATE, "wandb", METADATA, RESULTS, "log.jsonl", "training_curves.png",
-    "confusion_matrix.png",
+    "confusion_matrix.png", "reliability.png", "report.html",
 )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache
 
 from vlm import plain
 from vlm.batching import vlm_collate_fn
+from vlm.calibration import Calibration
 from vlm.data import Sample
 from vlm.errors import UsageError
 from vlm.families.base import Family
@@ -87,6 +88,7 @@ class VLMClassifier(nn.Module):
         except ValueError as error:
             raise UsageError(f"the responses do not tell the classes apart ({error}): give every class a name of its own.") from error
         self.feature_cache: Any = None  # a `FeatureCache` while training with a frozen vision tower
+        self.calibration = Calibration()  # what makes probabilities of the scores; fitted after training, and loaded with a model
         self._kept_prefix: Cache | None = None
         self._step_prefix: StepPrefix | None = None
         self._prefix_ids = torch.tensor([self.rendered.prefix_ids])
@@ -220,22 +222,22 @@ class VLMClassifier(nn.Module):
         reading: Reading,
         tolerance: float = TOLERANCE,
         labels: Sequence[int] | None = None,
-        temperature: float = 1.0,
-        bias: np.ndarray | None = None,
         proven: int = PROVEN,
     ) -> Scored:
         """Log-probabilities of the scored texts, the most probable branches of the label tree first (see `label_tree.Search`).
 
         Args:
-            tolerance, temperature, bias, proven: see `label_tree.Search`.
+            tolerance, proven: see `label_tree.Search`; the probabilities are meant as they are and after `calibration`.
             labels: of each picture a class whose log-probability has to be exact.
         """
         if reading.batch is not None:
             scores = plain.score(self, reading.batch)
             return Scored(scores, torch.zeros(len(scores)))
+        temperature = max(1.0, self.calibration.temperature)  # a higher one leaves out less
+        bias = None if self.calibration.bias is None else np.array(self.calibration.bias)
         searches = [
-            Search(self.tree, tolerance, temperature, bias, None if labels is None else labels[i], proven)
-            for i in range(len(reading.states))
+            Search(self.tree, tolerance, temperature, bias, label, proven)
+            for label in (labels if labels is not None else [None] * len(reading.states))
         ]
         run_searches(self, reading, searches)
         scores = np.stack([search.class_log_probabilities() for search in searches])

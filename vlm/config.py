@@ -35,7 +35,9 @@ DEMO_DEFAULTS = {
     "gradient_accumulation_steps": 1,
     "threads": 1,  # so small a model gains little from more, and loses much where the cores are busy
     "task_description": "handwritten digit recognition",
+    "probe": True,
 }
+CACHE_GB = 20.0  # what --cache-size is when it is not given
 PICTURES_PER_STEP = 8  # what --gradient-accumulation-steps aims at when it is not given
 
 
@@ -54,6 +56,9 @@ class Settings:
         None, "model", "what is trained: LoRA on the language model plus the connector (default), all weights, or the connector",
         choices=("lora", "full", "connector"),
     )  # fmt: skip
+    freeze_connector: bool = _flag(
+        False, "model", "with --tune lora: leave the connector as it is; the features behind it are kept, which is faster and smaller"
+    )
     lora_rank: int = _flag(16, "model", "rank of the LoRA matrices (default: 16)")
     lora_alpha: float = _flag(32.0, "model", "LoRA scale; the update is multiplied by alpha / rank (default: 32)")
     lora_dropout: float = _flag(0.05, "model", "dropout in front of the LoRA matrices (default: 0.05)")
@@ -124,8 +129,22 @@ class Settings:
     zero_shot: bool = _flag(False, "training", "test the model before the training too, for comparison")
     workers: int | None = _flag(None, "training", "processes that prepare pictures (default: 0 on the CPU, up to 8 on a GPU)")
     no_feature_cache: bool = _flag(False, "training", "compute the features of a frozen vision tower anew each time")
-    cache_size: float = _flag(20.0, "training", "largest size of the features kept in ~/.cache/vlm, in GB (default: 20)")
+    cache_size: float = _flag(CACHE_GB, "training", f"largest size of the features kept in ~/.cache/vlm, in GB (default: {CACHE_GB:g})")
+    cache_dtype: str = _flag(
+        "float32", "training", "how the features are kept: float16 halves them, and results differ in the fourth digit (default: float32)",
+        choices=("float32", "float16"),
+    )  # fmt: skip
     seed: int = _flag(42, "training", "seed of the order, the splits and all other randomness (default: 42)")
+
+    calibration: str = _flag(
+        "temperature", "evaluation", "what is fitted on validation so that the probabilities are true (default: temperature)",
+        choices=("temperature", "bias", "none"),
+    )  # fmt: skip
+    abstain_below: float | None = _flag(None, "evaluation", "give no prediction where its probability is below this, such as 0.5")
+    target_precision: float | None = _flag(
+        None, "evaluation", "instead: the threshold on validation from which this share of the predictions is right, such as 0.95"
+    )
+    probe: bool = _flag(False, "evaluation", "also train a linear classifier on the vision tower's features, to compare (demo: yes)")
 
     output_dir: str = _flag("vlm_results", "output", "folder of the results (default: vlm_results)")
     overwrite: bool = _flag(False, "output", "delete the results of an earlier run in the output folder")
@@ -159,6 +178,8 @@ class Settings:
 
 # Flags that may differ between an interrupted run and the one that goes on from it.
 NOT_PART_OF_THE_RUN = {
+    "calibration",
+    "probe",
     "no_feature_cache",
     "cache_size",
     "resume",
@@ -325,16 +346,25 @@ def _problems(s: Settings) -> list[str]:
     expect(0 <= s.lora_dropout < 1, "lora_dropout", "a share of at least 0 and below 1")
     expect(s.workers is None or s.workers >= 0, "workers", "a whole number of at least 0")
     expect(s.seed >= 0, "seed", "a whole number of at least 0")
+    for name in ("abstain_below", "target_precision"):
+        value = getattr(s, name)
+        expect(value is None or 0 <= value <= 1, name, "a probability, 0 to 1")
     if s.class_names is not None:
         repeated = sorted({name for name in s.class_names if s.class_names.count(name) > 1})
         expect(len(s.class_names) >= 2, "class_names", "at least two names")
         expect(not repeated, "class_names", f"different names, but {', '.join(repeated)} is there twice")
+    if s.abstain_below is not None and s.target_precision is not None:
+        problems.append("--abstain-below and --target-precision exclude each other: a fixed threshold, or one picked on validation.")
     if s.demo and (s.model or s.dataset):
         problems.append("--demo brings its own model and data set: leave out --model and --dataset, or leave out --demo.")
     if s.reasoning_column and s.response_format == "answer-only":
         problems.append("--reasoning-column is for a --response-format with a reasoning, not answer-only: leave out one of the two.")
     if s.load_in_4bit and s.load_in_8bit:
         problems.append("--load-in-4bit and --load-in-8bit exclude each other: 4 bits need less memory, 8 are closer to the model.")
+    if s.freeze_connector and s.tune != "lora":
+        problems.append(f"--freeze-connector is for --tune lora, not {s.tune}, which trains the connector: leave it out.")
+    if s.freeze_connector and s.connector_learning_rate != s.learning_rate:
+        problems.append("--connector-learning-rate and --freeze-connector exclude each other: a frozen connector is not trained.")
     if s.bits and s.tune != "lora":
         problems.append(f"--load-in-{s.bits}bit is for --tune lora, not {s.tune}: quantized weights cannot be trained themselves.")
     if s.resume and s.overwrite:

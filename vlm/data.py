@@ -1,9 +1,10 @@
 """Any labeled source -> splits of (picture, label) with class names, checked; and the seeded order of training."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from PIL import Image
 from vlm.classes import is_missing, number_labels
 from vlm.config import Settings
 from vlm.errors import UsageError
-from vlm.pictures import UnreadablePicture, open_picture
+from vlm.pictures import UnreadablePicture, open_picture, picture_key
 from vlm.sources import EXPECTED, Rows, Source, read_source
 from vlm.tracking import note, progress
 
@@ -22,35 +23,55 @@ MOST_UNREADABLE = 0.05  # share of a split
 MOST_SHOWN = 5
 
 
-class Sample(NamedTuple):
-    """One labeled picture. image: RGB, loaded; label: index into the class names; name: what to call it; reasoning: a text about it."""
+@dataclass
+class Sample:
+    """One labeled picture, read and decoded when `image` is asked for and not before.
 
-    image: Image.Image
+    picture: RGB and loaded, or what opens it; label: index into the class names; name: what to call it; reasoning: a text about it;
+    known_key: its `key`, if known.
+    """
+
+    picture: Image.Image | Callable[[], Image.Image]
     label: int
     name: str
     reasoning: str | None = None
+    known_key: str | None = None
+
+    @cached_property
+    def image(self) -> Image.Image:
+        """RGB, loaded. Raises UnreadablePicture where it cannot be decoded."""
+        return self.picture() if callable(self.picture) else self.picture
+
+    @cached_property
+    def key(self) -> str:
+        """The `picture_key`, for which a picture is opened only where it is not known."""
+        return self.known_key or picture_key(self.image)
 
 
 class Split:
-    """Labeled pictures that are decoded each time one is asked for. Can be pickled, for the processes of a DataLoader.
+    """Labeled pictures, decoded each time one is looked at. Can be pickled, for the processes of a DataLoader.
 
     Attributes:
         labels: the class numbers, without decoding.
+        keys: the `picture_key` of each picture, None where it is not known.
     """
 
-    def __init__(self, rows: Rows, indices: Sequence[int], labels: Sequence[int]) -> None:
+    def __init__(self, rows: Rows, indices: Sequence[int], labels: Sequence[int], keys: Sequence[str | None] | None = None) -> None:
         self._rows = rows
         self._indices = list(indices)
         self.labels = list(labels)
+        self.keys = list(keys or [None] * len(self._indices))
 
     def __len__(self) -> int:
         return len(self._indices)
 
     def __getitem__(self, i: int) -> Sample:
-        """Raises UnreadablePicture where the picture cannot be decoded."""
         row = self._indices[i]
-        name = self._rows.names[row]
-        return Sample(open_picture(self._rows.pictures[row], name), self.labels[i], name, self._reasoning(row))
+        return Sample(partial(self._open, i), self.labels[i], self._rows.names[row], self._reasoning(row), self.keys[i])
+
+    def _open(self, i: int) -> Image.Image:
+        row = self._indices[i]
+        return open_picture(self._rows.pictures[row], self._rows.names[row])
 
     def _reasoning(self, row: int) -> str | None:
         return self._rows.reasonings[row] if self._rows.reasonings else None
@@ -67,7 +88,7 @@ class Split:
 
     def take(self, positions: Sequence[int]) -> "Split":
         """The samples at some positions, in their order there."""
-        return Split(self._rows, [self._indices[i] for i in positions], [self.labels[i] for i in positions])
+        return Split(self._rows, *([values[i] for i in positions] for values in (self._indices, self.labels, self.keys)))
 
 
 @dataclass
@@ -113,7 +134,8 @@ def load_data(settings: Settings) -> Data:
         if settings.max_samples < len(names):
             raise UsageError(f"--max-samples {settings.max_samples}: expected at least one for each of the {len(names)} classes.")
         for number, role in enumerate(ROLES):
-            splits[role] = _balanced(splits[role], settings.max_samples, [settings.seed, 2, number])
+            positions = balanced_positions(splits[role].labels, settings.max_samples, [settings.seed, 2, number])
+            splits[role] = splits[role].take(positions)
     skipped = _drop_unreadable(splits, names)
     if settings.shots is not None:
         splits["train"] = _few(splits["train"], settings.shots, names, [settings.seed, 3])
@@ -181,16 +203,16 @@ def _cut(splits: dict[str, Split], missing: list[str], names: list[str], setting
     splits |= {role: train.take(sorted(positions)) for role, positions in parts.items()}
 
 
-def _balanced(split: Split, most: int, seed: list[int]) -> Split:
-    """At most so many samples: one of each class in turn, drawn at random, in the order of the split."""
-    if len(split) <= most:
-        return split
-    order = np.random.default_rng(seed).permutation(len(split))
-    labels = np.array(split.labels)[order]
-    turn = np.empty(len(split), dtype=int)  # how many of the same class come before
-    for label in set(split.labels):
-        turn[labels == label] = np.arange((labels == label).sum())
-    return split.take(sorted(order[np.argsort(turn, kind="stable")[:most]].tolist()))
+def balanced_positions(labels: Sequence[int], most: int, seed: list[int]) -> list[int]:
+    """Positions of at most so many samples: one of each class in turn, drawn at random; in order."""
+    if len(labels) <= most:
+        return list(range(len(labels)))
+    order = np.random.default_rng(seed).permutation(len(labels))
+    drawn = np.array(labels)[order]
+    turn = np.empty(len(labels), dtype=int)  # how many of the same class come before
+    for label in set(labels):
+        turn[drawn == label] = np.arange((drawn == label).sum())
+    return sorted(order[np.argsort(turn, kind="stable")[:most]].tolist())
 
 
 def _few(split: Split, shots: int, names: list[str], seed: list[int]) -> Split:
@@ -203,11 +225,11 @@ def _few(split: Split, shots: int, names: list[str], seed: list[int]) -> Split:
     small = [f"{name} ({count})" for name, count in zip(names, counts, strict=True) if count < shots]
     if small:
         raise UsageError(f"--shots {shots}: train has fewer pictures of {', '.join(small)}. Expected at least {shots} of each class.")
-    return _balanced(split, shots * len(names), seed)
+    return split.take(balanced_positions(split.labels, shots * len(names), seed))
 
 
 def _drop_unreadable(splits: dict[str, Split], names: list[str]) -> list[str]:
-    """Decode every picture once and leave out those that cannot be; returns the reasons, each with the picture's name.
+    """Decode every picture once, learn its key and leave out those that cannot be; returns the reasons, each with the picture's name.
 
     Raises:
         UsageError: too many are unreadable, or a class of train has none left.
@@ -217,7 +239,7 @@ def _drop_unreadable(splits: dict[str, Split], names: list[str]) -> list[str]:
     def problem(job: tuple[str, int]) -> str | None:
         role, i = job
         try:
-            splits[role][i]
+            splits[role].keys[i] = splits[role][i].key
         except UnreadablePicture as error:
             return str(error)
         return None

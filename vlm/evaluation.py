@@ -69,9 +69,9 @@ def evaluate_vlm_model(
         metrics: own metrics, each called with labels (N,), predictions (N,), probabilities (N, C) and the class names.
 
     Returns:
-        accuracy, macro_f1, weighted_f1, per_class, confusion_matrix, nll (of the class, nats), loss (cross entropy
-        of a scored token, nats: of the whole response where each class has one, else of the answer), and the results of own metrics
-        under "own_metrics".
+        accuracy, macro_f1, weighted_f1, per_class, confusion_matrix, nll (of the class, nats, with the model's calibration), loss (cross
+        entropy of a scored token, nats: of the whole response where each class has one, else of the answer), and the results of own
+        metrics under "own_metrics".
     """
     scores = score_split(classifier, split, batch_size, workers=workers, description=description)
     return metrics_of_scores(classifier, split.labels, scores, metrics)
@@ -82,7 +82,7 @@ def metrics_of_scores(
 ) -> dict[str, Any]:
     """What `evaluate_vlm_model` returns, from (N, C) log-probabilities of the responses."""
     truth = torch.as_tensor(list(labels))
-    log_probabilities = scores.log_softmax(-1).numpy()
+    log_probabilities = classifier.calibration.log_probabilities(scores).numpy()
     names = list(classifier.class_names)
     result = classification_metrics(truth.numpy(), log_probabilities, names)
     response = scores.gather(1, truth.unsqueeze(1)).sum()
@@ -109,7 +109,7 @@ def check_texts(classifier: VLMClassifier, split: Split, batch_size: int = 8, co
     for batch in progress(loader, len(loader), "writing texts", unit="batches"):
         batch = send_to_device(batch, classifier.device)
         found = classify(classifier, batch)
-        best = found.scores.argmax(-1).tolist()
+        best = classifier.calibration.log_probabilities(found.scores).argmax(-1).tolist()
         predictions += [classifier.class_names[i] for i in best]
         free += write_freely(classifier, found.reading) if found.texts is None else found.texts
         constrained += explain(classifier, batch, found, best)
@@ -124,3 +124,15 @@ def check_texts(classifier: VLMClassifier, split: Split, batch_size: int = 8, co
         "reasoning_names_answer": None if prompts.response_format == "answer-only" else sum(named),
         "explanations_agree": sum(answer == prediction for answer, prediction in zip(explained, predictions, strict=True)),
     }
+
+
+def explanations(classifier: VLMClassifier, split: Split, indices: Sequence[int], batch_size: int = 8) -> list[str]:
+    """The text of some pictures of a split, whose answer is the prediction."""
+    loader = DataLoader(Subset(split, indices), batch_size, collate_fn=classifier.collate(with_response=False), generator=torch.Generator())
+    classifier.eval()
+    texts = []
+    for batch in progress(loader, len(loader), "writing explanations", unit="batches"):
+        batch = send_to_device(batch, classifier.device)
+        found = classify(classifier, batch)
+        texts += explain(classifier, batch, found, classifier.calibration.log_probabilities(found.scores).argmax(-1).tolist())
+    return texts

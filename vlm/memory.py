@@ -161,7 +161,7 @@ def _count(family: Family, settings: Settings) -> tuple[int, int, int]:
     """Numbers that are trained, that are frozen, and that are frozen and quantized."""
     model = family.model
     model.requires_grad_(settings.tune == "full")
-    family.connector.requires_grad_(True)
+    family.connector.requires_grad_(not settings.freeze_connector)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
     layers = _language_layers(family)
@@ -198,6 +198,7 @@ def _activations(family: Family, settings: Settings, size: int, device: str, tex
         per_token, attended = block.count * block.width * FLOAT32 + per_token / block.count, attended / block.count
         seen = vision.count * vision.width * FLOAT32 + seen / vision.count if full else 0
     connector = sum(m.in_features + m.out_features for m in family.connector.modules() if isinstance(m, nn.Linear))
+    connector = 0 if settings.freeze_connector else connector
     vocabulary = family.model.get_output_embeddings().weight
     logits = 3 * batch * texts.response * vocabulary.shape[0] * FLOAT32  # logits, their softmax, its gradient
     head = vocabulary.numel() * FLOAT32 if full else 0  # its new gradient, beside the one it is added to
@@ -267,7 +268,7 @@ def _help(family: Family, settings: Settings, dtype: torch.dtype, device: torch.
         ("--batch-size 1", {"batch_size": 1}, settings.batch_size > 1),
         ("--gradient-checkpointing", {"gradient_checkpointing": True}, not settings.gradient_checkpointing),
         ("--tune lora", {"tune": "lora"}, settings.tune == "full"),
-        ("--tune connector", {"tune": "connector"}, settings.tune != "connector"),
+        ("--tune connector", {"tune": "connector", "freeze_connector": False}, settings.tune != "connector"),
         ("--tune lora --load-in-4bit", {"tune": "lora", "load_in_4bit": True}, not settings.bits),
     ]
     tried: list[str] = []

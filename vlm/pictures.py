@@ -1,5 +1,6 @@
 """Any picture -> an upright RGB picture, or `UnreadablePicture` with the reason in one line."""
 
+import hashlib
 import io
 import os
 from collections.abc import Sequence
@@ -45,6 +46,13 @@ def open_picture(source: Any, name: str | None = None) -> Image.Image:
         raise
     except Exception as error:  # damaged files make the decoders raise almost anything
         raise UnreadablePicture(f"{name or _name_of(source)}: {_reason(error)}") from error
+
+
+def picture_key(picture: Image.Image) -> str:
+    """What an RGB picture is known by: a hash (SHA-256) of its size and pixels, so that equal pictures have one key."""
+    content = hashlib.sha256(f"{picture.width}x{picture.height}".encode())
+    content.update(picture.tobytes())
+    return content.hexdigest()
 
 
 def find_pictures(paths: Sequence[str | Path]) -> list[Path]:

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,12 +12,15 @@ import torch
 from accelerate.utils import send_to_device
 from PIL import Image
 
+from vlm.calibration import Calibration
 from vlm.checkpoint import read_metadata, recover
 from vlm.classifier import VLMClassifier
+from vlm.config import CACHE_GB
 from vlm.data import Sample
 from vlm.device import pick_device, pick_dtype
 from vlm.errors import UsageError
 from vlm.families import load_family
+from vlm.features import FeatureCache, open_cache
 from vlm.memory import largest_batch
 from vlm.pictures import UnreadablePicture, open_picture
 from vlm.prompts import Prompts
@@ -29,16 +34,18 @@ Result = TypeVar("Result")
 
 
 def load_model_and_metadata(
-    model_dir: str | Path = "vlm_results/best_model", device: str = "auto", dtype: str = "auto"
+    model_dir: str | Path = "vlm_results/best_model", device: str = "auto", dtype: str = "auto", abstain_below: float | None = None
 ) -> tuple[VLMClassifier, Any, dict[str, Any]]:
     """Load what `train_vlm.py` saved.
 
     Args:
         model_dir: folder with the weights; `training_metadata.json` lies in it or beside it.
         device: auto, cpu, cuda or mps. dtype: auto, float32, bfloat16 or float16.
+        abstain_below: a prediction whose confidence is smaller is None; default: as stored with the model; 0 switches it off.
 
     Returns:
-        model: a `VLMClassifier` in evaluation mode; `model.model` is the transformers model. processor: the transformers processor.
+        model: a `VLMClassifier` in evaluation mode, with its calibration; `model.model` is the transformers model. processor: that of
+            transformers.
         metadata: the content of `training_metadata.json`.
 
     Raises:
@@ -52,12 +59,15 @@ def load_model_and_metadata(
     chosen, _ = pick_device(device)
     family = load_family(folder, pick_dtype(dtype, chosen), chosen)
     classifier = VLMClassifier(family, Prompts.from_json(metadata["prompts"])).eval()
+    classifier.calibration = Calibration.from_metadata(metadata, classifier.prompts)
+    if abstain_below is not None:
+        classifier.calibration = replace(classifier.calibration, abstain_below=abstain_below)
     return classifier, family.processor, metadata
 
 
 def predict_single_image(
     model: VLMClassifier, processor: Any, image: str | Path | Image.Image | np.ndarray, metadata: dict[str, Any], explain: bool = True
-) -> tuple[str, float, str]:
+) -> tuple[str | None, float, str]:
     """Classify one picture.
 
     Args:
@@ -66,8 +76,8 @@ def predict_single_image(
         explain: give the text; without it `full_response` is empty, and nothing is written but what scoring needs.
 
     Returns:
-        prediction: the most probable class. confidence: its probability within the label set, 0 to 1. full_response: a text whose
-        answer is the prediction (see `vlm.reasoning.explain`).
+        prediction: the most probable class, or None where the model abstains. confidence: the probability of the most probable class
+        within the label set, calibrated, 0 to 1. full_response: a text whose answer is that class (see `vlm.reasoning.explain`).
 
     Raises:
         UnreadablePicture: the picture cannot be decoded.
@@ -87,6 +97,7 @@ def predict_batch(
     explain: bool = True,
     show_progress: bool = True,
     exhaustive: bool = False,
+    feature_cache: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Classify many picture files, with a progress bar on stderr.
 
@@ -96,11 +107,14 @@ def predict_batch(
         explain: give the texts; without it `full_response` is empty, and nothing is written but what scoring needs.
         exhaustive: score every class to the end. Without it, classes that are too improbable to matter are left out early, and a
             probability may be wrong by `error_bound`.
+        feature_cache: look the pictures' vision features up in the cache and add those that are missing (see `_cache_of`): the next
+            call on the same pictures skips the vision tower.
 
     Returns:
         For each path, in the order given: prediction (str), confidence (0 to 1, within the label set), probabilities ({class:
-        probability}, they add up to 1), error_bound (0 to 0.0001: how much a probability can be wrong at most) and full_response (str);
-        for a file that cannot be read: error (str), prediction None.
+        probability}, calibrated, they add up to 1), error_bound (0 to 0.0001: how much a probability can be wrong at most) and
+        full_response (str). Where the model abstains, prediction is None and abstained True; for a file that cannot be read: error
+        (str), prediction None.
     """
     _check_same_model(model, processor, metadata)
     if isinstance(image_paths, str | Path):
@@ -110,13 +124,30 @@ def predict_batch(
     batch_size = batch_size or largest_batch(model, metadata.get("settings", {}))
     paths = list(dict.fromkeys(str(path) for path in image_paths))
     results: dict[str, dict[str, Any]] = {}
+    model.feature_cache = _cache_of(model, metadata) if feature_cache else None
     chunks = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
-    with Bar(len(paths), "classifying", enabled=show_progress) as bar:
-        for chunk, (batch, errors) in zip(chunks, _ahead(lambda some: _prepare(model, some), chunks), strict=True):
-            predictions = iter(_predict(model, batch, explain, 0.0 if exhaustive else TOLERANCE) if batch else ())
-            results |= {path: errors.get(path) or next(predictions) for path in chunk}
-            bar.update(len(chunk))
+    prepared = (map if feature_cache else _ahead)(partial(_prepare, model), chunks)  # the cache runs the vision tower, one thread at a time
+    try:
+        with Bar(len(paths), "classifying", enabled=show_progress) as bar:
+            for chunk, (batch, errors) in zip(chunks, prepared, strict=True):
+                predictions = iter(_predict(model, batch, explain, 0.0 if exhaustive else TOLERANCE) if batch else ())
+                results |= {path: errors.get(path) or next(predictions) for path in chunk}
+                bar.update(len(chunk))
+    finally:
+        model.feature_cache = None
     return results
+
+
+def _cache_of(model: VLMClassifier, metadata: dict[str, Any]) -> FeatureCache | None:
+    """The cache for a trained model, with the size and number format of its training.
+
+    Features before the connector where the cache has a folder for this vision tower, as it has after a training unless that had
+    --freeze-connector; else behind the connector, where they are fewer.
+    """
+    settings = metadata.get("settings", {})
+    options = settings.get("cache_dtype", "float32"), settings.get("cache_size", CACHE_GB)
+    before = open_cache(model.family, False, *options)
+    return before if before is None or before.folder.is_dir() else open_cache(model.family, True, *options)
 
 
 def _ahead(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
@@ -138,6 +169,8 @@ def _prepare(model: VLMClassifier, paths: list[str]) -> tuple[dict[str, Any] | N
             samples.append(Sample(open_picture(path), 0, path))
         except UnreadablePicture as error:
             errors[path] = {"prediction": None, "error": str(error)}
+    if model.feature_cache:
+        model.feature_cache.add_missing(model.family, samples)
     return model.collate(with_response=False)(samples) if samples else None, errors
 
 
@@ -147,20 +180,21 @@ def _predict(model: VLMClassifier, batch: dict[str, Any], explain: bool, toleran
         model.eval()
     batch = send_to_device(batch, model.device)
     found = classify(model, batch, tolerance)
-    probabilities = found.scores.softmax(-1)
+    probabilities = model.calibration.log_probabilities(found.scores).exp()
     predictions = probabilities.argmax(-1).tolist()
     texts = explain_predictions(model, batch, found, predictions) if explain else [""] * len(predictions)
     results = []
     for row, best, bound, text in zip(probabilities, predictions, found.unexplored.tolist(), texts, strict=True):
-        results.append(
-            {
-                "prediction": model.class_names[best],
-                "confidence": float(row[best]),
-                "probabilities": dict(zip(model.class_names, row.tolist(), strict=True)),
-                "error_bound": bound,
-                "full_response": text,
-            }
-        )
+        result = {
+            "prediction": model.class_names[best],
+            "confidence": float(row[best]),
+            "probabilities": dict(zip(model.class_names, row.tolist(), strict=True)),
+            "error_bound": bound,
+            "full_response": text,
+        }
+        if model.calibration.abstains(result["confidence"]):
+            result |= {"prediction": None, "abstained": True}
+        results.append(result)
     return results
 
 

@@ -1,4 +1,4 @@
-"""Pictures and tables for people: training curves, confusion matrix, aligned text tables.
+"""Pictures and tables for people: training curves, confusion matrix, reliability diagram, aligned text tables.
 
 Figures are drawn by matplotlib's object interface, so that the backend of a notebook stays as it is.
 """
@@ -38,7 +38,7 @@ def training_curves(history: Sequence[dict[str, Any]], path: str | Path, best_st
     """
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     loss_axes, accuracy_axes = figure.subplots(1, 2, sharex=True)
-    steps, accuracy = _series(history, "validation", "accuracy")
+    steps, accuracy = series(history, "validation", "accuracy")
     _draw_loss(loss_axes, history)
     _draw_points(accuracy_axes, steps, accuracy, VALIDATION_COLOR, "validation")
     if best_step in steps:
@@ -51,22 +51,28 @@ def training_curves(history: Sequence[dict[str, Any]], path: str | Path, best_st
 
 
 def _draw_loss(axes: Axes, history: Sequence[dict[str, Any]]) -> None:
-    steps, loss = _series(history, "train", "loss")
-    smoothed = _smooth(loss)
+    steps, loss = series(history, "train", "loss")
+    smoothed = smooth(loss)
     if len(loss) > 2:
         axes.plot(steps, loss, color=TRAIN_COLOR, alpha=0.3, linewidth=1, label="training")
         axes.plot(steps, smoothed, color=TRAIN_COLOR, linewidth=2, label="training, smoothed")
     else:
         _draw_points(axes, steps, loss, TRAIN_COLOR, "training")
-    validation_steps, validation_loss = _series(history, "validation", "loss")
+    validation_steps, validation_loss = series(history, "validation", "loss")
     _draw_points(axes, validation_steps, validation_loss, VALIDATION_COLOR, "validation")
     shown = np.concatenate([smoothed, validation_loss])
-    if len(shown) and loss.min(initial=np.inf) > 0 and shown.min() > 0 and shown.max() / shown.min() > RANGE_FOR_LOG_SCALE:
+    if wants_log_scale(loss, shown):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
 
 
-def _series(history: Sequence[dict[str, Any]], kind: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+def wants_log_scale(loss: np.ndarray, shown: np.ndarray) -> bool:
+    """Whether the losses that are `shown` span so much that most of them would lie flat; `loss`: the raw ones, all above 0."""
+    positive = len(shown) > 0 and loss.min(initial=np.inf) > 0 and shown.min() > 0
+    return bool(positive and shown.max() / shown.min() > RANGE_FOR_LOG_SCALE)
+
+
+def series(history: Sequence[dict[str, Any]], kind: str, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and finite values of one figure."""
     pairs = [(entry["step"], entry[name]) for entry in history if entry.get("kind") == kind and entry.get(name) is not None]
     pairs = [pair for pair in pairs if math.isfinite(pair[1])]
@@ -74,7 +80,7 @@ def _series(history: Sequence[dict[str, Any]], kind: str, name: str) -> tuple[np
     return np.array(steps, dtype=float), np.array(values, dtype=float)
 
 
-def _smooth(values: np.ndarray) -> np.ndarray:
+def smooth(values: np.ndarray) -> np.ndarray:
     """Mean over a window around each value; the window is smaller at the ends, so that it stays in the middle and does not lag."""
     here = np.arange(len(values))
     reach = np.minimum(np.minimum(here, here[::-1]), math.ceil(len(values) / SMOOTHING / 2))
@@ -140,6 +146,37 @@ def _name_classes(axes: Axes, class_names: Sequence[str], points: float) -> None
     # parse_math=False: a class name with dollar signs is no formula
     axes.set_yticks(list(shown), names, fontsize=font, parse_math=False)
     axes.set_xticks(list(shown), names, fontsize=font, parse_math=False, **turned)
+
+
+def reliability_diagram(calibration: dict[str, Any], path: str | Path) -> None:
+    """Draw accuracy over confidence before and after the calibration as a PNG; in an honest model the points lie on the diagonal.
+
+    Each point is one bin, its area the bin's share of the pictures: bins of equal mass have equal ones. Both axes begin below the lowest
+    point, since those of a good model crowd at the top.
+
+    Args:
+        calibration: as in results.json: before and after, each with ece [value, low, high], and reliability, for each the list of
+            [mean confidence, accuracy, pictures].
+        path: the PNG; replaced if there.
+    """
+    figure = Figure(figsize=(6, 6.4), layout="constrained")
+    axes = figure.subplots()
+    points = np.concatenate([np.array(bins, dtype=float)[:, :2] for bins in calibration["reliability"].values()])
+    start = math.floor(10 * min(points.min(), 0.9)) / 10
+    limits = (start - 0.03 * (1 - start), 1 + 0.03 * (1 - start))
+    axes.plot([0, 1], [0, 1], color="gray", linestyle="--", linewidth=1, label="as right as it is sure")
+    for state, color, marker in (("before", TRAIN_COLOR, "s"), ("after", VALIDATION_COLOR, "o")):
+        confidence, accuracy, count = np.array(calibration["reliability"][state], dtype=float).T
+        value, low, high = calibration[state]["ece"]
+        label = f"{state} calibration: ECE {value:.3f} ({low:.3f} to {high:.3f})"
+        axes.plot(confidence, accuracy, color=color, alpha=0.5, linewidth=1)
+        axes.scatter(confidence, accuracy, s=600 * count / count.sum(), color=color, marker=marker, alpha=0.8, label=label, zorder=3)
+    axes.set(title="Reliability", xlabel="confidence", ylabel="share of correct predictions")
+    axes.set(xlim=limits, ylim=limits)
+    axes.set_aspect("equal")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=1, frameon=False)
+    _save(figure, path)
 
 
 def _shorten(name: str) -> str:

@@ -8,54 +8,95 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from vlm.assessment import add_test_figures, calibrate, probe_beside
 from vlm.checkpoint import DEMO_PICTURES, METADATA, RESULTS, STATE, Progress, write_json
+from vlm.classifier import VLMClassifier
 from vlm.data import Split
-from vlm.evaluation import check_texts, evaluate_vlm_model
+from vlm.evaluation import check_texts, explanations, metrics_of_scores, score_split
+from vlm.page import PAGE, Prediction, shown_pictures, write_page
+from vlm.picture_check import check_pictures
 from vlm.predictor import load_model_and_metadata
-from vlm.report import confusion_matrix, format_table, per_class_table, training_curves
+from vlm.report import confusion_matrix, format_table, per_class_table, reliability_diagram, training_curves
 from vlm.setup import Run
 from vlm.tracking import note
 
 
 def finish(run: Run, progress: Progress, metrics: Sequence[Callable[..., Any]]) -> dict[str, Any]:
-    """Test the best model, write `results.json`, the curves and the confusion matrix, and print the results to stdout.
+    """Calibrate and test the best model, write `results.json`, the page and the pictures, and print the results to stdout.
 
     Returns:
         What stands in `results.json`.
     """
     settings, output, data = run.settings, run.output, run.data
+    cache = run.classifier.feature_cache
     run.model, run.optimizer, run.classifier = None, None, None  # make room for the model that is loaded
     run.accelerator.free_memory()
-    classifier, _, _ = load_model_and_metadata(output / "best_model", device=run.accelerator.device.type, dtype=_name(run))
+    classifier, _, metadata = load_model_and_metadata(output / "best_model", device=run.accelerator.device.type, dtype=_name(run))
+    if cache and cache.fits(classifier.family):  # unless the frozen weights are saved in another number format
+        classifier.feature_cache = cache
+    fitted = calibrate(classifier, data.validation, settings, run.workers)
+    calibration = {"calibration": classifier.calibration.to_json(classifier.prompts)}
+    write_json(output / "best_model" / METADATA, metadata | calibration)
     started = time.monotonic()
-    test = evaluate_vlm_model(classifier, data.test, settings.eval_batch_size, metrics, run.workers, "testing")
+    scores = score_split(classifier, data.test, settings.eval_batch_size, workers=run.workers, description="testing")
+    test = metrics_of_scores(classifier, data.test.labels, scores, metrics)
     seconds = time.monotonic() - started
-    pictures = len(data.train) * settings.epochs
+    test |= add_test_figures(fitted, classifier.calibration, scores, data.test.labels, settings.seed)
     results = {
         "test": test,
         **({"zero_shot": progress.zero_shot} if progress.zero_shot else {}),
         "texts": check_texts(classifier, data.test, settings.eval_batch_size),
-        "validation": {"accuracy": progress.best_accuracy, "loss": progress.best_loss, "step": progress.best_step},
-        "pictures": {"train": len(data.train), "validation": len(data.validation), "test": len(data.test), "skipped": len(data.skipped)},
-        "timings": {
-            "train_seconds": round(progress.seconds, 2),
-            "train_pictures_per_second": round(pictures / progress.seconds, 2) if progress.seconds else None,
-            "test_seconds": round(seconds, 2),
-            "test_pictures_per_second": round(len(data.test) / seconds, 2),
-        },
-        "versions": run.metadata["versions"],
-        "settings": settings.to_json(),
-        "history": progress.history,
+        "picture_check": check_pictures(classifier, data.test, scores, settings.eval_batch_size, settings.seed),
+        "probe": probe_beside(run, classifier, cache, test["accuracy"]),
+        **_of_the_run(run, progress, seconds),
     }
-    training_curves(progress.history, output / "training_curves.png", progress.best_step)
-    confusion_matrix(test["confusion_matrix"], data.class_names, output / "confusion_matrix.png")
-    write_json(output / METADATA, run.metadata | {"test": {"accuracy": test["accuracy"], "macro_f1": test["macro_f1"]}})
+    if results["picture_check"]["warning"]:
+        note(results["picture_check"]["warning"])
+    _draw(run, progress, test)
+    probabilities = classifier.calibration.log_probabilities(scores).exp().numpy()
+    write_page(output / PAGE, results, data, explained_predictions(classifier, data.test, probabilities, settings.eval_batch_size))
+    write_json(output / METADATA, run.metadata | calibration | {"test": {"accuracy": test["accuracy"], "macro_f1": test["macro_f1"]}})
     if settings.demo:
         save_demo_pictures(data.test, output / DEMO_PICTURES)
     write_json(output / RESULTS, results)  # last: it says that the run is finished
     shutil.rmtree(output / STATE, ignore_errors=True)
     _print(run, results)
     return results
+
+
+def explained_predictions(classifier: VLMClassifier, split: Split, probabilities: np.ndarray, batch_size: int) -> list[Prediction]:
+    """The predictions of a split from (N, C) probabilities, with a text for those that the page shows one by one."""
+    predictions = [Prediction(*row) for row in zip(split.names, split.labels, probabilities, strict=True)]
+    shown = shown_pictures(predictions)
+    for i, text in zip(shown, explanations(classifier, split, shown, batch_size), strict=True):
+        predictions[i].text = text
+    return predictions
+
+
+def _of_the_run(run: Run, progress: Progress, test_seconds: float) -> dict[str, Any]:
+    """The figures that do not come from the test."""
+    data, pictures = run.data, len(run.data.train) * run.settings.epochs
+    return {
+        "validation": {"accuracy": progress.best_accuracy, "loss": progress.best_loss, "step": progress.best_step},
+        "pictures": {"train": len(data.train), "validation": len(data.validation), "test": len(data.test), "skipped": len(data.skipped)},
+        "timings": {
+            "train_seconds": round(progress.seconds, 2),
+            "train_pictures_per_second": round(pictures / progress.seconds, 2) if progress.seconds else None,
+            "test_seconds": round(test_seconds, 2),
+            "test_pictures_per_second": round(len(data.test) / test_seconds, 2),
+        },
+        "versions": run.metadata["versions"],
+        "settings": run.settings.to_json(),
+        "history": progress.history,
+    }
+
+
+def _draw(run: Run, progress: Progress, test: dict[str, Any]) -> None:
+    training_curves(progress.history, run.output / "training_curves.png", progress.best_step)
+    confusion_matrix(test["confusion_matrix"], run.data.class_names, run.output / "confusion_matrix.png")
+    reliability_diagram(test["calibration"], run.output / "reliability.png")
 
 
 def save_demo_pictures(split: Split, folder: Path) -> None:
@@ -73,10 +114,14 @@ def _name(run: Run) -> str:
 def _print(run: Run, results: dict[str, Any]) -> None:
     test, texts, timings = results["test"], results["texts"], results["timings"]
     print(per_class_table(test))
+    low, high = test["calibration"]["after"]["accuracy"][1:]
     rows = [
-        ("test accuracy", f"{test['accuracy']:.4f}  ({results['pictures']['test']} pictures)"),
+        ("test accuracy", f"{test['accuracy']:.4f}  ({low:.4f} to {high:.4f}, {results['pictures']['test']} pictures)"),
+        *_probe_row(results["probe"]),
         ("macro F1, weighted F1", f"{test['macro_f1']:.4f}, {test['weighted_f1']:.4f}"),
         ("validation accuracy", f"{results['validation']['accuracy']:.4f}  (step {results['validation']['step']}, the best)"),
+        *_confidence_rows(test),
+        _picture_row(results["picture_check"]),
         ("free texts", f"{texts['agree_with_prediction']} of {texts['texts']} agree with the prediction, {texts['invalid']} invalid"),
         ("explanations", f"{texts['explanations_agree']} of {texts['texts']} agree with the prediction"),
         ("training", f"{timings['train_seconds']:.1f} s, {timings['train_pictures_per_second']} pictures/s"),
@@ -92,6 +137,35 @@ def _print(run: Run, results: dict[str, Any]) -> None:
     pictures = str(run.output / DEMO_PICTURES) if run.settings.demo else "IMAGE_OR_FOLDER..."
     hint = f"{_command()} --model-dir {run.output / 'best_model'} {pictures}"
     note(f"\nThe results are in {run.output}. Classify pictures with:\n  {hint}")
+
+
+def _probe_row(probe: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if probe is None:
+        return []
+    value, low, high = probe["accuracy"]
+    tower = {"frozen": "the frozen vision tower", "random weights": "the vision tower's first, random weights"}
+    of = tower.get(probe["tower"], f"the vision tower {probe['tower']}")
+    return [("accuracy of the probe", f"{value:.4f}  ({low:.4f} to {high:.4f}, linear classifier on {of})")]
+
+
+def _confidence_rows(test: dict[str, Any]) -> list[tuple[str, str]]:
+    calibration = test["calibration"]
+    before, after = calibration["before"], calibration["after"]
+    changes = ", ".join(f"{name} {before[key][0]:.4f} -> {after[key][0]:.4f}" for name, key in (("ECE", "ece"), ("NLL", "nll")))
+    rows = [("calibration", f"temperature {calibration['temperature']:.3f}, {changes}")]
+    abstention = test.get("abstention")
+    if abstention and abstention["test"]:
+        shares = []
+        for split in ("validation", "test"):
+            coverage, accuracy = abstention[split]["coverage"], abstention[split]["accuracy"]
+            shares.append(f"{split} {coverage:.1%}" + ("" if accuracy is None else f" of which {accuracy:.4f} right"))
+        rows.append((f"answered from {abstention['below']:.4f} on", ", ".join(shares)))
+    return rows
+
+
+def _picture_row(check: dict[str, Any]) -> tuple[str, str]:
+    others = [f"{name} {check[key]:.3f}" for name, key in (("exchanged", "shuffled"), ("gray", "gray")) if check[key] is not None]
+    return f"pictures of {check['pictures']}", f"own {check['accuracy']:.3f}, {', '.join(others)}, chance {check['chance']:.3f}"
 
 
 def _command() -> str:

@@ -42,12 +42,15 @@ PRECISIONS = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"
 
 @dataclass
 class Run:
-    """A run that can start. model: the classifier as the training calls it, wrapped where there are several processes."""
+    """A run that can start. folder: the model as it was before. model: the classifier as the training calls it, wrapped where there are
+    several processes.
+    """
 
     settings: Settings
     accelerator: Accelerator
     dtype: torch.dtype
     data: Data
+    folder: Path
     classifier: VLMClassifier
     model: nn.Module
     optimizer: Any
@@ -91,19 +94,18 @@ def set_up(settings: Settings) -> Run:
     note(format_table(_settings_rows(settings, classifier, reason, dtype)) + "\n")
     preflight(classifier, data.train[0])
 
-    if not settings.no_feature_cache:
-        with accelerator.main_process_first():  # the others find what the first one has computed
-            used = {"train": settings.epochs > 0, "validation": True, "test": settings.zero_shot}
-            seen = [getattr(data, role) for role, is_used in used.items() if is_used]
-            classifier.feature_cache = fill_cache(family, seen, settings.cache_size)
-    groups = parameter_groups(classifier, settings.weight_decay, settings.learning_rate, settings.connector_learning_rate)
-    optimizer = torch.optim.AdamW(groups, fused=accelerator.device.type in ("cpu", "cuda"))
-    model, optimizer = accelerator.prepare(classifier, optimizer)
     workers = settings.workers
     if workers is None:  # on the CPU they would take the cores from the model
         workers = min(8, torch.get_num_threads()) if device.type == "cuda" else 0
+    if not settings.no_feature_cache:
+        with accelerator.main_process_first():  # the others find what the first one has computed
+            splits = (data.train, data.validation, data.test) if settings.epochs else (data.validation, data.test)
+            classifier.feature_cache = fill_cache(family, splits, settings.cache_size, settings.cache_dtype, workers)
+    groups = parameter_groups(classifier, settings.weight_decay, settings.learning_rate, settings.connector_learning_rate)
+    optimizer = torch.optim.AdamW(groups, fused=accelerator.device.type in ("cpu", "cuda"))
+    model, optimizer = accelerator.prepare(classifier, optimizer)
     metadata = _metadata(settings, data, classifier, revision)
-    return Run(settings, accelerator, dtype, data, classifier, model, optimizer, metadata, workers)
+    return Run(settings, accelerator, dtype, data, folder, classifier, model, optimizer, metadata, workers)
 
 
 def _find_model(settings: Settings, class_names: list[str], accelerator: Accelerator) -> tuple[Path, str | None]:

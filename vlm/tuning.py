@@ -1,4 +1,4 @@
-"""What is trained: all weights, the connector, or LoRA on the language model plus the connector; and how it is merged."""
+"""What is trained: all weights, the connector, or LoRA on the language model with or without the connector; and how it is merged."""
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -26,7 +26,7 @@ def prepare_tuning(family: Family, settings: Settings) -> None:
             r=settings.lora_rank, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout, target_modules=targets, bias="none"
         )
         inject_adapter_in_model(config, model, adapter_name=ADAPTER)
-    if settings.tune in ("lora", "connector"):
+    if settings.tune in ("lora", "connector") and not settings.freeze_connector:
         family.connector.requires_grad_(True)
     for parameter in model.parameters():
         if parameter.requires_grad:

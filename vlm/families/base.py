@@ -5,7 +5,7 @@ B = batch, P = prefix tokens, L = tokens of a row, K = cached and new tokens, D 
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -26,7 +26,8 @@ from vlm.prompts import Prompts
 from vlm.quantization import forget_quantizer, loading_options
 from vlm.responses import common_start, scored_ids
 
-TOWER_FEATURES = "tower_features"  # the name of cached features among a batch's pixels
+# Names of cached features among a batch's pixels: before and behind the connector.
+TOWER_FEATURES, CONNECTED_FEATURES = "tower_features", "connected_features"
 
 
 @dataclass(frozen=True)
@@ -271,11 +272,13 @@ class Family:
         raise NotImplementedError
 
     def vision_features(self, inputs: dict[str, Tensor]) -> Tensor:
-        """What the vision tower makes of the pictures, before the connector."""
+        """What the vision tower makes of the pictures, before the connector: one row for each row of pixels."""
         raise NotImplementedError
 
     def picture_features(self, inputs: dict[str, Tensor]) -> Tensor:
         """(number of placeholders of all pictures, D) features in the order of the placeholders."""
+        if CONNECTED_FEATURES in inputs:
+            return inputs[CONNECTED_FEATURES]
         return self.connect(self.tower_features(inputs), inputs)
 
     def tower_features(self, inputs: dict[str, Tensor]) -> Tensor:
@@ -290,6 +293,20 @@ class Family:
         """What `vision_features` gave -> (number of placeholders, D)."""
         features = self.connector(hidden)
         return features.reshape(-1, features.shape[-1])
+
+    def features_of_each(self, pictures: Sequence[EncodedPictures], connected: bool) -> list[Tensor]:
+        """The features of several pictures, each encoded by itself, from one pass over all of them.
+
+        Args:
+            connected: behind the connector, where a picture has one row for each of its placeholders; else before it, where it has
+                as many as of pixels (tiles or patches).
+        """
+        device = next(self.model.parameters()).device
+        inputs = {name: torch.cat([one.inputs[name] for one in pictures]).to(device) for name in pictures[0].inputs}
+        if connected:
+            rows = [one.token_ids[0].count(self.image_token_id) for one in pictures]
+            return list(self.picture_features(inputs).split(rows))
+        return list(self.tower_features(inputs).split([len(one.inputs["pixel_values"]) for one in pictures]))
 
     # The language model
 

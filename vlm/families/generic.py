@@ -20,7 +20,7 @@ from transformers import AutoImageProcessor, AutoProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from vlm.errors import UsageError
-from vlm.families.base import TOWER_FEATURES, EncodedPictures, Family, Rendered
+from vlm.families.base import CONNECTED_FEATURES, TOWER_FEATURES, EncodedPictures, Family, Rendered
 from vlm.prompts import Prompts
 from vlm.tracking import note
 
@@ -192,8 +192,8 @@ class GenericFamily(Family):
         return EncodedPictures(pixels, [row[start : len(row) - end] for row in rows])
 
     def picture_features(self, inputs: dict[str, Tensor]) -> Tensor:
-        if TOWER_FEATURES in inputs:
-            return self.connect(inputs[TOWER_FEATURES], inputs)
+        if TOWER_FEATURES in inputs or CONNECTED_FEATURES in inputs:
+            return super().picture_features(inputs)
         get = self.body.get_image_features
         known = inspect.signature(get).parameters
         inputs = {name: t.to(self.model.dtype) if t.is_floating_point() else t for name, t in inputs.items() if name in known}
@@ -203,15 +203,19 @@ class GenericFamily(Family):
 
     @cached_property
     def can_cache(self) -> bool:
-        """Whether the features are those of one connector behind the tower, and nothing else: tried on two pictures."""
+        """Whether the features are those of one connector behind the tower, and the same in a batch: tried on two pictures."""
         if not self.shares_prefix or len(self.connector) != 1:
             return False
         noise = [Image.effect_noise(size, 80).convert("RGB") for size in (PROBE_SIZE, PROBE_SIZE[::-1])]
-        inputs = [{k: v.to(self.model.device) for k, v in self.encode_pictures([p]).inputs.items()} for p in noise]
         try:
             with torch.no_grad():
-                whole = torch.cat([self.picture_features(one) for one in inputs])
-                return torch.equal(self.connect(torch.cat([self.vision_features(one) for one in inputs]), {}), whole)
+                pictures = [self.encode_pictures([one]) for one in noise]
+                alone = [self.features_of_each([one], connected=True)[0] for one in pictures]
+                whole = torch.cat(self.features_of_each(pictures, connected=True))
+                tower = torch.cat(self.features_of_each(pictures, connected=False))
+                share = 1e-3 if whole.dtype in (torch.float32, torch.float64) else 5e-2
+                same = torch.allclose(torch.cat(alone), whole, rtol=0, atol=share * float(whole.abs().max()))
+                return same and torch.equal(self.connect(tower, {}), whole)
         except Exception:  # a tower that does not hand its features to the connector in one tensor
             return False
 

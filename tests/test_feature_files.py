@@ -1,0 +1,232 @@
+"""The files of the feature cache: bounded, shared by runs, unharmed by kills, and used by the test and by inference."""
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from commands import classify, names_in, train
+from feature_checks import classifier_of, split
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from inference_vlm import load_model_and_metadata, predict_batch
+from vlm import features
+from vlm.families.base import Family
+from vlm.features import FeatureCache, cache_root, fill_cache, make_room
+
+OLD, NEW = 2 * 86400, 60  # seconds since a file was used
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLM_CACHE", str(tmp_path / "cache"))
+    return cache_root()
+
+
+def put(file: Path, age: float, size: int = 600_000) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(bytes(size))
+    for path in (file, file.parent):
+        os.utime(path, (time.time() - age, time.time() - age))
+    return file
+
+
+def start(classifier, pictures, save) -> multiprocessing.Process:
+    """Another process that fills the cache, with `save` in the place of the function that writes a file."""
+
+    def fill():
+        features.save_file = save
+        cache = fill_cache(classifier.family, [pictures], limit_gb=1)
+        sys.exit(0 if cache and cache.encode(pictures.keys) else 1)
+
+    process = multiprocessing.get_context("fork").Process(target=fill)
+    process.start()
+    return process
+
+
+# Size
+
+
+def test_features_that_are_too_large_are_not_kept(tmp_path, root, capsys):
+    classifier = classifier_of("idefics3", tmp_path / "model")
+    assert fill_cache(classifier.family, [split()], limit_gb=1e-6) is None
+    assert "for 3 pictures, more than --cache-size 1e-06: not kept" in capsys.readouterr().err
+    assert not list(root.glob("*/*"))
+
+
+def test_features_that_turn_out_larger_than_the_first_ones_are_not_kept(tmp_path, root, monkeypatch, capsys):
+    """Pictures of unequal size: the estimate is of those that came first."""
+    classifier = classifier_of("qwen2_vl", tmp_path / "model")
+    fill_cache(classifier.family, [split()], limit_gb=1)
+    sizes = [file.stat().st_size for file in root.glob("*/*")]
+    for file in root.glob("*/*"):
+        file.unlink()
+    monkeypatch.setattr("vlm.features.PICTURES_AT_ONCE", 1)
+    assert min(sizes) * 3 < 0.9 * sum(sizes)
+    assert fill_cache(classifier.family, [split()], limit_gb=0.9 * sum(sizes) / 1e9) is None
+    assert "not kept" in capsys.readouterr().err
+    assert sum(file.stat().st_size for file in root.glob("*/*")) <= 0.9 * sum(sizes)
+
+
+def test_only_features_that_nobody_used_for_a_day_make_room(tmp_path, root):
+    """Other towers' and this one's alike, the longest unused first, and no more of them than need be."""
+    classifier = classifier_of("idefics3", tmp_path / "model")
+    own = FeatureCache(classifier.family, False, False, 1).folder.name
+    oldest, older = put(root / "other" / "oldest", 3 * OLD), put(root / own / "older", 2 * OLD)
+    old, new = put(root / "other" / "old", OLD), put(root / own / "new", NEW)
+    assert fill_cache(classifier.family, [split()], limit_gb=1.5e-3) is not None
+    assert [file.exists() for file in (oldest, older, old, new)] == [False, False, True, True]
+    assert sum(file.stat().st_size for file in root.glob("*/*")) <= 1.5e6
+
+
+def test_nothing_is_deleted_in_vain(root):
+    old = put(root / "other" / "old", OLD)
+    assert make_room(root / "own", 2e6, limit_gb=1e-3) < 2e6
+    assert old.exists()
+    assert make_room(root / "own", 5e5, limit_gb=1e-3) >= 5e5
+    assert not old.exists()
+
+
+def test_what_a_run_looks_up_stays(tmp_path, root):
+    classifier = classifier_of("idefics3", tmp_path / "model")
+    pictures = split()
+    cache = fill_cache(classifier.family, [pictures], limit_gb=1)
+    files = list(cache.folder.iterdir())
+    for look in (lambda: fill_cache(classifier.family, [pictures], limit_gb=1), lambda: cache.encode(pictures.keys)):
+        for file in files:
+            os.utime(file, (time.time() - OLD, time.time() - OLD))
+        look()
+        assert make_room(root / "other", 5e8, limit_gb=0.5) < 5e8
+        assert all(file.exists() for file in files)
+
+
+def test_folders_without_files_go_when_they_are_old(root):
+    for name, age in (("old", OLD), ("new", NEW)):
+        put(root / name / "x", age).unlink()
+        os.utime(root / name, (time.time() - age, time.time() - age))
+    make_room(root / "own", 1, limit_gb=1)
+    assert names_in(root) == {"new", "own"}
+
+
+# Several runs, and killed ones
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch, capsys):
+    classifier = classifier_of("idefics3", tmp_path / "model")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("VLM_CACHE", str(tmp_path / "file"))
+    assert fill_cache(classifier.family, [split()], limit_gb=1) is None
+    assert "computed anew each time" in capsys.readouterr().err
+
+
+def test_two_runs_fill_the_same_cache_at_once(tmp_path, root):
+    """Each writes every file, since they look for them before either has written any, and both write the same one at a time."""
+    classifier = classifier_of("idefics3", tmp_path / "model")
+    pictures, both = split(), multiprocessing.get_context("fork").Barrier(2)
+
+    def save(entry, path):
+        both.wait(timeout=60)
+        save_file(entry, path)
+
+    runs = [start(classifier, pictures, save) for _ in range(2)]
+    for run in runs:
+        run.join()
+    assert [run.exitcode for run in runs] == [0, 0]
+    (folder,) = root.iterdir()
+    assert names_in(folder) == {f"{pictures[i].key}.safetensors" for i in range(3)}
+    assert all(load_file(file) for file in folder.iterdir())
+
+
+def test_a_run_that_is_killed_while_it_writes_does_no_harm(tmp_path, root):
+    def save(entry, path):
+        path.write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    classifier = classifier_of("idefics3", tmp_path / "model")
+    pictures = split()
+    run = start(classifier, pictures, save)
+    run.join()
+    assert run.exitcode == -signal.SIGKILL
+    (left,) = root.glob("*/.*.tmp")
+    cache = fill_cache(classifier.family, [pictures], limit_gb=1)
+    assert cache.encode(pictures.keys) is not None
+    assert left.exists(), "it may be another run's that is still writing"
+    os.utime(left, (time.time() - OLD, time.time() - OLD))
+    make_room(cache.folder, 1, limit_gb=1)
+    assert names_in(cache.folder) == {f"{key}.safetensors" for key in set(pictures.keys)}
+
+
+# The whole program
+
+
+@pytest.fixture
+def towers(monkeypatch):
+    """How many pictures each pass through the vision tower had, by whether it was for the cache."""
+    passes = {"cache": [], "model": []}
+    inside = []
+    whole, each = Family.tower_features, Family.features_of_each
+
+    def tower_features(self, inputs):
+        if "pixel_values" in inputs and not inside:
+            passes["model"].append(len(inputs["pixel_values"]))
+        return whole(self, inputs)
+
+    def features_of_each(self, pictures, connected):
+        inside.append(1)
+        passes["cache"].append(len(pictures))
+        try:
+            return each(self, pictures, connected)
+        finally:
+            inside.pop()
+
+    monkeypatch.setattr(Family, "tower_features", tower_features)
+    monkeypatch.setattr(Family, "features_of_each", features_of_each)
+    return passes
+
+
+@pytest.mark.parametrize("flags", [(), ("--freeze-connector", "--cache-dtype", "float16")])
+def test_training_test_and_inference_compute_each_picture_once(flags, tmp_path, root, towers):
+    output = tmp_path / "out"
+    arguments = ("--demo", "--tune", "lora", "--max-samples", 20, "--epochs", 2, "--batch-size", 4, "--output-dir", output, *flags)
+    assert train(*arguments) == 0
+    (folder,) = root.iterdir()
+    assert sum(towers["cache"]) == len(names_in(folder)) <= 60 and towers["model"] == []
+    towers["cache"].clear()
+    saved = json.loads((output / "results.json").read_text())["test"]["accuracy"]
+    assert train(*arguments, "--overwrite") == 0
+    assert towers["cache"] == [] and json.loads((output / "results.json").read_text())["test"]["accuracy"] == saved
+
+    pictures = sorted((output / "demo_pictures").iterdir())
+    Image.effect_noise((8, 8), 80).convert("RGB").save(tmp_path / "new.png")
+    model, processor, metadata = load_model_and_metadata(output / "best_model", device="cpu")
+
+    def probabilities(**options):
+        results = predict_batch(model, processor, [*pictures, tmp_path / "new.png", "no.png"], metadata, explain=False, **options)
+        return torch.tensor([list(result.get("probabilities", {}).values()) for result in list(results.values())[:-1]])
+
+    expected = probabilities()
+    assert sum(towers["model"]) == len(pictures) + 1
+    towers["model"].clear()
+    for _ in range(2):
+        found = probabilities(feature_cache=True)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-3 if flags else 1e-5)
+    assert towers == {"cache": [1], "model": []}, "only the new picture was computed, and once"
+    assert {path.name for path in root.iterdir()} == {folder.name}
+    assert model.feature_cache is None
+
+
+def test_inference_without_a_training_keeps_the_features_behind_the_connector(demo_run, root, towers, capsys):
+    pictures = demo_run / "demo_pictures"
+    for _ in range(2):
+        assert classify("--model-dir", demo_run / "best_model", "--device", "cpu", "--feature-cache", pictures) == 0
+    assert sum(towers["cache"]) == 10 and towers["model"] == []
+    entry = load_file(next(root.glob("*/*.safetensors")))
+    assert set(entry) == {"connected_features", "token_ids"}
+    first, second = capsys.readouterr().out.split("picture ")[1:]
+    assert first == second

@@ -1,0 +1,252 @@
+"""The page is well-formed, shows every part that is there, and holds nothing from elsewhere, whatever the names are."""
+
+import math
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from tiny import random_picture
+
+from vlm.data import Data, Split
+from vlm.metrics import classification_metrics
+from vlm.page import SECTIONS, Prediction, content, sections, shown_pictures, write_page
+from vlm.page.charts import MOST_POINTS, Axis, Line, axis_around, line_chart
+from vlm.page.content import wilson_interval
+from vlm.page.markup import VOID, Markup, class_name, element, shorten
+from vlm.sources import Rows
+
+EVIL = "<b>&\"'</td><script src=http://x.example>"
+NAMES = ["cat", EVIL, "猫"]
+OPTIONAL = {"comparison", "reliability", "curves", "settings"}
+
+
+class Page(HTMLParser):
+    """Elements with their attributes, texts by section; every end tag must close the element that is open."""
+
+    def __init__(self, path):
+        super().__init__(convert_charrefs=True)
+        self.source = path.read_text(encoding="utf-8")
+        self.open, self.elements, self.texts = [], [], []
+        self.feed(self.source)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        names = [name for name, _ in attributes]
+        assert len(set(names)) == len(names)
+        self.elements.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, text):
+        if self.open and self.open[-1] != "style":
+            self.texts.append(text)
+
+    @property
+    def text(self):
+        return " ".join(self.texts)
+
+    @property
+    def sections(self):
+        return [attributes["id"] for tag, attributes in self.elements if tag == "section"]
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def split(labels, pictures=7):
+    few = [random_picture(i, 200, 150) for i in range(pictures)]
+    names = [f"folder <i>/{i}.jpg" for i in range(len(labels))]
+    return Split(Rows([few[i % pictures] for i in range(len(labels))], labels, names), range(len(labels)), labels)
+
+
+def run_of(names=NAMES, each=4, seed=0, strength=2.0):
+    """Results, data and predictions of a run that never was, with the least that must be there."""
+    rng = np.random.default_rng(seed)
+    labels = [i % len(names) for i in range(each * len(names))]
+    scores = rng.normal(size=(len(labels), len(names)))
+    scores[np.arange(len(labels)), labels] += strength
+    scores -= np.log(np.exp(scores).sum(1, keepdims=True))
+    data = Data(split(labels), split(labels), split(labels), list(names), summary=[("data set", EVIL)], source={"dataset": EVIL})
+    predictions = [Prediction(*row) for row in zip(data.test.names, labels, np.exp(scores), strict=True)]
+    for i in shown_pictures(predictions):
+        predictions[i].text = f"Reasoning: I see {EVIL}\nAnswer: {names[predictions[i].predicted]}"
+    return {"test": classification_metrics(labels, scores, names)}, data, predictions
+
+
+def everything(results):
+    """Adds all that results.json may hold."""
+    accuracy = results["test"]["accuracy"]
+    figures = {"nll": [0.61, 0.5, 0.7], "brier": [0.31, 0.2, 0.4], "ece": [0.11, 0.1, 0.2], "accuracy": [accuracy, 0.41, 0.93]}
+    bins = [[0.4, 0.5, 6], [0.9, 0.8, 6], [None, None, 0]]
+    calibration = {"temperature": 1.75, "before": figures, "after": figures | {"ece": [0.021, 0.01, 0.03]}}
+    results["test"] |= {"calibration": calibration | {"reliability": {"before": bins, "after": bins}}, "loss": 0.123456}
+    results["test"]["own_metrics"] = {"top two": 0.875, "failed": None, "parts": {"a": 0.625}}
+    history = [{"kind": "train", "step": s, "loss": 9 / s} for s in range(1, 90)] + [{"kind": "train", "step": 90, "loss": math.nan}]
+    history += [{"kind": "validation", "step": s, "loss": 9 / s, "accuracy": 1 - 1 / s} for s in (30, 60, 90)]
+    return results | {
+        "picture_check": {"accuracy": accuracy, "shuffled": 0.31, "gray": 0.32, "chance": 0.33, "pictures": 12, "warning": None},
+        "probe": {"accuracy": [0.765, 0.7, 0.8]},
+        "zero_shot": {"accuracy": 0.234},
+        "texts": {"texts": 12, "invalid": 1, "agree_with_prediction": 10},
+        "validation": {"accuracy": 0.99, "loss": 0.1, "step": 60},
+        "history": history,
+        "settings": {"task_description": EVIL, "model": "some/model", "epochs": 3, "seed": 0, "resume": False},
+        "timings": {"train_seconds": 12.5},
+        "versions": {"torch": "2"},
+    }
+
+
+def page_of(path, results, data, predictions):
+    write_page(path, results, data, predictions)
+    return Page(path)
+
+
+def test_every_part_is_there(tmp_path):
+    results, data, predictions = run_of()
+    page = page_of(tmp_path / "report.html", everything(results), data, predictions)
+    assert page.sections == [name for name, _, _ in SECTIONS]
+    for text in ("76.5%", "23.4%", "31.0%", "41.0% to 93.0%", "0.0210", "0.1100", "1.750", "0.8750", "parts a", "0.1235", "some/model"):
+        assert text in page.text, text
+    assert {name for name in NAMES if name in page.text} == set(NAMES)
+    links = {attributes["href"] for attributes in page.all("a")}
+    assert links == {f"#{name}" for name in page.sections}
+    assert list(tmp_path.iterdir()) == [tmp_path / "report.html"]
+
+
+def test_what_was_not_measured_is_left_out(tmp_path):
+    page = page_of(tmp_path / "report.html", *run_of())
+    assert set(page.sections) == {name for name, _, _ in SECTIONS} - OPTIONAL
+    assert "calibration" not in page.text and "nan" not in page.text.lower() and "None" not in page.text
+
+
+def test_nothing_is_loaded_from_elsewhere_and_no_name_becomes_markup(tmp_path):
+    results, data, predictions = run_of()
+    page = page_of(tmp_path / "report.html", everything(results), data, predictions)
+    assert {tag for tag, _ in page.elements}.isdisjoint({"script", "link", "iframe", "object", "base", "form"})
+    for tag, attributes in page.elements:
+        assert not any(name.startswith("on") for name in attributes)
+        assert attributes.get("src", "data:image/").startswith("data:image/"), tag
+        assert attributes.get("href", "#").startswith("#")
+    assert "url(" not in page.source and "@import" not in page.source
+    assert EVIL not in page.source and page.source.replace("http://x.example", "").count("http") == 1, "the policy's http-equiv alone"
+    assert "default-src 'none'" in next(a["content"] for a in page.all("meta") if "http-equiv" in a)
+
+
+def test_every_picture_has_a_text_for_those_who_cannot_see_it(tmp_path):
+    results, data, predictions = run_of()
+    page = page_of(tmp_path / "report.html", everything(results), data, predictions)
+    assert page.all("img") and all(image["alt"] for image in page.all("img"))
+    charts = page.all("svg")
+    assert len(charts) == 3 and all("from" in chart["aria-label"] and chart["role"] == "img" for chart in charts)
+
+
+def test_mistakes_and_uncertain_pictures_are_chosen_and_explained(tmp_path):
+    results, data, predictions = run_of(each=60, strength=1.0)
+    wrong = [p for p in predictions if p.predicted != p.label]
+    assert len(wrong) > content.MOST_PICTURES
+    shown = [predictions[i] for i in shown_pictures(predictions)]
+    mistakes, uncertain = shown[: content.MOST_PICTURES], shown[content.MOST_PICTURES :]
+    assert [p.confidence for p in mistakes] == sorted((p.confidence for p in wrong), reverse=True)[: content.MOST_PICTURES]
+    left = sorted(p.confidence for p in predictions if not any(p is m for m in mistakes))
+    assert [p.confidence for p in uncertain] == left[: content.MOST_PICTURES]
+    page = page_of(tmp_path / "report.html", results, data, predictions)
+    assert len(page.all("article")) == 2 * content.MOST_PICTURES
+    for p in shown:
+        assert p.text in page.text and f"{p.confidence:.3f}" in page.text and p.name in page.text
+    assert f"{content.MOST_PICTURES} of {len(wrong)} mistakes" in page.text
+
+
+def test_a_truth_behind_the_best_three_is_shown_too(tmp_path):
+    results, data, predictions = run_of(["a", "b", "c", "d", "e"])
+    predictions[0].probabilities = np.array([0.0125, 0.5, 0.3, 0.1375, 0.05])
+    write_page(tmp_path / "report.html", results, data, predictions)
+    card = sections._card(content.Content(results, data, predictions), 0)
+    assert [name for name in "abcde" if f">{name}</span></" in card.split("<ul")[1]] == ["a", "b", "c", "d"]
+    assert "0.013" in card or "0.012" in card
+
+
+def test_two_classes_and_few_pictures_and_no_mistake(tmp_path):
+    page = page_of(tmp_path / "report.html", *run_of(["a", "b"], each=1, strength=50.0))
+    assert "no mistake" in page.text and "2 test pictures are few" in page.text
+    assert "not clearly above" in page.text, "two of two right is no proof"
+
+
+@pytest.mark.parametrize(
+    ("changed", "warning"),
+    [
+        ({"probe": {"accuracy": [1.0, 1.0, 1.0], "warning": "the probe is better."}}, "The probe is better."),
+        ({"picture_check": {"accuracy": 0.9, "shuffled": 0.85, "gray": 0.2, "chance": 0.33, "warning": "it is blind."}}, "It is blind."),
+        ({"picture_check": {"accuracy": 0.9, "shuffled": None, "gray": 0.33, "chance": 0.33, "warning": None}}, None),
+        ({"probe": None, "picture_check": None, "zero_shot": None, "texts": None, "history": None}, None),
+    ],
+)
+def test_warnings_are_given_where_they_are_due(tmp_path, changed, warning):
+    results, data, predictions = run_of(each=100)
+    page = page_of(tmp_path / "report.html", results | changed, data, predictions)
+    warnings = len([a for a in page.all("ul") if a.get("class") == "warnings"])
+    assert (warnings, warning is None or warning in page.text) == (int(warning is not None), True)
+
+
+@pytest.mark.parametrize("classes", [31, 1000])
+def test_many_classes_give_a_page_of_bounded_size_that_says_what_it_leaves_out(tmp_path, classes):
+    names = [f"{i} {'long ' * 90}{i}" for i in range(classes)]
+    results, data, predictions = run_of(names, each=2)
+    results["test"]["calibration"] = {"reliability": {}}
+    results["history"] = [{"kind": "train", "step": s, "loss": 1.0 + s % 7} for s in range(20_000)]
+    page = page_of(tmp_path / "report.html", results, data, predictions)
+    assert len(page.source) < 2_000_000
+    assert len(page.all("img")) <= 2 * content.MOST_PICTURES + sections.MOST_SAMPLES + 1
+    assert (f"{sections.MOST_ROWS} of {classes:,} classes" in page.text) == (classes > sections.MOST_ROWS)
+    assert (f"{sections.MOST_SAMPLES} of {classes:,} classes" in page.text) == (classes > sections.MOST_SAMPLES)
+    assert names[0] not in page.text and shorten(names[0], 40) in page.text
+
+
+def test_a_picture_that_has_gone_leaves_a_gap(tmp_path):
+    results, data, predictions = run_of()
+    labels = data.test.labels
+    data.test = Split(Rows([tmp_path / "gone.png"] * len(labels), labels, ["gone.png"] * len(labels)), range(len(labels)), labels)
+    predictions[0].name = "caf\udce9.png"  # a file name that is not valid text
+    assert "no picture" in page_of(tmp_path / "report.html", results, data, predictions).text
+
+
+def test_the_interval_of_a_share():
+    """Against the roots of |p - share| = z * sqrt(p (1 - p) / n), by which Wilson's interval is defined."""
+    for correct, total in ((0, 5), (3, 7), (252, 269), (40, 40)):
+        low, high = wilson_interval(correct, total)
+        shares = np.linspace(0, 1, 200_001)
+        inside = shares[np.abs(shares - correct / total) <= 1.959964 * np.sqrt(shares * (1 - shares) / total)]
+        assert (low, high) == pytest.approx((inside.min(), inside.max()), abs=1e-5)
+    assert wilson_interval(0, 0) == pytest.approx((0, 0.79346), abs=1e-4)
+
+
+def test_only_markup_is_not_escaped():
+    assert element("p", "<", Markup("<br>"), None, 3, class_='"') == '<p class="&quot;">&lt;<br>3</p>'
+    assert element("p", element("b", "&") + "<") == "<p>&lt;b&gt;&amp;amp;&lt;/b&gt;&lt;</p>", "sums are plain text again"
+    assert 'title="' + "x" * 50 in class_name("x" * 50) and "title" not in class_name("x")
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 237), (0.93, 0.94), (3, 50_000), (0, 1e-9)])
+def test_ticks_are_few_round_and_within(low, high):
+    ticks = Axis("", low, high).ticks()
+    assert 2 <= len(ticks) <= 7 and all(low - 1e-9 <= tick <= high + 1e-9 for tick in ticks)
+    assert all(len(f"{tick:.6g}".strip("0.")) <= 6 for tick in ticks)
+
+
+def test_ticks_of_steps_are_whole_and_of_logarithms_decades():
+    assert Axis("", 0, 2, whole=True).ticks() == [0, 1, 2]
+    assert Axis("", 0.02, 60, log=True).ticks() == pytest.approx([0.03, 0.1, 0.3, 1, 3, 10, 30])
+    assert len(Axis("", 1e-9, 1e9, log=True).ticks()) >= 2
+
+
+def test_a_line_of_many_points_is_thinned_and_ends_where_it_ended():
+    x, y = np.arange(9_999.0), np.linspace(1, 2, 9_999)
+    chart = line_chart([Line("a", x, y, "first"), Line("empty", [], [], "second")], Axis("x", 0, 9_998), axis_around("y", y), "Title")
+    path = chart.split('class="line')[0].rsplit('d="', 1)[1]
+    assert path.count("L") <= MOST_POINTS + 1 and path.split("L")[-1].startswith("426")
+    assert "empty" not in chart
+    few, many = (line_chart([Line("a", x[:n], y[:n], "first", dots=True)], Axis("x", 0, n), axis_around("y", y), "T") for n in (3, 300))
+    assert (few.count("<circle"), many.count("<circle")) == (3, 0)

@@ -1,0 +1,122 @@
+"""The probe: each picture's features are its own, whatever its neighbors, in every family; and the figures are scikit-learn's."""
+
+import numpy as np
+import pytest
+import test_family_generic
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+from test_features import MODELS
+from tiny import random_picture, save_tiny_model, tiny_prompts
+
+from vlm import probe as module
+from vlm.config import resolve
+from vlm.data import Data, Sample, Split
+from vlm.families import load_family
+from vlm.features import fill_cache
+from vlm.probe import compare, pooled_features, probe
+from vlm.sources import Rows
+from vlm.tuning import prepare_tuning
+
+GENERIC = {
+    "llava_onevision": test_family_generic.TestLlavaOnevision,
+    "internvl": test_family_generic.TestInternVL,
+    "gemma3": test_family_generic.TestGemma3,
+    "paligemma": test_family_generic.TestPaliGemma,
+}
+BUILDERS = (
+    MODELS
+    | {name: lambda folder, checks=checks: checks().build(folder) for name, checks in GENERIC.items()}
+    | {"idefics3, tiles": save_tiny_model}
+)
+SIZES = ((40, 28), (20, 60), (40, 28), (90, 30))
+
+
+def family_of(name, folder):
+    BUILDERS[name](folder)
+    options = {"image_splitting": True} if "tiles" in name else {"num_crops": 4} if name == "phi3_v" else {}
+    family = load_family(folder, torch.float32, torch.device("cpu"), options)
+    family.render(tiny_prompts())
+    return family
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_pooled_features_are_the_mean_over_each_picture_alone(name, tmp_path):
+    family = family_of(name, tmp_path)
+    pictures = [random_picture(i, *size) for i, size in enumerate(SIZES)]
+    samples = [Sample(picture, 0, "a picture") for picture in pictures]
+    expected = []
+    for picture in pictures:
+        with torch.no_grad():
+            hidden = family.vision_features(family.encode_pictures([picture]).inputs)
+        places = hidden.reshape(-1, hidden.shape[-1])
+        expected.append(torch.stack([place.double() for place in places]).sum(0) / len(places))
+    expected = torch.stack(expected).numpy()
+    assert np.abs(expected - expected[0]).max(1)[1:].min() > 1e-3, "the pictures should differ, or the test says little"
+    np.testing.assert_allclose(pooled_features(family, samples), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(pooled_features(family, samples[::2]), expected[::2], rtol=1e-4, atol=1e-5)
+
+
+def split_of(labels, seed):
+    """Dark and bright pictures, with noise."""
+    pictures = [random_picture(seed + i).point(lambda value, label=label: value // 3 + 60 * label) for i, label in enumerate(labels)]
+    return Split(Rows(pictures, labels, [str(i) for i in range(len(labels))]), range(len(labels)), labels)
+
+
+@pytest.fixture
+def data():
+    labels = [i % 3 for i in range(30)]
+    return Data(split_of(labels, 0), split_of(labels[:12], 100), split_of(labels[:15], 200), ["a", "b", "c"])
+
+
+@pytest.fixture
+def family(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLM_CACHE", str(tmp_path / "cache"))
+    family = load_family(save_tiny_model(tmp_path / "model"), torch.float32, torch.device("cpu"), {})
+    prepare_tuning(family, resolve({"tune": "connector"}))
+    return family
+
+
+def test_the_figures_are_those_of_a_plain_logistic_regression(family, data):
+    found = probe(family, data)
+    features = [pooled_features(family, [split[i] for i in range(len(split))]) for split in (data.train, data.validation, data.test)]
+    scaler = StandardScaler().fit(features[0])
+    train, validation, test = map(scaler.transform, features)
+    accuracies = {}
+    for strength in module.STRENGTHS:
+        model = LogisticRegression(C=strength, max_iter=1000).fit(train, data.train.labels)
+        accuracies[strength] = (model.score(validation, data.validation.labels), model.score(test, data.test.labels))
+    best = max(accuracies, key=lambda strength: (accuracies[strength][0], -strength))
+    assert found["C"] == best and found["features"] == train.shape[1] == 16
+    assert (found["validation_accuracy"], found["accuracy"][0]) == pytest.approx(accuracies[best])
+    value, low, high = found["accuracy"]
+    assert 0 <= low <= value <= high <= 1 and value > 0.6, "dark and bright are easy to tell apart"
+
+
+def test_features_of_the_cache_are_used_and_give_the_same(family, data, monkeypatch):
+    expected = probe(family, data)
+    cache = fill_cache(family, (data.train, data.validation), limit_gb=1)
+    seen = []
+    encode = family.encode_pictures
+    monkeypatch.setattr(family, "encode_pictures", lambda pictures: seen.extend(pictures) or encode(pictures))
+    found = probe(family, data, cache)
+    assert len(seen) == len(data.test), "those of the test split alone are not in the cache"
+    assert found | {"seconds": 0} == expected | {"seconds": 0}
+
+
+def test_a_tower_without_features_of_its_own_is_left_out_with_a_note(family, data, monkeypatch, capsys):
+    def fail(inputs):
+        raise IndexError("nothing reached the connector")
+
+    monkeypatch.setattr(family, "vision_features", fail)
+    assert probe(family, data) is None
+    assert "no probe: this model's vision tower hands over no features of its own (IndexError)" in capsys.readouterr().err
+    monkeypatch.setattr(family, "vision_features", lambda inputs: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(MemoryError):
+        probe(family, data)
+
+
+def test_a_vlm_more_than_two_points_below_is_warned_about():
+    found = {"accuracy": [0.9, 0.8, 0.95]}
+    assert compare(found, 0.95) is None and compare(found, 0.88) is None
+    assert "the probe is 2.1 points ahead" in compare(found, 0.879)

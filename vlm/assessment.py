@@ -1,0 +1,82 @@
+"""What results.json says about trust, beside the metrics: calibration, abstention, and the probe."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from vlm.calibration import Calibration, coverage_and_accuracy, fit_calibration, pick_threshold
+from vlm.classifier import VLMClassifier
+from vlm.config import Settings
+from vlm.data import Split
+from vlm.evaluation import score_split
+from vlm.families import load_family
+from vlm.features import FeatureCache
+from vlm.probe import compare, probe
+from vlm.reliability import confidence_and_correctness, reliability_bins, reliability_figures
+from vlm.setup import Run
+from vlm.tracking import note
+
+
+def calibrate(classifier: VLMClassifier, validation: Split, settings: Settings, workers: int = 0) -> dict[str, Any]:
+    """Fit the classifier's calibration and its threshold to the validation split, and set them.
+
+    Returns:
+        method, temperature, bias, remarks (list of sentences, also printed); and abstention, see `abstention`, where asked for.
+    """
+    threshold, target = settings.abstain_below, settings.target_precision
+    calibration, remarks, measured = Calibration(), [], None
+    if settings.calibration != "none" or threshold is not None or target is not None:
+        scores = score_split(classifier, validation, settings.eval_batch_size, workers=workers, description="calibrating", tolerance=0.0)
+        calibration, remarks = fit_calibration(scores, validation.labels, settings.calibration)
+        whole = ~scores.isnan().any(1)
+        truth = np.array(validation.labels)[whole.numpy()]
+        measured = confidence_and_correctness(calibration.log_probabilities(scores[whole]).numpy(), truth)
+    if target is not None:
+        threshold = pick_threshold(*measured, target)
+        if threshold is None:
+            remarks.append(f"at no threshold are {target:.0%} of the predictions on validation right: the model abstains from nothing.")
+    for remark in remarks:
+        note(remark)
+    classifier.calibration = replace(calibration, abstain_below=threshold)
+    result = {"method": settings.calibration, "temperature": calibration.temperature, "bias": calibration.bias, "remarks": remarks}
+    if threshold is not None or target is not None:
+        known = None if threshold is None else coverage_and_accuracy(*measured, threshold)
+        result["abstention"] = {"below": threshold, "target_precision": target, "validation": known}
+    return result
+
+
+def add_test_figures(fitted: dict[str, Any], calibration: Calibration, scores: Tensor, labels: Sequence[int], seed: int) -> dict[str, Any]:
+    """What `calibrate` gave, with the test split: `calibration` and, where asked for, `abstention` of `results["test"]`."""
+    after = calibration.log_probabilities(scores).numpy()
+    states = {"before": Calibration().log_probabilities(scores).numpy(), "after": after}
+    figures = {state: reliability_figures(values, labels, seed=seed) for state, values in states.items()}
+    bins = {state: reliability_bins(*confidence_and_correctness(values, labels)) for state, values in states.items()}
+    fitted = dict(fitted)
+    abstention = fitted.pop("abstention", None)
+    result = {"calibration": {**fitted, **figures, "reliability": bins}}
+    if abstention:
+        threshold = abstention["below"]
+        on_test = None if threshold is None else coverage_and_accuracy(*confidence_and_correctness(after, labels), threshold)
+        result["abstention"] = {**abstention, "test": on_test}
+    return result
+
+
+def probe_beside(run: Run, classifier: VLMClassifier, cache: FeatureCache | None, accuracy: float) -> dict[str, Any] | None:
+    """The probe on the vision tower as the training found it, compared with the VLM's test accuracy; None where it was not asked for."""
+    if not run.settings.probe:
+        return None
+    family, tower = classifier.family, "frozen"
+    if run.settings.tune == "full":  # the trained tower has seen the labels: what counts is the one before
+        family = load_family(run.folder, run.dtype, run.accelerator.device, run.settings.picture_options())
+        family.render(classifier.prompts)  # some processors encode pictures within the conversation
+        tower = "random weights" if run.settings.demo else "before the training"
+    found = probe(family, run.data, cache, run.settings.seed)
+    if found is None:
+        return None
+    warning = compare(found, accuracy)
+    if warning:
+        note(warning)
+    return {**found, "tower": tower, "warning": warning}

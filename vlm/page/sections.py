@@ -1,0 +1,273 @@
+"""The sections of the page. Each takes the content and gives its markup, or None where there is nothing to show. C = classes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vlm.data import Split
+from vlm.page.charts import Axis, Line, axis_around, line_chart
+from vlm.page.content import Content, Prediction, triple
+from vlm.page.markup import (
+    LONGEST_TEXT,
+    Markup,
+    bar,
+    class_name,
+    data_address,
+    element,
+    facts,
+    interval,
+    join,
+    percent,
+    shorten,
+    table,
+    thumbnail,
+)
+from vlm.pictures import UnreadablePicture
+from vlm.report import MOST_CLASSES_WITH_COUNTS, series, smooth, wants_log_scale
+
+MOST_SAMPLES = 48  # classes with a picture in the section on the data
+MOST_ROWS = 100  # classes in the table of classes
+
+
+def comparison(content: Content) -> Markup | None:
+    """The accuracy beside that of cheaper answers; None where there is only the most frequent class to compare with."""
+    results = content.results
+    check = results.get("picture_check") or {}
+    subset = f"on {check['pictures']:,} pictures" if check.get("pictures") else "on some pictures"
+    rows = [
+        ("This model", None, content.accuracy),
+        ("Linear probe", "logistic regression on the same vision tower", triple((results.get("probe") or {}).get("accuracy"))),
+        ("Zero-shot", "the same model before training", triple((results.get("zero_shot") or {}).get("accuracy"))),
+        ("Other picture", f"pictures shuffled, {subset}", triple(check.get("shuffled"))),
+        ("No picture", f"a gray one, {subset}", triple(check.get("gray"))),
+    ]
+    rows = [row for row in rows if row[2]]
+    if len(rows) == 1:
+        return None
+    rows.append(("Most frequent class", "always the same answer", (content.majority[1], None, None)))
+    cells = [[with_hint(name, hint), percent(figure[0]), interval(figure), bar(*figure)] for name, hint, figure in rows]
+    return table(["answers by", "accuracy", "95% interval", ""], cells)
+
+
+def confusion(content: Content) -> Markup:
+    """The matrix, up to 30 classes with counts, and the most frequent confusions."""
+    pairs = content.confusions
+    rows = [[join([class_name(a, 24), " taken for ", class_name(b, 24)]), f"{n:,} of {s:,}"] for a, b, n, s in pairs]
+    frequent = table(["most frequent mistakes", "pictures"], rows) if rows and len(content.names) > 2 else None
+    matrix = _matrix_table(content) if len(content.names) <= MOST_CLASSES_WITH_COUNTS else _matrix_picture(content)
+    return element("div", matrix, frequent, class_="side")
+
+
+def _matrix_table(content: Content) -> Markup:
+    names = [class_name(name, 18) for name in content.names]
+    head = element("tr", element("td"), *(element("th", n, scope="col") for n in names))
+    rows = []
+    for i, (name, counts) in enumerate(zip(names, content.counts.tolist(), strict=True)):
+        total = max(sum(counts), 1)
+        cells = [
+            element("td", count or "", class_=_cell_class(i == j, count / total), style=f"--s:{count / total:.3f}" if count else None)
+            for j, count in enumerate(counts)
+        ]
+        rows.append(element("tr", element("th", name, scope="row"), *cells))
+    caption = "Rows: true class; columns: prediction. Blue: right, orange: wrong; the stronger, the larger the share of the true class."
+    body = element("table", element("thead", head), element("tbody", *rows), class_="matrix")
+    return element("figure", element("div", body, class_="scroll"), element("figcaption", caption))
+
+
+def _cell_class(right: bool, share: float) -> str | None:
+    if not share:
+        return None
+    return ("right" if right else "wrong") + (" strong" if share > 0.5 else "")
+
+
+def _matrix_picture(content: Content) -> Markup:
+    """One pixel a cell, in one color that is the more opaque the larger the share: it suits light and dark."""
+    shares = content.counts / np.maximum(content.counts.sum(axis=1, keepdims=True), 1)
+    values = np.where(content.counts > 0, 40 + shares * 215, 0).astype(np.uint8)  # a single picture is seen, too
+    image = Image.fromarray(values, "P")
+    image.putpalette([43, 108, 196] * 256)
+    address = data_address(image, "PNG", transparency=bytes(range(256)), optimize=True)
+    alt = f"Confusion matrix of {len(content.names):,} classes: rows are the true classes, columns the predicted ones."
+    caption = f"{len(content.names):,} classes in their order, rows: true class, columns: prediction. All counts are in results.json."
+    return element("figure", element("img", src=address, alt=alt, class_="matrix coarse"), element("figcaption", caption))
+
+
+def mistakes(content: Content) -> Markup:
+    if not content.mistakes:
+        return element("p", "The model makes no mistake on the test pictures.")
+    total = int(content.counts.sum() - content.counts.trace())
+    return join([_cut_line(len(content.mistakes), total, "mistakes, the most confident first"), _cards(content, content.mistakes)])
+
+
+def uncertain(content: Content) -> Markup | None:
+    if not content.uncertain:
+        return None
+    line = "The test pictures with the lowest confidence, lowest first; mistakes that are shown above are left out."
+    return join([element("p", line, class_="quiet"), _cards(content, content.uncertain)])
+
+
+def _cards(content: Content, positions: Sequence[int]) -> Markup:
+    return element("div", *(_card(content, i) for i in positions), class_="cards")
+
+
+def _card(content: Content, position: int) -> Markup:
+    """Picture, truth, prediction, the three most probable classes, and the text."""
+    p = content.predictions[position]
+    best = np.argsort(-p.probabilities, kind="stable")[:3].tolist()
+    rows = [_probability(content, p, i) for i in best + ([] if p.label in best else [p.label])]
+    truth, answer = content.names[p.label], content.names[p.predicted]
+    good, mark = ("good", " ✓ right") if p.label == p.predicted else ("bad", " ✗ wrong")
+    alt = f"{shorten(p.name, 80)}: {shorten(truth, 60)}, predicted {shorten(answer, 60)}"
+    lines = [("truth", class_name(truth), None), ("prediction", class_name(answer), element("span", mark, class_=good))]
+    summary = [element("p", element("b", what), element("span", name, sign)) for what, name, sign in lines]
+    text = element("blockquote", shorten(p.text.strip(), LONGEST_TEXT)) if p.text else None
+    file = element("p", shorten(p.name, 44), class_="quiet file", title=shorten(p.name, LONGEST_TEXT))
+    side = element("div", *summary, element("ul", *rows, class_="top"))
+    return element("article", element("div", _picture(content.data.test, position, alt), side, class_="pair"), text, file)
+
+
+def _probability(content: Content, prediction: Prediction, number: int) -> Markup:
+    value = float(prediction.probabilities[number])
+    name = element("b" if number == prediction.label else "span", class_name(content.names[number], 28))
+    return element("li", name, element("span", f"{value:.3f}", class_="number"), bar(value))
+
+
+def per_class(content: Content) -> Markup:
+    figures = content.test["per_class"]
+    order = sorted(content.names, key=lambda name: (figures[name]["support"] == 0, figures[name]["f1"]))
+    rows = [
+        [class_name(name), *(f"{figures[name][key]:.3f}" for key in ("precision", "recall", "f1")), bar(figures[name]["f1"]),
+         f"{figures[name]['support']:,}"]
+        for name in order[:MOST_ROWS]
+    ]  # fmt: skip
+    head = ["class", "precision", "recall", "F1", "", "pictures"]
+    return join([_cut_line(len(rows), len(order), "classes, the lowest F1 first"), table(head, rows)])
+
+
+def metrics(content: Content) -> Markup:
+    test, after = content.test, content.calibration.get("after", {})
+    before = content.calibration.get("before", {})
+    known = (
+        ("Accuracy", "accuracy", content.accuracy), ("Macro F1", "macro_f1", None), ("Weighted F1", "weighted_f1", None),
+        ("NLL, nats a picture", "nll", None), ("Brier score", "brier", None), ("ECE", "ece", None), ("Loss, nats a token", "loss", None),
+    )  # fmt: skip
+    rows = [[label, *_measured(value or after.get(key, test.get(key)), before.get(key), bool(before))] for label, key, value in known]
+    for name, value in test.get("own_metrics", {}).items():
+        for key, number in value.items() if isinstance(value, dict) else (("", value),):
+            rows.append([shorten(f"{name} {key}".strip(), 60), *_measured(number, None, bool(before))])
+    best = content.results.get("validation", {}).get("accuracy")
+    rows.append(["Validation accuracy", *_measured(best, None, bool(before))])
+    head = ["test split", "value", "95% interval"] + (["before calibration"] if before else [])
+    notes = [_text_line(content), _temperature_line(content)]
+    return join([table(head, [row for row in rows if row[1] != "–"]), *(element("p", n, class_="quiet") for n in notes if n)])
+
+
+def _measured(value: Any, before: Any, with_before: bool) -> list[str]:
+    now, earlier = triple(value), triple(before)
+    cells = [f"{now[0]:.4f}" if now else "–", interval(now, "{:.4f}") if now else ""]
+    return cells + ([f"{earlier[0]:.4f}" if earlier else ""] if with_before else [])
+
+
+def _text_line(content: Content) -> str | None:
+    texts = content.results.get("texts") or {}
+    if not texts.get("texts"):
+        return None
+    agree, invalid = texts.get("agree_with_prediction"), texts.get("invalid")
+    return f"Of {texts['texts']:,} texts that were generated freely, {agree} agree with the prediction and {invalid} name no class."
+
+
+def _temperature_line(content: Content) -> str | None:
+    temperature = triple(content.calibration.get("temperature"))
+    return f"The probabilities are calibrated with a temperature of {temperature[0]:.3f}." if temperature else None
+
+
+def reliability(content: Content) -> Markup | None:
+    """Accuracy over confidence, before and after calibration; None without calibration."""
+    bins = content.calibration.get("reliability") or {}
+    lines = []
+    for key, label, style in (("before", "before calibration", "second"), ("after", "after calibration", "first")):
+        filled = [(c, a) for c, a, n in bins.get(key) or () if n and c is not None and a is not None]
+        if filled:
+            lines.append(Line(label, *zip(*filled, strict=True), style, dots=True))
+    if not lines:
+        return None
+    lines.insert(0, Line("perfect", [0, 1], [0, 1], "plain"))
+    chart = line_chart(lines, Axis("mean confidence", 0, 1), Axis("accuracy", 0, 1), "Confidence and accuracy")
+    words = (
+        "Each point stands for pictures of similar confidence. Below the dashed line the model is too sure of itself, above it too unsure."
+    )
+    return element("div", chart, element("p", words, class_="quiet"), class_="side")
+
+
+def curves(content: Content) -> Markup | None:
+    history = content.results.get("history") or []
+    steps, loss = series(history, "train", "loss")
+    checked, checked_loss = series(history, "validation", "loss")
+    at, accuracy = series(history, "validation", "accuracy")
+    best = content.results.get("validation", {}).get("step")
+    best = best if best in at else None
+    last = max([*steps, *checked, *at, 1])
+    charts = []
+    if len(loss) or len(checked_loss):
+        lines = [Line("training, smoothed", steps, smooth(loss), "first", len(loss) < 3),
+                 Line("validation", checked, checked_loss, "second", dots=True)]  # fmt: skip
+        shown = np.concatenate([lines[0].y, lines[1].y])
+        y = axis_around("loss", shown, log=wants_log_scale(loss, shown))
+        charts.append(line_chart(lines, Axis("optimizer step", 0, last, whole=True), y, "Loss", best))
+    if len(at):
+        lines = [Line("validation", at, accuracy, "second", dots=True)]
+        charts.append(
+            line_chart(lines, Axis("optimizer step", 0, last, whole=True), axis_around("accuracy", accuracy, 1.0), "Accuracy", best)
+        )
+    mark = element("p", f"The upright line marks step {best:,}, whose model was saved and tested.", class_="quiet") if best else None
+    return join([element("div", *charts, class_="side"), mark]) if charts else None
+
+
+def data(content: Content) -> Markup:
+    """What was detected, the counts of each class, and one training picture of each."""
+    splits = [("train", content.data.train), ("validation", content.data.validation), ("test", content.data.test)]
+    counts = [np.bincount(np.asarray(split.labels, dtype=np.int64), minlength=len(content.names)) for _, split in splits]
+    first: dict[int, int] = {}
+    for position, label in enumerate(content.data.train.labels):
+        first.setdefault(label, position)
+    cards = []
+    for number, name in enumerate(content.names[:MOST_SAMPLES]):
+        picture = _picture(content.data.train, first[number], f"A training picture of {shorten(name, 60)}") if number in first else None
+        numbers = " · ".join(f"{split[0]}\N{NO-BREAK SPACE}{count[number]:,}" for split, count in zip(splits, counts, strict=True))
+        cards.append(element("figure", picture, element("figcaption", class_name(name), element("span", numbers, class_="quiet"))))
+    smallest = element("p", _spread(counts[0]), class_="quiet")
+    detected = facts([(key, value) for key, value in content.data.summary])
+    cut = _cut_line(len(cards), len(content.names), "classes, each with a training picture and its number of pictures")
+    return join([detected, smallest, cut, element("div", *cards, class_="samples")])
+
+
+def _spread(counts: np.ndarray) -> str:
+    low, middle, high = int(counts.min()), float(np.median(counts)), int(counts.max())
+    return f"Training pictures of a class: {low:,} at least, {middle:g} in the middle, {high:,} at most."
+
+
+def settings(content: Content) -> Markup | None:
+    given = [(k.replace("_", " "), v) for k, v in content.results.get("settings", {}).items() if v not in (None, False, "")]
+    timings = [(k.replace("_", " "), v) for k, v in content.results.get("timings", {}).items() if v is not None]
+    versions = content.results.get("versions", {}).items()
+    groups = [("Settings", given), ("Time", timings), ("Versions", versions)]
+    shown = [join([element("h3", title), facts(rows)]) for title, rows in groups if rows]
+    return join(shown) if shown else None
+
+
+def _picture(split: Split, position: int, alt: str) -> Markup:
+    try:
+        return thumbnail(split[position].image, alt)
+    except UnreadablePicture:  # it was there when the run began
+        return element("span", "no picture", class_="thumb quiet")
+
+
+def _cut_line(shown: int, total: int, what: str) -> Markup:
+    text = f"{shown:,} of {total:,} {what}; the others are left out here." if shown < total else f"{total:,} {what}."
+    return element("p", text, class_="quiet")
+
+
+def with_hint(name: str, hint: str | None) -> Markup:
+    return join([name, element("span", hint, class_="quiet hint") if hint else None])

@@ -1,0 +1,115 @@
+"""The probe: a linear classifier on the vision tower's own features, the number that tells whether the VLM earns its cost.
+
+B = pictures, N = pictures of a split, W = width of the features.
+"""
+
+import time
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from vlm.data import Data, Sample, Split
+from vlm.errors import is_out_of_memory
+from vlm.families.base import Family
+from vlm.features import FeatureCache
+from vlm.reliability import accuracy_interval
+from vlm.tracking import Bar, note
+
+BATCH_SIZE = 16
+STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)  # scikit-learn's C, from strong regularization to weak
+ITERATIONS = 300
+WORSE = 0.02  # accuracy by which the VLM may be below without a warning
+
+
+def probe(family: Family, data: Data, cache: FeatureCache | None = None, seed: int = 0) -> dict[str, Any] | None:
+    """Fit a logistic regression on standardized, mean-pooled features, on the same splits.
+
+    How strongly it is regularized is chosen by the accuracy on validation, the stronger of equal ones.
+
+    Args:
+        family: the model whose vision tower is probed. cache: features of the same tower, used for the pictures that are in it.
+
+    Returns:
+        accuracy: that on test, with its 95% interval. validation_accuracy. C: as chosen. features: how many a picture. seconds.
+        None, with a note, where the tower does not hand over its features.
+    """
+    started = time.monotonic()
+    was_training = family.model.training
+    family.model.eval()
+    try:
+        pooled_features(family, [data.train[0]], cache)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        note(f"no probe: this model's vision tower hands over no features of its own ({type(error).__name__}).")
+        return None
+    splits = (data.train, data.validation, data.test)
+    with Bar(sum(map(len, splits)), "features of the probe") as bar:
+        train, validation, test = (_features_of(family, split, cache, bar) for split in splits)
+    family.model.train(was_training)
+    best, best_accuracy = None, -1.0
+    for strength in STRENGTHS:
+        model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=ITERATIONS))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # after so many steps the rest does not change what is right
+            model.fit(train, data.train.labels)
+        accuracy = float((model.predict(validation) == data.validation.labels).mean())
+        if accuracy > best_accuracy:
+            best, best_accuracy = (strength, model), accuracy
+    strength, model = best
+    correct = model.predict(test) == np.array(data.test.labels)
+    return {
+        "accuracy": accuracy_interval(correct, seed=seed),
+        "validation_accuracy": best_accuracy,
+        "C": strength,
+        "features": train.shape[1],
+        "seconds": round(time.monotonic() - started, 2),
+    }
+
+
+@torch.no_grad()
+def pooled_features(family: Family, samples: list[Sample], cache: FeatureCache | None = None) -> np.ndarray:
+    """(B, W) float32: the mean of the tower's features over all patches, or tiles and patches, of each picture.
+
+    Pictures that take equally many go through the tower together; others one by one, so that none gets a share of its neighbor.
+    """
+    encoded = [_encode(family, sample, cache) for sample in samples]
+    shapes = [{name: tensor.shape for name, tensor in inputs.items()} for inputs in encoded]
+    together = family.can_cache and all(shape == shapes[0] for shape in shapes)
+    device = next(family.model.parameters()).device
+    pooled = []
+    for group in [encoded] if together else [[inputs] for inputs in encoded]:
+        hidden = family.tower_features({name: torch.cat([inputs[name] for inputs in group]).to(device) for name in group[0]})
+        pooled.append(hidden.float().reshape(len(group), -1, hidden.shape[-1]).mean(1).cpu())
+    return torch.cat(pooled).numpy()
+
+
+def _encode(family: Family, sample: Sample, cache: FeatureCache | None) -> dict[str, torch.Tensor]:
+    known = cache.encode([sample.key]) if cache and not cache.connected else None
+    return (known or family.encode_pictures([sample.image])).inputs
+
+
+def _features_of(family: Family, split: Split, cache: FeatureCache | None, bar: Bar) -> np.ndarray:
+    parts = []
+    for start in range(0, len(split), BATCH_SIZE):
+        samples = [split[i] for i in range(start, min(start + BATCH_SIZE, len(split)))]
+        parts.append(pooled_features(family, samples, cache))
+        bar.update(len(samples))
+    return np.concatenate(parts)
+
+
+def compare(found: dict[str, Any], accuracy: float) -> str | None:
+    """A warning where the VLM's test accuracy is more than 2 points below the probe's."""
+    ahead = found["accuracy"][0] - accuracy
+    if ahead <= WORSE + 1e-9:
+        return None
+    return (
+        f"the probe is {100 * ahead:.1f} points ahead: a linear classifier on the vision features alone does better than the VLM. Train "
+        "longer, try another --learning-rate or --tune, or use the classifier."
+    )

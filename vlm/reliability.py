@@ -1,0 +1,102 @@
+"""How far the probabilities can be trusted: accuracy, NLL, Brier score and calibration error, each with an interval. NumPy only.
+
+N = pictures, C = classes, R = resamples.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from vlm.metrics import SMALLEST_LOG_PROBABILITY
+
+BINS = 15
+RESAMPLES = 1000
+LEVEL = 0.95  # of the intervals
+ELEMENTS_AT_ONCE = 2**21  # of one block of resamples
+
+Interval = list[float]  # value, lower end, upper end
+
+
+def confidence_and_correctness(log_probabilities: np.ndarray, labels: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) probability of the most probable class, and (N,) bool whether that is the true one."""
+    return np.exp(log_probabilities.max(axis=1)), log_probabilities.argmax(axis=1) == np.asarray(labels)
+
+
+def reliability_figures(
+    log_probabilities: np.ndarray, labels: Sequence[int], resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, Interval]:
+    """Figures with their 95% intervals by the bootstrap over pictures (Efron & Tibshirani 1993).
+
+    The intervals of the means are percentile ones. That of the ECE is the basic one (Davison & Hinkley 1997, section 5.2), cut at 0:
+    a resample holds pictures several times, which adds to its ECE, so that a percentile interval would lie too high. It is widened to
+    the value where that would lie outside.
+
+    Args:
+        log_probabilities: (N, C) finite or -inf, each row sums to 1 after exp.
+        labels: (N,) class indices.
+
+    Returns:
+        accuracy; nll (nats a picture); brier (squared distance of the probabilities from the truth, summed over the classes, 0 to 2:
+        Brier 1950); ece (see `calibration_error`). The same seed and N give the same resamples.
+    """
+    labels = np.asarray(labels)
+    confidence, correct = confidence_and_correctness(log_probabilities, labels)
+    truth = log_probabilities[np.arange(len(labels)), labels]
+    probabilities = np.exp(log_probabilities)
+    values = np.stack(
+        [correct, -np.maximum(truth, SMALLEST_LOG_PROBABILITY), (probabilities**2).sum(axis=1) - 2 * np.exp(truth) + 1], axis=1
+    )
+    order = np.argsort(confidence, kind="stable")
+    gaps, rank = (confidence - correct)[order], np.argsort(order)
+    means, errors = [], []
+    for drawn in _resamples(len(labels), resamples, seed):
+        means.append(np.stack([column[drawn].mean(axis=1) for column in values.T], axis=1))
+        errors.append(_binned_error(gaps[np.sort(rank[drawn], axis=1)]))
+    tail = (1 - LEVEL) / 2
+    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail], axis=0)
+    result = {name: [float(values[:, i].mean()), float(low[i]), float(high[i])] for i, name in enumerate(("accuracy", "nll", "brier"))}
+    ece = float(_binned_error(gaps[None])[0])
+    below, above = np.quantile(np.concatenate(errors), [tail, 1 - tail])
+    return result | {"ece": [ece, max(0.0, min(ece, float(2 * ece - above))), max(ece, float(2 * ece - below))]}
+
+
+def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
+    """Expected calibration error over 15 bins of equal mass (Nixon et al. 2019, arXiv 1904.01685): sorted by confidence, the pictures are
+    cut into bins of as equal a count as possible; the distance of mean confidence and accuracy, weighted by the count.
+
+    Bins of equal width (Guo et al. 2017) would leave nearly all pictures of a good model in the last one.
+    """
+    order = np.argsort(confidence, kind="stable")
+    return float(_binned_error((confidence - correct)[order][None])[0])
+
+
+def reliability_bins(confidence: np.ndarray, correct: np.ndarray) -> list[list[float]]:
+    """[mean confidence, accuracy, pictures] of each of the bins of `calibration_error`, from the least confident on."""
+    order = np.argsort(confidence, kind="stable")
+    return [[float(confidence[part].mean()), float(correct[part].mean()), len(part)] for part in np.split(order, _starts(len(order))[1:])]
+
+
+def accuracy_interval(correct: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """Accuracy with its percentile interval, from (N,) bool."""
+    means = np.concatenate([correct[drawn].mean(axis=1) for drawn in _resamples(len(correct), resamples, seed)])
+    tail = (1 - LEVEL) / 2
+    return [float(correct.mean()), *map(float, np.quantile(means, [tail, 1 - tail]))]
+
+
+def _resamples(count: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """(rows, N) pictures drawn with repetition, `resamples` rows in blocks of bounded size."""
+    rng = np.random.default_rng(seed)
+    rows = max(1, ELEMENTS_AT_ONCE // count)
+    for start in range(0, resamples, rows):
+        yield rng.integers(0, count, (min(rows, resamples - start), count), dtype=np.int32)
+
+
+def _starts(count: int) -> np.ndarray:
+    """Where each bin begins among so many sorted pictures; with less than 15 each has its own."""
+    bins = min(BINS, count)
+    return np.arange(bins) * count // bins
+
+
+def _binned_error(gaps: np.ndarray) -> np.ndarray:
+    """(R, N) confidence minus correctness, sorted by confidence -> (R,) calibration errors."""
+    return np.abs(np.add.reduceat(gaps, _starts(gaps.shape[1]), axis=1)).sum(axis=1) / gaps.shape[1]
