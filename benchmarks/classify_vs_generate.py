@@ -33,10 +33,11 @@ GOALS = {"native": (3, 2), "256 px": (6, 6), "cached features": (20, 12)}
 CLASSES = {"full": [15, 100], "quick": [15], "tiny": [5]}
 
 
-def predict(classifier: VLMClassifier, files: list[Path]) -> dict[str, dict[str, Any]]:
+def predict(classifier: VLMClassifier, files: list[Path], cached: bool = False) -> dict[str, dict[str, Any]]:
     """The probabilities of all classes, by the program's own function."""
     metadata = {"class_names": list(classifier.class_names), "prompts": classifier.prompts.to_json()}
-    return predict_batch(classifier, classifier.family.processor, files, metadata, len(files), explain=False, show_progress=False)
+    quickly = {"explain": False, "show_progress": False, "feature_cache": cached}
+    return predict_batch(classifier, classifier.family.processor, files, metadata, len(files), **quickly)
 
 
 @torch.no_grad()
@@ -57,9 +58,9 @@ def plain_log_probability(classifier: VLMClassifier, sample: Sample, label: int)
     return -torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
 
 
-def largest_error(classifier: VLMClassifier, file: Path) -> float:
+def largest_error(classifier: VLMClassifier, file: Path, cached: bool) -> float:
     """How far probabilities, each as a share of the most probable class's, are from the plain ones."""
-    probabilities = predict(classifier, [file])[str(file)]["probabilities"]
+    probabilities = predict(classifier, [file], cached)[str(file)]["probabilities"]
     names = sorted(probabilities, key=lambda name: -probabilities[name])[:COMPARED]
     ours = torch.tensor([probabilities[name] for name in names], dtype=torch.float64)
     sample = Sample(open_picture(file), 0, str(file))
@@ -73,26 +74,19 @@ def same_texts(classifier: VLMClassifier, files: list[Path]) -> bool:
     return classifier.write(classifier.read(batch), NEW_TOKENS) == generate(classifier, files)
 
 
-def classifiers(options: argparse.Namespace, classes: int, peaked: bool, files: list[Path]) -> dict[str, VLMClassifier]:
-    """The ways of ours that are measured, by what is special about each."""
-    native = workload.classifier(options, classes, peaked)
-    result = {"native": native, "cached features": workload.keep_features(workload.classifier(options, classes, peaked), files)}
-    smaller = workload.size_option(256)
-    if options.size != "tiny" and smaller:
-        result["256 px"] = workload.classifier(options, classes, peaked, **smaller)
-    return result
-
-
 def compare(options: argparse.Namespace, classes: int, peaked: bool) -> list[dict[str, Any]]:
     """One row for each way of ours, against generation at native size."""
     files = workload.picture_files(options, options.batch_size)
-    ways = classifiers(options, classes, peaked, files)
-    errors = {name: largest_error(way, files[0]) for name, way in ways.items() if name != "cached features"}
-    errors["cached features"] = errors["native"]
-    equal = same_texts(ways["native"], files[:1])
-    most = statistics.mean(max(result["probabilities"].values()) for result in predict(ways["cached features"], files).values())
-    sides = {"generate": lambda: generate(ways["native"], files)}
-    sides |= {name: (lambda way=way: predict(way, files)) for name, way in ways.items()}
+    native = workload.classifier(options, classes, peaked)
+    ways = {"native": native, "cached features": native}
+    smaller = workload.size_option(256)
+    if options.size != "tiny" and smaller:
+        ways["256 px"] = workload.classifier(options, classes, peaked, **smaller)
+    errors = {name: largest_error(way, files[0], name == "cached features") for name, way in ways.items()}
+    equal = same_texts(native, files[:1])
+    most = statistics.mean(max(result["probabilities"].values()) for result in predict(native, files, cached=True).values())
+    sides = {"generate": lambda: generate(native, files)}
+    sides |= {name: (lambda way=way, cached=name == "cached features": predict(way, files, cached)) for name, way in ways.items()}
     seconds = common.take_turns(sides, options.rounds)
     return [
         {
@@ -122,7 +116,9 @@ def main() -> int:
     for classes in options.classes or CLASSES[options.size]:
         for weights in options.weights:
             rows += compare(options, classes, weights == "peaked")
-    return common.report(options, rows, all(row["agrees"] for row in rows), goals=GOALS, new_tokens=NEW_TOKENS, batch_size=options.batch_size)
+    return common.report(
+        options, rows, all(row["agrees"] for row in rows), goals=GOALS, new_tokens=NEW_TOKENS, batch_size=options.batch_size
+    )
 
 
 if __name__ == "__main__":

@@ -101,9 +101,7 @@ def ratio(others: list[float], ours: list[float]) -> dict[str, float]:
 
 def exponent(sizes: Iterable[float], values: Iterable[float]) -> float:
     """The k of values ~ sizes^k: the slope of a line through their logarithms."""
-    return statistics.linear_regression(
-        [float(torch.tensor(x).log()) for x in sizes], [float(torch.tensor(y).log()) for y in values]
-    ).slope
+    return statistics.linear_regression([float(torch.tensor(x).log()) for x in sizes], [float(torch.tensor(y).log()) for y in values]).slope
 
 
 # Memory (Linux)

@@ -186,8 +186,8 @@ def score(options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row a lever of scoring."""
     batch_size = options.batch_size or BATCH_SIZES[options.size]["lora"]
     files = workload.picture_files(options, batch_size)
-    classifier = workload.keep_features(workload.classifier(options, options.classes, peaked=True), files)
     samples = [Sample(open_picture(file), 0, str(file)) for file in files]
+    classifier = workload.keep_features(workload.classifier(options, options.classes, peaked=True), samples)
 
     def work(lever: Lever = lambda _: nullcontext()) -> Tensor:
         with lever(classifier):

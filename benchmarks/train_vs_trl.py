@@ -42,7 +42,9 @@ def compare(options: argparse.Namespace, tune: str, cached: bool) -> dict[str, A
         gc.collect()
         mark = time.perf_counter()
 
-    trainer = trl_side.build_trainer(options, ours.run.settings, ours.run.data.train, ours.classifier.prompts, options.rounds + 1, after_step)
+    trainer = trl_side.build_trainer(
+        options, ours.run.settings, ours.run.data.train, ours.classifier.prompts, options.rounds + 1, after_step
+    )
     differences = trl_side.compare(trainer, ours)
     trainer.train()
     seconds = {side: times[1:] for side, times in seconds.items()}  # the first is to warm up

@@ -26,21 +26,29 @@ from vlm.data import Sample, Step
 from vlm.demo import CHAT_TEMPLATE, build_model, build_processor
 from vlm.families import load_family
 from vlm.families.base import TOWER_FEATURES
-from vlm.features import fill_cache
+from vlm.features import open_cache
 from vlm.prompts import Prompts, build_prompts
 from vlm.registry import MODELS
 from vlm.setup import set_up
 from vlm.training import Trainer
 from vlm.tuning import trained_parameters
 
+CACHE_GB = 20.0
 MODEL = "HuggingFaceTB/SmolVLM-256M-Instruct"
 LAYERS = {"full": (30, 12), "quick": (5, 2), "tiny": (2, 1)}  # of language model and vision tower
 TINY_VISION = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
-TINY_TEXT = {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1200, "head_dim": 12}
+TINY_TEXT = {
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 1200,
+    "head_dim": 12,
+}
 PICTURE = {"full": 512, "quick": 512, "tiny": 64}  # pixels
 PREFIX_TOKENS = {"full": 450, "quick": 450, "tiny": 60}
-ADJECTIVES = "rough smooth dark bright old young steep flat dusty icy".split()
-NOUNS = "crater dune ridge slope plain cliff gully mound valley terrace".split()
+ADJECTIVES = ["rough", "smooth", "dark", "bright", "old", "young", "steep", "flat", "dusty", "icy"]
+NOUNS = ["crater", "dune", "ridge", "slope", "plain", "cliff", "gully", "mound", "valley", "terrace"]
 DESCRIPTION = "a wide piece of {} terrain with marks of running water"
 RULES = (
     "Look at the whole picture before you decide. Light comes from one side, so that every height has a shadow. Size says little about the "
@@ -238,7 +246,9 @@ def relative_difference(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> f
 # Classifying, as the program does it
 
 
-def classifier(options: argparse.Namespace, classes: int, peaked: bool = False, tokens: int | None = None, **pictures: Any) -> VLMClassifier:
+def classifier(
+    options: argparse.Namespace, classes: int, peaked: bool = False, tokens: int | None = None, **pictures: Any
+) -> VLMClassifier:
     """A classifier ready to predict.
 
     Args:
@@ -259,12 +269,10 @@ def size_option(pixels: int) -> dict[str, Any]:
     return {"image_size": kind(pixels)} if kind else {}
 
 
-def keep_features(result: VLMClassifier, files: list[Path]) -> VLMClassifier:
+def keep_features(result: VLMClassifier, samples: list[Sample]) -> VLMClassifier:
     """Compute the features of these pictures; the classifier reads them from then on."""
-    from vlm.pictures import open_picture
-
-    with contextlib.redirect_stderr(io.StringIO()):
-        result.feature_cache = fill_cache(result.family, [[Sample(open_picture(file), 0, str(file)) for file in files]], 20.0)
+    result.feature_cache = open_cache(result.family, True, "float32", CACHE_GB)
+    result.feature_cache.add_missing(result.family, samples)
     return result
 
 
