@@ -3,15 +3,17 @@
 
 python benchmarks/classify_vs_generate.py --output benchmarks/results/classify_vs_generate.json
 
-Both read the same picture files in one batch: `predict_batch` gives the probability of every class, `generate()` 40 greedy tokens of a response of
-43. Ours runs at native size, at 256 pixels, and with cached vision features. The weights are peaked (trained a few dozen steps on the responses, so that
-a class is half as probable as the one before), as of a fine-tuned model, or random, the worst case for a search of the label tree. In the same run the
-probabilities are compared with one plain forward a class, and the text with the program's own.
+Both read the same picture files in one batch: `predict_batch` gives the probability of every class, `generate()` 40 greedy tokens of a
+response of 43. Ours runs at native size, at 256 pixels, and with cached vision features; the text at native size. The weights are peaked
+(trained a few dozen steps on the responses, a class half as frequent as the one before), as of a fine-tuned model, or random, the worst
+case for a search of the label tree. In the same run the probabilities are compared with one plain forward a class, and the text with the
+program's own.
 """
 
 import argparse
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,7 @@ def generate(classifier: VLMClassifier, files: list[Path]) -> list[str]:
 @torch.no_grad()
 def plain_log_probability(classifier: VLMClassifier, sample: Sample, label: int) -> Tensor:
     """Log-probability of one class's response by transformers' forward over the whole row."""
-    batch = plain_batch(classifier.family, classifier.rendered, [sample._replace(label=label)])
+    batch = plain_batch(classifier.family, classifier.rendered, [replace(sample, label=label)])
     labels = batch.pop("labels")[0, 1:]
     logits = classifier.model(**batch, use_cache=False).logits[0, :-1]
     return -torch.nn.functional.cross_entropy(logits, labels, reduction="sum")

@@ -3,13 +3,15 @@
 
 python benchmarks/memory_vs_trl.py --output benchmarks/results/memory_vs_trl.json
 
-Each side is a process of its own that loads model and pictures and makes two optimizer steps, without a comparison or anything of another side. What
-is given is the peak of the whole process (`ru_maxrss`), libraries and all. Ours includes the filling of the feature cache.
+Each side is a process of its own that loads model and pictures and makes two optimizer steps, without a comparison or anything of another
+side. What is given is the peak of the whole process (`ru_maxrss`), libraries and all. Ours includes the filling of the feature cache, which
+is emptied before each process.
 """
 
 import argparse
 import json
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -82,6 +84,7 @@ def main() -> int:
     for tune in options.tune or (["lora"] if options.size == "quick" else list(GOALS)):
         peaks: dict[str, list[float]] = {side: [] for side in options.sides}
         for _ in range(options.rounds):
+            shutil.rmtree(options.cache / "features", ignore_errors=True)
             for side in options.sides:
                 peaks[side].append(peak(options, side, tune))
         for side in options.sides:

@@ -3,9 +3,9 @@
 
 python benchmarks/peak.py --output benchmarks/results/peak.json
 
-The peak is the best rate of large matrix products, measured between the steps. Floating-point operations are counted by torch's FlopCounterMode
-while the real step runs; its count of one decoder layer is checked against a count by hand in the same run. Attention is counted without
-regard to the mask.
+The peak is the best rate of large matrix products, measured between the steps. Floating-point operations are counted by torch's
+FlopCounterMode while the real step runs; its count of one decoder layer is checked against a count by hand in the same run. Attention is
+counted without regard to the mask.
 """
 
 import argparse

@@ -3,7 +3,8 @@
 
 python benchmarks/report.py [FOLDER] [--document FILE.md]
 
-A table stands between `<!-- NAME -->` and `<!-- end NAME -->`, with the command and the machine below it; the rest of the page is left alone.
+A table stands between `<!-- NAME -->` and `<!-- end NAME -->`, with the command and the machine below it. The rest of the page is left
+alone.
 """
 
 import argparse

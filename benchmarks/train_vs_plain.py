@@ -3,8 +3,9 @@
 
 python benchmarks/train_vs_plain.py --output benchmarks/results/train_vs_plain.json
 
-The plain side is what a short script of one's own does: pictures and texts through the processor, `model(**batch).loss`, backward, clipping, fused
-AdamW. Frozen parts are frozen on both sides. Both take turns; loss and gradients of one batch are compared first, without dropout.
+The plain side is what a short script of one's own does: pictures and texts through the processor, `model(**batch).loss`, backward,
+clipping, fused AdamW. Frozen parts are frozen on both sides. Both take turns; loss and gradients of one batch are compared first, without
+dropout.
 """
 
 import argparse

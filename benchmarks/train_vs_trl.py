@@ -3,8 +3,8 @@
 
 python benchmarks/train_vs_trl.py --output benchmarks/results/train_vs_trl.json
 
-Same weights, pictures, texts, trained parameters, batch size and optimizer; loading and processing of the pictures and the update are part of
-both. The steps take turns inside TRL's own loop. Loss and gradients of one batch are compared first, without dropout. Needs
+Same weights, pictures, texts, trained parameters, batch size and optimizer; loading and processing of the pictures and the update are part
+of both. The steps take turns inside TRL's own loop. Loss and gradients of one batch are compared first, without dropout. Needs
 `pip install -r requirements-bench.txt -c constraints.txt`.
 """
 

@@ -153,7 +153,8 @@ def settings(options: argparse.Namespace, tune: str, batch_size: int, cached: bo
     return {
         "model": str(model_folder(options)), "dataset": str(picture_folder(options, max(2 * batch_size, 10), 10)), "tune": tune,
         "epochs": 1000, "system_instructions": system_text(options.size), "class_descriptions": str(descriptions),
-        "batch_size": batch_size, "gradient_accumulation_steps": 1, "no_feature_cache": not cached, "device": "cpu", "dtype": "float32", "threads": options.threads, "output_dir": str(options.cache / "output"), **more,
+        "batch_size": batch_size, "gradient_accumulation_steps": 1, "no_feature_cache": not cached, "device": "cpu", "dtype": "float32",
+        "threads": options.threads, "output_dir": str(options.cache / "output"), **more,
     }  # fmt: skip
 
 
