@@ -46,7 +46,8 @@ def compare(options: argparse.Namespace, tune: str, cached: bool) -> dict[str, A
         options, ours.run.settings, ours.run.data.train, ours.classifier.prompts, options.rounds + 1, after_step
     )
     differences = trl_side.compare(trainer, ours)
-    trainer.train()
+    with common.small_heap():
+        trainer.train()
     seconds = {side: times[1:] for side, times in seconds.items()}  # the first is to warm up
     return row(tune, batch_size, cached, seconds, differences, "TRL")
 

@@ -127,7 +127,6 @@ class TestParts:
     def test_texts_are_as_long_as_said(self, tmp_path):
         import workload
 
-
         workload.build(tmp_path, 1, 1, tiny=True)
         family = load_family(tmp_path, torch.float32, torch.device("cpu"), {})
         rendered = family.render(workload.prompts("full", 100))
