@@ -8,9 +8,7 @@ in a process of its own: two optimizer steps of two batches, then an evaluation,
 """
 
 import argparse
-import ctypes
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -18,53 +16,23 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 import torch
+from common import MIB, forget_peak, resident
 from PIL import Image
+from workload import build
 
 from vlm.checkpoint import save_model_folder
 from vlm.classifier import VLMClassifier
-from vlm.config import TUNING_DEFAULTS, Settings, resolve
+from vlm.config import TUNING_DEFAULTS, resolve
 from vlm.data import Sample
-from vlm.demo import build_model, build_processor
 from vlm.evaluation import score_split
 from vlm.families import load_family, outline, read_config
 from vlm.memory import Texts, estimate
 from vlm.prompts import build_prompts
-from vlm.registry import MODELS
 from vlm.report import format_table
 from vlm.tuning import parameter_groups, prepare_tuning
 
-MODEL = "HuggingFaceTB/SmolVLM-256M-Instruct"
 NAMES = ["crater", "dune", "ridge", "slope", "plain", "cliff", "gully", "mound", "rough terrain", "smooth terrain"]
-MIB = 2**20
-
-
-def build(folder: Path, layers: int, vision_layers: int) -> None:
-    """Write the model with fewer layers, and a processor of its own."""
-    published = MODELS[MODEL]
-    vision, text = dict(published["vision_config"]), dict(published["text_config"])
-    size, patch = vision.pop("image_size"), vision.pop("patch_size")
-    del text["model_type"], text["max_position_embeddings"]
-    prompts = build_prompts(Settings(), NAMES)
-    processor = build_processor(size, patch, published["scale_factor"], corpus=[prompts.system, prompts.question, *prompts.responses])
-    vision["num_hidden_layers"], text["num_hidden_layers"] = vision_layers, layers
-    build_model(processor, vision, text, size, patch, published["scale_factor"]).bfloat16().save_pretrained(folder)
-    processor.save_pretrained(folder)
-
-
-def resident() -> dict[str, int]:
-    """Bytes of memory that this process has now (VmRSS) and had at most (VmHWM)."""
-    status = Path("/proc/self/status").read_text()
-    return {name: int(kib) * 1024 for name, kib in re.findall(r"(VmRSS|VmHWM|RssAnon):\s+(\d+) kB", status)}
-
-
-def forget_peak() -> None:
-    """Count the most memory anew, without what the allocator keeps of the phase before."""
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def measure(folder: Path, tune: str, dtype: torch.dtype, batch_size: int) -> dict[str, dict[str, int]]:
@@ -137,7 +105,7 @@ def main() -> None:
         return
     figures: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        build(Path(folder), options.layers, options.vision_layers)
+        build(Path(folder), options.layers, options.vision_layers, dtype=torch.bfloat16)
         for dtype in options.dtypes:
             for batch in options.batch_sizes:
                 for tune in TUNING_DEFAULTS:

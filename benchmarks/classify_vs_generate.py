@@ -1,0 +1,127 @@
+#!/usr/bin/env python3
+"""Class probabilities by this program against transformers' `generate()`: how many times as long the text takes.
+
+python benchmarks/classify_vs_generate.py --output benchmarks/results/classify_vs_generate.json
+
+Both read the same picture files in one batch: `predict_batch` gives the probability of every class, `generate()` 40 greedy tokens of a
+response of 43. Ours runs at native size, at 256 pixels, and with cached vision features; the text at native size. The weights are peaked
+(trained a few dozen steps on the responses, a class half as frequent as the one before), as of a fine-tuned model, or random, the worst
+case for a search of the label tree. In the same run the probabilities are compared with one plain forward a class, and the text with the
+program's own.
+"""
+
+import argparse
+import statistics
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import common
+import torch
+import workload
+from torch import Tensor
+from train_vs_plain import plain_batch
+
+from vlm.classifier import VLMClassifier
+from vlm.data import Sample
+from vlm.pictures import open_picture
+from vlm.predictor import predict_batch
+
+NEW_TOKENS = 40
+TOLERANCE = 5e-4  # of a probability relative to the most probable class; the search of the tree may leave out 1e-4
+COMPARED = 3  # classes, the most probable ones
+GOALS = {"native": (3, 2), "256 px": (6, 6), "cached features": (20, 12)}
+CLASSES = {"full": [15, 100], "quick": [15], "tiny": [5]}
+
+
+def predict(classifier: VLMClassifier, files: list[Path], cached: bool = False) -> dict[str, dict[str, Any]]:
+    """The probabilities of all classes, by the program's own function."""
+    metadata = {"class_names": list(classifier.class_names), "prompts": classifier.prompts.to_json()}
+    quickly = {"explain": False, "show_progress": False, "feature_cache": cached}
+    return predict_batch(classifier, classifier.family.processor, files, metadata, len(files), **quickly)
+
+
+@torch.no_grad()
+def generate(classifier: VLMClassifier, files: list[Path]) -> list[str]:
+    """The texts by transformers' generation from the same files."""
+    samples = [Sample(open_picture(file), 0, str(file)) for file in files]
+    batch = plain_batch(classifier.family, classifier.rendered, samples, with_response=False)  # rows of one length: no padding
+    ids = classifier.model.generate(**batch, max_new_tokens=NEW_TOKENS, do_sample=False)
+    return [classifier.family.decode(row) for row in ids[:, batch["input_ids"].shape[1] :].tolist()]
+
+
+@torch.no_grad()
+def plain_log_probability(classifier: VLMClassifier, sample: Sample, label: int) -> Tensor:
+    """Log-probability of one class's response by transformers' forward over the whole row."""
+    batch = plain_batch(classifier.family, classifier.rendered, [replace(sample, label=label)])
+    labels = batch.pop("labels")[0, 1:]
+    logits = classifier.model(**batch, use_cache=False).logits[0, :-1]
+    return -torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+
+
+def largest_error(classifier: VLMClassifier, file: Path, cached: bool) -> float:
+    """How far probabilities, each as a share of the most probable class's, are from the plain ones."""
+    probabilities = predict(classifier, [file], cached)[str(file)]["probabilities"]
+    names = sorted(probabilities, key=lambda name: -probabilities[name])[:COMPARED]
+    ours = torch.tensor([probabilities[name] for name in names], dtype=torch.float64)
+    sample = Sample(open_picture(file), 0, str(file))
+    plain = torch.stack([plain_log_probability(classifier, sample, classifier.class_names.index(name)) for name in names]).double()
+    return float((ours / ours[0] - (plain - plain[0]).exp()).abs().max())
+
+
+def same_texts(classifier: VLMClassifier, files: list[Path]) -> bool:
+    """Whether the program's own text begins as the generated one."""
+    batch = classifier.collate(with_response=False)([Sample(open_picture(file), 0, str(file)) for file in files])
+    return classifier.write(classifier.read(batch), NEW_TOKENS) == generate(classifier, files)
+
+
+def compare(options: argparse.Namespace, classes: int, peaked: bool) -> list[dict[str, Any]]:
+    """One row for each way of ours, against generation at native size."""
+    files = workload.picture_files(options, options.batch_size)
+    native = workload.classifier(options, classes, peaked)
+    ways = {"native": native, "cached features": native}
+    smaller = workload.size_option(256)
+    if options.size != "tiny" and smaller:
+        ways["256 px"] = workload.classifier(options, classes, peaked, **smaller)
+    errors = {name: largest_error(way, files[0], name == "cached features") for name, way in ways.items()}
+    equal = same_texts(native, files[:1])
+    most = statistics.mean(max(result["probabilities"].values()) for result in predict(native, files, cached=True).values())
+    sides = {"generate": lambda: generate(native, files)}
+    sides |= {name: (lambda way=way, cached=name == "cached features": predict(way, files, cached)) for name, way in ways.items()}
+    seconds = common.take_turns(sides, options.rounds)
+    return [
+        {
+            **common.ratio(seconds["generate"], seconds[name]),
+            "classes": classes,
+            "weights": "peaked" if peaked else "random",
+            "picture": name,
+            "ours s": statistics.median(seconds[name]),
+            "generate s": statistics.median(seconds["generate"]),
+            "pictures/s": len(files) / statistics.median(seconds[name]),
+            "top probability": most,
+            "probability differs": f"{errors[name]:.1e}",
+            "same text": equal,
+            "agrees": errors[name] < TOLERANCE and equal,
+        }
+        for name in ways
+    ]
+
+
+def main() -> int:
+    parser = common.parser(__doc__)
+    parser.add_argument("--classes", type=int, nargs="+", metavar="N", help="up to 100 (default: 15 100; --quick: 15)")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures (default: 8)")
+    parser.add_argument("--weights", nargs="+", choices=("peaked", "random"), default=["peaked", "random"], help="(default: both)")
+    options = common.start(parser.parse_args())
+    rows = []
+    for classes in options.classes or CLASSES[options.size]:
+        for weights in options.weights:
+            rows += compare(options, classes, weights == "peaked")
+    return common.report(
+        options, rows, all(row["agrees"] for row in rows), goals=GOALS, new_tokens=NEW_TOKENS, batch_size=options.batch_size
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+#!/usr/bin/env python3
+"""JSON files of the benchmarks -> the tables of docs/performance.md, between their markers.
+
+python benchmarks/report.py [FOLDER] [--document FILE.md]
+
+A table stands between `<!-- NAME -->` and `<!-- end NAME -->`, with the command and the machine below it. The rest of the page is left
+alone.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+SIZES = {"full": "the true shape", "quick": "a sixth of the model (--quick)", "tiny": "a model without meaning (--tiny)"}
+
+
+def cell(value: Any) -> str:
+    """A value as in the tables: numbers with three digits."""
+    if isinstance(value, bool):
+        return "yes" if value else "NO"
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def section(result: dict[str, Any]) -> str:
+    """Table, command and machine of one benchmark."""
+    rows, where = result["rows"], result["machine"]
+    names = list(rows[0])
+    lines = ["| " + " | ".join(names) + " |", "|" + "|".join(" ---: " if _numeric(rows, n) else " --- " for n in names) + "|"]
+    lines += ["| " + " | ".join(cell(row[name]) for name in names) + " |" for row in rows]
+    machine = f"{where['cpu']}, {where['cores']} cores, {where['threads']} threads, load average {where['load']} at the end"
+    versions = f"torch {where['torch']}, transformers {where['transformers']}" + (f", TRL {result['trl']}" if "trl" in result else "")
+    rounds = f"{result['rounds']} round" + "s" * (result["rounds"] != 1)
+    lines += ["", f"`{result['command']}`", f"{SIZES[result['size']]}; medians of {rounds}; {machine}; {versions}."]
+    lines += [] if result["correct"] else ["", "**A check failed in this run.**"]
+    return "\n".join(lines)
+
+
+def _numeric(rows: list[dict[str, Any]], name: str) -> bool:
+    return all(isinstance(row[name], int | float) and not isinstance(row[name], bool) for row in rows)
+
+
+def fill(page: str, results: dict[str, dict[str, Any]]) -> str:
+    """The page with the tables of some benchmarks anew.
+
+    Raises:
+        ValueError: the page has no place for one of them.
+    """
+    for name, result in results.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
+        if not pattern.search(page):
+            raise ValueError(f"the page has no lines <!-- {name} --> and <!-- end {name} -->")
+        text = section(result)
+        page = pattern.sub(lambda found, text=text: f"{found[1]}{text}\n{found[2]}", page)
+    return page
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=HERE / "results", help="with the JSON files (default: benchmarks/results)")
+    parser.add_argument("--document", type=Path, default=HERE.parent / "docs/performance.md", help="(default: docs/performance.md)")
+    options = parser.parse_args()
+    results = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(options.folder.glob("*.json"))}
+    if not results:
+        parser.error(f"no .json files in {options.folder}: run the benchmarks with --output first")
+    options.document.write_text(fill(options.document.read_text(encoding="utf-8"), results), encoding="utf-8")
+    print(f"{len(results)} tables in {options.document}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

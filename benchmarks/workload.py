@@ -1,0 +1,313 @@
+"""What is measured: a model in SmolVLM-256M's true shape with random weights, pictures of noise, texts of the usual length.
+
+The system text has about 450 tokens, a response 43. The tokenizer is trained on the spot and knows few words; embeddings and head have
+the published 49,280 rows all the same, so that every product has its true size.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import common  # noqa: F401, first: it finds the program
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vlm import config
+from vlm.classifier import VLMClassifier
+from vlm.config import Settings, resolve
+from vlm.data import Sample, Step
+from vlm.demo import CHAT_TEMPLATE, build_model, build_processor
+from vlm.families import load_family
+from vlm.families.base import TOWER_FEATURES
+from vlm.features import open_cache
+from vlm.prompts import Prompts, build_prompts
+from vlm.registry import MODELS
+from vlm.setup import set_up
+from vlm.training import Trainer
+from vlm.tuning import trained_parameters
+
+CACHE_GB = 20.0
+MODEL = "HuggingFaceTB/SmolVLM-256M-Instruct"
+LAYERS = {"full": (30, 12), "quick": (5, 2), "tiny": (2, 1)}  # of language model and vision tower
+TINY_VISION = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+TINY_TEXT = {
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 1200,
+    "head_dim": 12,
+}
+PICTURE = {"full": 512, "quick": 512, "tiny": 64}  # pixels
+PREFIX_TOKENS = {"full": 450, "quick": 450, "tiny": 60}
+ADJECTIVES = ["rough", "smooth", "dark", "bright", "old", "young", "steep", "flat", "dusty", "icy"]
+NOUNS = ["crater", "dune", "ridge", "slope", "plain", "cliff", "gully", "mound", "valley", "terrace"]
+DESCRIPTION = "a wide piece of {} terrain with marks of running water"
+RULES = (
+    "Look at the whole picture before you decide. Light comes from one side, so that every height has a shadow. Size says little about the "
+    "kind, since pictures were taken from different heights. Where two kinds are in one picture, the larger one counts. "
+)
+# The layout of SmolVLM-Instruct without the line break after the last turn: TRL would train that token too, and this program does not.
+TEMPLATE = CHAT_TEMPLATE.replace(
+    "<end_of_utterance>\n{% endfor %}", "<end_of_utterance>{% if not loop.last or add_generation_prompt %}{{ '\n' }}{% endif %}{% endfor %}"
+)
+
+
+def class_names(count: int) -> list[str]:
+    """Up to 100 names of two words, of the same number of tokens each; neighbors share neither word."""
+    return [f"{ADJECTIVES[(i + i // 10) % 10]} {NOUNS[i % 10]}" for i in range(count)]
+
+
+def system_text(size: str, tokens: int | None = None) -> str:
+    """A text of about so many tokens, with one token a word or mark."""
+    tokens = tokens or PREFIX_TOKENS[size]
+    words = (RULES * (1 + tokens // 50)).replace(".", " .").replace(",", " ,").split()
+    return " ".join(words[: max(1, tokens - 4)]).replace(" .", ".").replace(" ,", ",")
+
+
+def prompts(size: str, classes: int, tokens: int | None = None) -> Prompts:
+    """The conversation about so many classes. The class list stays out, so that the prefix does not grow with it."""
+    names = class_names(classes)
+    rendered = build_prompts(Settings(system_instructions=system_text(size, tokens)), names)
+    responses = [r.replace(f"features of {name}", DESCRIPTION.format(name)) for r, name in zip(rendered.responses, names, strict=True)]
+    return Prompts(rendered.system, rendered.question, rendered.class_names, tuple(responses))
+
+
+def model_folder(options: argparse.Namespace) -> Path:
+    """The model as on the hub, in the cache folder; built where it is not there yet. The same seed gives the same weights."""
+    folder = options.cache / f"model_{options.size}"
+    if (folder / "config.json").is_file():
+        return folder
+    new = folder.with_suffix(".new")
+    build(new, *LAYERS[options.size], tiny=options.size == "tiny")
+    shutil.rmtree(folder, ignore_errors=True)
+    new.rename(folder)
+    return folder
+
+
+def build(folder: Path, layers: int, vision_layers: int, tiny: bool = False, dtype: torch.dtype = torch.float32) -> None:
+    """Write the model with so many layers, and a processor of its own."""
+    published = MODELS[MODEL]
+    vision, text = dict(published["vision_config"]), dict(published["text_config"])
+    size, patch, scale = vision.pop("image_size"), vision.pop("patch_size"), published["scale_factor"]
+    del text["model_type"]
+    if tiny:
+        vision, text, size = vision | TINY_VISION, text | TINY_TEXT, PICTURE["tiny"]
+    vision["num_hidden_layers"], text["num_hidden_layers"] = vision_layers, layers
+    said = prompts("full", 100)
+    processor = build_processor(size, patch, scale, corpus=[said.system, said.question, *said.responses])
+    processor.chat_template = TEMPLATE
+    torch.manual_seed(0)
+    build_model(processor, vision, text, size, patch, scale).to(dtype).save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def noise(number: int, size: int) -> Image.Image:
+    """A picture of noise, different for each number."""
+    pixels = torch.randint(0, 256, (size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
+    return Image.fromarray(pixels.numpy())
+
+
+def picture_files(options: argparse.Namespace, count: int) -> list[Path]:
+    """So many picture files in the cache folder."""
+    folder = options.cache / f"pictures_{options.size}"
+    folder.mkdir(exist_ok=True)
+    files = [folder / f"{i:04}.png" for i in range(count)]
+    for i, file in enumerate(files):
+        if not file.is_file():
+            noise(i, PICTURE[options.size]).save(file, compress_level=1)
+    return files
+
+
+def picture_folder(options: argparse.Namespace, pictures: int, classes: int) -> Path:
+    """A data set as `train_vlm.py` takes it: so many pictures in train, one a class in validation and test, which are the same ones."""
+    folder = options.cache / f"data_{options.size}_{pictures}_{classes}"
+    if folder.is_dir():
+        return folder
+    new = folder.with_suffix(".new")
+    shutil.rmtree(new, ignore_errors=True)
+    for i, file in enumerate(picture_files(options, pictures)):
+        for split in ("train", "validation", "test") if i < classes else ("train",):
+            place = new / split / class_names(classes)[i % classes]
+            place.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, place)
+    new.rename(folder)
+    return folder
+
+
+# Training, as the program does it
+
+
+def settings(options: argparse.Namespace, tune: str, batch_size: int, cached: bool, **more: Any) -> dict[str, Any]:
+    """The flags of the training run that is measured, by field name of `Settings`."""
+    descriptions = options.cache / "descriptions.json"
+    if not descriptions.is_file():
+        descriptions.write_text(json.dumps({name: DESCRIPTION.format(name) for name in class_names(10)}), encoding="utf-8")
+    return {
+        "model": str(model_folder(options)), "dataset": str(picture_folder(options, max(2 * batch_size, 10), 10)), "tune": tune,
+        "epochs": 1000, "system_instructions": system_text(options.size), "class_descriptions": str(descriptions),
+        "batch_size": batch_size, "gradient_accumulation_steps": 1, "no_feature_cache": not cached, "device": "cpu", "dtype": "float32",
+        "threads": options.threads, "output_dir": str(options.cache / "output"), **more,
+    }  # fmt: skip
+
+
+class OurTraining:
+    """The program's own set-up and loop (`fit` without evaluation and saving), one optimizer step at a time.
+
+    Args:
+        cached: whether the features of a frozen vision tower are kept.
+        more: further settings, by field name.
+    """
+
+    def __init__(self, options: argparse.Namespace, tune: str, batch_size: int, cached: bool, **more: Any):
+        with contextlib.redirect_stderr(io.StringIO()):
+            self.run = set_up(resolve(settings(options, tune, batch_size, cached, **more)))
+            self.trainer = Trainer(self.run, lambda: False)
+        self.classifier: VLMClassifier = self.run.classifier
+        start_adapters(self.classifier)
+        self.run.model.train()
+        self._steps = self._all_steps()
+
+    def _all_steps(self) -> Iterator[tuple[Step, Iterator[dict[str, Any]]]]:
+        for epoch in range(self.run.settings.epochs):
+            plan = [step for step in self.trainer._plan(epoch) if len(step.indices) == self.run.settings.batch_size]
+            batches = self.trainer._batches(plan)
+            for step in plan:
+                yield step, batches
+
+    def step(self) -> list[int]:
+        """One optimizer step with its pictures; returns which ones."""
+        step, batches = next(self._steps)
+        self.loss = float(self.trainer._step(step, batches))
+        self.trainer.progress.step += 1
+        return step.indices
+
+    def examine(self) -> tuple[list[int], float, dict[str, Tensor]]:
+        """A step without its update, clipping and dropout: which pictures, the loss, the gradients by name."""
+        gradients: dict[str, Tensor] = {}
+
+        def keep() -> None:
+            gradients.update({n: p.grad.clone() for n, p in trained_parameters(self.classifier.model).items() if p.grad is not None})
+
+        clip, self.run.settings.max_grad_norm = self.run.settings.max_grad_norm, 0.0
+        self.run.optimizer.step = keep
+        try:
+            with without_dropout(self.classifier):
+                indices = self.step()
+        finally:
+            del self.run.optimizer.step
+            self.run.settings.max_grad_norm = clip
+        return indices, self.loss, gradients
+
+    def samples(self, indices: list[int]) -> list[Sample]:
+        return [self.run.data.train[i] for i in indices]
+
+
+def start_adapters(classifier: VLMClassifier) -> None:
+    """Random values where LoRA starts with zeros, as after some steps; else half of the gradients would be zero, and agree."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in classifier.model.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(0, 0.01)
+
+
+@contextlib.contextmanager
+def without_dropout(model: torch.nn.Module) -> Iterator[None]:
+    """No dropout inside; the model stays in training mode."""
+    layers = [(module, module.p) for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    for module, _ in layers:
+        module.p = 0.0
+    try:
+        yield
+    finally:
+        for module, p in layers:
+            module.p = p
+
+
+def relative_difference(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> float:
+    """Norm of the difference of all gradients, as a share of their norm.
+
+    Raises:
+        ValueError: the sides do not train the same parameters.
+    """
+    if theirs.keys() != ours.keys():
+        raise ValueError(f"trained on one side only: {sorted(theirs.keys() ^ ours.keys())[:4]}")
+    different = sum(float((theirs[n] - ours[n]).double().square().sum()) for n in ours)
+    return (different / sum(float(ours[n].double().square().sum()) for n in ours)) ** 0.5
+
+
+# Classifying, as the program does it
+
+
+def classifier(
+    options: argparse.Namespace, classes: int, peaked: bool = False, tokens: int | None = None, **pictures: Any
+) -> VLMClassifier:
+    """A classifier ready to predict.
+
+    Args:
+        peaked: with weights that were trained a little on the responses (see `peak`).
+        tokens: of the prefix. pictures: picture options of the family.
+    """
+    family = load_family(model_folder(options), torch.float32, torch.device("cpu"), pictures)
+    family.model.requires_grad_(False)
+    result = VLMClassifier(family, prompts(options.size, classes, tokens)).eval()
+    if peaked:
+        peak(options, result)
+    return result
+
+
+def size_option(pixels: int) -> dict[str, Any]:
+    """The picture option of a family for `--image-size`; nothing where this version of the program has none."""
+    kind = getattr(config, "ImageSize", None)
+    return {"image_size": kind(pixels)} if kind else {}
+
+
+def keep_features(result: VLMClassifier, samples: list[Sample]) -> VLMClassifier:
+    """Compute the features of these pictures; the classifier reads them from then on."""
+    result.feature_cache = open_cache(result.family, True, "float32", CACHE_GB)
+    result.feature_cache.add_missing(result.family, samples)
+    return result
+
+
+def peak(options: argparse.Namespace, result: VLMClassifier, steps: int = 60) -> None:
+    """Make the model as sure of the responses as a fine-tuned one: of the texts nearly wholly, of the classes more or less.
+
+    The last two layers and the norm behind them are trained a few dozen steps with AdamW. A class is half as frequent as the one before, so
+    that its probability halves, whatever the picture. What was trained is kept in the cache folder.
+    """
+    model, count = result.model, len(result.class_names)
+    layers = result.family.language.layers
+    parts = {"norm": result.family.language.norm} | {str(i): layers[i] for i in range(max(0, len(layers) - 2), len(layers))}
+    trained = torch.nn.ModuleDict(parts)
+    file = options.cache / f"peaked_{options.size}_{count}_{len(result.rendered.prefix_ids)}.safetensors"
+    if file.is_file():
+        trained.load_state_dict(load_file(file))
+        return
+    trained.requires_grad_(True)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=3e-3, weight_decay=0.0, fused=True)
+    shares, chance = 0.5 ** torch.arange(count, dtype=torch.float64), torch.Generator().manual_seed(0)
+    picture = noise(0, PICTURE[options.size])
+    features = result.family.tower_features(result.family.encode_pictures([picture]).inputs)
+    model.train()
+    for number in range(steps):
+        labels = torch.multinomial(shares, 4, replacement=True, generator=chance).tolist()
+        batch = result.collate(with_response=True)([Sample(picture, label, "noise") for label in labels])
+        batch["pixels"] = {TOWER_FEATURES: features.expand(len(labels), -1, -1)}
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * min(1.0, (number + 1) / 5) * (1 - number / steps)
+        out = result(batch)
+        (out.loss / out.tokens).backward()
+        torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    trained.requires_grad_(False)
+    result.eval()
+    save_file(trained.state_dict(), file)
