@@ -88,6 +88,7 @@ class VLMClassifier(nn.Module):
         except ValueError as error:
             raise UsageError(f"the responses do not tell the classes apart ({error}): give every class a name of its own.") from error
         self.feature_cache: Any = None  # a `FeatureCache` while training with a frozen vision tower
+        self.inference_cache: Any = None  # the one that `predict_batch` has opened
         self.calibration = Calibration()  # what makes probabilities of the scores; fitted after training, and loaded with a model
         self._kept_prefix: Cache | None = None
         self._step_prefix: StepPrefix | None = None
@@ -129,7 +130,7 @@ class VLMClassifier(nn.Module):
         return self.prompts.class_names
 
     def train(self, mode: bool = True) -> "VLMClassifier":
-        self._kept_prefix = None  # the weights are about to change, or have changed
+        self._kept_prefix = self.inference_cache = None  # the weights are about to change, or have changed
         return super().train(mode)
 
     def collate(self, with_response: bool) -> Callable[[Sequence[Sample]], dict[str, Any]]:

@@ -124,7 +124,9 @@ def predict_batch(
     batch_size = batch_size or largest_batch(model, metadata.get("settings", {}))
     paths = list(dict.fromkeys(str(path) for path in image_paths))
     results: dict[str, dict[str, Any]] = {}
-    model.feature_cache = _cache_of(model, metadata) if feature_cache else None
+    if feature_cache and model.inference_cache is None:  # once for all calls: the weights are hashed for it
+        model.inference_cache = _cache_of(model, metadata)
+    model.feature_cache = model.inference_cache if feature_cache else None
     chunks = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
     prepared = (map if feature_cache else _ahead)(partial(_prepare, model), chunks)  # the cache runs the vision tower, one thread at a time
     try:
