@@ -285,10 +285,11 @@ def keep_features(result: VLMClassifier, samples: list[Sample]) -> VLMClassifier
 
 
 def peak(options: argparse.Namespace, result: VLMClassifier, steps: int = 40) -> None:
-    """Make the model as sure of the responses as a fine-tuned one: of the texts nearly wholly, of the classes more or less.
+    """Make the model sure of the responses, as a fine-tuned one is: of the words around a class, and of one class.
 
-    The last two layers and the norm behind them are trained a few dozen steps with AdamW. A class is half as frequent as the one before, so
-    that its probability halves, whatever the picture. What was trained is kept in the cache folder.
+    The last two layers and the norm behind them are trained a few dozen steps with AdamW, a class half as frequent as the one before. So
+    short a training does not learn that later mentions repeat the first: the preference counts at each. What was trained is kept in the
+    cache folder.
     """
     model, count = result.model, len(result.class_names)
     layers = result.family.language.layers
