@@ -133,13 +133,11 @@ def write_results(path: Path, results: dict[str, dict[str, Any]]) -> None:
 def _write_csv(file: Any, results: dict[str, dict[str, Any]]) -> None:
     classes = next((list(result["probabilities"]) for result in results.values() if "probabilities" in result), [])
     writer = csv.writer(file)
-    writer.writerow(["path", "prediction", "confidence", "abstained", "error", "full_response", *(f"p({name})" for name in classes)])
+    figures = ("prediction", "confidence", "error_bound", "abstained", "error", "full_response")
+    writer.writerow(["path", *figures, *(f"p({name})" for name in classes)])
     for name, result in results.items():
         probabilities = result.get("probabilities", {})
-        writer.writerow(
-            [name, result["prediction"], *(result.get(key) for key in ("confidence", "abstained", "error", "full_response"))]
-            + [probabilities.get(class_name) for class_name in classes]
-        )
+        writer.writerow([name, *map(result.get, figures), *(probabilities.get(class_name) for class_name in classes)])
 
 
 if __name__ == "__main__":

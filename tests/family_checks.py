@@ -184,11 +184,13 @@ class FamilyChecks:
         """Against one full forward a class, over prompt, reasoning and answer; the answer of every explanation is the prediction."""
         classifier = self.free_classifier(folder, response_format)
         batch = self.batch(classifier, [0, 1, 2])
-        found = classify(classifier, batch)
+        found = classify(classifier, batch, tolerance=0.0)
         rows = batch
         if response_format == "reasoning-first":
             assert len(found.texts) == 3
-            rows = go_on(batch, [before_answer(classifier.family, classifier.rendered, reasoning_of(text)) for text in found.texts])
+            rows = go_on(
+                classifier, batch, [before_answer(classifier.family, classifier.rendered, reasoning_of(text)) for text in found.texts]
+            )
         expected = naive_scores(self, classifier, rows)
         assert expected.std(1).min() > 1e-2, "the classes should differ, or the test says little"
         torch.testing.assert_close(found.scores.double(), expected, rtol=1e-6, atol=1e-4)

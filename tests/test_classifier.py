@@ -10,6 +10,7 @@ from vlm import scoring
 from vlm.batching import IGNORED, vlm_collate_fn
 from vlm.calibration import Calibration
 from vlm.config import resolve
+from vlm.data import Sample
 from vlm.errors import UsageError
 from vlm.families.base import TOWER_FEATURES
 from vlm.prompts import Prompts
@@ -126,7 +127,7 @@ def test_rows_of_unequal_picture_tokens_equal_one_by_one(folder):
     classifier = tiny_classifier(folder).eval()
     images = classifier.family.processor.image_processor
     images.do_image_splitting, images.size = True, {"longest_edge": 48}
-    pictures = [samples([0])[0]._replace(image=random_picture(i, width, 20)) for i, width in enumerate((60, 20, 33))]
+    pictures = [Sample(random_picture(i, width, 20), 0, "a picture") for i, width in enumerate((60, 20, 33))]
     batch = vlm_collate_fn(pictures, classifier.family, classifier.rendered, with_response=False)
     assert len(set(batch["lengths"].tolist())) > 1
     reading = classifier.read(batch)

@@ -175,7 +175,9 @@ print(json.dumps({"logits": list(model(**inputs).logits.shape), "text": text.str
 
 
 def test_the_model_folder_works_in_transformers_without_this_program(mars_run, tmp_path):
-    from inference_vlm import load_model_and_metadata, predict_single_image
+    from inference_vlm import load_model_and_metadata
+    from vlm.data import Sample
+    from vlm.pictures import open_picture
 
     output, picture = mars_run[0] / "vlm_results", tmp_path / "a.png"
     Image.radial_gradient("L").save(picture)
@@ -186,8 +188,8 @@ def test_the_model_folder_works_in_transformers_without_this_program(mars_run, t
     result = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, env=surroundings(PYTHONPATH=None))
     assert result.returncode == 0, result.stderr
     seen = json.loads(result.stdout)
-    model, processor, metadata = load_model_and_metadata(output / "best_model", device="cpu")
-    ours = predict_single_image(model, processor, picture, metadata)[2]
+    model, processor, _ = load_model_and_metadata(output / "best_model", device="cpu")
+    ours = model.write(model.read(model.collate(with_response=False)([Sample(open_picture(picture), 0, "a")])))[0]
     assert len(seen["text"]) > 0 and ours.startswith(seen["text"]), "the same model, read by others, writes the same text"
     assert seen["logits"][0] == 1 and seen["logits"][2] == len(processor.tokenizer)
 

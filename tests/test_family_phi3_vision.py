@@ -55,9 +55,9 @@ class Phi3Checks(FamilyChecks):
     def build(self, folder):
         save_published(folder)
 
-    def classifier(self, folder, dtype=torch.float32):
+    def classifier(self, folder, dtype=torch.float32, prompts=None):
         family = load_family(folder, dtype, CPU, {"num_crops": self.num_crops})
-        return VLMClassifier(family, tiny_prompts(tuple(self.names))).eval()
+        return VLMClassifier(family, prompts or tiny_prompts(tuple(self.names))).eval()
 
     def one_picture(self, batch, i):
         sizes = batch["pixels"]["image_sizes"]
@@ -201,7 +201,7 @@ def test_scores_and_texts_up_to_the_switch_equal_the_plain_forward(tmp_path, mon
     monkeypatch.setattr(type(classifier.family), "stop_ids", [classifier.model.config.vocab_size - 1])
     monkeypatch.setattr(type(classifier.family), "decode", lambda self, ids: ids)
     written = classifier.write(reading)[0]
-    prompt = classifier.rendered.prefix_ids + batch["input_ids"][0].tolist()
+    prompt = classifier.rendered.prefix_ids + batch["input_ids"][0, : batch["lengths"][0]].tolist()
     assert len(prompt) + len(written) == classifier.family.switch_length
     with torch.no_grad():
         logits = checks.full_logits(classifier, prompt + written, checks.one_picture(batch, 0))

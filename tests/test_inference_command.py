@@ -78,8 +78,8 @@ def test_csv_and_json_lines_hold_the_same(infer, pictures, tmp_path):
     rows, entries = read_csv(tmp_path / "x.csv"), [json.loads(line) for line in (tmp_path / "x.jsonl").read_text("utf-8").splitlines()]
     assert [row["path"] for row in rows] == [entry["path"] for entry in entries]
     for row, entry in zip(rows[:3], entries[:3], strict=True):
-        assert set(entry) == {"path", "prediction", "confidence", "probabilities", "full_response"}
-        assert set(row) == {"path", "prediction", "confidence", "abstained", "error", "full_response"} | {
+        assert set(entry) == {"path", "prediction", "confidence", "probabilities", "error_bound", "full_response"}
+        assert set(row) == {"path", "prediction", "confidence", "error_bound", "abstained", "error", "full_response"} | {
             f"p({name})" for name in entry["probabilities"]
         }
         assert (row["prediction"], row["full_response"], row["error"]) == (entry["prediction"], entry["full_response"], "")

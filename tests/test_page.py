@@ -70,7 +70,7 @@ def run_of(names=NAMES, each=4, seed=0, strength=2.0):
     scores = rng.normal(size=(len(labels), len(names)))
     scores[np.arange(len(labels)), labels] += strength
     scores -= np.log(np.exp(scores).sum(1, keepdims=True))
-    data = Data(split(labels), split(labels), split(labels), list(names), summary=[("data set", EVIL)], source={"dataset": EVIL})
+    data = Data(split(labels), split(labels), split(labels), list(names), edge=8, summary=[("data set", EVIL)], source={"dataset": EVIL})
     predictions = [Prediction(*row) for row in zip(data.test.names, labels, np.exp(scores), strict=True)]
     for i in shown_pictures(predictions):
         predictions[i].text = f"Reasoning: I see {EVIL}\nAnswer: {names[predictions[i].predicted]}"

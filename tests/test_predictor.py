@@ -137,7 +137,7 @@ def test_a_calibration_for_other_prompts_is_not_used_and_that_is_said(demo_run, 
 
 def test_a_model_that_abstains_gives_none_with_its_probabilities(demo_run, loaded, paths, tmp_path):
     plain = batch(loaded, paths)
-    threshold = sorted(result["confidence"] for result in plain.values())[COUNT // 2]
+    threshold = float(np.mean(sorted(result["confidence"] for result in plain.values())[COUNT // 2 - 1 : COUNT // 2 + 1]))
     shutil.copytree(demo_run / "best_model", tmp_path / "model")
     file = tmp_path / "model" / "training_metadata.json"
     metadata = json.loads(file.read_text())

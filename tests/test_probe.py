@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import test_family_generic
 import torch
+from feature_checks import MODELS
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
-from test_features import MODELS
 from tiny import random_picture, save_tiny_model, tiny_prompts
 
 from vlm import probe as module
@@ -20,21 +20,16 @@ from vlm.tuning import prepare_tuning
 
 GENERIC = {
     "llava_onevision": test_family_generic.TestLlavaOnevision,
-    "internvl": test_family_generic.TestInternVL,
     "gemma3": test_family_generic.TestGemma3,
     "paligemma": test_family_generic.TestPaliGemma,
 }
-BUILDERS = (
-    MODELS
-    | {name: lambda folder, checks=checks: checks().build(folder) for name, checks in GENERIC.items()}
-    | {"idefics3, tiles": save_tiny_model}
-)
+BUILDERS = MODELS | {name: (lambda folder, checks=checks: checks().build(folder), {}) for name, checks in GENERIC.items()}
 SIZES = ((40, 28), (20, 60), (40, 28), (90, 30))
 
 
 def family_of(name, folder):
-    BUILDERS[name](folder)
-    options = {"image_splitting": True} if "tiles" in name else {"num_crops": 4} if name == "phi3_v" else {}
+    build, options = BUILDERS[name]
+    build(folder)
     family = load_family(folder, torch.float32, torch.device("cpu"), options)
     family.render(tiny_prompts())
     return family
@@ -66,7 +61,7 @@ def split_of(labels, seed):
 @pytest.fixture
 def data():
     labels = [i % 3 for i in range(30)]
-    return Data(split_of(labels, 0), split_of(labels[:12], 100), split_of(labels[:15], 200), ["a", "b", "c"])
+    return Data(split_of(labels, 0), split_of(labels[:12], 100), split_of(labels[:15], 200), ["a", "b", "c"], edge=20)
 
 
 @pytest.fixture

@@ -148,7 +148,7 @@ def test_texts_that_break_the_conversation_or_the_context_are_refused_by_name(fo
     classifier = classifier_of(folder, "reasoning-first", reasoning_tokens=12)
     with pytest.raises(UsageError, match="reasoning of picture 2 holds <image>"):
         response_lengths(split_of(["a", "b", "see <image>", "d"]), classifier.family, classifier.rendered)
-    long = samples([0])[0]._replace(reasoning="word " * 3000, name="long one")
+    long = replace(samples([0])[0], reasoning="word " * 3000, name="long one")
     with pytest.raises(UsageError, match="long one has .* tokens .* its reasoning"):
         vlm_collate_fn([long], classifier.family, classifier.rendered)
 

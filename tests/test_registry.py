@@ -11,9 +11,9 @@ import torch
 from commands import ROOT, run, train
 
 from vlm import registry
-from vlm.config import DEFAULT_MODEL, TUNING_DEFAULTS, resolve
+from vlm.config import DEFAULT_MODEL, TUNING_DEFAULTS, ImageSize, resolve
 from vlm.families import outline
-from vlm.memory import GIB, estimate
+from vlm.memory import GIB, Texts, estimate
 from vlm.registry import MODELS, count_parameters, model_table
 from vlm.report import format_table
 
@@ -87,6 +87,22 @@ def test_options_of_one_family_and_quantization_change_what_they_are_for(capsys)
     for name in MODELS:
         assert (split[name] > plain[name]) == ("SmolVLM" in name)
         assert bits[name][0] < plain[name][0] and bits[name][1:] == plain[name][1:]
+
+
+def test_smaller_pictures_need_less_and_a_size_that_a_model_does_not_take_has_no_figures(capsys):
+    family = outline(MODELS["HuggingFaceTB/SmolVLM-256M-Instruct"])
+    assert family.picture_load() == (1024, 64) and family.picture_load(image_size=ImageSize(256)) == (256, 16)
+    assert outline(MODELS["HuggingFaceTB/SmolVLM-Instruct"]).picture_load(image_size=ImageSize(210)) == (225, 25)
+    needs = [estimate(family, resolve({"tune": "full"} | size), torch.float32, "cpu").activations for size in ({}, {"image_size": "256"})]
+    assert needs[1] < needs[0]
+    small = Texts(edge=100)
+    assert estimate(family, resolve({"tune": "full"}), torch.float32, "cpu", small).activations == needs[1], "auto comes to 256 too"
+
+    assert train("--list-models", "--device", "cpu", "--image-size", 256) == 0
+    output = capsys.readouterr().out
+    rows = {line.split()[0]: line.split()[3:] for line in output.splitlines()[2:7]}
+    assert rows["HuggingFaceTB/SmolVLM-Instruct"] == rows["microsoft/Phi-3.5-vision-instruct"] == ["-"] * 3
+    assert "-" not in rows["HuggingFaceTB/SmolVLM-256M-Instruct"] and "does not take --image-size 256" in output
 
 
 # docs/models.md

@@ -1,7 +1,6 @@
 """The look at one sample before the first step."""
 
 import pytest
-import torch
 from tiny import samples, save_tiny_model, tiny_classifier
 
 from vlm.errors import UsageError
@@ -38,6 +37,6 @@ def test_a_sample_without_a_response_token_stops(classifier):
 
 def test_token_counts_that_do_not_match_the_features_stop_the_forward(classifier):
     batch = classifier.collate(with_response=True)(samples([0]))
-    batch["input_ids"] = torch.where(batch["input_ids"] == classifier.family.image_token_id, 5, batch["input_ids"])
-    with pytest.raises(RuntimeError, match="0 picture tokens in the text, 4 picture features"):
+    batch["picture_places"] = batch["picture_places"][:3]
+    with pytest.raises(RuntimeError, match="3 picture tokens in the text, 4 picture features"):
         classifier(batch)

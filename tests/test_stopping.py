@@ -137,13 +137,13 @@ def fail_after(monkeypatch, step, failure):
     """Let the forward pass of training fail after some steps of two pictures. failure: an exception, or a loss."""
     original, calls = VLMClassifier.forward, []
 
-    def forward(self, batch):
+    def forward(self, batch, **options):
         calls.append(1)
         if len(calls) <= step:
-            return original(self, batch)
+            return original(self, batch, **options)
         if isinstance(failure, Exception):
             raise failure
-        return LossOutput(original(self, batch).loss * failure, torch.tensor(1))
+        return LossOutput(original(self, batch, **options).loss * failure, torch.tensor(1))
 
     monkeypatch.setattr(VLMClassifier, "forward", forward)
 

@@ -70,7 +70,7 @@ def probe_beside(run: Run, classifier: VLMClassifier, cache: FeatureCache | None
         return None
     family, tower = classifier.family, "frozen"
     if run.settings.tune == "full":  # the trained tower has seen the labels: what counts is the one before
-        family = load_family(run.folder, run.dtype, run.accelerator.device, run.settings.picture_options())
+        family = load_family(run.folder, run.dtype, run.accelerator.device, run.settings.picture_options(run.data.edge))
         family.render(classifier.prompts)  # some processors encode pictures within the conversation
         tower = "random weights" if run.settings.demo else "before the training"
     found = probe(family, run.data, cache, run.settings.seed)

@@ -39,16 +39,16 @@ def vlm_collate_fn(
     rows, targets, lengths = [], [], []
     for sample, picture_ids in zip(samples, encoded.token_ids, strict=True):
         prompt = [*picture_ids, *rendered.question_ids]
-        response = response_of(sample, family, rendered) if with_response else rendered.opening_ids
-        total = len(rendered.prefix_ids) + len(prompt) + len(response)
+        response = response_of(sample, family, rendered) if with_response else []
+        lengths.append(len(prompt) + len(response))
+        total = len(rendered.prefix_ids) + lengths[-1]
         if total > rendered.max_length:
             raise UsageError(
                 f"{sample.name} has {total} tokens with its texts, and the model reads {rendered.max_length} at most: "
                 "shorten --system-instructions, the class descriptions or its reasoning."
             )
-        lengths.append(len(prompt) + (len(response) if with_response else 0))
-        rows.append(prompt + response)
-        targets.append([IGNORED] * len(prompt) + (response if with_response else []))
+        rows.append(prompt + (response if with_response else rendered.opening_ids))
+        targets.append([IGNORED] * len(prompt) + response)
     ids, targets = pad_rows(rows), pad_rows(targets, IGNORED)
     return {
         "pixels": encoded.inputs,

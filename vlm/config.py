@@ -10,7 +10,7 @@ import types
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 from vlm.errors import UsageError
 from vlm.formats import LAYOUTS, choose_format
@@ -38,7 +38,15 @@ DEMO_DEFAULTS = {
     "probe": True,
 }
 CACHE_GB = 20.0  # what --cache-size is when it is not given
+AUTO = "auto"
 PICTURES_PER_STEP = 8  # what --gradient-accumulation-steps aims at when it is not given
+
+
+class ImageSize(NamedTuple):
+    """What is asked of the longest edge of pictures: exactly so many pixels, or (auto) what pictures with edges so long need."""
+
+    pixels: int
+    auto: bool = False
 
 
 def _flag(default: Any, group: str, help: str, **more: Any) -> Any:
@@ -61,7 +69,9 @@ class Settings:
     )
     lora_rank: int = _flag(16, "model", "rank of the LoRA matrices (default: 16)")
     lora_alpha: float = _flag(32.0, "model", "LoRA scale; the update is multiplied by alpha / rank (default: 32)")
-    lora_dropout: float = _flag(0.05, "model", "dropout in front of the LoRA matrices (default: 0.05)")
+    lora_dropout: float = _flag(
+        0.0, "model", "dropout in front of the LoRA matrices (default: 0; some time of each step where it is not)"
+    )
     device: str = _flag("auto", "model", "where to compute (default: auto)", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = _flag(
         "auto", "model", "number format of the computation (default: auto: bfloat16 on CUDA where supported, else float32)",
@@ -70,6 +80,10 @@ class Settings:
     load_in_4bit: bool = _flag(False, "model", "keep the language model's weights in 4 bits (NF4); with --tune lora, needs bitsandbytes")
     load_in_8bit: bool = _flag(False, "model", "keep the language model's weights in 8 bits; with --tune lora, needs bitsandbytes")
 
+    image_size: str = _flag(
+        AUTO, "model", "edge of pictures in pixels (default: auto: what the training pictures need, at least half of the published)",
+        metavar="N",
+    )  # fmt: skip
     image_splitting: bool = _flag(False, "model", "SmolVLM: cut pictures into tiles, as published: sharper, and up to 17 times the tokens")
     min_pixels: int | None = _flag(None, "model", "Qwen2-VL: enlarge pictures to this many pixels (default: as published, 3136)")
     max_pixels: int | None = _flag(
@@ -166,9 +180,17 @@ class Settings:
         """Of a weight of the language model where it is quantized."""
         return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
 
-    def picture_options(self) -> dict[str, Any]:
-        """What was asked of the model's picture processing; each option belongs to one family (see `load_family`)."""
+    def picture_options(self, edge: int | None = None) -> dict[str, Any]:
+        """What was asked of the model's picture processing; an option may belong to one family alone (see `load_family`).
+
+        Args:
+            edge: longest edge of the pictures, for `--image-size auto`; None: as published.
+        """
         options = {name: getattr(self, name) for name in ("image_splitting", "min_pixels", "max_pixels", "num_crops")}
+        if self.image_size != AUTO:
+            options["image_size"] = ImageSize(int(self.image_size))
+        elif edge and not self.demo and not self.image_splitting:  # the demo's model has the size that it is tested with
+            options["image_size"] = ImageSize(edge, auto=True)
         return {name: value for name, value in options.items() if value}
 
     def to_json(self) -> dict[str, Any]:
@@ -334,6 +356,11 @@ def _problems(s: Settings) -> list[str]:
         value = getattr(s, name)
         expect(value is None or value >= 1, name, "a whole number of at least 1")
     expect(s.epochs >= 0, "epochs", "a whole number of at least 0")
+    number = s.image_size.isdecimal() and int(s.image_size) > 0
+    expect(number or s.image_size == AUTO, "image_size", "a number of pixels, or auto")
+    for name in ("image_splitting", "max_pixels"):
+        if number and getattr(s, name):
+            problems.append(f"--image-size and --{name.replace('_', '-')} exclude each other: both say how large pictures become.")
     expect((s.min_pixels or 0) <= (s.max_pixels or math.inf), "min_pixels", f"no more than --max-pixels {s.max_pixels}")
     for name in ("learning_rate", "connector_learning_rate", "lora_alpha", "save_minutes", "cache_size"):
         expect(0 < getattr(s, name) < math.inf, name, "a number above 0")

@@ -21,6 +21,7 @@ from vlm.tracking import note, progress
 ROLES = ("train", "validation", "test")
 MOST_UNREADABLE = 0.05  # share of a split
 MOST_SHOWN = 5
+MOST_PICTURES = 95  # percent; a few large ones among small ones should not slow down all
 
 
 @dataclass
@@ -95,6 +96,7 @@ class Split:
 class Data:
     """A data set that is ready for training.
 
+    edge: 95% of the training pictures have no edge longer than this, in pixels;
     summary: rows of the table "what was detected"; skipped: each unreadable picture with the reason;
     source: what the metadata of the model say about the data, as JSON values.
     """
@@ -103,6 +105,7 @@ class Data:
     validation: Split
     test: Split
     class_names: list[str]
+    edge: int
     summary: list[tuple[str, str]] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     source: dict[str, Any] = field(default_factory=dict)
@@ -136,13 +139,14 @@ def load_data(settings: Settings) -> Data:
         for number, role in enumerate(ROLES):
             positions = balanced_positions(splits[role].labels, settings.max_samples, [settings.seed, 2, number])
             splits[role] = splits[role].take(positions)
-    skipped = _drop_unreadable(splits, names)
+    skipped, edges = _drop_unreadable(splits, names)
     if settings.shots is not None:
         splits["train"] = _few(splits["train"], settings.shots, names, [settings.seed, 3])
         origins["train"] += f", {settings.shots} of each class"
     if source.reasoning_column and not any(splits["train"].reasonings):
         raise UsageError(f"--reasoning-column {source.reasoning_column}: no training picture has a text there. Name another column.")
-    data = Data(**splits, class_names=names, skipped=skipped)
+    edge = int(np.percentile(edges, MOST_PICTURES, method="higher"))
+    data = Data(**splits, class_names=names, edge=edge, skipped=skipped)
     data.summary = _summary(settings, source, origins, how, data)
     data.source = _describe(settings, source, origins, data)
     return data
@@ -228,28 +232,32 @@ def _few(split: Split, shots: int, names: list[str], seed: list[int]) -> Split:
     return split.take(balanced_positions(split.labels, shots * len(names), seed))
 
 
-def _drop_unreadable(splits: dict[str, Split], names: list[str]) -> list[str]:
-    """Decode every picture once, learn its key and leave out those that cannot be; returns the reasons, each with the picture's name.
+def _drop_unreadable(splits: dict[str, Split], names: list[str]) -> tuple[list[str], list[int]]:
+    """Decode every picture once, learn its key and leave out those that cannot be decoded.
+
+    Returns:
+        the reasons, each with the picture's name, and the longest edge of each readable picture of train, in pixels.
 
     Raises:
         UsageError: too many are unreadable, or a class of train has none left.
     """
     jobs = [(role, i) for role in ROLES for i in range(len(splits[role]))]
 
-    def problem(job: tuple[str, int]) -> str | None:
+    def check(job: tuple[str, int]) -> int | str:
         role, i = job
         try:
-            splits[role].keys[i] = splits[role][i].key
+            sample = splits[role][i]
+            splits[role].keys[i] = sample.key
+            return max(sample.image.size)
         except UnreadablePicture as error:
             return str(error)
-        return None
 
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
-        problems = list(progress(pool.map(problem, jobs), len(jobs), "checking pictures"))
+        found = list(progress(pool.map(check, jobs), len(jobs), "checking pictures"))
     finally:
         pool.shutdown(cancel_futures=True)  # else a Ctrl-C would wait for all of them
-    bad = [(role, i, text) for (role, i), text in zip(jobs, problems, strict=True) if text]
+    bad = [(role, i, text) for (role, i), text in zip(jobs, found, strict=True) if isinstance(text, str)]
     for role, _, text in bad[:MOST_SHOWN]:
         note(f"skipped an unreadable picture of {role}: {text}")
     if len(bad) > MOST_SHOWN:
@@ -265,7 +273,8 @@ def _drop_unreadable(splits: dict[str, Split], names: list[str]) -> list[str]:
     empty = [name for number, name in enumerate(names) if number not in set(splits["train"].labels)]
     if empty:
         raise UsageError(f"train has no readable picture of {', '.join(empty)}. Add some, or remove the class.")
-    return [text for _, _, text in bad]
+    edges = [edge for (role, _), edge in zip(jobs, found, strict=True) if role == "train" and not isinstance(edge, str)]
+    return [text for _, _, text in bad], edges
 
 
 def _summary(settings: Settings, source: Source, origins: dict[str, str], how: list[str], data: Data) -> list[tuple[str, str]]:

@@ -185,8 +185,9 @@ class Search:
         """How much any probability can be wrong at most: the share of all weight that the classes not visited may have."""
         if not self.open:
             return 0.0
-        rest = np.logaddexp.reduce(list(self.open.values()))
-        return float(np.exp(rest - np.logaddexp(rest, np.logaddexp.reduce(self._weights()))))
+        with np.errstate(invalid="ignore"):  # a model whose numbers have overflowed gives NaN, which the metrics refuse
+            rest = np.logaddexp.reduce(list(self.open.values()))
+            return float(np.exp(rest - np.logaddexp(rest, np.logaddexp.reduce(self._weights()))))
 
     def next(self, tokens: int) -> list[list[int]]:
         """The segments to visit now, none when the search is over.
@@ -207,7 +208,7 @@ class Search:
         """The open nodes that have to be visited by what is known now, the most probable first."""
         required = [node for node in self.open if node <= self.required < self.tree.ends[node]]
         ranked = sorted(self.open, key=self.open.__getitem__, reverse=True)
-        if self.tolerance > 0 and ranked:
+        if self.tolerance > 0 and ranked and not np.isnan(self.open[ranked[0]]):
             weights = self._weights()
             bounds = np.array([self.open[node] for node in ranked])
             rest = np.logaddexp.accumulate(bounds[::-1])[::-1]  # of each node and all after it

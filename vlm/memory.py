@@ -51,19 +51,23 @@ BYTES_OF_BITS = {4: 0.5 + 4 / 64, 8: 1.0}  # a float32 scale for each block of 6
 
 @dataclass(frozen=True)
 class Texts:
-    """Tokens of the conversation: before the picture (run once for a batch), behind it, and of a response; and the classes."""
+    """Tokens of the conversation: before the picture (run once for a batch), behind it, and of a response; and the classes.
+
+    edge: longest edge of the pictures, for `--image-size auto`; None: as published.
+    """
 
     prefix: int = 200
     question: int = 50
     response: int = 50
     classes: int = 10
+    edge: int | None = None
 
     @classmethod
-    def of(cls, prompts: Prompts, reasonings: Sequence[str] = ()) -> "Texts":
+    def of(cls, prompts: Prompts, reasonings: Sequence[str] = (), edge: int | None = None) -> "Texts":
         """About as many as the texts have, and the reasonings of the pictures' own; the exact numbers would take the tokenizer."""
         longest = max(map(len, [*prompts.responses, *reasonings]))
         lengths = (len(text) // CHARACTERS_PER_TOKEN + 10 for text in (prompts.system, prompts.question, "." * longest))
-        return cls(*lengths, classes=len(prompts.class_names))
+        return cls(*lengths, classes=len(prompts.class_names), edge=edge)
 
 
 @dataclass(frozen=True)
@@ -175,15 +179,16 @@ def _language_layers(family: Family) -> list[nn.Linear]:
     return [family.model.get_submodule(name) for name in family.linear_layers(language=True)]
 
 
-def _picture_load(family: Family, settings: Settings) -> tuple[int, int]:
+def _picture_load(family: Family, settings: Settings, texts: Texts) -> tuple[int, int]:
     """Patches and tokens of the largest picture, with the options that the family knows."""
-    return family.picture_load(**{name: value for name, value in settings.picture_options().items() if name in family.picture_defaults})
+    options = settings.picture_options(texts.edge)
+    return family.picture_load(**{name: value for name, value in options.items() if name in family.picture_defaults})
 
 
 def _activations(family: Family, settings: Settings, size: int, device: str, texts: Texts) -> float:
     """Bytes at the end of the forward pass, when they are most, and what the first steps back add."""
     block, batch, full = Block.of(family.language), settings.batch_size, settings.tune == "full"
-    patches, tokens = _picture_load(family, settings)
+    patches, tokens = _picture_load(family, settings, texts)
     row = tokens + texts.question + texts.response
     keys = texts.prefix + row
     prefix = 0 if settings.tune == "connector" else texts.prefix
@@ -208,7 +213,7 @@ def _activations(family: Family, settings: Settings, size: int, device: str, tex
 
 def _evaluation(family: Family, settings: Settings, size: int, texts: Texts) -> float:
     block, batch = Block.of(family.language), settings.eval_batch_size
-    patches, tokens = _picture_load(family, settings)
+    patches, tokens = _picture_load(family, settings, texts)
     nodes = min(texts.response * texts.classes, NODES_KEPT + NODES_AT_ONCE)
     keys = batch * (2 * (texts.prefix + tokens + texts.question) + nodes) * block.count * block.keys * size
     scored = batch * (1 + nodes) * family.model.get_output_embeddings().weight.shape[0]

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from vlm.config import TUNING_DEFAULTS, Settings
+from vlm.config import AUTO, TUNING_DEFAULTS, Settings
 from vlm.device import pick_device, pick_dtype
+from vlm.errors import UsageError
 from vlm.families import outline
 from vlm.families.base import Family
 from vlm.memory import GIB, Texts, estimate, free_memory
@@ -59,6 +60,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 MARK = "*"
+NOT_TAKEN = "-"
 
 
 def count_parameters(family: Family) -> dict[str, int]:
@@ -80,7 +82,8 @@ def list_models(settings: Settings) -> None:
         f"\nGiB of memory that training takes on {device.type} in {str(dtype).removeprefix('torch.')}, with --batch-size "
         f"{settings.batch_size}, one picture a sample,\n{texts.prefix} + {texts.question} + {texts.response} tokens of instructions, "
         f"question and response, {texts.classes} classes. Free now: {free / GIB:.1f} GiB; {MARK} does not fit.\n"
-        "Any other image-text-to-text model in the layout of transformers can be named too. How it is computed: docs/models.md."
+        + (f"{NOT_TAKEN}: does not take --image-size {settings.image_size}.\n" if settings.image_size != AUTO else "")
+        + "Any other image-text-to-text model in the layout of transformers can be named too. How it is computed: docs/models.md."
     )
 
 
@@ -90,12 +93,18 @@ def _with_mode(settings: Settings, mode: str) -> Settings:
 
 
 def model_table(settings: Settings, dtype: torch.dtype, device: str, free: int) -> str:
-    """Name, parameters, context and the GiB of each tuning mode, marked where that is more than `free` bytes."""
+    """Name, parameters, context and the GiB of each tuning mode.
+
+    Marked where that is more than `free` bytes; a model that does not take the `--image-size` has none.
+    """
     rows = []
     for name, config in MODELS.items():
         family = outline(config)
-        needs = [estimate(family, _with_mode(settings, mode), dtype, device).total for mode in TUNING_DEFAULTS]
         context = family.model.config.get_text_config().max_position_embeddings
-        cells = [f"{need / GIB:.1f} {MARK if need > free else ''}" for need in needs]
+        try:
+            needs = [estimate(family, _with_mode(settings, mode), dtype, device).total for mode in TUNING_DEFAULTS]
+            cells = [f"{need / GIB:.1f} {MARK if need > free else ''}" for need in needs]
+        except UsageError:
+            cells = [NOT_TAKEN] * len(TUNING_DEFAULTS)
         rows.append([name, f"{sum(count_parameters(family).values()) / 1e6:,.0f}M", f"{context:,}", *cells])
     return format_table(rows, ["model", "parameters", "context", *(f"--tune {mode}" for mode in TUNING_DEFAULTS)])

@@ -79,9 +79,12 @@ def set_up(settings: Settings) -> Run:
 
     prompts = build_prompts(settings, data.class_names)
     folder, revision = _find_model(settings, data.class_names, accelerator)
-    texts = Texts.of(prompts, [text for text in data.train.reasonings if text])
+    texts = Texts.of(prompts, [text for text in data.train.reasonings if text], data.edge)
     warn_if_too_large(folder, settings, dtype, accelerator.device, texts)
-    family = load_family(folder, dtype, accelerator.device, settings.picture_options(), settings.bits)
+    pictures = settings.picture_options(data.edge)
+    family = load_family(folder, dtype, accelerator.device, pictures, settings.bits)
+    if "image_size" in pictures:
+        note(family.size_line(pictures["image_size"]) + "\n")
     prepare_tuning(family, settings)
     if settings.gradient_checkpointing:
         family.checkpoint_layers()

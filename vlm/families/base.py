@@ -21,7 +21,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConf
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from vlm.config import ImageSize
 from vlm.errors import UsageError
+from vlm.families.sizes import size_line
 from vlm.prompts import Prompts
 from vlm.quantization import forget_quantizer, loading_options
 from vlm.responses import common_start, scored_ids
@@ -173,6 +175,18 @@ class Family:
         """Names of the linear layers in the language model, or (False) of all others."""
         inside = {id(module) for module in self.language.modules()}
         return [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear) and (id(module) in inside) == language]
+
+    @property
+    def edges(self) -> tuple[int, int] | None:
+        """Pixels of a picture's edge, as it is processed and as published; None where pictures keep sizes of their own."""
+        return None
+
+    def size_line(self, wish: ImageSize) -> str:
+        """What `--image-size` came to and what it costs, for people."""
+        if self.edges is None:
+            return f"image size: as {self.title} takes it."
+        loads = [self.picture_load(image_size=ImageSize(edge)) for edge in self.edges]
+        return size_line(wish, *self.edges, *loads)
 
     def picture_load(self, **pictures: Any) -> tuple[int, int]:
         """Patches that the vision tower reads of the largest picture, and the tokens that it becomes; of the configuration alone.

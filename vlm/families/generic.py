@@ -19,8 +19,11 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
+from vlm.config import ImageSize
 from vlm.errors import UsageError
+from vlm.families import squares
 from vlm.families.base import CONNECTED_FEATURES, TOWER_FEATURES, EncodedPictures, Family, Rendered
+from vlm.families.sizes import pick_size
 from vlm.prompts import Prompts
 from vlm.tracking import note
 
@@ -49,13 +52,26 @@ class _Reached(Exception):
 class GenericFamily(Family):
     """A model that is driven through its processor. `shares_prefix` may be switched off by the check at start."""
 
+    title = "this model"
+    picture_defaults = {"image_size": None}
     must_be_checked = True
+    _published_edge: int | None = None  # of the processor, before another size was set
 
     def __init__(self, model: nn.Module, processor: Any):
         super().__init__(model, processor)
         if model.config.model_type in BIDIRECTIONAL:
             note(f"{model.config.model_type} reads pictures in both directions: no prefix can be shared, training takes the plain forward.")
             self.shares_prefix = False
+
+    @classmethod
+    def load(
+        cls, folder: Path, dtype: torch.dtype, device: torch.device, bits: int | None = None, image_size: ImageSize | None = None
+    ) -> "GenericFamily":
+        family = super().load(folder, dtype, device, bits)
+        family._published_edge = squares.edge_of(family.processor.image_processor)
+        if image_size is not None:
+            family._set_size(image_size)
+        return family
 
     @classmethod
     def load_processor(cls, folder: Path, **options: Any) -> Any:
@@ -88,8 +104,9 @@ class GenericFamily(Family):
 
     # Text
 
-    @property
+    @cached_property
     def image_token_id(self) -> int:
+        """Kept, for loader processes, which have no model."""
         config = self.model.config
         for name in ("image_token_id", "image_token_index"):
             if getattr(config, name, None) is not None:
@@ -164,12 +181,56 @@ class GenericFamily(Family):
 
     # Pictures
 
-    def picture_load(self) -> tuple[int, int]:
+    @property
+    def edges(self) -> tuple[int, int] | None:
+        return (squares.edge_of(self.processor.image_processor), self._published_edge) if self._published_edge else None
+
+    def size_line(self, wish: ImageSize) -> str:
+        return super().size_line(wish) if self.edges else "image size: as the model's processor makes it."
+
+    def _set_size(self, wish: ImageSize) -> None:
+        """Have the processor make pictures of this size, where the tower takes them: tried on a picture.
+
+        Raises:
+            UsageError: exactly so many pixels do not work. (auto goes back to the published size.)
+        """
+        published = self._published_edge
+        if published is None:
+            if wish.auto:
+                return
+            raise UsageError(f"--image-size {wish.pixels}: the processor of this model makes pictures of no one size. Leave it out.")
+        patch, unit = squares.patch_and_unit(self.model.config)
+        edge = pick_size(wish, unit, published, self.title, enlarges=True)
+        if edge == published:
+            return
+        resized = squares.with_edge(self.processor, edge, (edge // unit) ** 2)
+        if self._takes_pictures_of(resized):
+            self.processor = resized
+        elif not wish.auto:
+            raise UsageError(
+                f"--image-size {wish.pixels}: the vision tower of this model is fixed to pictures of {published} pixels. "
+                f"Leave it out, or say {published}."
+            )
+
+    @torch.no_grad()
+    def _takes_pictures_of(self, processor: Any) -> bool:
+        """Whether the tower makes as many features of a picture as a processor puts tokens into the text."""
+        picture = Image.effect_noise(PROBE_SIZE, 80).convert("RGB")
+        try:
+            batch = processor(text=[self._placeholder], images=[[picture]], return_tensors="pt")
+            inputs = {name: tensor.to(self.model.device) for name, tensor in batch.items() if name not in TEXT_INPUTS}
+            return len(self.picture_features(inputs)) == int((batch["input_ids"] == self.image_token_id).sum()) > 0
+        except Exception:  # towers refuse a size each in its own way
+            return False
+
+    def picture_load(self, image_size: ImageSize | None = None) -> tuple[int, int]:
         """What the configuration says of one tile; of a model that says nothing, about what most have."""
-        config, vision = self.model.config, self.model.config.vision_config
-        sizes = [getattr(vision, name, default) for name, default in (("image_size", 384), ("patch_size", 16))]
-        size, patch = (value[0] if isinstance(value, list | tuple) else value for value in sizes)
-        patches = (size // patch) ** 2
+        config = self.model.config
+        published, (patch, unit) = squares.first(getattr(config.vision_config, "image_size", 384)), squares.patch_and_unit(config)
+        if image_size is not None:
+            edge = pick_size(image_size, unit, published, self.title, enlarges=True)
+            return (edge // patch) ** 2, (edge // unit) ** 2
+        patches = (published // patch) ** 2
         tokens = getattr(config, "image_seq_length", None) or getattr(config, "mm_tokens_per_image", None)
         return patches, min(tokens or patches, patches)
 

@@ -6,35 +6,64 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoProcessor
+from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, PreTrainedConfig
 
+from vlm.config import ImageSize
 from vlm.families.base import EncodedPictures, Family
+from vlm.families.resizing import equals, one_tile
+from vlm.families.sizes import pick_size
 
 PUBLISHED_TILES = 4  # the width to which pictures are enlarged before they are split, in tiles, in SmolVLM of every size
+
+
+def _tile(config: PreTrainedConfig, image_size: ImageSize | None) -> int:
+    """The edge of a tile in pixels."""
+    vision = config.vision_config
+    return pick_size(image_size, vision.patch_size * config.scale_factor, vision.image_size, Idefics3Family.title)
+
+
+def _load_of(tile: int, config: PreTrainedConfig) -> tuple[int, int]:
+    """Patches and tokens of one tile."""
+    patches = (tile // config.vision_config.patch_size) ** 2
+    return patches, patches // config.scale_factor**2
+
+
+def by_processor(images: Any, pictures: list[Image.Image]) -> dict[str, Any]:
+    """What transformers gives of RGB pictures, one each sample."""
+    return images([[p] for p in pictures], return_tensors="pt", return_row_col_info=True)
 
 
 class Idefics3Family(Family):
     model_types = ("idefics3",)
     title = "SmolVLM"
-    picture_defaults = {"image_splitting": False}
+    picture_defaults = {"image_splitting": False, "image_size": None}
     end_of_turn = "<end_of_utterance>"
 
+    def __init__(self, model: nn.Module, processor: Any):
+        super().__init__(model, processor)
+        images = processor.image_processor
+        self.resizes_fast = not images.do_image_splitting and equals(one_tile, by_processor, images)
+
     @classmethod
-    def load_processor(cls, folder: Path, image_splitting: bool | None = None) -> Any:
+    def load_processor(cls, folder: Path, image_splitting: bool | None = None, image_size: ImageSize | None = None) -> Any:
         """The published processor, with one tile a picture or, with `image_splitting`, as many as were published.
 
         The published default splits a 224 x 224 picture into 17 tiles (1,088 tokens) where one tile has 64. Without splitting a `size`
-        equal to the tile spares the enlargement to four tiles' width that comes before it. Both are saved with the processor.
+        equal to the tile spares the enlargement to four tiles' width that comes before it. The tile may be smaller than published:
+        the tower's position embeddings are looked up by the place in the picture, a fraction of its edge. All is saved with the processor.
         """
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
         # The PIL pictures do not depend on whether torchvision is installed.
         processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
-        images, tile = processor.image_processor, processor.image_processor.max_image_size["longest_edge"]
+        images = processor.image_processor
         if image_splitting is not None:
-            images.do_image_splitting = image_splitting
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            tile = _tile(config, image_size)
+            processor.image_seq_len = _load_of(tile, config)[1]
+            images.do_image_splitting, images.max_image_size = image_splitting, {"longest_edge": tile}
             if not image_splitting:
                 images.size = {"longest_edge": tile}
-            elif images.size["longest_edge"] == tile:  # saved without splitting: back to what SmolVLM has
+            elif images.size["longest_edge"] <= tile:  # saved without splitting: back to what SmolVLM has
                 images.size = {"longest_edge": PUBLISHED_TILES * tile}
         return processor
 
@@ -50,14 +79,19 @@ class Idefics3Family(Family):
     def language(self) -> nn.Module:
         return self.model.model.text_model
 
-    def picture_load(self, image_splitting: bool = False) -> tuple[int, int]:
-        config = self.model.config
+    @property
+    def edges(self) -> tuple[int, int]:
+        return self.processor.image_processor.max_image_size["longest_edge"], self.model.config.vision_config.image_size
+
+    def picture_load(self, image_splitting: bool = False, image_size: ImageSize | None = None) -> tuple[int, int]:
         tiles = PUBLISHED_TILES**2 + 1 if image_splitting else 1
-        patches = tiles * (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-        return patches, patches // config.scale_factor**2
+        patches, tokens = _load_of(_tile(self.model.config, image_size), self.model.config)
+        return tiles * patches, tiles * tokens
 
     def encode_pictures(self, pictures: list[Image.Image]) -> EncodedPictures:
-        batch = self.processor.image_processor([[p] for p in pictures], return_tensors="pt", return_row_col_info=True)
+        images = self.processor.image_processor
+        encode = one_tile if self.resizes_fast and not images.do_image_splitting else by_processor
+        batch = encode(images, pictures)
         tiles = [max(1, rows[0] * columns[0] + (rows[0] > 0)) for rows, columns in zip(batch["rows"], batch["cols"], strict=True)]
         # (B, most tiles, 3, H, W) padded with empty tiles -> (all tiles, 3, H, W)
         inputs = {

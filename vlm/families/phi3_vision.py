@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
 import vlm.families.phi3_vision_model  # noqa: F401 (makes the model known to transformers)
+from vlm.config import ImageSize
 from vlm.errors import UsageError
 from vlm.families.base import EncodedPictures, Family, Rendered
 from vlm.families.phi3_vision_pictures import TILE, Phi3VisionProcessor, count_tokens, naming_its_code
@@ -28,6 +29,14 @@ PLACEHOLDER = "<|image|>"  # a token that the published processor reserves for p
 WORDS = "model.embed_tokens.weight"
 WORDS_AGAIN = "model.vision_embed_tokens.wte.weight"  # the published files have them twice, and some programs want both
 ROOM_TO_WRITE = 64  # tokens; what `VLMClassifier.write` allows at least
+
+
+def _check_size(image_size: ImageSize | None) -> None:
+    """Raises UsageError for any size but that of the tiles."""
+    if image_size and not image_size.auto and image_size.pixels != TILE:
+        raise UsageError(
+            f"--image-size {image_size.pixels}: {Phi3VisionFamily.title} is fixed to tiles of {TILE} pixels; --num-crops says how many."
+        )
 
 
 class Part(nn.Module):
@@ -46,7 +55,7 @@ class Part(nn.Module):
 class Phi3VisionFamily(Family):
     model_types = ("phi3_v",)
     title = "Phi-3.5-vision"
-    picture_defaults = {"num_crops": 1}  # 313 tokens a picture, where the published 4 takes up to 781
+    picture_defaults = {"num_crops": 1, "image_size": None}  # 313 tokens a picture, where the published 4 takes up to 781
     image_token = PICTURE
     end_of_turn = "<|end|>"
 
@@ -70,8 +79,9 @@ class Phi3VisionFamily(Family):
         return family
 
     @classmethod
-    def load_processor(cls, folder: Path, num_crops: int | None = None) -> Phi3VisionProcessor:
+    def load_processor(cls, folder: Path, num_crops: int | None = None, image_size: ImageSize | None = None) -> Phi3VisionProcessor:
         """Tokenizer and picture processing as published. A picture has at most `num_crops` tiles, besides its global view."""
+        _check_size(image_size)
         return Phi3VisionProcessor.from_folder(folder, num_crops)
 
     def save(self, folder: Path, state: dict[str, Tensor], dtype: torch.dtype) -> None:
@@ -158,7 +168,12 @@ class Phi3VisionFamily(Family):
 
     # Pictures
 
-    def picture_load(self, num_crops: int = 1) -> tuple[int, int]:
+    def size_line(self, wish: ImageSize) -> str:
+        crops, load = self.processor.image_processor.num_crops, self.picture_load(num_crops=self.processor.image_processor.num_crops)
+        return f"image size {TILE} px, to which {self.title} is fixed, with --num-crops {crops}: up to {load[1]} picture tokens."
+
+    def picture_load(self, num_crops: int = 1, image_size: ImageSize | None = None) -> tuple[int, int]:
+        _check_size(image_size)
         vision = self.model.config.clip()
         patches = (1 + num_crops) * (vision.image_size // vision.patch_size) ** 2
         return patches, max(count_tokens(rows, num_crops // rows) for rows in range(1, num_crops + 1))

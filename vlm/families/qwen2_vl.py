@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor
 from transformers.vision_utils import get_vision_window_index
 
+from vlm.config import ImageSize
 from vlm.errors import UsageError
 from vlm.families.base import EncodedPictures, Family
+from vlm.families.resizing import equals, native_patches
 
 MIN_PIXELS = 4 * 28 * 28  # as published
 MAX_PIXELS = 256 * 28 * 28  # 448 x 448: 256 picture tokens, where the published 16384 * 28 * 28 runs out of memory
@@ -54,10 +56,24 @@ class PatchLinear(nn.Module):
         return nn.functional.linear(patches.flatten(1), self.weight.flatten(1))
 
 
+def _most(max_pixels: int, image_size: ImageSize | None) -> int:
+    """The most pixels of a picture. Raises UsageError for an image size below that of one token."""
+    if image_size is None or image_size.auto:
+        return max_pixels
+    if image_size.pixels < 28:
+        raise UsageError(f"--image-size {image_size.pixels}: expected at least 28 pixels, the edge of one picture token.")
+    return image_size.pixels**2
+
+
+def by_processor(images: Any, pictures: list[Image.Image]) -> dict[str, Any]:
+    """What transformers gives of RGB pictures."""
+    return images(pictures, return_tensors="pt")
+
+
 class Qwen2VLFamily(Family):
     model_types = ("qwen2_vl",)
     title = "Qwen2-VL"
-    picture_defaults = {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS}
+    picture_defaults = {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS, "image_size": None}
     processor_class = Qwen2VLProcessor
     end_of_turn = "<|im_end|>"
 
@@ -65,21 +81,27 @@ class Qwen2VLFamily(Family):
         super().__init__(model, processor)
         patch_embed = model.model.visual.patch_embed
         patch_embed.proj = PatchLinear(patch_embed.proj)
+        self.resizes_fast = equals(native_patches, by_processor, processor.image_processor)
 
     @classmethod
-    def load_processor(cls, folder: Path, min_pixels: int | None = None, max_pixels: int | None = None) -> Any:
+    def load_processor(
+        cls, folder: Path, min_pixels: int | None = None, max_pixels: int | None = None, image_size: ImageSize | None = None
+    ) -> Any:
         """The published processor without videos.
 
-        A picture is resized to multiples of 28 pixels, its shape kept about, so that it has between `min_pixels` and `max_pixels`.
+        A picture is resized to multiples of 28 pixels, its shape kept about, so that it has between `min_pixels` and `max_pixels`. With
+        `image_size` exactly, it has at most the pixels of a square with that edge; auto is no different from nothing, as pictures keep
+        their size anyway.
         """
         processor = cls.processor_class.from_pretrained(folder, local_files_only=True)
         # The PIL pictures do not depend on whether torchvision is installed.
         processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
         processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
         saved = processor.image_processor.size
-        least, most = min_pixels or saved["shortest_edge"], max_pixels or saved["longest_edge"]
+        least, most = min_pixels or saved["shortest_edge"], _most(max_pixels or saved["longest_edge"], image_size)
         if least > most:
-            raise UsageError(f"--min-pixels {least} is more than --max-pixels {most}: give both.")
+            flag = f"--max-pixels {most}" if most == max_pixels else f"the {most} of --image-size"
+            raise UsageError(f"--min-pixels {least} is more than {flag}: give both.")
         processor.image_processor.size = {"shortest_edge": least, "longest_edge": most}  # pixels, whatever they are called
         return processor
 
@@ -120,9 +142,16 @@ class Qwen2VLFamily(Family):
 
     # Pictures
 
-    def picture_load(self, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    def size_line(self, wish: ImageSize) -> str:
+        most = self.processor.image_processor.size["longest_edge"]
+        tokens = most // (self.processor.image_processor.patch_size * self.processor.image_processor.merge_size) ** 2
+        return f"image size: that of the pictures, at most {most:,} pixels: up to {tokens} picture tokens."
+
+    def picture_load(
+        self, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS, image_size: ImageSize | None = None
+    ) -> tuple[int, int]:
         vision = self.model.config.vision_config
-        patches = max(min_pixels, max_pixels) // vision.patch_size**2
+        patches = max(min_pixels, _most(max_pixels, image_size)) // vision.patch_size**2
         return patches, patches // vision.spatial_merge_size**2
 
     def encode_pictures(self, pictures: list[Image.Image]) -> EncodedPictures:
@@ -134,7 +163,7 @@ class Qwen2VLFamily(Family):
                     f"a picture has {shape} pixels: {self.title} takes at most {LONGEST_SHAPE} times as long as wide; crop it."
                 )
         images = self.processor.image_processor
-        batch = images(pictures, return_tensors="pt")
+        batch = native_patches(images, pictures) if self.resizes_fast else by_processor(images, pictures)
         counts = batch["image_grid_thw"].prod(1) // images.merge_size**2
         return EncodedPictures(dict(batch), [[self.image_token_id] * count for count in counts.tolist()])
 
