@@ -2,7 +2,7 @@
 """Every benchmark, one after the other, each in a process of its own; then the tables of docs/performance.md.
 
 python benchmarks/all.py            (the true model: an hour or two on 2 cores, nothing else running)
-python benchmarks/all.py --quick    (a sixth of the model: about 3 minutes; writes no tables unless --report is given)
+python benchmarks/all.py --quick    (a sixth of the model: about 3 minutes; writes no tables without --report)
 """
 
 import argparse

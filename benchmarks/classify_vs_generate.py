@@ -5,9 +5,8 @@ python benchmarks/classify_vs_generate.py --output benchmarks/results/classify_v
 
 Both read the same picture files in one batch: `predict_batch` gives the probability of every class, `generate()` 40 greedy tokens of a
 response of 43. Ours runs at native size, at 256 pixels, and with cached vision features; the text at native size. The weights are peaked
-(trained a few dozen steps on the responses, a class half as frequent as the one before), as of a fine-tuned model, or random, the worst
-case for a search of the label tree. In the same run the probabilities are compared with one plain forward a class, and the text with the
-program's own.
+(trained a few dozen steps on the responses, and sure of one class), the best case for a search of the label tree, or random, the worst.
+In the same run the probabilities are compared with one plain forward a class, and the text with the program's own.
 """
 
 import argparse
@@ -111,12 +110,14 @@ def compare(options: argparse.Namespace, classes: int, peaked: bool) -> list[dic
 def main() -> int:
     parser = common.parser(__doc__)
     parser.add_argument("--classes", type=int, nargs="+", metavar="N", help="up to 100 (default: 15 100; --quick: 15)")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures (default: 8)")
-    parser.add_argument("--weights", nargs="+", choices=("peaked", "random"), default=["peaked", "random"], help="(default: both)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="pictures (default: 8; --quick: 2)")
+    parser.add_argument("--weights", nargs="+", choices=("peaked", "random"), help="(default: both; --quick: peaked)")
     options = common.start(parser.parse_args())
+    quick = options.size == "quick"
+    options.batch_size = options.batch_size or (2 if quick else 8)
     rows = []
     for classes in options.classes or CLASSES[options.size]:
-        for weights in options.weights:
+        for weights in options.weights or (["peaked"] if quick else ["peaked", "random"]):
             rows += compare(options, classes, weights == "peaked")
     return common.report(
         options, rows, all(row["agrees"] for row in rows), goals=GOALS, new_tokens=NEW_TOKENS, batch_size=options.batch_size

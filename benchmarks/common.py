@@ -166,7 +166,7 @@ def report(options: argparse.Namespace, rows: list[dict[str, Any]], correct: boo
         more: what else belongs into the file.
     """
     script = Path(sys.argv[0]).name
-    arguments = [a for a in sys.argv[1:] if a not in ("--cache", str(options.cache))]
+    arguments = [a.replace(f"{ROOT}{os.sep}", "") for a in sys.argv[1:] if a not in ("--cache", str(options.cache))]
     where = machine()
     print(f"{where['cpu']}, {where['threads']} threads, load {where['load']}, torch {where['torch']}, medians of {options.rounds} rounds\n")
     print(format_table([list(row.values()) for row in rows], list(rows[0])))

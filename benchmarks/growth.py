@@ -22,7 +22,7 @@ from vlm.predictor import predict_batch
 
 SERIES = {
     "full": {"pictures": [4, 8, 16, 32], "classes": [5, 20, 50, 100], "prefix": [100, 200, 400, 800], "batch": [1, 2, 4, 8]},
-    "quick": {"pictures": [4, 8, 16], "classes": [5, 20, 80], "prefix": [100, 300, 900], "batch": [1, 2, 4]},
+    "quick": {"pictures": [2, 4], "classes": [5, 40], "prefix": [100, 800], "batch": [1, 4]},
     "tiny": {"pictures": [2, 4], "classes": [2, 10], "prefix": [30, 90], "batch": [1, 2]},
 }
 
@@ -62,6 +62,7 @@ WORKS: dict[str, tuple[str, Callable[[argparse.Namespace, int], Callable[[], Any
     "train, by batch": ("batch", training),
     "train, by prefix tokens": ("prefix", training_with_prefix),
 }
+QUICK_WORKS = ["classify, by classes", "train, by batch"]
 
 
 def peak_of(work: Callable[[], Any]) -> int:
@@ -92,10 +93,11 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
 
 def main() -> int:
     parser = common.parser(__doc__)
-    parser.add_argument("--works", nargs="+", choices=list(WORKS), default=list(WORKS), metavar="WORK", help="which ones (default: all)")
+    parser.add_argument("--works", nargs="+", choices=list(WORKS), metavar="WORK", help="which ones (default: all; --quick: two)")
     options = common.start(parser.parse_args())
+    works = options.works or (QUICK_WORKS if options.size == "quick" else list(WORKS))
     torch.manual_seed(0)
-    return common.report(options, [measure(options, name) for name in options.works])
+    return common.report(options, [measure(options, name) for name in works])
 
 
 if __name__ == "__main__":

@@ -215,7 +215,7 @@ def row(work: str, name: str, seconds: dict[str, list[float]], difference: float
 
 def main() -> int:
     parser = common.parser(__doc__)
-    parser.add_argument("--batch-size", type=int, metavar="N", help="pictures (default: 8; --quick: 4)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="pictures (default: 8; --quick: 2)")
     parser.add_argument("--classes", type=int, default=15, metavar="N", help="in scoring (default: 15)")
     options = common.start(parser.parse_args())
     rows = train(options) + score(options)

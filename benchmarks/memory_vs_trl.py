@@ -72,7 +72,7 @@ def peak(options: argparse.Namespace, side: str, tune: str) -> float:
 def main() -> int:
     parser = common.parser(__doc__)
     parser.add_argument("--tune", nargs="+", choices=list(GOALS), help="modes to compare (default: all; --quick: lora)")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="pictures of a step (default: 8; full: 2; --quick: 4)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="pictures of a step (default: 8; full: 2; --quick: 2)")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="(default: all)")
     parser.add_argument("--measure", nargs=2, metavar=("SIDE", "TUNE"), help="one measurement, in this process, as JSON")
     options = common.start(parser.parse_args())
@@ -83,7 +83,7 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     for tune in options.tune or (["lora"] if options.size == "quick" else list(GOALS)):
         peaks: dict[str, list[float]] = {side: [] for side in options.sides}
-        for _ in range(options.rounds):
+        for _ in range(1 if options.size == "quick" else options.rounds):
             shutil.rmtree(options.cache / "features", ignore_errors=True)
             for side in options.sides:
                 peaks[side].append(peak(options, side, tune))

@@ -61,7 +61,7 @@ def check_counter(classifier: VLMClassifier, tokens: int = 96) -> dict[str, int]
 
 def main() -> int:
     parser = common.parser(__doc__)
-    parser.add_argument("--batch-size", type=int, metavar="N", help="pictures (default: 8; --quick: 4)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="pictures (default: 8; --quick: 2)")
     parser.add_argument("--tune", nargs="+", choices=("lora", "connector", "full"), help="training modes (default: lora and connector)")
     options = common.start(parser.parse_args())
     works, classifier = build_works(options)

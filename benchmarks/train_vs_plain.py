@@ -98,7 +98,7 @@ def compare(options: argparse.Namespace, tune: str, cached: bool) -> dict[str, A
 def main() -> int:
     parser = common.parser(__doc__)
     parser.add_argument("--tune", nargs="+", choices=list(GOALS), help="modes to compare (default: all; --quick: lora)")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="pictures of a step (default: 8; full: 2; --quick: 4)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="pictures of a step (default: 8; full: 2; --quick: 2)")
     options = common.start(parser.parse_args())
     rows = [compare(options, *case) for case in cases(options)]
     return common.report(options, rows, all(r["agrees"] for r in rows), goals=PLAIN_GOALS)

@@ -6,6 +6,7 @@ the published 49,280 rows all the same, so that every product has its true size.
 
 import argparse
 import contextlib
+import hashlib
 import io
 import json
 import shutil
@@ -80,9 +81,15 @@ def prompts(size: str, classes: int, tokens: int | None = None) -> Prompts:
     return Prompts(rendered.system, rendered.question, rendered.class_names, tuple(responses))
 
 
+def kept(options: argparse.Namespace, name: str) -> Path:
+    """A place in the cache folder that is another one after each change of this file, from which all follows that is kept there."""
+    version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+    return options.cache / f"{version}_{name}"
+
+
 def model_folder(options: argparse.Namespace) -> Path:
     """The model as on the hub, in the cache folder; built where it is not there yet. The same seed gives the same weights."""
-    folder = options.cache / f"model_{options.size}"
+    folder = kept(options, f"model_{options.size}")
     if (folder / "config.json").is_file():
         return folder
     new = folder.with_suffix(".new")
@@ -128,7 +135,7 @@ def picture_files(options: argparse.Namespace, count: int) -> list[Path]:
 
 def picture_folder(options: argparse.Namespace, pictures: int, classes: int) -> Path:
     """A data set as `train_vlm.py` takes it: so many pictures in train, one a class in validation and test, which are the same ones."""
-    folder = options.cache / f"data_{options.size}_{pictures}_{classes}"
+    folder = kept(options, f"data_{options.size}_{pictures}_{classes}")
     if folder.is_dir():
         return folder
     new = folder.with_suffix(".new")
@@ -147,7 +154,7 @@ def picture_folder(options: argparse.Namespace, pictures: int, classes: int) -> 
 
 def settings(options: argparse.Namespace, tune: str, batch_size: int, cached: bool, **more: Any) -> dict[str, Any]:
     """The flags of the training run that is measured, by field name of `Settings`."""
-    descriptions = options.cache / "descriptions.json"
+    descriptions = kept(options, "descriptions.json")
     if not descriptions.is_file():
         descriptions.write_text(json.dumps({name: DESCRIPTION.format(name) for name in class_names(10)}), encoding="utf-8")
     return {
@@ -277,28 +284,29 @@ def keep_features(result: VLMClassifier, samples: list[Sample]) -> VLMClassifier
     return result
 
 
-def peak(options: argparse.Namespace, result: VLMClassifier, steps: int = 60) -> None:
-    """Make the model as sure of the responses as a fine-tuned one: of the texts nearly wholly, of the classes more or less.
+def peak(options: argparse.Namespace, result: VLMClassifier, steps: int = 40) -> None:
+    """Make the model sure of the responses, as a fine-tuned one is: of the words around a class, and of one class.
 
-    The last two layers and the norm behind them are trained a few dozen steps with AdamW. A class is half as frequent as the one before, so
-    that its probability halves, whatever the picture. What was trained is kept in the cache folder.
+    The last two layers and the norm behind them are trained a few dozen steps with AdamW, a class half as frequent as the one before. So
+    short a training does not learn that later mentions repeat the first: the preference counts at each. What was trained is kept in the
+    cache folder.
     """
     model, count = result.model, len(result.class_names)
     layers = result.family.language.layers
     parts = {"norm": result.family.language.norm} | {str(i): layers[i] for i in range(max(0, len(layers) - 2), len(layers))}
     trained = torch.nn.ModuleDict(parts)
-    file = options.cache / f"peaked_{options.size}_{count}_{len(result.rendered.prefix_ids)}.safetensors"
+    file = kept(options, f"peaked_{options.size}_{count}_{len(result.rendered.prefix_ids)}.safetensors")
     if file.is_file():
         trained.load_state_dict(load_file(file))
         return
     trained.requires_grad_(True)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=3e-3, weight_decay=0.0, fused=True)
-    shares, chance = 0.5 ** torch.arange(count, dtype=torch.float64), torch.Generator().manual_seed(0)
     picture = noise(0, PICTURE[options.size])
     features = result.family.tower_features(result.family.encode_pictures([picture]).inputs)
     model.train()
     for number in range(steps):
-        labels = torch.multinomial(shares, 4, replacement=True, generator=chance).tolist()
+        rarer = 3 + ((number + 1) & -(number + 1)).bit_length() - 1  # 3 in every second step, 4 in every fourth, and so on
+        labels = [min(label, count - 1) for label in (0, 0, 0, 0, 1, 1, 2, rarer)]
         batch = result.collate(with_response=True)([Sample(picture, label, "noise") for label in labels])
         batch["pixels"] = {TOWER_FEATURES: features.expand(len(labels), -1, -1)}
         for group in optimizer.param_groups:
