@@ -69,9 +69,7 @@ class Settings:
     )
     lora_rank: int = _flag(16, "model", "rank of the LoRA matrices (default: 16)")
     lora_alpha: float = _flag(32.0, "model", "LoRA scale; the update is multiplied by alpha / rank (default: 32)")
-    lora_dropout: float = _flag(
-        0.0, "model", "dropout in front of the LoRA matrices (default: 0; some time of each step where it is not)"
-    )
+    lora_dropout: float = _flag(0.0, "model", "dropout in front of the LoRA matrices (default: 0; some time of each step where it is not)")
     device: str = _flag("auto", "model", "where to compute (default: auto)", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = _flag(
         "auto", "model", "number format of the computation (default: auto: bfloat16 on CUDA where supported, else float32)",
