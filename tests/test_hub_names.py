@@ -26,6 +26,11 @@ PICTURE_TOKENS = {
     "HuggingFaceTB/SmolVLM-Instruct": 81,
     "microsoft/Phi-3.5-vision-instruct": 313,
 }
+PUBLISHED_SIZE = {
+    "HuggingFaceTB/SmolVLM-256M-Instruct": 512,
+    "HuggingFaceTB/SmolVLM-500M-Instruct": 512,
+    "HuggingFaceTB/SmolVLM-Instruct": 384,
+}
 
 
 def into_cache(cache: Path, name: str) -> None:
@@ -51,7 +56,8 @@ def test_train_save_and_predict_by_name(name, dataset, tmp_path, monkeypatch, ca
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     into_cache(tmp_path / "cache", name)
     output = tmp_path / "out"
-    assert train("--model", name, "--dataset", dataset, "--epochs", 1, "--batch-size", 2, "--output-dir", output) == 0
+    size = ("--image-size", PUBLISHED_SIZE[name]) if name in PUBLISHED_SIZE else ()
+    assert train("--model", name, "--dataset", dataset, "--epochs", 1, "--batch-size", 2, "--output-dir", output, *size) == 0
     printed = capsys.readouterr().err
     if name in PICTURE_TOKENS:
         assert f"with {PICTURE_TOKENS[name]} picture tokens" in printed
