@@ -195,7 +195,10 @@ def _activations(family: Family, settings: Settings, size: int, device: str, tex
     per_token = block.count * block.kept(size, trained=full)
     if settings.tune == "lora":
         noise = 0 if not settings.lora_dropout else 1 if device == "cuda" else FLOAT32  # CUDA keeps which, the others by how much
-        per_token += sum(m.in_features for m in _language_layers(family)) * (size + noise)
+        inputs = sum(m.in_features for m in _language_layers(family))
+        if not noise and size == FLOAT32:  # layers that read the same tensor keep it once
+            inputs = block.count * (2 * block.width + block.inner)
+        per_token += inputs * (size + noise)
     attended = block.count * batch * keys * (2 * block.queries * size + row * size)
     vision = Block.of(family.vision)
     seen = vision.count * (vision.kept(size, trained=True) + vision.keys * size) if full else 0
