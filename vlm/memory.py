@@ -15,7 +15,7 @@ together, I = inner width; "wide" is what the MLP's first layers put out: I, or 
                                    (+ I with a gate)
     where the weights are        + 2 D (normalized, float32, where the norm is RMSNorm) + I (input of the last layer) + the inputs of the
     trained too                    other linear layers: 2 D, and one for each layer where autocast converts it
-    where LoRA is trained        + for each linear layer: its input after dropout, and the dropout's noise
+    where LoRA is trained        + the inputs of the linear layers; with dropout one for each layer, and the noise
 
 Keys and values of a row include the shared prefix's and, where several heads share them, are repeated for each; the mask of a layer has a
 number for each pair of row token and key. Tokens that no trained weight comes before keep nothing: all of the vision tower unless all
