@@ -71,7 +71,7 @@ def without_response_logits(ours: workload.OurTraining) -> Any:
     classifier = ours.classifier
 
     def forward(batch: dict[str, Any], **_: Any) -> LossOutput:
-        hidden = classifier._run_rows(batch, in_front(classifier._run_prefix()))
+        hidden, _ = classifier._run_rows(batch, in_front(classifier._run_prefix()))
         logits, targets = classifier.family.logits(hidden[:, :-1]), batch["targets"][:, 1:]
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
         return LossOutput(loss, int((targets != IGNORED).sum()))

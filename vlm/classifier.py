@@ -149,7 +149,7 @@ class VLMClassifier(nn.Module):
         """
         if not self.family.shares_prefix:
             return LossOutput(*plain.loss(self, batch))
-        hidden = self._run_rows(batch, in_front(self._prefix_of_step(first, last)))
+        hidden, _ = self._run_rows(batch, in_front(self._prefix_of_step(first, last)))
         logits = self.family.logits(hidden.flatten(0, 1)[batch["predicting"]])
         targets = batch["targets"].flatten()[batch["predicting"] + 1]
         return LossOutput(nn.functional.cross_entropy(logits, targets, reduction="sum"), len(targets))
@@ -164,16 +164,16 @@ class VLMClassifier(nn.Module):
         step, self._step_prefix = self._step_prefix, None
         return step.for_last_batch()
 
-    def _run_rows(self, batch: dict[str, Any], cache: Cache) -> Tensor:
-        """(B, L, D) hidden states of the rows behind what is in the cache."""
+    def _run_rows(self, batch: dict[str, Any], cache: Cache) -> tuple[Tensor, Tensor]:
+        """(B, L, D) hidden states of the rows behind what is in the cache, and (B,) the position that follows each prompt."""
         ids = batch["input_ids"]
         embeddings = self.family.embed(ids)
         features = self.family.picture_features(batch["pixels"]).to(embeddings.dtype)
         if len(batch["picture_places"]) != len(features):
             raise RuntimeError(f"{len(batch['picture_places'])} picture tokens in the text, {len(features)} picture features")
         embeddings = embeddings.flatten(0, 1).index_copy(0, batch["picture_places"], features).unflatten(0, ids.shape)
-        positions, _ = self.family.positions(len(self.rendered.prefix_ids), batch)
-        return self.family.run_language(embeddings, positions, cache)
+        positions, ends = self.family.positions(len(self.rendered.prefix_ids), batch)
+        return self.family.run_language(embeddings, positions, cache), ends
 
     def _run_prefix(self) -> KeysAndValues:
         """Keys and values of the prefix, one row."""
@@ -193,12 +193,11 @@ class VLMClassifier(nn.Module):
         if not self.family.shares_prefix:
             return Reading(batch=batch)
         cache = expand(self._prefix(), len(batch["input_ids"]))
-        hidden = self._run_rows(batch, cache)
+        hidden, ends = self._run_rows(batch, cache)
         start, lengths = len(self.rendered.prefix_ids), batch["lengths"].unsqueeze(1)
         places = torch.arange(start + hidden.shape[1], device=hidden.device)
         behind = torch.arange(len(self.rendered.opening_ids) + 1, device=hidden.device)
         states = hidden.gather(1, (lengths - 1 + behind).unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
-        _, ends = self.family.positions(start, batch)
         return Reading(cache, places < start + lengths, places < start + lengths + len(behind) - 1, states, ends)
 
     def _prefix(self) -> Cache:

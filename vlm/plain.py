@@ -33,7 +33,7 @@ def run(classifier: Any, rows: list[list[int]], responses: list[int], pixels: di
     return classifier.family.full_logits(ids, places < lengths, (places >= starts) & (places < lengths), pixels)
 
 
-def loss(classifier: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def loss(classifier: Any, batch: dict[str, Any]) -> tuple[Tensor, int]:
     """Summed cross entropy of the response tokens, and their number, of a batch made with responses."""
     counts = (batch["targets"] != IGNORED).sum(1).tolist()
     rows = whole_rows(classifier, batch)
@@ -41,7 +41,7 @@ def loss(classifier: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
     total = logits.new_zeros(())
     for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
         total = total - log_probabilities(logits[i], row, count)
-    return total, (batch["targets"] != IGNORED).sum()
+    return total, sum(counts)
 
 
 def log_probabilities(logits: Tensor, row: list[int], count: int) -> Tensor:
