@@ -17,6 +17,7 @@ from vlm.config import Settings, resolve
 from vlm.data import Sample
 from vlm.families import load_family
 from vlm.formats import reasoning_of
+from vlm.objective import Objective
 from vlm.predictor import load_model_and_metadata
 from vlm.prompts import build_prompts, parse_answer
 from vlm.reasoning import classify, explain, go_on
@@ -48,6 +49,12 @@ def naive_scores(checks: "FamilyChecks", classifier: VLMClassifier, batch: dict)
             rows = logits.double().log_softmax(-1)[start : start + len(response)]
             scores[i, c] = rows.gather(1, torch.tensor(response).unsqueeze(1)).sum()
     return scores
+
+
+def gradients_of(classifier: VLMClassifier, loss: Tensor) -> dict[str, Tensor]:
+    classifier.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in classifier.named_parameters() if p.grad is not None}
 
 
 class FamilyChecks:
@@ -124,6 +131,32 @@ class FamilyChecks:
             worst = max(worst, error)
             assert error < self.gradient_tolerance[dtype], f"{key}: relative error {error:.2e}"
         self.report(f"gradients, {name}", worst)
+
+    @pytest.mark.parametrize("name", ["posterior", "both"])
+    def test_posterior_and_every_gradient_equal_one_forward_a_class(self, folder, name):
+        classifier = self.classifier(folder, torch.float64).train()
+        rendered, labels = classifier.rendered, [0, 5, 3]
+        classifier.objective = Objective(name, classifier.tree, len(rendered.opening_ids), 0.1)
+        batch = self.batch(classifier, labels, with_response=name == "both")
+        found = classifier(batch)
+        ours = gradients_of(classifier, found.posterior + 0.5 * found.loss)
+        scores = []
+        for i, length in enumerate(batch["prompts"].tolist()):
+            prompt = rendered.prefix_ids + batch["input_ids"][i, :length].tolist()
+            for response in rendered.scored_ids:
+                logits = self.full_logits(classifier, prompt + response, self.one_picture(batch, i)).log_softmax(-1)
+                scores.append(logits[len(prompt) - 1 : -1].gather(1, torch.tensor(response).unsqueeze(1)).sum())
+        scores = torch.stack(scores).unflatten(0, (len(labels), -1))
+        posterior = torch.nn.functional.cross_entropy(scores, torch.tensor(labels), reduction="sum", label_smoothing=0.1)
+        response = -scores[range(3), labels].sum() if name == "both" else 0.0  # each class has one response here
+        self.report("posterior, float64", float(((found.posterior - posterior).abs() / posterior).detach()))
+        torch.testing.assert_close(found.posterior, posterior, rtol=1e-6, atol=0)
+        expected = gradients_of(classifier, posterior + 0.5 * response)
+        assert ours.keys() == expected.keys()
+        largest = max(float(gradient.norm()) for gradient in expected.values())
+        for key, gradient in expected.items():
+            error = float((ours[key] - gradient).norm() / max(float(gradient.norm()), 1e-9 * largest))
+            assert error < 1e-6, f"{key}: relative error {error:.2e}"
 
     def test_gradient_checkpointing_changes_no_gradient(self, folder):
         """Nor does it with a prefix that several batches share, nor with LoRA's dropout, which has to be drawn alike again."""

@@ -28,7 +28,8 @@ def vlm_collate_fn(
     Returns:
         pixels: what the family's vision tower takes. input_ids: (B, L); without responses each row has what all of them begin with.
         targets: (B, L), the response tokens where they stand in `input_ids`, else -100. lengths: (B,) tokens of each row without padding
-        and, where it has no response, without that beginning. labels: (B,). picture_places: places of the picture tokens in the flattened
+        and, where it has no response, without that beginning. prompts: (B,) tokens of each row in front of the text that a class is scored
+        by (see vlm/responses.py). labels: (B,). picture_places: places of the picture tokens in the flattened
         rows; predicting: places in front of the response tokens.
 
     Raises:
@@ -36,7 +37,7 @@ def vlm_collate_fn(
     """
     encoded = cache.encode([sample.key for sample in samples]) if cache else None
     encoded = encoded or family.encode_pictures([sample.image for sample in samples])
-    rows, targets, lengths = [], [], []
+    rows, targets, lengths, prompts = [], [], [], []
     for sample, picture_ids in zip(samples, encoded.token_ids, strict=True):
         prompt = [*picture_ids, *rendered.question_ids]
         response = response_of(sample, family, rendered) if with_response else []
@@ -47,14 +48,17 @@ def vlm_collate_fn(
                 f"{sample.name} has {total} tokens with its texts, and the model reads {rendered.max_length} at most: "
                 "shorten --system-instructions, the class descriptions or its reasoning."
             )
-        rows.append(prompt + (response if with_response else rendered.opening_ids))
-        targets.append([IGNORED] * len(prompt) + response)
+        rows.append(prompt + (response or rendered.opening_ids))
+        targets.append([IGNORED] * len(prompt) + (response or [IGNORED] * len(rendered.opening_ids)))
+        behind = response and rendered.prompts.free and not rendered.prompts.answer_first  # the picture's own reasoning comes first
+        prompts.append(lengths[-1] - len(rendered.scored_ids[sample.label]) if behind else len(prompt))
     ids, targets = pad_rows(rows), pad_rows(targets, IGNORED)
     return {
         "pixels": encoded.inputs,
         "input_ids": ids,
         "targets": targets,
         "lengths": torch.tensor(lengths),
+        "prompts": torch.tensor(prompts),
         "labels": torch.tensor([sample.label for sample in samples]),
         # Found here: a GPU would have to wait for the count.
         "picture_places": places(ids == family.image_token_id),

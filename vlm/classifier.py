@@ -22,24 +22,30 @@ from transformers.cache_utils import Cache
 from vlm import plain
 from vlm.batching import vlm_collate_fn
 from vlm.calibration import Calibration
+from vlm.config import RESPONSE
 from vlm.data import Sample
 from vlm.errors import UsageError
 from vlm.families.base import Family
 from vlm.label_tree import LabelTree, Search, build_label_tree
+from vlm.objective import Objective
 from vlm.prefix import KeysAndValues, Recorded, StepPrefix, expand, in_front
 from vlm.prompts import Prompts
 from vlm.scoring import PROVEN, TOLERANCE, run_searches
 from vlm.tracking import note
+from vlm.tree_rows import TreeRows
 
 # Largest difference between shared and plain forward of the log-probability of a response: float32, and formats of half the size.
 CHECK_TOLERANCE, HALF_TOLERANCE = 1e-3, 0.5
 
 
 class LossOutput(NamedTuple):
-    """loss: scalar, the summed cross entropy of the response tokens. tokens: how many there are."""
+    """loss: scalar, the summed loss of the response tokens. tokens: how many there are. posterior: scalar, the summed loss of the classes,
+    where it is trained (see vlm/objective.py).
+    """
 
     loss: Tensor
     tokens: int
+    posterior: Tensor | None = None
 
 
 class Scored(NamedTuple):
@@ -89,6 +95,7 @@ class VLMClassifier(nn.Module):
             raise UsageError(f"the responses do not tell the classes apart ({error}): give every class a name of its own.") from error
         self.feature_cache: Any = None  # a `FeatureCache` while training with a frozen vision tower
         self.inference_cache: Any = None  # the one that `predict_batch` has opened
+        self.objective = Objective(RESPONSE, self.tree, len(self.rendered.opening_ids))  # what the training minimizes
         self.calibration = Calibration()  # what makes probabilities of the scores; fitted after training, and loaded with a model
         self._kept_prefix: Cache | None = None
         self._step_prefix: StepPrefix | None = None
@@ -121,11 +128,6 @@ class VLMClassifier(nn.Module):
         return next(self.model.parameters()).device
 
     @property
-    def vocabulary(self) -> int:
-        """How many numbers the logits of a token have."""
-        return self.model.get_output_embeddings().weight.shape[0]
-
-    @property
     def class_names(self) -> tuple[str, ...]:
         return self.prompts.class_names
 
@@ -141,18 +143,32 @@ class VLMClassifier(nn.Module):
     # Training
 
     def forward(self, batch: dict[str, Any], first: bool = True, last: bool = True) -> LossOutput:
-        """Cross entropy of the response tokens, summed; logits are computed at these positions only.
+        """The losses that the objective asks for, summed; logits are computed only where something is predicted.
 
         Args:
+            batch: made with responses where they are trained.
             first, last: whether the batch is the first, or the last, of an optimizer step. The prefix is run with the first; its gradients
                 come with the backward pass of the last, which has to come after those of the others.
         """
         if not self.family.shares_prefix:
-            return LossOutput(*plain.loss(self, batch))
-        hidden, _ = self._run_rows(batch, in_front(self._prefix_of_step(first, last)))
-        logits = self.family.logits(hidden.flatten(0, 1)[batch["predicting"]])
+            return self._plain_losses(batch)
+        objective, rows = self.objective, self.objective.rows
+        branching = batch["prompts"] + len(self.rendered.opening_ids) if rows else None
+        hidden, _ = self._run_rows(batch, in_front(self._prefix_of_step(first, last)), rows, branching)
+        length = batch["input_ids"].shape[1]
+        states = hidden[:, :length].flatten(0, 1)[batch["predicting"]]
         targets = batch["targets"].flatten()[batch["predicting"] + 1]
-        return LossOutput(nn.functional.cross_entropy(logits, targets, reduction="sum"), len(targets))
+        labels = batch["labels"][batch["predicting"] // length]
+        loss = objective.of_tokens(self.family.logits(states), targets, labels) if objective.has_response else hidden.new_zeros(())
+        posterior = objective.of_classes(rows.scores(self.family, hidden, branching), batch["labels"]) if rows else None
+        return LossOutput(loss, len(targets), posterior)
+
+    def _plain_losses(self, batch: dict[str, Any]) -> LossOutput:
+        objective, labels = self.objective, batch["labels"]
+        loss, tokens = plain.loss(self, batch) if objective.has_response else (torch.zeros((), device=self.device), 0)
+        if not objective.has_posterior:
+            return LossOutput(loss, tokens)
+        return LossOutput(loss, tokens, objective.of_classes(plain.scores_in_training(self, batch), labels))
 
     def _prefix_of_step(self, first: bool, last: bool) -> KeysAndValues:
         if first and last:
@@ -164,16 +180,29 @@ class VLMClassifier(nn.Module):
         step, self._step_prefix = self._step_prefix, None
         return step.for_last_batch()
 
-    def _run_rows(self, batch: dict[str, Any], cache: Cache) -> tuple[Tensor, Tensor]:
-        """(B, L, D) hidden states of the rows behind what is in the cache, and (B,) the position that follows each prompt."""
+    def _run_rows(
+        self, batch: dict[str, Any], cache: Cache, nodes: TreeRows | None = None, branching: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(B, L, D) hidden states of the rows behind what is in the cache, and (B,) the position that follows each row.
+
+        Args:
+            nodes: the label tree, whose nodes are to be run with the rows; there are as many more states then. branching: see there.
+        """
         ids = batch["input_ids"]
         embeddings = self.family.embed(ids)
         features = self.family.picture_features(batch["pixels"]).to(embeddings.dtype)
         if len(batch["picture_places"]) != len(features):
             raise RuntimeError(f"{len(batch['picture_places'])} picture tokens in the text, {len(features)} picture features")
         embeddings = embeddings.flatten(0, 1).index_copy(0, batch["picture_places"], features).unflatten(0, ids.shape)
-        positions, ends = self.family.positions(len(self.rendered.prefix_ids), batch)
-        return self.family.run_language(embeddings, positions, cache), ends
+        start = len(self.rendered.prefix_ids)
+        positions, ends = self.family.positions(start, batch)
+        if nodes is None:
+            return self.family.run_language(embeddings, positions, cache), ends
+        behind = self.family.text_positions(nodes.positions(ends - batch["lengths"] + branching))
+        leading = torch.broadcast_shapes(positions.shape[:-1], behind.shape[:-1])
+        positions = torch.cat([part.expand(*leading, -1) for part in (positions, behind)], dim=-1)
+        embeddings = torch.cat([embeddings, self.family.embed(nodes.tokens).expand(len(ids), -1, -1)], dim=1)
+        return self.family.run_language(embeddings, positions, cache, nodes.mask(start, ids.shape[1], branching)), ends
 
     def _run_prefix(self) -> KeysAndValues:
         """Keys and values of the prefix, one row."""

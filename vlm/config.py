@@ -39,6 +39,7 @@ DEMO_DEFAULTS = {
 }
 CACHE_GB = 20.0  # what --cache-size is when it is not given
 AUTO = "auto"
+RESPONSE, POSTERIOR, BOTH = "response", "posterior", "both"  # see vlm/objective.py
 PICTURES_PER_STEP = 8  # what --gradient-accumulation-steps aims at when it is not given
 
 
@@ -119,6 +120,14 @@ class Settings:
         choices=tuple(LAYOUTS),
     )  # fmt: skip
 
+    objective: str = _flag(
+        RESPONSE, "training", "what is learned: to write the response (default), which class it is among all, or both",
+        choices=(RESPONSE, POSTERIOR, BOTH),
+    )  # fmt: skip
+    label_smoothing: float = _flag(
+        0.0, "training", "with --objective posterior or both: share of the target that all classes have equally (default: 0)"
+    )
+    class_balance: bool = _flag(False, "training", "let every class count equally in the loss, however many pictures it has")
     batch_size: int = _flag(1, "training", "pictures in one forward pass (default: 1; demo: 16)")
     gradient_accumulation_steps: int | None = _flag(
         None, "training", f"batches in one optimizer step (default: as many as make {PICTURES_PER_STEP} pictures)"
@@ -368,6 +377,7 @@ def _problems(s: Settings) -> list[str]:
         expect(0 < getattr(s, name) < 1, name, "a share between 0 and 1, such as 0.15")
     expect(s.validation_ratio + s.test_ratio < 1, "validation_ratio", f"less than 1 together with --test-ratio {s.test_ratio}")
     expect(0 <= s.warmup_ratio < 1, "warmup_ratio", "a share of at least 0 and below 1")
+    expect(0 <= s.label_smoothing < 1, "label_smoothing", "a share of at least 0 and below 1")
     expect(0 <= s.lora_dropout < 1, "lora_dropout", "a share of at least 0 and below 1")
     expect(s.workers is None or s.workers >= 0, "workers", "a whole number of at least 0")
     expect(s.seed >= 0, "seed", "a whole number of at least 0")
@@ -384,6 +394,10 @@ def _problems(s: Settings) -> list[str]:
         problems.append("--demo brings its own model and data set: leave out --model and --dataset, or leave out --demo.")
     if s.reasoning_column and s.response_format == "answer-only":
         problems.append("--reasoning-column is for a --response-format with a reasoning, not answer-only: leave out one of the two.")
+    if s.reasoning_column and s.objective == POSTERIOR:
+        problems.append("--objective posterior teaches the answer alone, and --reasoning-column a text: take --objective both.")
+    if s.label_smoothing and s.objective == RESPONSE:
+        problems.append("--label-smoothing is about classes, and --objective response about tokens: take --objective posterior or both.")
     if s.load_in_4bit and s.load_in_8bit:
         problems.append("--load-in-4bit and --load-in-8bit exclude each other: 4 bits need less memory, 8 are closer to the model.")
     if s.freeze_connector and s.tune != "lora":

@@ -12,10 +12,14 @@ from torch.nn.utils.rnn import pad_sequence
 from vlm.batching import IGNORED
 
 
-def whole_rows(classifier: Any, batch: dict[str, Any]) -> list[list[int]]:
-    """The token ids of each sample, prefix included, without padding."""
+def whole_rows(classifier: Any, batch: dict[str, Any], lengths: str = "lengths") -> list[list[int]]:
+    """The token ids of each sample, prefix included, without padding.
+
+    Args:
+        lengths: what of the batch says where each row ends.
+    """
     prefix = classifier.rendered.prefix_ids
-    return [prefix + row[:length].tolist() for row, length in zip(batch["input_ids"], batch["lengths"], strict=True)]
+    return [prefix + row[:length].tolist() for row, length in zip(batch["input_ids"], batch[lengths], strict=True)]
 
 
 def begun_responses(batch: dict[str, Any]) -> list[int]:
@@ -34,13 +38,15 @@ def run(classifier: Any, rows: list[list[int]], responses: list[int], pixels: di
 
 
 def loss(classifier: Any, batch: dict[str, Any]) -> tuple[Tensor, int]:
-    """Summed cross entropy of the response tokens, and their number, of a batch made with responses."""
+    """Summed loss of the response tokens, and their number, of a batch made with responses."""
     counts = (batch["targets"] != IGNORED).sum(1).tolist()
     rows = whole_rows(classifier, batch)
     logits = run(classifier, rows, counts, batch["pixels"])
     total = logits.new_zeros(())
     for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
-        total = total - log_probabilities(logits[i], row, count)
+        end = len(row)
+        targets = torch.tensor(row[end - count :], device=logits.device)
+        total = total + classifier.objective.of_tokens(logits[i, end - count - 1 : end - 1], targets, batch["labels"][i].expand(count))
     return total, sum(counts)
 
 
@@ -54,12 +60,28 @@ def log_probabilities(logits: Tensor, row: list[int], count: int) -> Tensor:
 @torch.no_grad()
 def score(classifier: Any, batch: dict[str, Any], classes: range | None = None) -> Tensor:
     """(B, C) log-probability of each class's scored text, by one forward a class, of a batch made without responses."""
-    prompts, begun = whole_rows(classifier, batch), begun_responses(batch)
+    return scores(classifier, whole_rows(classifier, batch), begun_responses(batch), batch["pixels"], classes)
+
+
+def scores_in_training(classifier: Any, batch: dict[str, Any]) -> Tensor:
+    """`score` with gradients, of a batch with or without responses."""
+    prompts = whole_rows(classifier, batch, "prompts")
+    counts = (batch["targets"] != IGNORED).sum(1)
+    begun = (counts - (batch["lengths"] - batch["prompts"])).clamp(min=0).tolist()  # of a response whose answer comes last
+    return scores(classifier, prompts, begun, batch["pixels"])
+
+
+def scores(classifier: Any, prompts: list[list[int]], begun: list[int], pixels: dict[str, Tensor], classes: range | None = None) -> Tensor:
+    """(B, C) log-probability of each class's scored text behind each prompt.
+
+    Args:
+        begun: how many tokens at the end of each prompt are the response already.
+    """
     columns = []
     for c in classes or range(len(classifier.class_names)):
         response = classifier.rendered.scored_ids[c]
         rows = [prompt + response for prompt in prompts]
-        logits = run(classifier, rows, [count + len(response) for count in begun], batch["pixels"])
+        logits = run(classifier, rows, [count + len(response) for count in begun], pixels)
         columns.append(torch.stack([log_probabilities(logits[i], row, len(response)) for i, row in enumerate(rows)]))
     return torch.stack(columns, dim=1)
 

@@ -70,7 +70,7 @@ def _record(classifier: Any, searches: Sequence[Search], nodes: Sequence[Sequenc
     flat = np.concatenate(below).astype(int)
     states = hidden[tuple(torch.tensor(rows, device=hidden.device).T)]
     values = np.empty(len(flat))
-    for block in _blocks(len(rows), classifier.vocabulary):
+    for block in _blocks(len(rows), classifier.family.vocabulary):
         here = np.flatnonzero((row_of >= block.start) & (row_of < block.stop))
         logits = classifier.family.logits(states[block])
         row, token = (torch.from_numpy(x).to(logits.device) for x in (row_of[here] - block.start, tree.tokens[flat[here]]))

@@ -25,6 +25,7 @@ from vlm.features import fill_cache
 from vlm.formats import stated_format
 from vlm.hub import model_folder
 from vlm.memory import Texts, warn_if_too_large
+from vlm.objective import Objective, balanced_weights
 from vlm.prompts import build_prompts
 from vlm.quantization import check_quantization
 from vlm.report import format_table
@@ -34,7 +35,7 @@ from vlm.tuning import parameter_groups, prepare_tuning
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "safetensors", "scikit-learn", "pillow")
 SHOWN_SETTINGS = (
-    "tune", "epochs", "batch_size", "gradient_accumulation_steps", "learning_rate", "connector_learning_rate", "weight_decay",
+    "tune", "objective", "epochs", "batch_size", "gradient_accumulation_steps", "learning_rate", "connector_learning_rate", "weight_decay",
     "warmup_ratio", "eval_steps", "seed", "output_dir",
 )  # fmt: skip
 PRECISIONS = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -94,6 +95,7 @@ def set_up(settings: Settings) -> Run:
     if settings.reasoning_column:
         prompts = replace(prompts, reasoning_tokens=longest_reasoning(data.train, family))
     classifier = VLMClassifier(family, prompts)
+    classifier.objective = build_objective(settings, classifier, data.train.labels)
     note(format_table(_settings_rows(settings, classifier, reason, dtype)) + "\n")
     preflight(classifier, data.train[0])
 
@@ -109,6 +111,13 @@ def set_up(settings: Settings) -> Run:
     model, optimizer = accelerator.prepare(classifier, optimizer)
     metadata = _metadata(settings, data, classifier, revision)
     return Run(settings, accelerator, dtype, data, folder, classifier, model, optimizer, metadata, workers)
+
+
+def build_objective(settings: Settings, classifier: VLMClassifier, labels: Sequence[int]) -> Objective:
+    """What the training minimizes, by the settings and the labels of the training pictures."""
+    weights = balanced_weights(labels, len(classifier.class_names)) if settings.class_balance else None
+    opening = len(classifier.rendered.opening_ids)
+    return Objective(settings.objective, classifier.tree, opening, settings.label_smoothing, weights).to(classifier.device)
 
 
 def _find_model(settings: Settings, class_names: list[str], accelerator: Accelerator) -> tuple[Path, str | None]:
@@ -160,21 +169,23 @@ def preflight(classifier: VLMClassifier, sample: Sample) -> None:
     Raises:
         UsageError: the sample has no picture token or no response token.
     """
-    family, rendered = classifier.family, classifier.rendered
-    batch = vlm_collate_fn([sample], family, rendered)
+    family, rendered, objective = classifier.family, classifier.rendered, classifier.objective
+    batch = vlm_collate_fn([sample], family, rendered, objective.has_response)
     ids, targets = batch["input_ids"][0], batch["targets"][0]
     pictures = int((ids == family.image_token_id).sum())
     responses = int((targets != IGNORED).sum())
+    parts = [f"the {responses} in [[ ]] are in the loss"] if objective.has_response else []
+    parts += [f"behind them {len(objective.rows)} of the responses of all classes, by which the class is learned"] if objective.rows else []
     note(
         f"One sample as the model sees it ({sample.name}, {classifier.class_names[sample.label]}): {len(rendered.prefix_ids)} tokens run "
-        f"once for all, then {len(ids)} with {pictures} picture tokens; the {responses} in [[ ]] are in the loss."
+        f"once for all, then {len(ids)} with {pictures} picture tokens; {', and '.join(parts)}."
     )
     note(render_sample(classifier, ids.tolist(), targets.tolist()) + "\n")
     if not pictures:
         raise UsageError(
             "the sample above has no picture token: the model would learn from the text alone. Check the processor of the model."
         )
-    if not responses:
+    if objective.has_response and not responses:
         raise UsageError("the sample above has no response token: there is nothing to learn. Check the class names and the responses.")
 
 

@@ -1,8 +1,8 @@
 """fit: set-up, epochs, steps, evaluation, saving. Our own loop on accelerate.
 
 Order, dropout and learning rate are functions of (seed, epoch, step), so that a resumed run goes on exactly where the other stopped:
-no generator state has to be saved. The loss of a step is the mean over all its response tokens, however the step is cut into batches
-and processes.
+no generator state has to be saved. The loss of a step is the mean over all its response tokens, that of the classes the mean over
+all its pictures, however the step is cut into batches and processes.
 """
 
 import math
@@ -159,7 +159,7 @@ class Trainer:
         loader = DataLoader(
             self.run.data.train,
             batch_sampler=[batch for step in plan for batch in step.batches],
-            collate_fn=self.run.classifier.collate(with_response=True),
+            collate_fn=self.run.classifier.collate(with_response=self.run.classifier.objective.has_response),
             num_workers=self.run.workers,
             pin_memory=self.accelerator.device.type == "cuda",
             generator=torch.Generator(),  # the default would draw from the global one, and shift dropout after a resume
@@ -169,8 +169,9 @@ class Trainer:
     def _step(self, step: Step, batches: Iterator[dict[str, Any]]) -> Tensor:
         """One optimizer step; returns this process's share of the mean loss."""
         run, settings = self.run, self.settings
-        tokens = sum(self.response_lengths[index] for index in step.indices)
-        share = (1.0 if step.counts else 0.0) / tokens
+        counts = 1.0 if step.counts else 0.0
+        of_tokens = counts / sum(self.response_lengths[index] for index in step.indices)
+        of_pictures = counts / len(step.indices)
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate_at(self.progress.step, self.total_steps, settings.warmup_ratio, group["peak_lr"])
         torch.manual_seed(step_seed(settings.seed, self.progress.step, self.accelerator.process_index))
@@ -179,7 +180,8 @@ class Trainer:
             batch = send_to_device(next(batches), self.accelerator.device, non_blocking=True)
             synchronize = number == len(step.batches)  # processes exchange gradients once a step
             with nullcontext() if synchronize else self.accelerator.no_sync(run.model):
-                loss = run.model(batch, first=number == 1, last=synchronize).loss * share
+                found = run.model(batch, first=number == 1, last=synchronize)
+                loss = found.loss * of_tokens + (0.0 if found.posterior is None else found.posterior * of_pictures)
                 # Several processes average their gradients; the sum is wanted.
                 self.accelerator.backward(loss * self.accelerator.num_processes)
             total += loss.detach()

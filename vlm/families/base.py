@@ -324,6 +324,11 @@ class Family:
 
     # The language model
 
+    @property
+    def vocabulary(self) -> int:
+        """How many numbers the logits of a token have."""
+        return self.model.get_output_embeddings().weight.shape[0]
+
     def embed(self, ids: Tensor) -> Tensor:
         """(B, L) token ids -> (B, L, D)."""
         return self.model.get_input_embeddings()(ids)
