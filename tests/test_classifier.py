@@ -9,10 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vlm import scoring
 from vlm.batching import IGNORED, vlm_collate_fn
 from vlm.calibration import Calibration
-from vlm.config import resolve
+from vlm.config import BOTH, RESPONSE, resolve
 from vlm.data import Sample
 from vlm.errors import UsageError
 from vlm.families.base import TOWER_FEATURES
+from vlm.objective import Objective
 from vlm.prompts import Prompts
 from vlm.tuning import parameter_groups, prepare_tuning
 
@@ -325,15 +326,18 @@ class Waits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_a_training_step_on_cached_features_waits_for_nothing(folder):
+@pytest.mark.parametrize("objective", [RESPONSE, BOTH])
+def test_a_training_step_on_cached_features_waits_for_nothing(folder, objective):
     classifier = tiny_classifier(folder)
+    classifier.objective = Objective(objective, classifier.tree, len(classifier.rendered.opening_ids), class_weights=[1.0] * len(NAMES))
     prepare_tuning(classifier.family, resolve({"tune": "lora"}))
     batch = batch_of(classifier.train(), [0, 5])
     batch["pixels"] = {TOWER_FEATURES: classifier.family.tower_features(batch["pixels"])}
     optimizer = torch.optim.AdamW(parameter_groups(classifier, 0.01, 1e-3, 1e-3), fused=True)
     with Waits() as waits:
         for first, last in ((True, False), (False, True)):
-            classifier(batch, first, last).loss.backward()
+            found = classifier(batch, first, last)
+            (found.loss + (0.0 if found.posterior is None else found.posterior)).backward()
         torch.nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
         optimizer.step()
     assert waits.found == []

@@ -228,3 +228,12 @@ def test_texts_are_estimated_from_the_prompts():
     texts = Texts.of(tiny_prompts(tuple(NAMES)))
     assert texts.classes == len(NAMES) and 30 < texts.prefix < 200 and 20 < texts.response < 80
     assert 300 < Texts.of(tiny_prompts(tuple(NAMES)), ["short", "long " * 200]).response < 400
+
+
+def test_the_objective_counts_the_nodes_of_the_tree(folder):
+    family, texts = outline(read_config(folder)), Texts(classes=100, response=40)
+    needs = {
+        name: estimate(family, resolve({"objective": name}), torch.float32, "cpu", texts).activations
+        for name in ("response", "posterior", "both")
+    }
+    assert needs["response"] < needs["posterior"] < needs["both"]

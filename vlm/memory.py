@@ -33,7 +33,7 @@ import psutil
 import torch
 from torch import nn
 
-from vlm.config import Settings
+from vlm.config import POSTERIOR, RESPONSE, Settings
 from vlm.families import outline, read_config
 from vlm.families.base import Family
 from vlm.prompts import Prompts
@@ -189,7 +189,9 @@ def _activations(family: Family, settings: Settings, size: int, device: str, tex
     """Bytes at the end of the forward pass, when they are most, and what the first steps back add."""
     block, batch, full = Block.of(family.language), settings.batch_size, settings.tune == "full"
     patches, tokens = _picture_load(family, settings, texts)
-    row = tokens + texts.question + texts.response
+    response = 0 if settings.objective == POSTERIOR else texts.response
+    nodes = 0 if settings.objective == RESPONSE else texts.response * texts.classes  # at most: classes share some
+    row = tokens + texts.question + response + nodes
     keys = texts.prefix + row
     prefix = 0 if settings.tune == "connector" else texts.prefix
     per_token = block.count * block.kept(size, trained=full)
@@ -208,7 +210,8 @@ def _activations(family: Family, settings: Settings, size: int, device: str, tex
     connector = sum(m.in_features + m.out_features for m in family.connector.modules() if isinstance(m, nn.Linear))
     connector = 0 if settings.freeze_connector else connector
     vocabulary = family.model.get_output_embeddings().weight
-    logits = 3 * batch * texts.response * vocabulary.shape[0] * FLOAT32  # logits, their softmax, its gradient
+    predicted = batch * response * vocabulary.shape[0] + min(batch * nodes * vocabulary.shape[0], LOGITS_AT_ONCE)
+    logits = 3 * predicted * FLOAT32  # logits, their softmax, its gradient
     head = vocabulary.numel() * FLOAT32 if full else 0  # its new gradient, beside the one it is added to
     attended += prefix * block.count * block.keys * size
     return LIBRARIES + (prefix + batch * row) * per_token + attended + batch * (patches * seen + tokens * connector * size) + logits + head
@@ -275,6 +278,7 @@ def _help(family: Family, settings: Settings, dtype: torch.dtype, device: torch.
     changes = [
         ("--batch-size 1", {"batch_size": 1}, settings.batch_size > 1),
         ("--gradient-checkpointing", {"gradient_checkpointing": True}, not settings.gradient_checkpointing),
+        ("--objective response", {"objective": RESPONSE}, settings.objective != RESPONSE),
         ("--tune lora", {"tune": "lora"}, settings.tune == "full"),
         ("--tune connector", {"tune": "connector", "freeze_connector": False}, settings.tune != "connector"),
         ("--tune lora --load-in-4bit", {"tune": "lora", "load_in_4bit": True}, not settings.bits),

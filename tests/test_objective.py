@@ -1,0 +1,189 @@
+"""What is minimized: against plain sums over classes and tokens. That the tree's gradients are right is in family_checks.py."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from test_training import gradients_of_first_step, picture_folder
+from tiny import NAMES, batch_of, random_picture, save_tiny_model, tiny_classifier, tiny_prompts
+
+from vlm import tree_rows
+from vlm.batching import vlm_collate_fn
+from vlm.classifier import VLMClassifier
+from vlm.config import BOTH, POSTERIOR, RESPONSE, Settings, resolve
+from vlm.data import Sample
+from vlm.errors import UsageError
+from vlm.families import load_family
+from vlm.label_tree import build_label_tree
+from vlm.objective import Objective, balanced_weights
+from vlm.prompts import build_prompts
+from vlm.tree_rows import TreeRows
+
+LABELS = [0, 5, 6, 3]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sources")
+    return save_tiny_model(folder / "model"), picture_folder(folder / "pictures", NAMES, each=4)
+
+
+def objective_of(classifier, name, **more):
+    return Objective(name, classifier.tree, len(classifier.rendered.opening_ids), **more)
+
+
+def class_losses(classifier, labels):
+    """(B,) -log of the posterior of each label, by the exhaustive search."""
+    with torch.no_grad():
+        scores = classifier.score(classifier.read(batch_of(classifier, labels, with_response=False)))
+    return -scores.log_softmax(-1)[range(len(labels)), labels]
+
+
+def test_rows_of_a_tree_add_up_its_paths():
+    """Scores of random log-probabilities, summed along each path by hand; blocks of any size give the same."""
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        responses = {tuple(generator.integers(0, 3, generator.integers(1, 6)).tolist()) + (9,) for _ in range(6)}
+        responses = [(7, 8, *response) for response in sorted(responses)]  # all begin alike
+        tree, opening = build_label_tree(responses), 2
+        rows = TreeRows(tree, opening)
+
+        class Family:
+            vocabulary = 10
+
+            @staticmethod
+            def logits(states):
+                return states
+
+        hidden = torch.from_numpy(generator.normal(size=(2, 4 + len(rows), 10)))
+        branching = torch.tensor([4, 2])
+        scores = rows.scores(Family, hidden, branching)
+        state_of = {node: 4 + i for i, node in enumerate(node for node in tree.inner if node >= opening)}
+        for b in range(2):
+            for c, leaf in enumerate(tree.leaves):
+                total, node = 0.0, leaf
+                while node >= opening:
+                    parent = tree.parents[node]
+                    state = hidden[b, state_of.get(parent, int(branching[b]) - 1)]
+                    total += float(state.log_softmax(-1)[tree.tokens[node]])
+                    node = parent
+                assert math.isclose(float(scores[b, c]), total, rel_tol=1e-12)
+
+
+@pytest.mark.parametrize("name", [POSTERIOR, BOTH])
+def test_blocks_of_logits_change_neither_loss_nor_gradients(folder, monkeypatch, name):
+    found = []
+    for elements in (2**25, 1):
+        monkeypatch.setattr(tree_rows, "LOGITS_AT_ONCE", elements)
+        classifier = tiny_classifier(folder, torch.float64).train()
+        classifier.objective = objective_of(classifier, name)
+        loss = classifier(batch_of(classifier, LABELS, with_response=name == BOTH)).posterior
+        loss.backward()
+        found.append((loss.detach(), {name: p.grad for name, p in classifier.named_parameters()}))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
+
+
+def test_the_posterior_is_what_scoring_says(folder):
+    classifier = tiny_classifier(folder, torch.float64)
+    classifier.objective = objective_of(classifier, BOTH)
+    batch = batch_of(classifier, LABELS)
+    found = classifier(batch)
+    torch.testing.assert_close(found.posterior, class_losses(classifier, LABELS).sum(), rtol=1e-9, atol=0)
+    classifier.objective = objective_of(classifier, RESPONSE)
+    plain = classifier(batch)
+    torch.testing.assert_close(found.loss, plain.loss, rtol=1e-9, atol=0)
+    assert found.tokens == plain.tokens and plain.posterior is None
+
+
+@pytest.mark.parametrize("response_format", ["reasoning-first", "answer-first"])
+def test_a_picture_with_a_reasoning_of_its_own_is_learned_where_its_answer_is_scored(folder, response_format):
+    prompts = replace(build_prompts(Settings(response_format=response_format), NAMES), reasoning_tokens=8)
+    classifier = VLMClassifier(load_family(folder, torch.float64, torch.device("cpu")), prompts).eval()
+    classifier.objective = objective_of(classifier, BOTH)
+    samples = [Sample(random_picture(i), label, "", text) for i, (label, text) in enumerate([(0, "Fur."), (5, "A long, long tail.")])]
+    batch = vlm_collate_fn(samples, classifier.family, classifier.rendered)
+    found = classifier(batch)
+    expected = 0.0
+    for i, sample in enumerate(samples):
+        prompt = batch["input_ids"][i, : batch["prompts"][i]].tolist()
+        assert ("Fur." in classifier.family.decode(prompt)) == (i == 0 and response_format == "reasoning-first")
+        alone = vlm_collate_fn([sample], classifier.family, classifier.rendered, with_response=False)
+        alone |= {"input_ids": torch.tensor([prompt + classifier.rendered.opening_ids]), "lengths": torch.tensor([len(prompt)])}
+        scores = classifier.score(classifier.read(alone))
+        expected -= scores.log_softmax(-1)[0, sample.label]
+    torch.testing.assert_close(found.posterior, expected, rtol=1e-9, atol=0)
+
+
+def test_weights_make_classes_equal_and_keep_their_mean():
+    labels = [0] * 6 + [1] * 3 + [3]
+    weights = np.array(balanced_weights(labels, 4))
+    sums = [weights[c] * labels.count(c) for c in (0, 1, 3)]
+    np.testing.assert_allclose(sums, sums[0])
+    np.testing.assert_allclose(weights[labels].mean(), 1.0)
+
+
+@pytest.mark.parametrize("name", [RESPONSE, BOTH])
+def test_class_weights_multiply_the_loss_of_each_picture(folder, name):
+    classifier = tiny_classifier(folder, torch.float64)
+    weights = [0.5, 1, 1, 3, 1, 2, 0.25]
+    single = []
+    for i, label in enumerate(LABELS):
+        classifier.objective = objective_of(classifier, name)
+        single.append(classifier(vlm_collate_fn([Sample(random_picture(i), label, "")], classifier.family, classifier.rendered)))
+    classifier.objective = objective_of(classifier, name, class_weights=weights).double()
+    found = classifier(batch_of(classifier, LABELS))
+    torch.testing.assert_close(found.loss, sum(weights[c] * one.loss for c, one in zip(LABELS, single, strict=True)), rtol=1e-9, atol=0)
+    if name == BOTH:
+        expected = sum(weights[c] * one.posterior for c, one in zip(LABELS, single, strict=True))
+        torch.testing.assert_close(found.posterior, expected, rtol=1e-9, atol=0)
+
+
+def test_label_smoothing_is_over_the_classes(folder):
+    classifier = tiny_classifier(folder, torch.float64)
+    classifier.objective = objective_of(classifier, POSTERIOR, label_smoothing=0.2)
+    found = classifier(batch_of(classifier, LABELS, with_response=False)).posterior
+    with torch.no_grad():
+        logs = classifier.score(classifier.read(batch_of(classifier, LABELS, with_response=False))).log_softmax(-1)
+    target = torch.full_like(logs, 0.2 / len(NAMES))
+    target[range(len(LABELS)), LABELS] += 0.8
+    torch.testing.assert_close(found, -(target * logs).sum(), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("flags", [{"objective": POSTERIOR}, {"objective": BOTH, "class_balance": True, "label_smoothing": 0.1}])
+def test_a_step_does_not_depend_on_how_it_is_cut(sources, tmp_path, flags):
+    loss, whole = gradients_of_first_step(sources, tmp_path / "a", batch_size=8, gradient_accumulation_steps=1, **flags)
+    other, parts = gradients_of_first_step(sources, tmp_path / "b", batch_size=4, gradient_accumulation_steps=2, **flags)
+    torch.testing.assert_close(other, loss, rtol=1e-9, atol=0)
+    largest = max(gradient.norm() for gradient in whole.values())
+    for name, gradient in whole.items():
+        assert (parts[name] - gradient).norm() <= 1e-6 * max(gradient.norm(), 1e-6 * largest), name
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"label_smoothing": 0.1}, "--objective posterior or both"),
+        ({"objective": "posterior", "label_smoothing": 1.0}, "--label-smoothing 1.0"),
+        ({"objective": "posterior", "reasoning_column": "why"}, "--objective both"),
+    ],
+)
+def test_what_cannot_be_learned_is_said(flags, words):
+    with pytest.raises(UsageError, match=words):
+        resolve(flags)
+
+
+def test_rows_of_the_posterior_need_no_response(folder):
+    """The tree is run behind the prompt alone, and prompts of a plain batch are found too."""
+    classifier = tiny_classifier(folder, torch.float64)
+    assert classifier.prompts == tiny_prompts()
+    with_response, without = (batch_of(classifier, LABELS, flag) for flag in (True, False))
+    assert with_response["prompts"].tolist() == without["prompts"].tolist() == without["lengths"].tolist()
+    classifier.objective = objective_of(classifier, POSTERIOR)
+    torch.testing.assert_close(classifier(with_response).posterior, classifier(without).posterior, rtol=1e-9, atol=0)
