@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""JSON files of the benchmarks -> the tables of docs/performance.md, between their markers.
+"""JSON files of the benchmarks -> the tables of docs/performance.md and docs/objectives.md, between their markers.
 
-python benchmarks/report.py [FOLDER] [--document FILE.md]
+python benchmarks/report.py [FOLDER] [--document FILE.md...]
 
 A table stands between `<!-- NAME -->` and `<!-- end NAME -->`, with the command and the machine below it. The rest of the page is left
 alone.
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+DOCUMENTS = [HERE.parent / "docs" / name for name in ("performance.md", "objectives.md")]
 SIZES = {"full": "the true shape", "quick": "a sixth of the model (--quick)", "tiny": "a model without meaning (--tiny)"}
 
 
@@ -45,31 +46,33 @@ def _numeric(rows: list[dict[str, Any]], name: str) -> bool:
     return all(isinstance(row[name], int | float) and not isinstance(row[name], bool) for row in rows)
 
 
-def fill(page: str, results: dict[str, dict[str, Any]]) -> str:
-    """The page with the tables of some benchmarks anew.
-
-    Raises:
-        ValueError: the page has no place for one of them.
-    """
+def fill(page: str, results: dict[str, dict[str, Any]]) -> tuple[str, set[str]]:
+    """The page with the tables anew that it has places for, and which these are."""
+    filled = set()
     for name, result in results.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
-        if not pattern.search(page):
-            raise ValueError(f"the page has no lines <!-- {name} --> and <!-- end {name} -->")
         text = section(result)
-        page = pattern.sub(lambda found, text=text: f"{found[1]}{text}\n{found[2]}", page)
-    return page
+        page, found = pattern.subn(lambda match, text=text: f"{match[1]}{text}\n{match[2]}", page)
+        filled |= {name} if found else set()
+    return page, filled
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=HERE / "results", help="with the JSON files (default: benchmarks/results)")
-    parser.add_argument("--document", type=Path, default=HERE.parent / "docs/performance.md", help="(default: docs/performance.md)")
+    parser.add_argument("--document", type=Path, nargs="+", help="(default: docs/performance.md docs/objectives.md)")
     options = parser.parse_args()
     results = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(options.folder.glob("*.json"))}
     if not results:
         parser.error(f"no .json files in {options.folder}: run the benchmarks with --output first")
-    options.document.write_text(fill(options.document.read_text(encoding="utf-8"), results), encoding="utf-8")
-    print(f"{len(results)} tables in {options.document}", file=sys.stderr)
+    placed: set[str] = set()
+    for document in options.document or DOCUMENTS:
+        page, filled = fill(document.read_text(encoding="utf-8"), results)
+        document.write_text(page, encoding="utf-8")
+        placed |= filled
+        print(f"{len(filled)} tables in {document}", file=sys.stderr)
+    if missing := sorted(results.keys() - placed):
+        parser.error(f"no page has the lines <!-- {missing[0]} --> and <!-- end {missing[0]} -->")
     return 0
 
 

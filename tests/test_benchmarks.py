@@ -91,6 +91,18 @@ def test_startup(benchmark):
     assert len(benchmark("startup")["rows"]) == 5
 
 
+def test_objectives(benchmark, tmp_path):
+    """One small training; its line is made of what it wrote, and a second call finds it done."""
+    flags = ["--formats", "answer-only", "--objectives", "posterior", "--seeds", "0", "--folder", str(tmp_path)]
+    flags += ["--", "--demo", "--epochs", "1", "--max-samples", "60", "--threads", "1"]
+    (row,) = benchmark("objectives", *flags)["rows"]
+    (folder,) = tmp_path.iterdir()
+    results = json.loads((folder / "results.json").read_text())
+    assert results["settings"]["objective"] == "posterior" and row["accuracy"] == results["test"]["accuracy"]
+    written = (folder / "results.json").stat().st_mtime_ns
+    assert benchmark("objectives", *flags)["rows"] == [row] and (folder / "results.json").stat().st_mtime_ns == written
+
+
 class TestParts:
     """What the figures are computed with."""
 
@@ -140,14 +152,13 @@ class TestParts:
         machine = {"cpu": "a chip", "cores": 2, "threads": 2, "load": 0.1, "torch": "2", "transformers": "5"}
         result = {"command": "python x.py", "machine": machine, "size": "full", "rounds": 5, "correct": True}
         result["rows"] = [{"ratio": 5.4321, "tuning": "lora", "agrees": True}]
-        page = report.fill("before\n<!-- x -->\nold\n<!-- end x -->\nafter\n", {"x": result})
+        page = report.fill("before\n<!-- x -->\nold\n<!-- end x -->\nafter\n", {"x": result, "y": result})[0]
         assert page.startswith("before\n<!-- x -->\n| ratio | tuning | agrees |\n| ---: | --- | --- |\n| 5.43 | lora | yes |\n")
         assert page.endswith("<!-- end x -->\nafter\n") and "old" not in page and "`python x.py`" in page
-        assert report.fill(page, {"x": result}) == page
-        with pytest.raises(ValueError, match="no lines"):
-            report.fill("nothing", {"x": result})
+        assert report.fill(page, {"x": result, "y": result}) == (page, {"x"})
 
     def test_the_page_has_a_place_for_every_benchmark(self):
         names = ["startup", "train_vs_trl", "train_vs_plain", "classify_vs_generate", "peak", "levers", "growth", "memory_vs_trl"]
-        page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+        names += ["objectives_digits", "objectives_planets"]
+        page = (ROOT / "docs/performance.md").read_text(encoding="utf-8") + (ROOT / "docs/objectives.md").read_text(encoding="utf-8")
         assert [name for name in names if f"<!-- {name} -->\n" not in page or f"<!-- end {name} -->" not in page] == []
