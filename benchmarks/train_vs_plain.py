@@ -22,7 +22,7 @@ from vlm.batching import IGNORED, vlm_collate_fn
 from vlm.config import Settings
 from vlm.data import Sample
 from vlm.families import load_family
-from vlm.families.base import Rendered
+from vlm.families.encoded import Rendered
 from vlm.tuning import prepare_tuning, trained_parameters
 
 PLAIN_GOALS = {"lora": (5, 4), "connector": (5, 4)}

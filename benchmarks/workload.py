@@ -26,7 +26,7 @@ from vlm.config import Settings, resolve
 from vlm.data import Sample, Step
 from vlm.demo import CHAT_TEMPLATE, build_model, build_processor
 from vlm.families import load_family
-from vlm.families.base import TOWER_FEATURES
+from vlm.families.encoded import TOWER_FEATURES
 from vlm.features import open_cache
 from vlm.prompts import Prompts, build_prompts
 from vlm.registry import MODELS

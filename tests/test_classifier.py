@@ -12,7 +12,7 @@ from vlm.calibration import Calibration
 from vlm.config import BOTH, RESPONSE, resolve
 from vlm.data import Sample
 from vlm.errors import UsageError
-from vlm.families.base import TOWER_FEATURES
+from vlm.families.encoded import TOWER_FEATURES
 from vlm.objective import Objective
 from vlm.prompts import Prompts
 from vlm.tuning import parameter_groups, prepare_tuning

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from vlm import data, features
 from vlm.checkpoint import save_model_folder
 from vlm.evaluation import score_split
-from vlm.families.base import CONNECTED_FEATURES, TOWER_FEATURES
+from vlm.families.encoded import CONNECTED_FEATURES, TOWER_FEATURES
 from vlm.features import cache_root, fill_cache, fingerprint, open_cache
 
 

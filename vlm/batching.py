@@ -8,7 +8,8 @@ from torch import Tensor
 
 from vlm.data import Sample
 from vlm.errors import UsageError
-from vlm.families.base import Family, Rendered
+from vlm.families.base import Family
+from vlm.families.encoded import Rendered
 from vlm.responses import response_of
 
 IGNORED = -100  # a target that is not in the loss; what torch's cross entropy ignores

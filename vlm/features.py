@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from vlm.data import Sample, Split
-from vlm.families.base import CONNECTED_FEATURES, TOWER_FEATURES, EncodedPictures, Family
+from vlm.families.base import Family
+from vlm.families.encoded import CONNECTED_FEATURES, TOWER_FEATURES, EncodedPictures
 from vlm.tracking import Bar, note, replacing
 
 FORMAT = 2  # of the files; another one is another fingerprint

@@ -13,7 +13,8 @@ from vlm.formats import lay_out
 from vlm.prompts import Prompts
 
 if TYPE_CHECKING:
-    from vlm.families.base import Family, Rendered
+    from vlm.families.base import Family
+    from vlm.families.encoded import Rendered
 
 ANY_REASONING = "It is."  # what stands in for a reasoning where only the tokens around it are looked at
 

@@ -22,7 +22,8 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from vlm.config import ImageSize
 from vlm.errors import UsageError
 from vlm.families import squares
-from vlm.families.base import CONNECTED_FEATURES, TOWER_FEATURES, EncodedPictures, Family, Rendered
+from vlm.families.base import Family
+from vlm.families.encoded import CONNECTED_FEATURES, TOWER_FEATURES, EncodedPictures, Rendered
 from vlm.families.sizes import pick_size
 from vlm.prompts import Prompts
 from vlm.tracking import note

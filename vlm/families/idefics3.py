@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, PreTrainedConfig
 
 from vlm.config import ImageSize
-from vlm.families.base import EncodedPictures, Family
+from vlm.families.base import Family
+from vlm.families.encoded import EncodedPictures
 from vlm.families.resizing import equals, one_tile
 from vlm.families.sizes import pick_size
 

@@ -19,7 +19,8 @@ from transformers.cache_utils import Cache, DynamicCache
 import vlm.families.phi3_vision_model  # noqa: F401 (makes the model known to transformers)
 from vlm.config import ImageSize
 from vlm.errors import UsageError
-from vlm.families.base import EncodedPictures, Family, Rendered
+from vlm.families.base import Family
+from vlm.families.encoded import EncodedPictures, Rendered
 from vlm.families.phi3_vision_pictures import TILE, Phi3VisionProcessor, count_tokens, naming_its_code
 from vlm.prompts import Prompts
 

@@ -16,7 +16,8 @@ from transformers.vision_utils import get_vision_window_index
 
 from vlm.config import ImageSize
 from vlm.errors import UsageError
-from vlm.families.base import EncodedPictures, Family
+from vlm.families.base import Family
+from vlm.families.encoded import EncodedPictures
 from vlm.families.resizing import equals, native_patches
 
 MIN_PIXELS = 4 * 28 * 28  # as published

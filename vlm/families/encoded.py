@@ -1,0 +1,41 @@
+"""What a family makes of texts and pictures, for the rest of the program."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from vlm.prompts import Prompts
+from vlm.responses import common_start
+
+# Names of cached features among a batch's pixels: before and behind the connector.
+TOWER_FEATURES, CONNECTED_FEATURES = "tower_features", "connected_features"
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """The conversation as token ids. The picture's own tokens stand between prefix and question."""
+
+    prefix_ids: list[int]
+    question_ids: list[int]
+    response_ids: list[list[int]]  # one a class, each ending in the end-of-turn token
+    scored_ids: list[list[int]]  # one a class, what its log-probability is taken of (see vlm/responses.py)
+    max_length: int  # longest row that the model can read
+    prompts: Prompts  # what was rendered
+
+    @cached_property
+    def opening_ids(self) -> list[int]:
+        """What all scored texts begin with; it is read together with the prompt."""
+        return self.scored_ids[0][: common_start(*self.scored_ids)]
+
+
+@dataclass(frozen=True)
+class EncodedPictures:
+    """Pictures as the model takes them.
+
+    inputs: tensors of all pictures one after the other (a picture may take several rows). token_ids: for each picture
+    the tokens that stand for it in the text, placeholders and wrappers.
+    """
+
+    inputs: dict[str, Tensor]
+    token_ids: list[list[int]]
