@@ -51,6 +51,11 @@ def naive_scores(checks: "FamilyChecks", classifier: VLMClassifier, batch: dict)
     return scores
 
 
+def parted(responses: list[list[int]]) -> list[int]:
+    """How many tokens of each response it takes until no other one begins with them."""
+    return [next(n for n in range(1, len(own) + 1) if sum(other[:n] == own[:n] for other in responses) == 1) for own in responses]
+
+
 def gradients_of(classifier: VLMClassifier, loss: Tensor) -> dict[str, Tensor]:
     classifier.zero_grad()
     loss.backward()
@@ -140,15 +145,17 @@ class FamilyChecks:
         batch = self.batch(classifier, labels, with_response=name == "both")
         found = classifier(batch)
         ours = gradients_of(classifier, found.posterior + 0.5 * found.loss)
-        scores = []
+        scores, whole = [], []
         for i, length in enumerate(batch["prompts"].tolist()):
             prompt = rendered.prefix_ids + batch["input_ids"][i, :length].tolist()
-            for response in rendered.scored_ids:
+            for response, apart in zip(rendered.scored_ids, parted(rendered.scored_ids), strict=True):
                 logits = self.full_logits(classifier, prompt + response, self.one_picture(batch, i)).log_softmax(-1)
-                scores.append(logits[len(prompt) - 1 : -1].gather(1, torch.tensor(response).unsqueeze(1)).sum())
-        scores = torch.stack(scores).unflatten(0, (len(labels), -1))
+                each = logits[len(prompt) - 1 : -1].gather(1, torch.tensor(response).unsqueeze(1))[:, 0]
+                scores.append(each.sum() if name == "posterior" else each[:apart].sum())
+                whole.append(each.sum())
+        scores, whole = (torch.stack(values).unflatten(0, (len(labels), -1)) for values in (scores, whole))
         posterior = torch.nn.functional.cross_entropy(scores, torch.tensor(labels), reduction="sum", label_smoothing=0.1)
-        response = -scores[range(3), labels].sum() if name == "both" else 0.0  # each class has one response here
+        response = -whole[range(3), labels].sum() if name == "both" else 0.0  # each class has one response here
         self.report("posterior, float64", float(((found.posterior - posterior).abs() / posterior).detach()))
         torch.testing.assert_close(found.posterior, posterior, rtol=1e-6, atol=0)
         expected = gradients_of(classifier, posterior + 0.5 * response)

@@ -153,14 +153,14 @@ class VLMClassifier(nn.Module):
         if not self.family.shares_prefix:
             return self._plain_losses(batch)
         objective, rows = self.objective, self.objective.rows
-        branching = batch["prompts"] + len(self.rendered.opening_ids) if rows else None
+        branching = batch["prompts"] + len(self.rendered.opening_ids) if objective.has_posterior else None
         hidden, _ = self._run_rows(batch, in_front(self._prefix_of_step(first, last)), rows, branching)
         length = batch["input_ids"].shape[1]
         states = hidden[:, :length].flatten(0, 1)[batch["predicting"]]
         targets = batch["targets"].flatten()[batch["predicting"] + 1]
         labels = batch["labels"][batch["predicting"] // length]
         loss = objective.of_tokens(self.family.logits(states), targets, labels) if objective.has_response else hidden.new_zeros(())
-        posterior = objective.of_classes(rows.scores(self.family, hidden, branching), batch["labels"]) if rows else None
+        posterior = objective.of_classes(rows.scores(self.family, hidden, branching), batch["labels"]) if objective.has_posterior else None
         return LossOutput(loss, len(targets), posterior)
 
     def _plain_losses(self, batch: dict[str, Any]) -> LossOutput:

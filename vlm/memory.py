@@ -33,7 +33,7 @@ import psutil
 import torch
 from torch import nn
 
-from vlm.config import POSTERIOR, RESPONSE, Settings
+from vlm.config import BOTH, POSTERIOR, RESPONSE, Settings
 from vlm.families import outline, read_config
 from vlm.families.base import Family
 from vlm.prompts import Prompts
@@ -190,7 +190,7 @@ def _activations(family: Family, settings: Settings, size: int, device: str, tex
     block, batch, full = Block.of(family.language), settings.batch_size, settings.tune == "full"
     patches, tokens = _picture_load(family, settings, texts)
     response = 0 if settings.objective == POSTERIOR else texts.response
-    nodes = 0 if settings.objective == RESPONSE else texts.response * texts.classes  # at most: classes share some
+    nodes = {RESPONSE: 0, POSTERIOR: texts.response * texts.classes, BOTH: texts.classes}[settings.objective]  # about, and at most
     row = tokens + texts.question + response + nodes
     keys = texts.prefix + row
     prefix = 0 if settings.tune == "connector" else texts.prefix

@@ -4,7 +4,9 @@ response     cross entropy of the tokens of each picture's response: the usual f
 posterior    cross entropy of the class, -log( exp(s_y) / sum over c of exp(s_c) ), with s_c the log-probability of the scored text of
              class c (see vlm/responses.py): the model is trained as the classifier that it is used as. What it would write if nothing
              constrained it is not trained
-both         the sum of the two, each a mean: over the tokens, over the pictures
+both         the sum of the two, each a mean: over the tokens, over the pictures. Here s_c is that of the text up to where no other class
+             goes on alike, which takes a few nodes of the label tree instead of all; the response teaches what comes behind, one text a
+             class
 """
 
 from collections.abc import Sequence
@@ -35,7 +37,7 @@ class Objective(nn.Module):
         super().__init__()
         self.name = name
         self.label_smoothing = label_smoothing
-        self.rows = TreeRows(tree, opening) if self.has_posterior else None
+        self.rows = TreeRows(tree, opening, whole=self.name == POSTERIOR) if self.has_posterior else None
         self.register_buffer("weights", None if class_weights is None else torch.tensor(class_weights), persistent=False)
 
     @property

@@ -1,7 +1,10 @@
 """The label tree in the rows of a training batch: class log-probabilities with gradients, of all classes in one pass.
 
-Every row is made longer by the inner nodes of the tree behind the tokens that all scored texts begin with. A node sees prefix, prompt,
+Every row is made longer by inner nodes of the tree behind the tokens that all scored texts begin with. A node sees prefix, prompt,
 these tokens and its ancestors, by a mask; the row itself sees nothing of them.
+
+Either all inner nodes are run, and a class has the log-probability of its whole scored text; or only those that several classes go through,
+and it has that of the text up to where no other class goes on alike: a few nodes instead of hundreds.
 
 B = batch, L = row tokens without nodes, P = prefix tokens, N = nodes that are run, T = nodes whose log-probability tells classes apart,
 C = classes, D = width, V = vocabulary.
@@ -13,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vlm.families.base import Family
-from vlm.label_tree import LabelTree
+from vlm.label_tree import ROOT, LabelTree
 from vlm.scoring import LOGITS_AT_ONCE
 
 
@@ -22,39 +25,43 @@ class TreeRows(nn.Module):
 
     Args:
         opening: how many nodes all classes share; they stand in the rows already, and cancel out between the classes.
+        whole: run all inner nodes.
     """
 
-    def __init__(self, tree: LabelTree, opening: int):
+    def __init__(self, tree: LabelTree, opening: int, whole: bool):
         super().__init__()
-        run = np.array([node for node in tree.inner if node >= opening], dtype=int)
+        run = [node for node in tree.inner if node >= opening and (whole or len(tree.classes_below(node)) > 1)]
+        run = np.array(run, dtype=int)
         row_of = np.full(len(tree.tokens) + 1, 0)  # of the state that predicts a node's children; 0: that behind the opening
         row_of[run] = 1 + np.arange(len(run))
-        apart = np.arange(opening, len(tree.tokens))
+        told = set(run.tolist())
+        apart = np.array([node for node in range(opening, len(tree.tokens)) if tree.parents[node] < opening or tree.parents[node] in told])
         parents = tree.parents[apart]
         predicting = np.where(parents < opening, 0, row_of[parents])
         order = np.argsort(predicting, kind="stable")  # blocks of states predict blocks of nodes
-        place_of = np.empty(len(apart), dtype=int)
-        place_of[order] = np.arange(len(apart))
+        place_of = {node: place for place, node in enumerate(apart[order].tolist())}
         self._keep("tokens", tree.tokens[run])
         self._keep("depths", tree.depths[run] - opening)
         self._keep("sees", tree.sees(run, run))
         self._keep("predicted", tree.tokens[apart][order])
         self._keep("predicting", predicting[order])
-        self._keep("paths", self._paths(tree, opening, place_of))
+        self._keep("paths", self._paths(tree, place_of))
         self._starts = np.searchsorted(predicting[order], np.arange(len(run) + 2)).tolist()  # first node that each state predicts
 
     def _keep(self, name: str, values: np.ndarray) -> None:
         self.register_buffer(name, torch.from_numpy(values), persistent=False)
 
     @staticmethod
-    def _paths(tree: LabelTree, opening: int, place_of: np.ndarray) -> np.ndarray:
+    def _paths(tree: LabelTree, place_of: dict[int, int]) -> np.ndarray:
         """(C, longest) places of the nodes of each class among those that tell classes apart; T where there is none."""
-        paths = np.full((len(tree.leaves), int(tree.lengths.max()) - opening), len(place_of))
-        for c, node in enumerate(tree.leaves):
-            for column in range(int(tree.depths[node]) - opening, -1, -1):
-                paths[c, column] = place_of[node - opening]
+        paths: list[list[int]] = []
+        for node in tree.leaves:
+            paths.append([])
+            while node != ROOT:
+                paths[-1] += [place_of[node]] if node in place_of else []
                 node = tree.parents[node]
-        return paths
+        longest = max(map(len, paths))
+        return np.array([path + [len(place_of)] * (longest - len(path)) for path in paths])
 
     def __len__(self) -> int:
         return len(self.tokens)
