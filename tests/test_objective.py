@@ -81,6 +81,7 @@ def test_rows_of_a_tree_add_up_its_paths():
         scores = rows.scores(Family, hidden, branching)
         state_of = {node: 4 + i for i, node in enumerate(run)}
         apart = parted(responses)
+        assert tree.parted == apart
         for b in range(2):
             for c, leaf in enumerate(tree.leaves):
                 total, node = 0.0, leaf

@@ -40,6 +40,16 @@ class LabelTree:
         return self.depths[self.leaves] + 1
 
     @property
+    def parted(self) -> list[int]:
+        """(C) how many tokens of each response it takes until no other begins with them."""
+        found = []
+        for node in self.leaves:
+            while self.parents[node] != ROOT and len(self.classes_below(self.parents[node])) == 1:
+                node = self.parents[node]
+            found.append(int(self.depths[node]) + 1)
+        return found
+
+    @property
     def first(self) -> list[int]:
         """The nodes that the end of the prompt predicts."""
         return np.flatnonzero(self.parents == ROOT).tolist()

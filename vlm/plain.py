@@ -60,26 +60,29 @@ def log_probabilities(logits: Tensor, row: list[int], count: int) -> Tensor:
 @torch.no_grad()
 def score(classifier: Any, batch: dict[str, Any], classes: range | None = None) -> Tensor:
     """(B, C) log-probability of each class's scored text, by one forward a class, of a batch made without responses."""
-    return scores(classifier, whole_rows(classifier, batch), begun_responses(batch), batch["pixels"], classes)
+    responses = [classifier.rendered.scored_ids[c] for c in classes or range(len(classifier.class_names))]
+    return scores(classifier, whole_rows(classifier, batch), begun_responses(batch), responses, batch["pixels"])
 
 
 def scores_in_training(classifier: Any, batch: dict[str, Any]) -> Tensor:
-    """`score` with gradients, of a batch with or without responses."""
+    """(B, C) the scores that the objective is about, with gradients, of a batch made with or without responses."""
     prompts = whole_rows(classifier, batch, "prompts")
     counts = (batch["targets"] != IGNORED).sum(1)
     begun = (counts - (batch["lengths"] - batch["prompts"])).clamp(min=0).tolist()  # of a response whose answer comes last
-    return scores(classifier, prompts, begun, batch["pixels"])
+    responses = classifier.rendered.scored_ids
+    if classifier.objective.has_response:  # see vlm/objective.py
+        responses = [ids[:count] for ids, count in zip(responses, classifier.tree.parted, strict=True)]
+    return scores(classifier, prompts, begun, responses, batch["pixels"])
 
 
-def scores(classifier: Any, prompts: list[list[int]], begun: list[int], pixels: dict[str, Tensor], classes: range | None = None) -> Tensor:
-    """(B, C) log-probability of each class's scored text behind each prompt.
+def scores(classifier: Any, prompts: list[list[int]], begun: list[int], responses: list[list[int]], pixels: dict[str, Tensor]) -> Tensor:
+    """(B, number of responses) log-probability of each response behind each prompt.
 
     Args:
         begun: how many tokens at the end of each prompt are the response already.
     """
     columns = []
-    for c in classes or range(len(classifier.class_names)):
-        response = classifier.rendered.scored_ids[c]
+    for response in responses:
         rows = [prompt + response for prompt in prompts]
         logits = run(classifier, rows, [count + len(response) for count in begun], pixels)
         columns.append(torch.stack([log_probabilities(logits[i], row, len(response)) for i, row in enumerate(rows)]))
