@@ -152,6 +152,11 @@ class Settings:
         "temperature", "evaluation", "what is fitted on validation so that the probabilities are true (default: temperature)",
         choices=("temperature", "bias", "none"),
     )  # fmt: skip
+    score: str = _flag(
+        AUTO, "evaluation", "score of a class: log-probability of its response, its mean over the tokens, or the one less that without a "
+        "picture; auto: sum, unless another is clearly better on validation (default: auto)",
+        choices=(AUTO, "sum", "mean", "prior"),
+    )  # fmt: skip
     abstain_below: float | None = _flag(None, "evaluation", "give no prediction where its probability is below this, such as 0.5")
     target_precision: float | None = _flag(
         None, "evaluation", "instead: the threshold on validation from which this share of the predictions is right, such as 0.95"
@@ -199,6 +204,7 @@ class Settings:
 # Flags that may differ between an interrupted run and the one that goes on from it.
 NOT_PART_OF_THE_RUN = {
     "calibration",
+    "score",
     "probe",
     "no_feature_cache",
     "cache_size",
