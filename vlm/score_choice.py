@@ -15,6 +15,7 @@ from vlm.config import AUTO
 from vlm.reasoning import classify
 
 KINDS = ("sum", "mean", "prior")
+LEAST_GAIN = 1e-6  # nats; where all lengths are equal, sum and mean differ by rounding alone
 
 
 def choose_score(
@@ -57,7 +58,10 @@ def better_score(losses: dict[str, np.ndarray]) -> str:
     best, smallest = "sum", np.inf
     for name, values in losses.items():
         gain = losses["sum"] - values
-        if gain.mean() > gain.std(ddof=1) / np.sqrt(len(gain)) and values.mean() < smallest:  # False where NaN or infinite
+        if not np.isfinite(gain).all():
+            continue
+        least = max(LEAST_GAIN, gain.std(ddof=1) / np.sqrt(len(gain)))
+        if gain.mean() > least and values.mean() < smallest:
             best, smallest = name, values.mean()
     return best
 
