@@ -12,7 +12,6 @@ from vlm import assessment, score_choice
 from vlm.assessment import calibrate
 from vlm.calibration import MIN_PICTURES, Calibration, Scores, fit_temperature
 from vlm.config import resolve
-from vlm.evaluation import score_split
 from vlm.predictor import load_model_and_metadata, predict_batch
 from vlm.score_choice import better_score, choose_score, measure_prior
 
