@@ -153,8 +153,8 @@ class Settings:
         choices=("temperature", "bias", "none"),
     )  # fmt: skip
     score: str = _flag(
-        AUTO, "evaluation", "score of a class: log-probability of its response, its mean over the tokens, or it less that without a picture; "
-        "auto is sum unless another is better on validation (default: auto)",
+        AUTO, "evaluation", "score of a class: log-probability of its response, its mean over the tokens, or it less that without a "
+        "picture; auto is sum unless another is better on validation (default: auto)",
         choices=(AUTO, "sum", "mean", "prior"),
     )  # fmt: skip
     abstain_below: float | None = _flag(None, "evaluation", "give no prediction where its probability is below this, such as 0.5")
