@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm.config import parse_arguments, resolve
+from vlm.config import resolve
 from vlm.errors import UsageError, exit_code
+from vlm.flags import parse_arguments
 from vlm.threads import wait_politely
 
 if TYPE_CHECKING:

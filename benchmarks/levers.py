@@ -123,7 +123,8 @@ def without_label_tree(classifier: VLMClassifier) -> Any:
 
     def search(reading: Reading) -> Scored:
         columns = [_log_probability(classifier, reading, response) for response in classifier.rendered.scored_ids]
-        return Scored(torch.stack(columns, dim=1), torch.zeros(len(reading.states)))
+        nothing = torch.zeros(len(reading.states))
+        return Scored(torch.stack(columns, dim=1), nothing, nothing)
 
     return replaced(classifier, "search", torch.no_grad()(search))
 

@@ -10,7 +10,7 @@ import torch
 from tiny import NAMES, random_picture, tiny_prompts
 from torch import Tensor
 
-from vlm.batching import IGNORED
+from vlm.batching import IGNORED, batch_without_picture
 from vlm.checkpoint import save_model_folder
 from vlm.classifier import VLMClassifier
 from vlm.config import Settings, resolve
@@ -22,6 +22,7 @@ from vlm.predictor import load_model_and_metadata
 from vlm.prompts import build_prompts, parse_answer
 from vlm.reasoning import classify, explain, go_on
 from vlm.responses import before_answer, before_reasoning, response_of
+from vlm.score_choice import measure_prior
 from vlm.tuning import parameter_groups, prepare_tuning
 
 SIZES = ((40, 28), (20, 60), (33, 33))  # unequal, so that families with a varying number of picture tokens are tested
@@ -36,15 +37,17 @@ def randomize(model: torch.nn.Module, seed: int = 0, scale: float = 0.3) -> None
                 parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float32) * scale)
 
 
-def naive_scores(checks: "FamilyChecks", classifier: VLMClassifier, batch: dict) -> Tensor:
-    """(B, C) by one full forward for every class of every sample, of the scored text behind the row."""
+def naive_scores(checks: "FamilyChecks", classifier: VLMClassifier, batch: dict, texts: list[list[int]] | None = None) -> Tensor:
+    """(B, C) by one full forward for every class of every sample, of the scored text (or others, as token ids) behind the row."""
     prefix = classifier.rendered.prefix_ids
-    scores = torch.zeros(len(batch["labels"]), len(classifier.class_names), dtype=torch.float64)
+    texts = texts or classifier.rendered.scored_ids
+    scores = torch.zeros(len(batch["labels"]), len(texts), dtype=torch.float64)
     for i, length in enumerate(batch["lengths"].tolist()):
         prompt = batch["input_ids"][i, :length].tolist()
-        for c, response in enumerate(classifier.rendered.scored_ids):
+        pixels = checks.one_picture(batch, i) if batch["pixels"] else {}
+        for c, response in enumerate(texts):
             with torch.no_grad():
-                logits = checks.full_logits(classifier, prefix + prompt + response, checks.one_picture(batch, i))
+                logits = checks.full_logits(classifier, prefix + prompt + response, pixels)
             start = len(prefix) + length - 1
             rows = logits.double().log_softmax(-1)[start : start + len(response)]
             scores[i, c] = rows.gather(1, torch.tensor(response).unsqueeze(1)).sum()
@@ -194,6 +197,28 @@ class FamilyChecks:
         assert expected.std(1).min() > 1e-2, "the classes should differ, or the test says little"
         self.report("label tree", float((scores - expected).abs().max()))
         torch.testing.assert_close(scores, expected, rtol=1e-6, atol=1e-4)
+
+    def test_the_part_that_all_responses_begin_with_is_known_by_itself(self, folder):
+        classifier = self.classifier(folder)
+        batch, opening = self.batch(classifier, [0, 1]), classifier.rendered.opening_ids
+        assert opening, "or the test says nothing"
+        found = classifier.search(classifier.read(batch), 0.0)
+        expected = naive_scores(self, classifier, batch, [opening])[:, 0]
+        torch.testing.assert_close(found.openings.double(), expected, rtol=1e-6, atol=1e-4)
+
+    def test_a_conversation_without_a_picture_is_read_like_any_other(self, folder):
+        """The prior of the classes, against one full forward a class without pixels."""
+        classifier = self.classifier(folder)
+        batch = batch_without_picture(classifier.rendered)
+        prior, remark = measure_prior(classifier)
+        assert remark is None
+        expected = naive_scores(self, classifier, batch)[0]
+        self.report("prior", float((torch.tensor(prior) - expected).abs().max()))
+        torch.testing.assert_close(torch.tensor(prior, dtype=torch.float64), expected, rtol=1e-6, atol=1e-4)
+        with_pictures = self.scores(classifier)[0].double()
+        assert (with_pictures - expected).abs().max() > 1e-3, "a picture should change something"
+        for response_format in ("reasoning-first", "answer-first"):
+            assert measure_prior(self.free_classifier(folder, response_format))[1] is None
 
     def free_classifier(self, folder, response_format) -> VLMClassifier:
         """A model that writes reasonings of its own."""

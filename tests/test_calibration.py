@@ -55,6 +55,36 @@ def test_none_fits_nothing():
     assert fit_calibration(scores, labels, "none") == (Calibration(), [])
 
 
+LENGTHS, PRIOR = tuple(range(1, 21)), tuple(np.random.default_rng(1).normal(-80, 5, 20).tolist())
+
+
+@pytest.mark.parametrize("kind", [{"lengths": LENGTHS}, {"prior": PRIOR}])
+@pytest.mark.parametrize("temperature", [COLDEST, 0.37, 1.0, 13.3, HOTTEST])
+def test_a_temperature_never_changes_the_ranking_of_another_score(temperature, kind):
+    sums, _ = drawn(300, 20, offset=-80.0)
+    openings = torch.linspace(-8, 0, 300)
+    calibration = Calibration(temperature, **kind)
+    scores, result = calibration.scores(sums, openings), calibration.log_probabilities(sums, openings)
+    assert torch.equal(result.argsort(1), scores.argsort(1)) and not torch.equal(scores.argsort(1), sums.argsort(1))
+    torch.testing.assert_close(result.exp().sum(1), torch.ones(300, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("bias", [None, (0.3, -2.0, 0.0)])
+def test_each_score_by_hand(bias):
+    sums, opening, temperature = [-7.0, -9.5, -8.0], -2.0, 0.7
+    lengths, prior = (2, 5, 3), (-6.0, -10.0, -9.0)
+    by_hand = {
+        "sum": sums,
+        "mean": [(s - opening) / n for s, n in zip(sums, lengths, strict=True)],
+        "prior": [s - p for s, p in zip(sums, prior, strict=True)],
+    }
+    for kind in (Calibration(), Calibration(lengths=lengths), Calibration(prior=prior)):
+        calibration = replace(kind, temperature=temperature, bias=bias)
+        weights = np.exp(np.array(by_hand[kind.score]) / temperature + np.array(bias or 0.0))
+        found = calibration.log_probabilities(torch.tensor([sums]), torch.tensor([opening])).exp()
+        np.testing.assert_allclose(found[0], weights / weights.sum(), rtol=1e-12)
+
+
 @pytest.mark.parametrize("temperature", [COLDEST, 0.37, 1.0, 1.7, 13.3, HOTTEST])
 def test_a_temperature_never_changes_the_ranking(temperature):
     """Nor makes it equal: float32 scores that are neighbors among the floats stay apart."""
@@ -141,10 +171,19 @@ def test_the_bias_of_a_class_without_pictures_stays_small():
 
 def test_a_calibration_is_stored_and_found_again():
     prompts = tiny_prompts()
-    calibration = Calibration(1.7, tuple(range(7)), 0.4)
-    metadata = {"calibration": json.loads(json.dumps(calibration.to_json(prompts)))}
-    assert Calibration.from_metadata(metadata, prompts) == calibration
+    for kind in ({}, {"lengths": (1, 2, 3, 4, 5, 6, 7)}, {"prior": tuple(-1.5 * i for i in range(7))}):
+        calibration = Calibration(1.7, tuple(range(7)), 0.4, **kind)
+        metadata = {"calibration": json.loads(json.dumps(calibration.to_json(prompts)))}
+        assert Calibration.from_metadata(metadata, prompts) == calibration
     assert Calibration.from_metadata({}, prompts) == Calibration()
+
+
+def test_a_calibration_stored_before_there_were_scores_means_the_sum(capsys):
+    prompts = tiny_prompts()
+    older = {"temperature": 1.7, "bias": None, "abstain_below": 0.4, "key": key_of(prompts)}
+    calibration = Calibration.from_metadata({"calibration": older}, prompts)
+    assert calibration == Calibration(1.7, None, 0.4) and calibration.score == "sum"
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
@@ -160,7 +199,22 @@ def test_other_prompts_or_classes_have_another_key_and_no_calibration(change, ca
 
 @pytest.mark.parametrize(
     "change",
-    [{"temperature": 0}, {"temperature": None}, {"temperature": "1"}, {"bias": [1, 2]}, {"bias": ["x"] * 7}, {"abstain_below": "x"}],
+    [
+        {"temperature": 0},
+        {"temperature": None},
+        {"temperature": "1"},
+        {"bias": [1, 2]},
+        {"bias": ["x"] * 7},
+        {"abstain_below": "x"},
+        {"score": "mean"},
+        {"score": "product"},
+        {"score": "mean", "lengths": [1] * 6},
+        {"score": "mean", "lengths": [0] * 7},
+        {"score": "prior", "prior": [None] * 7},
+        {"score": "prior", "prior": "-1"},
+        {"prior": [-1] * 7},
+        {"score": "mean", "lengths": [1] * 7, "prior": [-1] * 7},
+    ],  # fmt: skip
 )
 def test_a_damaged_calibration_is_left_out_with_a_note(change, capsys):
     prompts = tiny_prompts()

@@ -1,5 +1,7 @@
 """The shared forward pass against transformers' plain full forward, and the label tree against one forward a class."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -202,7 +204,7 @@ def test_the_kept_prefix_is_forgotten_when_training(folder):
 
 def test_a_sample_that_is_too_long_is_refused_by_name(folder):
     classifier = tiny_classifier(folder)
-    short = type(classifier.rendered)(**{**vars(classifier.rendered), "max_length": 20})
+    short = replace(classifier.rendered, max_length=20)
     with pytest.raises(UsageError, match="picture 0 has .* tokens"):
         vlm_collate_fn(samples([0]), classifier.family, short)
 

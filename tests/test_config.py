@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from vlm.config import Settings, build_parser, parse_arguments, resolve
+from vlm.config import Settings, resolve
 from vlm.errors import UsageError
+from vlm.flags import build_parser, parse_arguments
 
 ROOT = Path(__file__).parent.parent
 

@@ -6,6 +6,7 @@ from tiny import random_picture, save_tiny_model, tiny_classifier
 
 from train_vlm import evaluate_vlm_model, vlm_collate_fn
 from vlm.batching import IGNORED
+from vlm.calibration import Scores
 from vlm.data import Split
 from vlm.evaluation import check_texts, explanations, score_split
 from vlm.sources import Rows
@@ -25,7 +26,7 @@ def split():
 
 
 def test_metrics_follow_from_the_scores(classifier, split):
-    scores = score_split(classifier, split, batch_size=4)
+    scores = score_split(classifier, split, batch_size=4).sums
     result = evaluate_vlm_model(classifier, split, batch_size=3, metrics=[top_two])
     truth = torch.tensor(LABELS)
     assert result["accuracy"] == pytest.approx((scores.argmax(1) == truth).double().mean().item())
@@ -54,8 +55,9 @@ def test_loss_is_the_training_loss(classifier, split):
 
 def test_a_share_of_the_samples_can_be_scored_alone(classifier, split):
     whole = score_split(classifier, split)
-    torch.testing.assert_close(score_split(classifier, split, indices=range(1, len(split), 2)), whole[1::2], rtol=1e-6, atol=1e-4)
-    assert score_split(classifier, split, indices=[]).shape == (0, 7)
+    share = score_split(classifier, split, indices=range(1, len(split), 2))
+    torch.testing.assert_close(share, Scores(*(values[1::2] for values in whole)), rtol=1e-6, atol=1e-4)
+    assert [values.shape for values in score_split(classifier, split, indices=[])] == [(0, 7), (0,)]
 
 
 def test_loader_processes_give_the_same_scores(classifier, split):
@@ -85,7 +87,7 @@ def test_texts_without_an_answer_are_invalid_and_never_a_class(classifier, split
     ],
 )
 def test_free_texts_are_counted_by_answer_and_reasoning(classifier, split, monkeypatch, text, agrees, invalid, named):
-    prediction = classifier.class_names[int(score_split(classifier, split, indices=[0])[0].argmax())]
+    prediction = classifier.class_names[int(score_split(classifier, split, indices=[0]).sums[0].argmax())]
     assert prediction not in ("cat", "catfish"), "or the texts above would say something else"
     monkeypatch.setattr(
         "vlm.evaluation.write_freely", lambda classifier, reading: [text.format(prediction, prediction)] * len(reading.states)

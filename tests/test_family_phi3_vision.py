@@ -66,8 +66,7 @@ class Phi3Checks(FamilyChecks):
 
     def full_logits(self, classifier, ids, pixels):
         model = classifier.model
-        values = pixels["pixel_values"].to(model.dtype)
-        features = iter(plain_features(model, values, pixels["image_sizes"]))
+        features = iter(plain_features(model, pixels["pixel_values"].to(model.dtype), pixels["image_sizes"]) if pixels else ())
         placeholder = classifier.family.tokenizer.convert_tokens_to_ids("<|image|>")
         words = model.model.embed_tokens(torch.tensor(ids))
         embeddings = torch.stack([next(features, words[i]) if token == placeholder else words[i] for i, token in enumerate(ids)])

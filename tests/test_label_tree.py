@@ -5,7 +5,9 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
+from vlm.calibration import Calibration
 from vlm.label_tree import ROOT, Search, build_label_tree
 
 END = 99
@@ -54,8 +56,8 @@ def random_language(seed, classes=40, length=6, tokens=5, sharpness=3.0):
     return [list(response) for response in sorted(responses)], log_probability
 
 
-def run(tree, log_probability, search, room=10_000):
-    """Let a search go on until it is over; returns the nodes that it visited."""
+def run(tree, log_probability, search, room=10_000, opening=0):
+    """Let a search go on until it is over; returns the nodes that it visited. `opening`: nodes that are read with the prompt."""
     path = {ROOT: ()}
     for node, token in enumerate(tree.tokens.tolist()):
         path[node] = path[tree.parents[node]] + (token,)
@@ -65,8 +67,9 @@ def run(tree, log_probability, search, room=10_000):
         below = tree.first if node == ROOT else tree.children[node]
         search.record(below, [log_probability(path[node], int(tree.tokens[child])) for child in below])
 
-    tell(ROOT)
-    search.begin([])
+    for node in range(ROOT, opening):
+        tell(node)
+    search.begin(list(range(opening)))
     while segments := search.next(room):
         for segment in segments:
             for node in segment:
@@ -107,6 +110,94 @@ def test_a_search_that_stops_early_is_wrong_by_no_more_than_it_says(seed, temper
     assert np.abs(softmax(found) - softmax(exact)).max() <= search.unexplored + 1e-12
     assert np.argsort(found)[-2:].tolist() == np.argsort(exact)[-2:].tolist(), "the first two are proven"
     assert len(seen) == len(set(seen))
+
+
+OPENING = (2, 0, 3)  # what all responses of the next tests begin with
+
+
+def opened_language(seed):
+    """A language whose responses have an opening; and what is needed to score it: the sums, those of another language, the lengths."""
+    responses, log_probability = random_language(seed)
+    responses = [[*OPENING, *response] for response in responses]
+    prior = by_hand(responses, random_language(seed + 50)[1])
+    return responses, log_probability, prior
+
+
+def slow_probabilities(kind, responses, log_probability, prior, temperature, bias):
+    """Class by class and token by token."""
+    weights = []
+    for c, response in enumerate(responses):
+        tokens = [log_probability(tuple(response[:k]), token) for k, token in enumerate(response)][len(OPENING) :]
+        score = math.fsum(tokens)
+        if kind == "mean":
+            score = score / len(tokens)
+        elif kind == "prior":
+            score = score - prior[c]
+        weights.append(math.exp(score / temperature + bias[c]))
+    return np.array([weight / math.fsum(weights) for weight in weights])
+
+
+def calibration_of(kind, responses, prior, temperature, bias):
+    lengths = tuple(len(response) - len(OPENING) for response in responses) if kind == "mean" else None
+    return Calibration(temperature, tuple(bias), None, lengths, tuple(prior) if kind == "prior" else None)
+
+
+KINDS = list(itertools.product(("sum", "mean", "prior"), (0.3, 0.8, 1.0, 2.5), (False, True)))
+
+
+@pytest.mark.parametrize(("kind", "temperature", "biased"), KINDS)
+def test_every_kind_of_score_has_a_search_that_is_wrong_by_no_more_than_it_says(kind, temperature, biased):
+    left_out = 0
+    for seed in range(6):
+        responses, log_probability, prior = opened_language(seed)
+        bias = np.random.default_rng(seed).normal(0, 1, len(responses)) if biased else np.zeros(len(responses))
+        calibration = calibration_of(kind, responses, prior, temperature, bias)
+        tree = build_label_tree(responses)
+        search = Search(tree, 1e-2, *calibration.weighting(), proven=2)
+        seen = run(tree, log_probability, search, opening=len(OPENING))
+        left_out += len(tree.inner) - len(OPENING) - len(seen)
+        sums, opening = torch.tensor(search.class_log_probabilities()[None]), torch.tensor([search.opening], dtype=torch.float64)
+        assert search.opening == pytest.approx(by_hand([OPENING], log_probability)[0], abs=1e-12)
+        found = calibration.log_probabilities(sums, opening).exp()[0].numpy()
+        exact = slow_probabilities(kind, responses, log_probability, prior, temperature, bias)
+        assert search.unexplored <= 1e-2
+        assert np.abs(found - exact).max() <= search.unexplored + 1e-12
+        assert np.argsort(found)[-2:].tolist() == np.argsort(exact)[-2:].tolist(), "the first two are proven"
+        whole = Search(tree, 0.0, *calibration.weighting())
+        run(tree, log_probability, whole, opening=len(OPENING))
+        exact_sums = torch.tensor(whole.class_log_probabilities()[None])
+        probabilities = calibration.log_probabilities(exact_sums, torch.tensor([whole.opening], dtype=torch.float64)).exp()[0].numpy()
+        np.testing.assert_allclose(probabilities, exact, rtol=1e-9, atol=1e-15)
+    assert left_out > 0 or temperature > 1, "or the test says little"
+
+
+@pytest.mark.parametrize(("kind", "temperature", "biased"), KINDS)
+def test_no_branch_has_more_weight_than_its_bound(kind, temperature, biased):
+    for seed in range(6):
+        responses, log_probability, prior = opened_language(seed)
+        bias = np.random.default_rng(seed).normal(0, 2, len(responses)) if biased else np.zeros(len(responses))
+        temperatures, offsets = calibration_of(kind, responses, prior, temperature, bias).weighting()
+        tree = build_label_tree(responses)
+        search = Search(tree, 0.0, temperatures, offsets)
+        run(tree, log_probability, search, opening=len(OPENING))
+        weights = search._weights()
+        for node in tree.inner[len(OPENING) :]:
+            assert np.logaddexp.reduce(weights[tree.classes_below(node)]) <= search._bound(node) + 1e-9
+
+
+@pytest.mark.parametrize("temperature", [0.5, 3.0])
+def test_the_bound_of_a_branch_can_be_reached(temperature):
+    """Two classes that share the probability of their branch in the most favorable way."""
+    bias = np.array([0.0, 1.5, -9.0])
+    tree = build_label_tree([[1, 2, END], [1, 3, END], [4, END]])
+    shares = np.linspace(1e-6, 1 - 1e-6, 20_001)
+    largest = -np.inf
+    for share in shares:
+        pair = np.log(0.4 * np.array([share, 1 - share])) / temperature + bias[:2]
+        largest = max(largest, np.logaddexp.reduce(pair))
+    search = Search(tree, 0.0, temperature, bias)
+    search.record([0], [np.log(0.4)])
+    assert tree.tokens[0] == 1 and search._bound(0) == pytest.approx(largest, abs=1e-5)
 
 
 def test_most_nodes_are_left_out_where_one_branch_has_almost_all():

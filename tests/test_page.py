@@ -83,6 +83,7 @@ def everything(results):
     figures = {"nll": [0.61, 0.5, 0.7], "brier": [0.31, 0.2, 0.4], "ece": [0.11, 0.1, 0.2], "accuracy": [accuracy, 0.41, 0.93]}
     bins = [[0.4, 0.5, 6], [0.9, 0.8, 6], [None, None, 0]]
     calibration = {"temperature": 1.75, "before": figures, "after": figures | {"ece": [0.021, 0.01, 0.03]}}
+    calibration |= {"score": "mean", "scores": {"sum": {"nll": 0.4321}, "mean": {"nll": 0.4123}, "prior": {"nll": None}}}
     results["test"] |= {"calibration": calibration | {"reliability": {"before": bins, "after": bins}}, "loss": 0.123456}
     results["test"]["own_metrics"] = {"top two": 0.875, "failed": None, "parts": {"a": 0.625}}
     history = [{"kind": "train", "step": s, "loss": 9 / s} for s in range(1, 90)] + [{"kind": "train", "step": 90, "loss": math.nan}]
@@ -109,6 +110,7 @@ def test_every_part_is_there(tmp_path):
     results, data, predictions = run_of()
     page = page_of(tmp_path / "report.html", everything(results), data, predictions)
     assert page.sections == [name for name, _, _ in SECTIONS]
+    assert "Score of a class: mean. NLL on validation of each, calibrated: sum 0.4321, mean 0.4123." in page.text
     for text in ("76.5%", "23.4%", "31.0%", "41.0% to 93.0%", "0.0210", "0.1100", "1.750", "0.8750", "parts a", "0.1235", "some/model"):
         assert text in page.text, text
     assert {name for name in NAMES if name in page.text} == set(NAMES)

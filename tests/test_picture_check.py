@@ -6,6 +6,7 @@ import torch
 from tiny import random_picture, save_tiny_model, tiny_classifier
 
 from vlm import picture_check
+from vlm.calibration import Scores
 from vlm.data import Sample, Split, balanced_positions
 from vlm.evaluation import score_split
 from vlm.picture_check import check_pictures, other_class_partners
@@ -46,7 +47,7 @@ def test_the_figures_are_those_of_a_run_over_other_pictures(classifier, monkeypa
     """Slowly: every picture that is wanted is put under the label and scored."""
     monkeypatch.setattr(picture_check, "PICTURES", 14)
     first = split_with([0] * COUNT)
-    guesses = score_split(classifier, first).argmax(1).tolist()  # labels that the model gets right, but for every third
+    guesses = score_split(classifier, first).sums.argmax(1).tolist()  # labels that the model gets right, but for every third
     split = split_with([(guess + (i % 3 == 0)) % 7 for i, guess in enumerate(guesses)])
     found = check_pictures(classifier, split, score_split(classifier, split), seed=1)
     chosen = balanced_positions(split.labels, 14, [1, 3])
@@ -56,7 +57,7 @@ def test_the_figures_are_those_of_a_run_over_other_pictures(classifier, monkeypa
 
     def right(pictures):
         scores = score_split(classifier, [Sample(p, s.label, s.name) for p, s in zip(pictures, samples, strict=True)], batch_size=3)
-        return scores.argmax(1).numpy() == labels
+        return scores.sums.argmax(1).numpy() == labels
 
     exchanged = labels[partners] != labels
     assert found["pictures"] == 14 and exchanged.any()
@@ -68,7 +69,7 @@ def test_the_figures_are_those_of_a_run_over_other_pictures(classifier, monkeypa
 
 
 def scores_of(predictions, classes=7):
-    return torch.nn.functional.one_hot(torch.tensor(predictions), classes).float()
+    return Scores(torch.nn.functional.one_hot(torch.tensor(predictions), classes).float(), torch.zeros(len(predictions)))
 
 
 def test_a_model_that_always_says_the_same_is_warned_about(classifier, monkeypatch):

@@ -19,7 +19,8 @@ from typing import NamedTuple
 import pytest
 
 from vlm.checkpoint import prepare_output
-from vlm.config import TUNING_DEFAULTS, parse_arguments, resolve
+from vlm.config import TUNING_DEFAULTS, resolve
+from vlm.flags import parse_arguments
 from vlm.formats import LAYOUTS
 from vlm.metrics import load_metric
 from vlm.prompts import QUESTION, REASONING, SYSTEM

@@ -248,5 +248,5 @@ def test_a_contradiction_between_template_and_format_is_pointed_out(folder, tabl
     printed = capsys.readouterr().err
     assert "--prompt-template asks for answer-first, --response-format says answer-only" in printed
     assert run.classifier.prompts.responses[0] == "Answer: dark"
-    scores = score_split(run.classifier, run.data.test)
+    scores = score_split(run.classifier, run.data.test).sums
     assert scores.shape == (len(run.data.test), 2)

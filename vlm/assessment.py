@@ -5,17 +5,17 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from vlm.calibration import Calibration, coverage_and_accuracy, fit_calibration, pick_threshold
+from vlm.calibration import Calibration, Scores, coverage_and_accuracy, pick_threshold
 from vlm.classifier import VLMClassifier
-from vlm.config import Settings
+from vlm.config import AUTO, Settings
 from vlm.data import Split
 from vlm.evaluation import score_split
 from vlm.families import load_family
 from vlm.features import FeatureCache
 from vlm.probe import compare, probe
 from vlm.reliability import confidence_and_correctness, reliability_bins, reliability_figures
+from vlm.score_choice import choose_score
 from vlm.setup import Run
 from vlm.tracking import note
 
@@ -24,16 +24,17 @@ def calibrate(classifier: VLMClassifier, validation: Split, settings: Settings, 
     """Fit the classifier's calibration and its threshold to the validation split, and set them.
 
     Returns:
-        method, temperature, bias, remarks (list of sentences, also printed); and abstention, see `abstention`, where asked for.
+        method, score, scores (see `choose_score`), temperature, bias, remarks (list of sentences, also printed); and abstention, see
+        `abstention`, where asked for.
     """
     threshold, target = settings.abstain_below, settings.target_precision
-    calibration, remarks, measured = Calibration(), [], None
-    if settings.calibration != "none" or threshold is not None or target is not None:
+    calibration, compared, remarks, measured = Calibration(), {}, [], None
+    if settings.calibration != "none" or settings.score not in (AUTO, "sum") or threshold is not None or target is not None:
         scores = score_split(classifier, validation, settings.eval_batch_size, workers=workers, description="calibrating", tolerance=0.0)
-        calibration, remarks = fit_calibration(scores, validation.labels, settings.calibration)
-        whole = ~scores.isnan().any(1)
+        calibration, compared, remarks = choose_score(classifier, scores, validation.labels, settings.calibration, settings.score)
+        whole = ~scores.sums.isnan().any(1)
         truth = np.array(validation.labels)[whole.numpy()]
-        measured = confidence_and_correctness(calibration.log_probabilities(scores[whole]).numpy(), truth)
+        measured = confidence_and_correctness(calibration.log_probabilities(*scores)[whole].numpy(), truth)
     if target is not None:
         threshold = pick_threshold(*measured, target)
         if threshold is None:
@@ -41,17 +42,18 @@ def calibrate(classifier: VLMClassifier, validation: Split, settings: Settings, 
     for remark in remarks:
         note(remark)
     classifier.calibration = replace(calibration, abstain_below=threshold)
-    result = {"method": settings.calibration, "temperature": calibration.temperature, "bias": calibration.bias, "remarks": remarks}
+    fitted = {"score": calibration.score, "scores": compared, "temperature": calibration.temperature, "bias": calibration.bias}
+    result = {"method": settings.calibration, **fitted, "remarks": remarks}
     if threshold is not None or target is not None:
         known = None if threshold is None else coverage_and_accuracy(*measured, threshold)
         result["abstention"] = {"below": threshold, "target_precision": target, "validation": known}
     return result
 
 
-def add_test_figures(fitted: dict[str, Any], calibration: Calibration, scores: Tensor, labels: Sequence[int], seed: int) -> dict[str, Any]:
+def add_test_figures(fitted: dict[str, Any], calibration: Calibration, scores: Scores, labels: Sequence[int], seed: int) -> dict[str, Any]:
     """What `calibrate` gave, with the test split: `calibration` and, where asked for, `abstention` of `results["test"]`."""
-    after = calibration.log_probabilities(scores).numpy()
-    states = {"before": Calibration().log_probabilities(scores).numpy(), "after": after}
+    after = calibration.log_probabilities(*scores).numpy()
+    states = {"before": Calibration().log_probabilities(*scores).numpy(), "after": after}
     figures = {state: reliability_figures(values, labels, seed=seed) for state, values in states.items()}
     bins = {state: reliability_bins(*confidence_and_correctness(values, labels)) for state, values in states.items()}
     fitted = dict(fitted)

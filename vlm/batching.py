@@ -67,6 +67,23 @@ def vlm_collate_fn(
     }
 
 
+def batch_without_picture(rendered: Rendered) -> dict[str, Any]:
+    """What `vlm_collate_fn` would make, without responses, of one sample that has no picture: the question follows the prefix.
+
+    Tokens around the picture that belong to prefix or question in a family stay there.
+    """
+    ids, none = torch.tensor([[*rendered.question_ids, *rendered.opening_ids]]), torch.empty(0, dtype=torch.long)
+    return {
+        "pixels": {},
+        "input_ids": ids,
+        "targets": torch.full_like(ids, IGNORED),
+        "lengths": torch.tensor([len(rendered.question_ids)]),
+        "labels": torch.tensor([0]),
+        "picture_places": none,
+        "predicting": none,
+    }
+
+
 def places(mask: Tensor) -> Tensor:
     """(B, L) bool -> the places of the true ones in the flattened rows."""
     return mask.flatten().nonzero().squeeze(1)

@@ -1,7 +1,7 @@
-"""Honest probabilities: a temperature, and a bias per class where asked for, fitted on validation data; and the confidence below which
-there is no answer. Both belong to one conversation and one list of classes, and are stored with their key.
+"""Honest probabilities: what is taken as the score of a class; a temperature, and a bias per class where asked for, fitted on validation
+data; and the confidence below which there is no answer. All belong to one conversation and one list of classes, and are stored with a key.
 
-N = pictures, C = classes. The scores (N, C) are log-probabilities of the responses, as `vlm/evaluation.py` gives them.
+N = pictures, C = classes. The sums (N, C) are log-probabilities of the responses, as `vlm/evaluation.py` gives them.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.optimize import brentq, minimize
@@ -24,23 +24,67 @@ COLDEST, HOTTEST = 0.01, 100.0  # bounds of the temperature
 LOWEST_SCORE = -1e4  # relative to the best class; a class that is impossible counts as this
 
 
+class Scores(NamedTuple):
+    """What a model says of N pictures. sums: (N, C) log-probability of each class's scored text (see vlm/responses.py). openings: (N,) that
+    of the tokens which all scored texts begin with, a part of each sum."""
+
+    sums: Tensor
+    openings: Tensor
+
+
 @dataclass(frozen=True)
 class Calibration:
     """What turns scores into probabilities: softmax of scores / temperature + bias.
 
-    bias: one number a class, or None. abstain_below: a prediction whose probability is smaller is none.
+    A score is the sum of a class, or one of two others. lengths: the tokens of each class's scored text behind the opening; the score is
+    the mean over them. prior: the sums of the same conversation without a picture, which are subtracted. bias: one number a class, or None.
+    abstain_below: a prediction whose probability is smaller is none.
     """
 
     temperature: float = 1.0
     bias: tuple[float, ...] | None = None
     abstain_below: float | None = None
+    lengths: tuple[int, ...] | None = None
+    prior: tuple[float, ...] | None = None
 
-    def log_probabilities(self, scores: Tensor) -> Tensor:
-        """(N, C) scores -> (N, C) log-probabilities on the CPU, in float64: so the temperature makes no two classes equal by rounding."""
-        scaled = scores.detach().cpu().double() / self.temperature
+    @property
+    def score(self) -> str:
+        """What is taken as a score: sum, mean or prior."""
+        return "mean" if self.lengths is not None else "prior" if self.prior is not None else "sum"
+
+    def scores(self, sums: Tensor, openings: Tensor | None = None) -> Tensor:
+        """(N, C) what is divided by the temperature, on the CPU, in float64. What is given: see `Scores`; only a mean needs the openings.
+
+        The opening cancels in sum and prior, but would dilute a mean, and differently for each length: it is in neither of its two parts.
+        """
+        scores = sums.detach().cpu().double()
+        if self.lengths is not None:
+            return (scores - openings.detach().cpu().double().unsqueeze(-1)) / scores.new_tensor(self.lengths)
+        return scores if self.prior is None else scores - scores.new_tensor(self.prior)
+
+    def log_probabilities(self, sums: Tensor, openings: Tensor | None = None) -> Tensor:
+        """(N, C) log-probabilities, in float64 on the CPU: so the temperature makes no two classes equal by rounding. Given: `Scores`."""
+        scaled = self.scores(sums, openings) / self.temperature
         if self.bias is not None:
             scaled = scaled + scaled.new_tensor(self.bias)
         return scaled.log_softmax(-1)
+
+    @property
+    def is_temperature(self) -> bool:
+        """Whether the sums are divided by a temperature, and no more."""
+        return self.score == "sum" and self.bias is None
+
+    def weighting(self) -> tuple[np.ndarray, np.ndarray]:
+        """What a search compares classes by: sums behind the opening are divided by the first, and the second is added; one number or (C,).
+
+        A temperature alone is taken as 1 at least, so that the sums are as exact without it. What is left out of the search with the larger
+        one is left out rightly: the true weights are the a-th power, a > 1, of those there, which makes a small share of the total smaller,
+        as long as there are fewer classes than 1 / tolerance.
+        """
+        if self.is_temperature:
+            return np.array(max(1.0, self.temperature)), np.array(0.0)
+        temperature = self.temperature * np.array(self.lengths or 1.0)
+        return temperature, np.array(self.bias or 0.0) - np.array(self.prior or 0.0) / self.temperature
 
     def abstains(self, confidence: float) -> bool:
         return self.abstain_below is not None and confidence < self.abstain_below
@@ -48,7 +92,9 @@ class Calibration:
     def to_json(self, prompts: Prompts) -> dict[str, Any]:
         """What stands in `training_metadata.json`."""
         bias = None if self.bias is None else list(self.bias)
-        return {"temperature": self.temperature, "bias": bias, "abstain_below": self.abstain_below, "key": key_of(prompts)}
+        kind = {name: None if values is None else list(values) for name, values in (("lengths", self.lengths), ("prior", self.prior))}
+        fitted = {"temperature": self.temperature, "bias": bias, "abstain_below": self.abstain_below}
+        return {"score": self.score, **kind, **fitted, "key": key_of(prompts)}
 
     @classmethod
     def from_metadata(cls, metadata: dict[str, Any], prompts: Prompts) -> "Calibration":
@@ -65,8 +111,8 @@ class Calibration:
                 "probabilities are the model's own (temperature 1), and it abstains from nothing."
             )
             return cls()
-        bias = stored.get("bias")
-        return cls(float(stored["temperature"]), None if bias is None else tuple(map(float, bias)), stored.get("abstain_below"))
+        vectors = {name: None if stored.get(name) is None else tuple(stored[name]) for name in ("bias", "lengths", "prior")}
+        return cls(float(stored["temperature"]), abstain_below=stored.get("abstain_below"), **vectors)
 
 
 def key_of(prompts: Prompts) -> str:
@@ -81,10 +127,14 @@ def _is_whole(stored: Any, classes: int) -> bool:
 
     if not isinstance(stored, dict) or not is_number(stored.get("temperature")) or stored["temperature"] <= 0:
         return False
-    bias, threshold = stored.get("bias"), stored.get("abstain_below")
-    return (bias is None or (isinstance(bias, list) and len(bias) == classes and all(map(is_number, bias)))) and (
-        threshold is None or is_number(threshold)
-    )
+    vectors = {name: stored[name] for name in ("bias", "lengths", "prior") if stored.get(name) is not None}  # older folders have no score
+    if not all(isinstance(values, list) and len(values) == classes and all(map(is_number, values)) for values in vectors.values()):
+        return False
+    kinds = [name for name, key in (("mean", "lengths"), ("prior", "prior")) if key in vectors] or ["sum"]
+    if kinds != [stored.get("score", "sum")] or min(vectors.get("lengths", [1])) < 1:
+        return False
+    threshold = stored.get("abstain_below")
+    return threshold is None or is_number(threshold)
 
 
 # Fitting

@@ -49,10 +49,12 @@ class LossOutput(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """scores: (B, C) log-probability of each response. unexplored: (B,) how much the probability of any class can be wrong at most."""
+    """scores: (B, C) log-probability of each response. unexplored: (B,) how much the probability of any class can be wrong at most.
+    openings: (B,) log-probability of the tokens that all responses begin with."""
 
     scores: Tensor
     unexplored: Tensor
+    openings: Tensor
 
 
 @dataclass
@@ -190,10 +192,11 @@ class VLMClassifier(nn.Module):
         """
         ids = batch["input_ids"]
         embeddings = self.family.embed(ids)
-        features = self.family.picture_features(batch["pixels"]).to(embeddings.dtype)
-        if len(batch["picture_places"]) != len(features):
-            raise RuntimeError(f"{len(batch['picture_places'])} picture tokens in the text, {len(features)} picture features")
-        embeddings = embeddings.flatten(0, 1).index_copy(0, batch["picture_places"], features).unflatten(0, ids.shape)
+        if batch["pixels"]:  # else a conversation without a picture
+            features = self.family.picture_features(batch["pixels"]).to(embeddings.dtype)
+            if len(batch["picture_places"]) != len(features):
+                raise RuntimeError(f"{len(batch['picture_places'])} picture tokens in the text, {len(features)} picture features")
+            embeddings = embeddings.flatten(0, 1).index_copy(0, batch["picture_places"], features).unflatten(0, ids.shape)
         start = len(self.rendered.prefix_ids)
         positions, ends = self.family.positions(start, batch)
         if nodes is None:
@@ -256,14 +259,14 @@ class VLMClassifier(nn.Module):
         """Log-probabilities of the scored texts, the most probable branches of the label tree first (see `label_tree.Search`).
 
         Args:
-            tolerance, proven: see `label_tree.Search`; the probabilities are meant as they are and after `calibration`.
+            tolerance, proven: see `label_tree.Search`; the probabilities are meant after `calibration` and, where that is a temperature
+                of the sums alone, as they are, too.
             labels: of each picture a class whose log-probability has to be exact.
         """
         if reading.batch is not None:
             scores = plain.score(self, reading.batch)
-            return Scored(scores, torch.zeros(len(scores)))
-        temperature = max(1.0, self.calibration.temperature)  # a higher one leaves out less
-        bias = None if self.calibration.bias is None else np.array(self.calibration.bias)
+            return Scored(scores, torch.zeros(len(scores)), plain.score_opening(self, reading.batch))
+        temperature, bias = self.calibration.weighting()
         searches = [
             Search(self.tree, tolerance, temperature, bias, label, proven)
             for label in (labels if labels is not None else [None] * len(reading.states))
@@ -271,7 +274,8 @@ class VLMClassifier(nn.Module):
         run_searches(self, reading, searches)
         scores = np.stack([search.class_log_probabilities() for search in searches])
         kind = torch.promote_types(reading.states.dtype, torch.float32)
-        return Scored(torch.from_numpy(scores).to(kind), torch.tensor([search.unexplored for search in searches]))
+        openings = torch.tensor([search.opening for search in searches], dtype=torch.float64)
+        return Scored(torch.from_numpy(scores).to(kind), torch.tensor([search.unexplored for search in searches]), openings)
 
     @torch.no_grad()
     def write(self, reading: Reading, max_new_tokens: int | None = None) -> list[str]:

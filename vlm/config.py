@@ -3,14 +3,11 @@
 Nothing heavy is imported here, so that `--help` answers at once.
 """
 
-import argparse
 import dataclasses
 import math
-import types
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from vlm.errors import UsageError
 from vlm.formats import LAYOUTS, choose_format
@@ -161,6 +158,11 @@ class Settings:
         "temperature", "evaluation", "what is fitted on validation so that the probabilities are true (default: temperature)",
         choices=("temperature", "bias", "none"),
     )  # fmt: skip
+    score: str = _flag(
+        AUTO, "evaluation", "score of a class: log-probability of its response, its mean over the tokens, or it less that without a "
+        "picture; auto is sum unless another is better on validation (default: auto)",
+        choices=(AUTO, "sum", "mean", "prior"),
+    )  # fmt: skip
     abstain_below: float | None = _flag(None, "evaluation", "give no prediction where its probability is below this, such as 0.5")
     target_precision: float | None = _flag(
         None, "evaluation", "instead: the threshold on validation from which this share of the predictions is right, such as 0.95"
@@ -208,6 +210,7 @@ class Settings:
 # Flags that may differ between an interrupted run and the one that goes on from it.
 NOT_PART_OF_THE_RUN = {
     "calibration",
+    "score",
     "probe",
     "no_feature_cache",
     "cache_size",
@@ -223,65 +226,6 @@ NOT_PART_OF_THE_RUN = {
     "use_wandb",
     "wandb_project",
 }
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of `train_vlm.py`, made from the fields of `Settings`."""
-    parser = argparse.ArgumentParser(
-        prog="train_vlm.py",
-        description="Train a small vision-language model to classify pictures.",
-        epilog="Example: python train_vlm.py --demo",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    groups: dict[str, Any] = {}
-    for item in dataclasses.fields(Settings):
-        details = dict(item.metadata)
-        name = details.pop("group")
-        group = groups.setdefault(name, parser if name == "help" else parser.add_argument_group(name))
-        kind = _value_type(item)
-        if kind is bool:
-            details["action"] = "store_true"
-        else:
-            details["type"] = kind
-            if "choices" not in details:
-                details.setdefault("metavar", {int: "N", float: "X"}.get(kind, "TEXT"))
-        group.add_argument("--" + item.name.replace("_", "-"), **details)
-    return parser
-
-
-def _value_type(item: dataclasses.Field) -> type:
-    """The type of one value of a field: `list[str] | None` -> `str`."""
-    kind = item.type
-    if isinstance(kind, types.UnionType):
-        kind = next(k for k in get_args(kind) if k is not type(None))
-    return str if getattr(kind, "__origin__", None) is list else kind
-
-
-def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
-    """The flags that were given, by field name. Wrong usage ends the program with exit code 2.
-
-    `--image_column` is accepted for `--image-column`.
-    """
-    parser = build_parser()
-    known = {option for action in parser._actions for option in action.option_strings}
-    spelled = []
-    for argument in arguments:
-        flag, equals, value = argument.partition("=")
-        hyphenated = flag.replace("_", "-")
-        spelled.append(hyphenated + equals + value if hyphenated in known else argument)
-    given = vars(parser.parse_args(spelled))
-    if "class_names" in given:
-        given["class_names"] = split_names(given["class_names"])
-    return given
-
-
-def split_names(words: list[str]) -> list[str]:
-    """Class names as typed: several words are taken as they are; one string is split at commas, or else at spaces."""
-    if len(words) > 1:
-        return [word.strip(", ") for word in words]
-    separator = "," if "," in words[0] else None
-    return [name.strip() for name in words[0].split(separator) if name.strip()]
 
 
 def resolve(given: dict[str, Any], saved: dict[str, Any] | None = None) -> Settings:

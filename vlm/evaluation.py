@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
-from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
+from vlm.calibration import Scores
 from vlm.classifier import VLMClassifier
 from vlm.data import Split
 from vlm.formats import reasoning_of
@@ -29,8 +29,8 @@ def score_split(
     workers: int = 0,
     description: str = "evaluating",
     tolerance: float = TOLERANCE,
-) -> Tensor:
-    """(N, C) log-probability of each class's scored text (see vlm/responses.py), on the CPU.
+) -> Scores:
+    """The sums of N samples (log-probability of each class's scored text, see vlm/responses.py) and their openings, on the CPU.
 
     Args:
         indices: these samples only.
@@ -38,7 +38,7 @@ def score_split(
     """
     samples = split if indices is None else Subset(split, indices)
     if not len(samples):
-        return torch.empty(0, len(classifier.class_names))
+        return Scores(torch.empty(0, len(classifier.class_names)), torch.empty(0))
     loader = DataLoader(
         samples, batch_size, collate_fn=classifier.collate(with_response=False), num_workers=workers, generator=torch.Generator()
     )
@@ -49,10 +49,11 @@ def score_split(
             parts = []
             for batch in progress(loader, len(loader), description, unit="batches"):
                 labels = batch["labels"].tolist()
-                parts.append(classify(classifier, send_to_device(batch, classifier.device), tolerance, labels=labels).scores)
+                found = classify(classifier, send_to_device(batch, classifier.device), tolerance, labels=labels)
+                parts.append((found.scores.cpu(), found.openings.cpu()))
     finally:
         classifier.train(was_training)
-    return torch.cat(parts)
+    return Scores(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
 def evaluate_vlm_model(
@@ -78,14 +79,14 @@ def evaluate_vlm_model(
 
 
 def metrics_of_scores(
-    classifier: VLMClassifier, labels: Sequence[int], scores: Tensor, metrics: Sequence[Callable[..., Any]] = ()
+    classifier: VLMClassifier, labels: Sequence[int], scores: Scores, metrics: Sequence[Callable[..., Any]] = ()
 ) -> dict[str, Any]:
-    """What `evaluate_vlm_model` returns, from (N, C) log-probabilities of the responses."""
+    """What `evaluate_vlm_model` returns, from what `score_split` gave."""
     truth = torch.as_tensor(list(labels))
-    log_probabilities = classifier.calibration.log_probabilities(scores).numpy()
+    log_probabilities = classifier.calibration.log_probabilities(*scores).numpy()
     names = list(classifier.class_names)
     result = classification_metrics(truth.numpy(), log_probabilities, names)
-    response = scores.gather(1, truth.unsqueeze(1)).sum()
+    response = scores.sums.gather(1, truth.unsqueeze(1)).sum()
     result["loss"] = float(-response / classifier.tree.lengths[truth.numpy()].sum())
     if metrics:
         probabilities = np.exp(log_probabilities)
@@ -109,7 +110,7 @@ def check_texts(classifier: VLMClassifier, split: Split, batch_size: int = 8, co
     for batch in progress(loader, len(loader), "writing texts", unit="batches"):
         batch = send_to_device(batch, classifier.device)
         found = classify(classifier, batch)
-        best = classifier.calibration.log_probabilities(found.scores).argmax(-1).tolist()
+        best = classifier.calibration.log_probabilities(found.scores, found.openings).argmax(-1).tolist()
         predictions += [classifier.class_names[i] for i in best]
         free += write_freely(classifier, found.reading) if found.texts is None else found.texts
         constrained += explain(classifier, batch, found, best)
@@ -134,5 +135,6 @@ def explanations(classifier: VLMClassifier, split: Split, indices: Sequence[int]
     for batch in progress(loader, len(loader), "writing explanations", unit="batches"):
         batch = send_to_device(batch, classifier.device)
         found = classify(classifier, batch)
-        texts += explain(classifier, batch, found, classifier.calibration.log_probabilities(found.scores).argmax(-1).tolist())
+        best = classifier.calibration.log_probabilities(found.scores, found.openings).argmax(-1).tolist()
+        texts += explain(classifier, batch, found, best)
     return texts

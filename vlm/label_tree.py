@@ -130,8 +130,8 @@ class Search:
 
     Args:
         tolerance: stop when the classes that were not visited have, together, no more than this share of the probability; 0 visits all.
-        temperature, bias: what the log-probabilities are divided by, and (C,) what is added then, before they are compared: the
-            tolerance is meant for the probabilities that come out.
+        temperature, bias: what the log-probabilities behind the opening are divided by, and what is added then, each one number or (C,),
+            before they are compared: the tolerance is meant for the probabilities that come out (see `Calibration.weighting`).
         label: a class that is visited whatever its probability.
         proven: so many of the most probable classes have to be known to be these.
     """
@@ -140,18 +140,19 @@ class Search:
         self,
         tree: LabelTree,
         tolerance: float,
-        temperature: float = 1.0,
-        bias: np.ndarray | None = None,
+        temperature: float | np.ndarray = 1.0,
+        bias: float | np.ndarray = 0.0,
         label: int | None = None,
         proven: int = 1,
     ):
         self.tree = tree
         self.tolerance = tolerance
-        self.temperature = temperature
-        self.bias = np.zeros(len(tree.leaves)) if bias is None else bias
+        self.temperature = np.broadcast_to(temperature, tree.leaves.shape)
+        self.bias = np.broadcast_to(bias, tree.leaves.shape)
         self.required = -1 if label is None else int(tree.leaves[label])
         self.proven = min(proven, len(tree.leaves))
         self.reached = np.full(len(tree.tokens), np.nan)  # log-probability of the path up to and with each node
+        self.opening = 0.0  # that of the nodes that all responses begin with
         self.open: dict[int, float] = {}  # inner nodes that may be visited next, with a bound of the log-weight below
 
     def record(self, nodes: Sequence[int], log_probabilities: Sequence[float]) -> None:
@@ -168,6 +169,8 @@ class Search:
 
     def begin(self, opening: Sequence[int]) -> None:
         """The prompt was run, and with it the nodes that all responses begin with."""
+        if opening:
+            self.opening = float(self.reached[opening[-1]])
         for node in self.tree.children[opening[-1]] if opening else self.tree.first:
             self._open(node)
 
@@ -178,17 +181,20 @@ class Search:
     def _bound(self, node: int) -> float:
         """Logarithm of the largest weight, exp(log-probability / temperature + bias), that the classes below a node can have together.
 
-        Their probabilities add up to no more than that of the node; above a temperature of 1 the sum of the weights is largest when they
-        are equal, below it when one class has all.
+        Behind the opening, their probabilities p add up to no more than that of the node, P. None is above 1, so p ** (1 / temperature)
+        is largest with the highest temperature below, t. With 1 / t = a < 1, the sum of p ** a * exp(bias) is at most, by Hoelder's
+        inequality, P ** a * (sum of exp(bias / (1 - a))) ** (1 - a), which is reached; with a >= 1 one class has all at best.
         """
         classes = self.tree.classes_below(node)
-        spread = max(0.0, 1 - 1 / self.temperature) * np.log(len(classes))
-        return float(self.reached[node] / self.temperature + spread + self.bias[classes].max())
+        share, bias = 1 / self.temperature[classes].max(), self.bias[classes]
+        rest = 1 - share
+        spread = rest * np.logaddexp.reduce(bias / rest) if rest > 0 else bias.max()
+        return float((self.reached[node] - self.opening) * share + spread)
 
     def _weights(self) -> np.ndarray:
         """(C,) log-weights of the classes that were visited, else -inf."""
         reached = self.reached[self.tree.leaves]
-        return np.where(np.isnan(reached), -np.inf, reached / self.temperature + self.bias)
+        return np.where(np.isnan(reached), -np.inf, (reached - self.opening) / self.temperature + self.bias)
 
     @property
     def unexplored(self) -> float:

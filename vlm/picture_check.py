@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
+from vlm.calibration import Scores
 from vlm.classifier import VLMClassifier
 from vlm.data import Sample, Split, balanced_positions
 from vlm.evaluation import score_split
@@ -15,14 +15,14 @@ GRAY = (128, 128, 128)
 STANDARD_ERRORS = 2
 
 
-def check_pictures(classifier: VLMClassifier, split: Split, scores: Tensor, batch_size: int = 8, seed: int = 0) -> dict[str, Any]:
+def check_pictures(classifier: VLMClassifier, split: Split, scores: Scores, batch_size: int = 8, seed: int = 0) -> dict[str, Any]:
     """Accuracy on at most 64 pictures, of the classes in turn: as they are, exchanged, and gray.
 
     All samples have the same texts, so what the model says of a picture under another label is what it has said of it already: the
     exchange takes no forward pass. A gray picture is scored once for each size that occurs.
 
     Args:
-        scores: (N, C) of the whole split, as from `score_split`.
+        scores: of the whole split, as from `score_split`.
 
     Returns:
         pictures: how many. accuracy: with their own pictures. shuffled: with the picture of a sample of another class, far below chance
@@ -31,7 +31,7 @@ def check_pictures(classifier: VLMClassifier, split: Split, scores: Tensor, batc
     """
     chosen = np.array(balanced_positions(split.labels, PICTURES, [seed, 3]))
     labels = np.array(split.labels)[chosen]
-    predictions = classifier.calibration.log_probabilities(scores).argmax(1).numpy()[chosen]
+    predictions = classifier.calibration.log_probabilities(*scores).argmax(1).numpy()[chosen]
     right = predictions == labels
     partners = other_class_partners(labels, np.random.default_rng([seed, 4]))
     exchanged = labels[partners] != labels
@@ -72,7 +72,7 @@ def _gray_predictions(classifier: VLMClassifier, sizes: list[tuple[int, int]], b
     different = sorted(set(sizes))
     pictures = [Sample(Image.new("RGB", size, GRAY), 0, f"a gray picture of {size[0]} x {size[1]}") for size in different]
     scores = score_split(classifier, pictures, batch_size, description="gray pictures")
-    predictions = classifier.calibration.log_probabilities(scores).argmax(1).tolist()
+    predictions = classifier.calibration.log_probabilities(*scores).argmax(1).tolist()
     found = dict(zip(different, predictions, strict=True))
     return np.array([found[size] for size in sizes])
 

@@ -58,6 +58,17 @@ def log_probabilities(logits: Tensor, row: list[int], count: int) -> Tensor:
 
 
 @torch.no_grad()
+def score_opening(classifier: Any, batch: dict[str, Any]) -> Tensor:
+    """(B,) log-probability of the tokens that all scored texts begin with, of a batch made without responses."""
+    prompts, opening = whole_rows(classifier, batch), classifier.rendered.opening_ids
+    if not opening:
+        return torch.zeros(len(prompts))
+    rows = [prompt + opening for prompt in prompts]
+    logits = run(classifier, rows, [count + len(opening) for count in begun_responses(batch)], batch["pixels"])
+    return torch.stack([log_probabilities(logits[i], row, len(opening)) for i, row in enumerate(rows)])
+
+
+@torch.no_grad()
 def score(classifier: Any, batch: dict[str, Any], classes: range | None = None) -> Tensor:
     """(B, C) log-probability of each class's scored text, by one forward a class, of a batch made without responses."""
     responses = [classifier.rendered.scored_ids[c] for c in classes or range(len(classifier.class_names))]

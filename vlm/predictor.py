@@ -182,7 +182,7 @@ def _predict(model: VLMClassifier, batch: dict[str, Any], explain: bool, toleran
         model.eval()
     batch = send_to_device(batch, model.device)
     found = classify(model, batch, tolerance)
-    probabilities = model.calibration.log_probabilities(found.scores).exp()
+    probabilities = model.calibration.log_probabilities(found.scores, found.openings).exp()
     predictions = probabilities.argmax(-1).tolist()
     texts = explain_predictions(model, batch, found, predictions) if explain else [""] * len(predictions)
     results = []

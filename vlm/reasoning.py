@@ -25,12 +25,14 @@ class Classified:
     """What is known of a batch of pictures.
 
     scores: (B, C) log-probability of each class's scored text (see vlm/responses.py). unexplored: (B,) how much the probability of a class
-    can be wrong at most. reading: of the pictures and questions.
+    can be wrong at most. openings: (B,) log-probability of the tokens that all scored texts begin with. reading: of the pictures and
+    questions.
     texts: what the model wrote freely, where its reasoning comes before the answer; else None.
     """
 
     scores: Tensor
     unexplored: Tensor
+    openings: Tensor
     reading: Reading
     texts: list[str] | None = None
 

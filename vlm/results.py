@@ -19,6 +19,7 @@ from vlm.page import PAGE, Prediction, shown_pictures, write_page
 from vlm.picture_check import check_pictures
 from vlm.predictor import load_model_and_metadata
 from vlm.report import confusion_matrix, format_table, per_class_table, reliability_diagram, training_curves
+from vlm.scoring import TOLERANCE
 from vlm.setup import Run
 from vlm.tracking import note
 
@@ -40,7 +41,8 @@ def finish(run: Run, progress: Progress, metrics: Sequence[Callable[..., Any]]) 
     calibration = {"calibration": classifier.calibration.to_json(classifier.prompts)}
     write_json(output / "best_model" / METADATA, metadata | calibration)
     started = time.monotonic()
-    scores = score_split(classifier, data.test, settings.eval_batch_size, workers=run.workers, description="testing")
+    tolerance = TOLERANCE if classifier.calibration.is_temperature else 0.0  # other searches say nothing of what was before calibration
+    scores = score_split(classifier, data.test, settings.eval_batch_size, workers=run.workers, description="testing", tolerance=tolerance)
     test = metrics_of_scores(classifier, data.test.labels, scores, metrics)
     seconds = time.monotonic() - started
     test |= add_test_figures(fitted, classifier.calibration, scores, data.test.labels, settings.seed)
@@ -55,7 +57,7 @@ def finish(run: Run, progress: Progress, metrics: Sequence[Callable[..., Any]]) 
     if results["picture_check"]["warning"]:
         note(results["picture_check"]["warning"])
     _draw(run, progress, test)
-    probabilities = classifier.calibration.log_probabilities(scores).exp().numpy()
+    probabilities = classifier.calibration.log_probabilities(*scores).exp().numpy()
     write_page(output / PAGE, results, data, explained_predictions(classifier, data.test, probabilities, settings.eval_batch_size))
     write_json(output / METADATA, run.metadata | calibration | {"test": {"accuracy": test["accuracy"], "macro_f1": test["macro_f1"]}})
     if settings.demo:
@@ -153,6 +155,9 @@ def _confidence_rows(test: dict[str, Any]) -> list[tuple[str, str]]:
     before, after = calibration["before"], calibration["after"]
     changes = ", ".join(f"{name} {before[key][0]:.4f} -> {after[key][0]:.4f}" for name, key in (("ECE", "ece"), ("NLL", "nll")))
     rows = [("calibration", f"temperature {calibration['temperature']:.3f}, {changes}")]
+    if calibration["score"] != "sum":
+        compared = ", ".join(f"{name} {figures['nll']:.4f}" for name, figures in calibration["scores"].items())
+        rows.append(("score", calibration["score"] + (f", NLL on validation: {compared}" if compared else "")))
     abstention = test.get("abstention")
     if abstention and abstention["test"]:
         shares = []

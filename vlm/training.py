@@ -17,6 +17,7 @@ from accelerate.utils import gather_object, send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from vlm.calibration import Scores
 from vlm.checkpoint import METADATA, Progress, load_state, prepare_output, read_state, save_model_folder, save_state, write_json
 from vlm.config import Settings
 from vlm.data import Split, Step, epoch_plan
@@ -238,16 +239,17 @@ class Trainer:
         self.progress.zero_shot = {name: metrics[name] for name in ("accuracy", "nll", "macro_f1")}
         note(f"before the training: test accuracy {metrics['accuracy']:.4f}")
 
-    def _scores(self, split: Split, description: str = "validating") -> Tensor:
-        """(N, C), every process scoring its share."""
+    def _scores(self, split: Split, description: str = "validating") -> Scores:
+        """Of the whole split, every process scoring its share."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         with self.accelerator.autocast():
             part = score_split(
                 self.run.classifier, split, self.settings.eval_batch_size, range(rank, len(split), world), self.run.workers, description
             )
-        scores = torch.empty(len(split), len(self.run.classifier.class_names), dtype=part.dtype)
+        scores = Scores(*(values.new_empty(len(split), *values.shape[1:]) for values in part))
         for other, theirs in enumerate(gather_object([part])):
-            scores[other::world] = theirs
+            for values, share in zip(scores, theirs, strict=True):
+                values[other::world] = share
         return scores
 
     def _save(self) -> None:

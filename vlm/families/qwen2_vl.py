@@ -182,6 +182,8 @@ class Qwen2VLFamily(Family):
 
         The text goes on behind the larger of rows and columns, as if the picture were that many tokens long.
         """
+        if not batch["pixels"]:
+            return super().positions(start, batch)
         grid = batch["pixels"]["image_grid_thw"] // self.processor.image_processor.merge_size
         rows, columns = grid[:, 1:2], grid[:, 2:3]
         count, extent = rows * columns, torch.maximum(rows, columns)

@@ -160,7 +160,7 @@ def metrics(content: Content) -> Markup:
     best = content.results.get("validation", {}).get("accuracy")
     rows.append(["Validation accuracy", *_measured(best, None, bool(before))])
     head = ["test split", "value", "95% interval"] + (["before calibration"] if before else [])
-    notes = [_text_line(content), _temperature_line(content)]
+    notes = [_text_line(content), _temperature_line(content), _score_line(content)]
     return join([table(head, [row for row in rows if row[1] != "–"]), *(element("p", n, class_="quiet") for n in notes if n)])
 
 
@@ -181,6 +181,13 @@ def _text_line(content: Content) -> str | None:
 def _temperature_line(content: Content) -> str | None:
     temperature = triple(content.calibration.get("temperature"))
     return f"The probabilities are calibrated with a temperature of {temperature[0]:.3f}." if temperature else None
+
+
+def _score_line(content: Content) -> str | None:
+    """Which score was taken, and what the others would have given."""
+    known = [(name, triple(figures.get("nll"))) for name, figures in (content.calibration.get("scores") or {}).items()]
+    compared = ", ".join(f"{name} {nll[0]:.4f}" for name, nll in known if nll)
+    return f"Score of a class: {content.calibration.get('score')}. NLL on validation of each, calibrated: {compared}." if compared else None
 
 
 def reliability(content: Content) -> Markup | None:
