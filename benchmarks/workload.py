@@ -26,6 +26,7 @@ from vlm.config import Settings, resolve
 from vlm.data import Sample, Step
 from vlm.demo import CHAT_TEMPLATE, build_model, build_processor
 from vlm.families import load_family
+from vlm.families.base import TOWER_FEATURES
 from vlm.features import open_cache
 from vlm.prompts import Prompts, build_prompts
 from vlm.registry import MODELS
@@ -34,7 +35,7 @@ from vlm.training import Trainer
 from vlm.tuning import trained_parameters
 
 CACHE_GB = 20.0
-PEAK_STEPS, PEAK_RATE, SURE, LARGEST_LOGIT = 400, 3e-3, 0.99, 30.0
+PEAK_STEPS, SURE, LARGEST_LOGIT = 1000, 0.998, 30.0
 MODEL = "HuggingFaceTB/SmolVLM-256M-Instruct"
 LAYERS = {"full": (30, 12), "quick": (5, 2), "tiny": (2, 1)}  # of language model and vision tower
 TINY_VISION = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
@@ -285,89 +286,41 @@ def keep_features(result: VLMClassifier, samples: list[Sample]) -> VLMClassifier
 
 
 def peak(options: argparse.Namespace, result: VLMClassifier) -> None:
-    """Make the model sure of the responses, as a fine-tuned one is: a class half as frequent as the one before, and all that follows its name.
+    """Make the model sure of the first class and of every word of its response, as a fine-tuned one is of an easy picture.
 
-    The last two layers and the norm behind them are trained with AdamW, on what the layers below, which stay as they are, make of one
-    picture and of the response of each class: that is computed once. Half of the responses of a step are drawn by frequency; the other half
-    in turn, for the tokens behind the name alone: they say it again, whatever it was. It ends when each of these has had `SURE` in
-    five steps. What was trained is kept in the cache folder.
+    The last two layers and the norm behind them are trained with AdamW on that response behind one picture, until all of it together has
+    the probability `SURE`. What was trained is kept in the cache folder.
+
+    Raises:
+        RuntimeError: it is not sure after `PEAK_STEPS`.
     """
     model, count = result.model, len(result.class_names)
-    language = result.family.language
-    layers = language.layers
-    first = max(0, len(layers) - 2)
-    trained = torch.nn.ModuleDict({"norm": language.norm} | {str(i): layers[i] for i in range(first, len(layers))})
+    layers, norm = result.family.language.layers, result.family.language.norm
+    trained = torch.nn.ModuleDict({"norm": norm} | {str(i): layers[i] for i in range(max(0, len(layers) - 2), len(layers))})
     file = kept(options, f"peaked_{options.size}_{count}_{len(result.rendered.prefix_ids)}.safetensors")
     if file.is_file():
         trained.load_state_dict(load_file(file))
         return
-    states, prompt = _below(result, layers[first], noise(0, PICTURE[options.size]))
-    responses = torch.tensor(result.rendered.response_ids)
-    length, decided = responses.shape[1], torch.tensor([_decided(result, label) for label in range(count)])
     trained.requires_grad_(True)
     head = model.get_output_embeddings().weight
     with torch.no_grad():  # random embeddings are so short that no logit could stand out
-        language.norm.weight.fill_(LARGEST_LOGIT / (float(head.norm(dim=-1).mean()) * head.shape[1] ** 0.5))
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=PEAK_RATE, weight_decay=0.0, fused=True)
-    language.layers, sure = torch.nn.ModuleList(layers[first:]), [0.0] * 5
+        norm.weight.fill_(LARGEST_LOGIT / (float(head.norm(dim=-1).mean()) * head.shape[1] ** 0.5))
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
+    picture = noise(0, PICTURE[options.size])
+    features = result.family.tower_features(result.family.encode_pictures([picture]).inputs)
+    batch = result.collate(with_response=True)([Sample(picture, 0, "noise")])
+    batch["pixels"] = {TOWER_FEATURES: features}
     model.train()
-    for number in range(PEAK_STEPS):
-        rarer = 2 + ((number + 1) & -(number + 1)).bit_length() - 1  # 2 in every second step, 3 in every fourth, and so on
-        labels = torch.tensor([min(label, count - 1) for label in (0, 0, 1, rarer)] + [(4 * number + i) % count for i in range(4)])
-        rows = prompt + labels.unsqueeze(1) * length + torch.arange(length)
-        chosen = torch.cat([torch.arange(prompt), rows.flatten()])
-        hidden = result.family.run_language(states[:, chosen], *_packed(prompt, len(labels), length))[0]
-        before = torch.cat([torch.full((len(labels), 1), prompt - 1), prompt + torch.arange(rows.numel()).view(rows.shape)[:, :-1]], dim=1)
-        behind = torch.arange(length) > decided[labels].unsqueeze(1)
-        counted = behind.clone()
-        counted[:4] = True
-        losses = torch.nn.functional.cross_entropy(
-            result.family.logits(hidden[before[counted]]), responses[labels][counted], reduction="none"
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = PEAK_RATE * min(1.0, (number + 1) / 5)
-        losses.mean().backward()
+    for _ in range(PEAK_STEPS):
+        out = result(batch)
+        if float(torch.exp(-out.loss.detach())) > SURE:
+            break
+        (out.loss / out.tokens).backward()
         torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        sure = [*sure[1:], float(torch.exp(-losses.detach())[behind[counted]].min())]
-        if min(sure) > SURE:
-            break
-    language.layers = layers
+    else:
+        raise RuntimeError(f"the model is not sure of a response after {PEAK_STEPS} steps")
     trained.requires_grad_(False)
     result.eval()
     save_file(trained.state_dict(), file)
-
-
-@torch.no_grad()
-def _below(result: VLMClassifier, layer: torch.nn.Module, picture: Image.Image) -> tuple[Tensor, int]:
-    """(1, K + classes x tokens, D) what reaches a layer of the prompt with a picture and of the responses behind it, and K, the prompt's tokens."""
-    family = result.family
-    batch = result.collate(with_response=False)([Sample(picture, 0, "noise")])
-    prefix = len(result.rendered.prefix_ids)
-    ids = torch.cat([torch.tensor([result.rendered.prefix_ids]), batch["input_ids"], torch.tensor([sum(result.rendered.response_ids, [])])], dim=1)
-    embeddings = family.embed(ids)
-    embeddings[0, prefix + batch["picture_places"]] = family.picture_features(batch["pixels"])
-    prompt = prefix + batch["input_ids"].shape[1]
-    caught: list[Tensor] = []
-    hook = layer.register_forward_pre_hook(lambda _, arguments: caught.append(arguments[0]))
-    family.run_language(embeddings, *_packed(prompt, len(result.class_names), len(result.rendered.response_ids[0])))
-    hook.remove()
-    return caught[0], prompt
-
-
-def _packed(prompt: int, count: int, length: int) -> tuple[Tensor, None, Tensor]:
-    """Positions, no cache, and the mask of one row: a prompt, then responses that see the prompt and themselves."""
-    positions = torch.cat([torch.arange(prompt), prompt + torch.arange(length).repeat(count)]).unsqueeze(0)
-    response = torch.cat([torch.full((prompt,), -1), torch.arange(count).repeat_interleave(length)])
-    mine = (response[:, None] == response) | (response < 0)
-    return positions, None, (mine & torch.ones_like(mine).tril())[None, None]
-
-
-def _decided(result: VLMClassifier, label: int) -> int:
-    """At which token of its response a class is told from all others."""
-    tree = result.tree
-    node = int(tree.leaves[label])
-    while tree.parents[node] >= 0 and len(tree.classes_below(int(tree.parents[node]))) == 1:
-        node = int(tree.parents[node])
-    return int(tree.depths[node])
