@@ -297,7 +297,10 @@ def peak(options: argparse.Namespace, result: VLMClassifier) -> None:
     model, count = result.model, len(result.class_names)
     layers, norm = result.family.language.layers, result.family.language.norm
     trained = torch.nn.ModuleDict({"norm": norm} | {str(i): layers[i] for i in range(max(0, len(layers) - 2), len(layers))})
-    file = kept(options, f"peaked_{options.size}_{count}_{len(result.rendered.prefix_ids)}.safetensors")
+    picture = noise(0, PICTURE[options.size])
+    batch = result.collate(with_response=True)([Sample(picture, 0, "noise")])
+    lengths = f"{len(result.rendered.prefix_ids)}_{batch['input_ids'].shape[1]}"  # a picture of another size has other tokens
+    file = kept(options, f"peaked_{options.size}_{count}_{lengths}.safetensors")
     if file.is_file():
         trained.load_state_dict(load_file(file))
         return
@@ -306,10 +309,7 @@ def peak(options: argparse.Namespace, result: VLMClassifier) -> None:
     with torch.no_grad():  # random embeddings are so short that no logit could stand out
         norm.weight.fill_(LARGEST_LOGIT / (float(head.norm(dim=-1).mean()) * head.shape[1] ** 0.5))
     optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
-    picture = noise(0, PICTURE[options.size])
-    features = result.family.tower_features(result.family.encode_pictures([picture]).inputs)
-    batch = result.collate(with_response=True)([Sample(picture, 0, "noise")])
-    batch["pixels"] = {TOWER_FEATURES: features}
+    batch["pixels"] = {TOWER_FEATURES: result.family.tower_features(batch["pixels"])}
     model.train()
     for _ in range(PEAK_STEPS):
         out = result(batch)
