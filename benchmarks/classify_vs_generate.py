@@ -5,7 +5,8 @@ python benchmarks/classify_vs_generate.py --output benchmarks/results/classify_v
 
 Both read the same picture files in one batch: `predict_batch` gives the probability of every class, `generate()` 40 greedy tokens of a
 response of 43. Ours runs at native size, at 256 pixels, and with cached vision features; the text at native size. The weights are peaked
-(trained a few dozen steps on the responses, and sure of one class), the best case for a search of the label tree, or random, the worst.
+(trained until they are sure of one class's response, see `workload.peak`), as a fine-tuned model is of an easy picture, or random: the
+worst case for a search of the label tree, which has to visit all of it.
 In the same run the probabilities are compared with one plain forward a class, and the text with the program's own.
 """
 

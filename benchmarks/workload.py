@@ -35,6 +35,7 @@ from vlm.training import Trainer
 from vlm.tuning import trained_parameters
 
 CACHE_GB = 20.0
+PEAK_STEPS, SURE, LARGEST_LOGIT = 1000, 0.998, 30.0
 MODEL = "HuggingFaceTB/SmolVLM-256M-Instruct"
 LAYERS = {"full": (30, 12), "quick": (5, 2), "tiny": (2, 1)}  # of language model and vision tower
 TINY_VISION = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
@@ -260,7 +261,7 @@ def classifier(
     """A classifier ready to predict.
 
     Args:
-        peaked: with weights that were trained a little on the responses (see `peak`).
+        peaked: with weights that were trained on the responses (see `peak`).
         tokens: of the prefix. pictures: picture options of the family.
     """
     family = load_family(model_folder(options), torch.float32, torch.device("cpu"), pictures)
@@ -284,38 +285,42 @@ def keep_features(result: VLMClassifier, samples: list[Sample]) -> VLMClassifier
     return result
 
 
-def peak(options: argparse.Namespace, result: VLMClassifier, steps: int = 40) -> None:
-    """Make the model sure of the responses, as a fine-tuned one is: of the words around a class, and of one class.
+def peak(options: argparse.Namespace, result: VLMClassifier) -> None:
+    """Make the model sure of the first class and of every word of its response, as a fine-tuned one is of an easy picture.
 
-    The last two layers and the norm behind them are trained a few dozen steps with AdamW, a class half as frequent as the one before. So
-    short a training does not learn that later mentions repeat the first: the preference counts at each. What was trained is kept in the
-    cache folder.
+    The last two layers and the norm behind them are trained with AdamW on that response behind one picture, until all of it together has
+    the probability `SURE`. What was trained is kept in the cache folder.
+
+    Raises:
+        RuntimeError: it is not sure after `PEAK_STEPS`.
     """
     model, count = result.model, len(result.class_names)
-    layers = result.family.language.layers
-    parts = {"norm": result.family.language.norm} | {str(i): layers[i] for i in range(max(0, len(layers) - 2), len(layers))}
-    trained = torch.nn.ModuleDict(parts)
-    file = kept(options, f"peaked_{options.size}_{count}_{len(result.rendered.prefix_ids)}.safetensors")
+    layers, norm = result.family.language.layers, result.family.language.norm
+    trained = torch.nn.ModuleDict({"norm": norm} | {str(i): layers[i] for i in range(max(0, len(layers) - 2), len(layers))})
+    picture = noise(0, PICTURE[options.size])
+    batch = result.collate(with_response=True)([Sample(picture, 0, "noise")])
+    lengths = f"{len(result.rendered.prefix_ids)}_{batch['input_ids'].shape[1]}"  # a picture of another size has other tokens
+    file = kept(options, f"peaked_{options.size}_{count}_{lengths}.safetensors")
     if file.is_file():
         trained.load_state_dict(load_file(file))
         return
     trained.requires_grad_(True)
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=3e-3, weight_decay=0.0, fused=True)
-    picture = noise(0, PICTURE[options.size])
-    features = result.family.tower_features(result.family.encode_pictures([picture]).inputs)
+    head = model.get_output_embeddings().weight
+    with torch.no_grad():  # random embeddings are so short that no logit could stand out
+        norm.weight.fill_(LARGEST_LOGIT / (float(head.norm(dim=-1).mean()) * head.shape[1] ** 0.5))
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
+    batch["pixels"] = {TOWER_FEATURES: result.family.tower_features(batch["pixels"])}
     model.train()
-    for number in range(steps):
-        rarer = 3 + ((number + 1) & -(number + 1)).bit_length() - 1  # 3 in every second step, 4 in every fourth, and so on
-        labels = [min(label, count - 1) for label in (0, 0, 0, 0, 1, 1, 2, rarer)]
-        batch = result.collate(with_response=True)([Sample(picture, label, "noise") for label in labels])
-        batch["pixels"] = {TOWER_FEATURES: features.expand(len(labels), -1, -1)}
-        for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min(1.0, (number + 1) / 5) * (1 - number / steps)
+    for _ in range(PEAK_STEPS):
         out = result(batch)
+        if float(torch.exp(-out.loss.detach())) > SURE:
+            break
         (out.loss / out.tokens).backward()
         torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+    else:
+        raise RuntimeError(f"the model is not sure of a response after {PEAK_STEPS} steps")
     trained.requires_grad_(False)
     result.eval()
     save_file(trained.state_dict(), file)

@@ -256,6 +256,7 @@ def test_a_search_is_as_exact_as_it_says_and_leaves_nodes_out(folder, monkeypatc
     reading = classifier.read(batch_of(classifier, [0, 1, 2, 3], with_response=False))
     exact = classifier.score(reading)
     visited = []
+    monkeypatch.setattr(scoring, "PASS_COST", 0)  # or it would visit so small a tree at once
     run = scoring._State.run
     monkeypatch.setattr(scoring._State, "run", lambda self, nodes: visited.extend(map(len, nodes)) or run(self, nodes))
     classifier.calibration = Calibration(**options)
@@ -268,6 +269,42 @@ def test_a_search_is_as_exact_as_it_says_and_leaves_nodes_out(folder, monkeypatc
     assert ours.argmax(-1).tolist() == theirs.argmax(-1).tolist()
     rows = torch.arange(4)
     torch.testing.assert_close(found.scores[rows, rows], exact[rows, rows], rtol=0, atol=1e-9)
+
+
+def passes_of(classifier, reading, monkeypatch, **search):
+    """Nodes of each picture in each pass of a search, and what it found."""
+    passes = []
+    run = scoring._State.run
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring._State, "run", lambda self, nodes: passes.append(list(map(len, nodes))) or run(self, nodes))
+        return passes, classifier.search(reading, **search)
+
+
+def test_what_is_left_of_a_tree_is_visited_at_once_where_that_costs_no_more_than_another_pass(folder, monkeypatch):
+    classifier = tiny_classifier(folder, torch.float64).eval()
+    reading = classifier.read(batch_of(classifier, [0, 1, 2], with_response=False))
+    inner = len(classifier.tree.inner) - len(classifier.rendered.opening_ids)
+    monkeypatch.setattr(scoring, "PASS_COST", 3 * inner)
+    whole, found = passes_of(classifier, reading, monkeypatch, tolerance=0.5)
+    assert whole == [[inner] * 3]
+    torch.testing.assert_close(found.scores, classifier.score(reading), rtol=0, atol=0)
+    assert (found.unexplored == 0).all()
+    monkeypatch.setattr(scoring, "PASS_COST", 0)
+    best_first, exact = passes_of(classifier, reading, monkeypatch, tolerance=1e-12)
+    assert len(best_first) > 1 and max(best_first[0]) < inner, "best first, or the test says little"
+    torch.testing.assert_close(exact.scores, found.scores, rtol=0, atol=1e-9)
+    monkeypatch.setattr(scoring, "NODES_AT_ONCE", inner)
+    monkeypatch.setattr(scoring, "PASS_COST", 10**6)
+    small, _ = passes_of(classifier, reading, monkeypatch, tolerance=1e-12)
+    assert max(map(max, small)) < inner, "a pass stays as small as it has to be"
+
+
+def test_a_visit_of_the_whole_tree_is_one_pass_where_there_is_room(folder, monkeypatch):
+    classifier = tiny_classifier(folder).eval()
+    monkeypatch.setattr(scoring, "PASS_COST", 0)
+    reading = classifier.read(batch_of(classifier, [0, 1], with_response=False))
+    passes, _ = passes_of(classifier, reading, monkeypatch, tolerance=0.0)
+    assert len(passes) == 1
 
 
 def test_searches_in_small_passes_that_drop_what_is_finished_are_the_same(folder, monkeypatch):

@@ -200,6 +200,42 @@ def test_the_bound_of_a_branch_can_be_reached(temperature):
     assert tree.tokens[0] == 1 and search._bound(0) == pytest.approx(largest, abs=1e-5)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_classes_with_more_than_the_tolerance_are_visited_and_the_first_one_is_proven(seed):
+    responses, log_probability = random_language(seed)
+    search = Search(build_label_tree(responses), 1e-2)
+    run(search.tree, log_probability, search)
+    exact = by_hand(responses, log_probability)
+    visited = ~np.isnan(search.reached[search.tree.leaves])
+    assert visited[softmax(exact) > 1e-2].all() and not visited.all()
+    assert search.class_log_probabilities().argmax() == exact.argmax()
+
+
+@pytest.mark.parametrize("visited_first", [0, 1, 2])
+def test_the_rest_is_each_node_that_was_not_visited_once_parents_first(visited_first):
+    responses, log_probability = random_language(0, classes=60)
+    tree = build_label_tree(responses)
+    search = Search(tree, 1e-9)
+    search.record(tree.first, [log_probability((), int(tree.tokens[node])) for node in tree.first])
+    search.begin([])
+    path = {ROOT: ()}
+    for node, token in enumerate(tree.tokens.tolist()):
+        path[node] = path[tree.parents[node]] + (token,)
+    seen = []
+    for _ in range(visited_first):
+        for segment in search.next(5):
+            for node in segment:
+                search.record(tree.children[node], [log_probability(path[node], int(tree.tokens[child])) for child in tree.children[node]])
+            seen += segment
+            search.visited(segment)
+    rest = [node for segment in search.rest() for node in segment]
+    assert sorted(seen + rest) == tree.inner and len(rest) == search.left
+    known = set(seen)
+    for node in rest:
+        assert tree.parents[node] == ROOT or tree.parents[node] in known
+        known.add(node)
+
+
 def test_most_nodes_are_left_out_where_one_branch_has_almost_all():
     responses, log_probability = random_language(0, classes=300, sharpness=8.0)
     tree = build_label_tree(responses)

@@ -66,6 +66,23 @@ class LabelTree:
             nodes.append(below[0])
         return nodes
 
+    @cached_property
+    def _inner_before(self) -> np.ndarray:
+        """(T + 1,) how many nodes that predict something come before each."""
+        return np.concatenate([[0], np.cumsum([bool(below) for below in self.children])])
+
+    def inner_below(self, node: int) -> int:
+        """How many nodes at or below a node predict something: what a visit of its whole branch runs."""
+        return int(self._inner_before[self.ends[node]] - self._inner_before[node])
+
+    def segments_below(self, node: int) -> list[list[int]]:
+        """The segments of the whole branch of an inner node, parents before children."""
+        found, starts = [], [node]
+        while starts:
+            found.append(self.segment(starts.pop()))
+            starts += [below for below in self.children[found[-1][-1]] if self.children[below]]
+        return found
+
     def sees(self, nodes: np.ndarray, others: np.ndarray) -> np.ndarray:
         """(..., N, M) bool: whether each of `nodes` (..., N) is one of `others` (..., M) or comes below it; -1 is no node."""
         nodes, others = nodes[..., :, None], others[..., None, :]
@@ -133,7 +150,8 @@ class Search:
         temperature, bias: what the log-probabilities behind the opening are divided by, and what is added then, each one number or (C,),
             before they are compared: the tolerance is meant for the probabilities that come out (see `Calibration.weighting`).
         label: a class that is visited whatever its probability.
-        proven: so many of the most probable classes have to be known to be these.
+        proven: so many of the most probable classes have to be known to be these, however improbable. Those with more than the tolerance
+            are in any case: they were visited, and what was not visited has less.
     """
 
     def __init__(
@@ -219,6 +237,15 @@ class Search:
                 break
             chosen.append(segment)
         return chosen
+
+    @property
+    def left(self) -> int:
+        """How many nodes a visit of all that was not visited would run."""
+        return sum(map(self.tree.inner_below, self.open))
+
+    def rest(self) -> list[list[int]]:
+        """The segments of all that was not visited, parents before children."""
+        return [segment for node in self.open for segment in self.tree.segments_below(node)]
 
     def _wanted(self) -> list[int]:
         """The open nodes that have to be visited by what is known now, the most probable first."""

@@ -4,6 +4,7 @@ B = pictures whose search goes on, N = nodes of one pass, A = nodes of earlier p
 opening, R = nodes of a pass over all pictures, D = width, V = vocabulary.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,8 +16,9 @@ from vlm.label_tree import LabelTree, Search
 from vlm.prefix import expand
 
 TOLERANCE = 1e-4  # how much a probability may be wrong at most
-PROVEN = 2  # the prediction and the next best, which are what people are shown
+PROVEN = 1  # the prediction; of the others those with more than the tolerance are proven anyway
 NODES_AT_ONCE = 2048  # of all pictures in one pass
+PASS_COST = 80  # nodes on a CPU: what a pass costs beside its nodes (docs/experiments.md); elsewhere far more, so NODES_AT_ONCE
 NODES_KEPT = 4096  # of all pictures, between passes; above, those that no open branch goes through are dropped
 LOGITS_AT_ONCE = 2**25  # elements of one block of logits: 128 MiB in float32
 
@@ -29,7 +31,7 @@ def run_searches(classifier: Any, reading: Any, searches: Sequence[Search]) -> N
     """
     _record_opening(classifier, reading, searches)
     state = _State(classifier, reading)
-    while True:
+    for number in itertools.count(1):
         room = max(1, NODES_AT_ONCE // max(1, len(state.pictures)))
         chosen = [searches[picture].next(room) for picture in state.pictures]
         going_on = [i for i, segments in enumerate(chosen) if segments]
@@ -37,15 +39,37 @@ def run_searches(classifier: Any, reading: Any, searches: Sequence[Search]) -> N
             return
         if len(going_on) < len(chosen):
             state.keep_pictures(going_on)
+        active = [searches[picture] for picture in state.pictures]
         segments = [chosen[i] for i in going_on]
+        if _all_at_once(active, segments, room, number * _pass_cost(reading.states.device)):
+            segments = [search.rest() for search in active]
         nodes = [[node for segment in some for node in segment] for some in segments]
         hidden = state.run(nodes)
-        active = [searches[picture] for picture in state.pictures]
         _record(classifier, active, nodes, hidden)
         for search, some in zip(active, segments, strict=True):
             for segment in some:
                 search.visited(segment)
         state.drop_finished(active)
+
+
+def _pass_cost(device: torch.device) -> int:
+    return PASS_COST if device.type == "cpu" else NODES_AT_ONCE
+
+
+def _all_at_once(searches: Sequence[Search], segments: Sequence[Sequence[Sequence[int]]], room: int, spare: int) -> bool:
+    """Whether to visit all that is left, in place of the segments that the searches want.
+
+    What is wanted may be enough, or more passes may have to follow; that is known only afterwards. So the nodes that a visit of all runs in
+    addition, over the batch with its padding, may cost as much as the passes up to and with this one cost beside their nodes. Whichever
+    of the two ways would have been the better one, about twice its cost is the most that is paid.
+
+    Args:
+        room: nodes a picture in one pass. spare: the fixed costs of these passes, in nodes.
+    """
+    whole = max(search.left for search in searches)
+    wanted = max(sum(map(len, some)) for some in segments)
+    certain = all(search.tolerance == 0 for search in searches)  # all will be visited in any case
+    return whole <= room and (certain or len(searches) * (whole - wanted) <= spare)
 
 
 def _record_opening(classifier: Any, reading: Any, searches: Sequence[Search]) -> None:
