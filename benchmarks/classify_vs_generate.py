@@ -112,13 +112,16 @@ def main() -> int:
     parser = common.parser(__doc__)
     parser.add_argument("--classes", type=int, nargs="+", metavar="N", help="up to 100 (default: 15 100; --quick: 15)")
     parser.add_argument("--batch-size", type=int, metavar="N", help="pictures (default: 8; --quick: 2)")
-    parser.add_argument("--weights", nargs="+", choices=("peaked", "random"), help="(default: both; --quick: peaked)")
+    parser.add_argument(
+        "--weights", nargs="+", choices=("peaked", "random"), help="(default: both, random for the fewest classes alone; --quick: peaked)"
+    )
     options = common.start(parser.parse_args())
     quick = options.size == "quick"
     options.batch_size = options.batch_size or (2 if quick else 8)
     rows = []
-    for classes in options.classes or CLASSES[options.size]:
-        for weights in options.weights or (["peaked"] if quick else ["peaked", "random"]):
+    counts = options.classes or CLASSES[options.size]
+    for classes in counts:
+        for weights in options.weights or ("peaked", "random")[: 1 if quick or classes > min(counts) else 2]:
             rows += compare(options, classes, weights == "peaked")
     return common.report(
         options, rows, all(row["agrees"] for row in rows), goals=GOALS, new_tokens=NEW_TOKENS, batch_size=options.batch_size

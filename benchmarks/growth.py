@@ -22,7 +22,7 @@ from vlm.predictor import predict_batch
 
 SERIES = {
     "full": {"pictures": [4, 8, 16, 32], "classes": [5, 20, 50, 100], "prefix": [100, 200, 400, 800], "batch": [1, 2, 4, 8]},
-    "quick": {"pictures": [2, 4], "classes": [5, 40], "prefix": [100, 800], "batch": [1, 4]},
+    "quick": {"pictures": [2, 4, 8], "classes": [5, 20, 80], "prefix": [100, 300, 900], "batch": [1, 2, 4]},
     "tiny": {"pictures": [2, 4], "classes": [2, 10], "prefix": [30, 90], "batch": [1, 2]},
 }
 

@@ -5,7 +5,7 @@ python benchmarks/memory_vs_trl.py --output benchmarks/results/memory_vs_trl.jso
 
 Each side is a process of its own that loads model and pictures and makes two optimizer steps, without a comparison or anything of another
 side. What is given is the peak of the whole process (`ru_maxrss`), libraries and all. Ours includes the filling of the feature cache, which
-is emptied before each process.
+is emptied before each process. One round unless more are asked for: the peak of the same work hardly varies.
 """
 
 import argparse
@@ -75,7 +75,9 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int, metavar="N", help="pictures of a step (default: 8; full: 2; --quick: 2)")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="(default: all)")
     parser.add_argument("--measure", nargs=2, metavar=("SIDE", "TUNE"), help="one measurement, in this process, as JSON")
-    options = common.start(parser.parse_args())
+    options = parser.parse_args()
+    options.rounds = options.rounds or 1  # the peak of the same work hardly varies
+    options = common.start(options)
     if options.measure:
         print("\n" + json.dumps(measure(options, *options.measure)))
         return 0
@@ -83,7 +85,7 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     for tune in options.tune or (["lora"] if options.size == "quick" else list(GOALS)):
         peaks: dict[str, list[float]] = {side: [] for side in options.sides}
-        for _ in range(1 if options.size == "quick" else options.rounds):
+        for _ in range(options.rounds):
             shutil.rmtree(options.cache / "features", ignore_errors=True)
             for side in options.sides:
                 peaks[side].append(peak(options, side, tune))

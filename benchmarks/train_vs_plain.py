@@ -16,7 +16,7 @@ import common
 import torch
 import workload
 from torch import Tensor
-from train_vs_trl import BATCH_SIZES, GOALS, cases, row
+from train_vs_trl import BATCH_SIZES, add_options, cases, row
 
 from vlm.batching import IGNORED, vlm_collate_fn
 from vlm.config import Settings
@@ -97,8 +97,7 @@ def compare(options: argparse.Namespace, tune: str, cached: bool) -> dict[str, A
 
 def main() -> int:
     parser = common.parser(__doc__)
-    parser.add_argument("--tune", nargs="+", choices=list(GOALS), help="modes to compare (default: all; --quick: lora)")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="pictures of a step (default: 8; full: 2; --quick: 2)")
+    add_options(parser)
     options = common.start(parser.parse_args())
     rows = [compare(options, *case) for case in cases(options)]
     return common.report(options, rows, all(r["agrees"] for r in rows), goals=PLAIN_GOALS)

@@ -71,16 +71,23 @@ def row(tune: str, batch_size: int, cached: bool, seconds: dict[str, list[float]
 
 
 def cases(options: argparse.Namespace) -> list[tuple[str, bool]]:
-    """Tuning modes, each with and without the feature cache where there can be one (--quick: with)."""
-    quick = options.size == "quick"
-    modes = options.tune or (["lora"] if quick else list(GOALS))
-    return [(tune, cached) for tune in modes for cached in (True, False) if not (cached and tune == "full") and (cached or not quick)]
+    """Tuning modes, each with the feature cache where there can be one, and without it where that was asked for."""
+    found = []
+    for tune in options.tune or (["lora"] if options.size == "quick" else list(GOALS)):
+        found += [(tune, True)] if tune != "full" else []
+        found += [(tune, False)] if tune == "full" or options.uncached else []
+    return found
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tune", nargs="+", choices=list(GOALS), help="modes to compare (default: all; --quick: lora)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="pictures of a step (default: 8; full: 2; --quick: 2)")
+    parser.add_argument("--uncached", action="store_true", help="also without the cache of vision features")
 
 
 def main() -> int:
     parser = common.parser(__doc__)
-    parser.add_argument("--tune", nargs="+", choices=list(GOALS), help="modes to compare (default: all; --quick: lora)")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="pictures of a step (default: 8; full: 2; --quick: 2)")
+    add_options(parser)
     options = common.start(parser.parse_args())
     try:
         import trl

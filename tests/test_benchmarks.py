@@ -45,7 +45,7 @@ def benchmark(monkeypatch, tmp_path_factory):
 @WITH_TRL
 @pytest.mark.filterwarnings("ignore")
 def test_train_vs_trl(benchmark):
-    rows = benchmark("train_vs_trl", "--tune", "lora")["rows"]
+    rows = benchmark("train_vs_trl", "--tune", "lora", "--uncached")["rows"]
     assert [(row["tuning"], row["feature cache"]) for row in rows] == [("lora", "yes"), ("lora", "no")]
 
 
