@@ -9,7 +9,7 @@ from tiny import random_picture
 
 from vlm.data import Data, Split
 from vlm.metrics import classification_metrics
-from vlm.page import SECTIONS, Prediction, content, sections, shown_pictures, write_page
+from vlm.page import SECTIONS, Prediction, content, matrix, sections, shown_pictures, top, write_page
 from vlm.page.charts import MOST_POINTS, Axis, Line, axis_around, line_chart
 from vlm.page.content import wilson_interval
 from vlm.page.markup import VOID, Markup, class_name, element, shorten
@@ -205,6 +205,54 @@ def test_many_classes_give_a_page_of_bounded_size_that_says_what_it_leaves_out(t
     assert (f"{sections.MOST_ROWS} of {classes:,} classes" in page.text) == (classes > sections.MOST_ROWS)
     assert (f"{sections.MOST_SAMPLES} of {classes:,} classes" in page.text) == (classes > sections.MOST_SAMPLES)
     assert names[0] not in page.text and shorten(names[0], 40) in page.text
+
+
+def test_the_matrix_of_many_classes_tells_right_from_wrong_and_names_its_axes(tmp_path):
+    counts = np.array([[3, 1, 0], [0, 4, 0], [2, 2, 0]])
+    pixels = np.array(matrix._pixels(counts))
+    assert {tuple(pixels[i, i, :3]) for i in (0, 1)} == {matrix.RIGHT}
+    assert {tuple(pixels[i, j, :3]) for i, j in ((0, 1), (2, 0))} == {matrix.WRONG}
+    assert (pixels[..., 3] > 0).tolist() == (counts > 0).tolist() and pixels[1, 1, 3] == 255 > pixels[0, 0, 3] > pixels[0, 1, 3]
+    for classes, each in ((31, 1), (95, 3)):
+        page = page_of(tmp_path / "report.html", *run_of([f"color {i:03d}" for i in range(classes)], each=2))
+        named = page.source.split('class="axis top"')[1].split("<img")[0]
+        shown = [i for i in range(classes) if f">color {i:03d}</span>" in named]
+        assert shown == list(range(0, classes, each)) and named.count("color") == 2 * len(shown), "above and at the left"
+        assert {"key right", "key wrong"} <= {a.get("class") for a in page.all("i")}
+        assert (f"One in {each} is named." in page.text) == (each > 1)
+
+
+def verdict_of(counts):
+    names = [f"color {i}" for i in range(len(counts))]
+    data = Data(split([0]), split([0]), split([0]), names, edge=8)
+    return top.verdict(content.Content({"test": {"confusion_matrix": counts}}, data, []))
+
+
+def test_the_headline_names_what_a_collapsed_model_answers():
+    always = np.zeros((100, 100), int)
+    always[:, 57] = 1
+    assert "The model answers <" in verdict_of(always) and ">color 57</span> for 100 of 100 pictures." in verdict_of(always)
+    assert "No mistake was made twice" not in verdict_of(always)
+    assert ">color 1</span> for 100 of 100 pictures." in verdict_of([[0, 50], [0, 50]])
+    assert ">color 2</span> for 60 of 120 pictures." in verdict_of([[20, 0, 20, 0], [0, 10, 20, 0], [0, 0, 20, 0], [0, 10, 0, 20]])
+
+
+@pytest.mark.parametrize(
+    ("counts", "words"),
+    [
+        ([[90, 0], [10, 0]], "Most frequent mistake: "),  # nine of ten pictures are of that class
+        ([[30, 20], [5, 45]], "Most frequent mistake: "),
+        ([[9, 1, 0], [0, 10, 0], [0, 0, 10]], "No mistake was made twice."),
+    ],
+)
+def test_the_headline_of_any_other_model_names_its_mistake(counts, words):
+    assert words in verdict_of(counts) and "The model answers" not in verdict_of(counts)
+
+
+@pytest.mark.parametrize(("classes", "wide"), [(3, False), (16, True), (40, True)])
+def test_a_matrix_that_is_wider_than_a_phone_says_so_there(tmp_path, classes, wide):
+    page = page_of(tmp_path / "report.html", *run_of([f"name {i}" for i in range(classes)]))
+    assert (matrix.SWIPE in page.text) is wide
 
 
 def test_a_picture_that_has_gone_leaves_a_gap(tmp_path):

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from vlm.data import Split
 from vlm.page.charts import Axis, Line, axis_around, line_chart
@@ -14,7 +13,6 @@ from vlm.page.markup import (
     Markup,
     bar,
     class_name,
-    data_address,
     element,
     facts,
     interval,
@@ -24,8 +22,9 @@ from vlm.page.markup import (
     table,
     thumbnail,
 )
+from vlm.page.matrix import matrix
 from vlm.pictures import UnreadablePicture
-from vlm.report import MOST_CLASSES_WITH_COUNTS, series, smooth, wants_log_scale
+from vlm.report import series, smooth, wants_log_scale
 
 MOST_SAMPLES = 48  # classes with a picture in the section on the data
 MOST_ROWS = 100  # classes in the table of classes
@@ -52,46 +51,11 @@ def comparison(content: Content) -> Markup | None:
 
 
 def confusion(content: Content) -> Markup:
-    """The matrix, up to 30 classes with counts, and the most frequent confusions."""
+    """The matrix and the most frequent confusions."""
     pairs = content.confusions
     rows = [[join([class_name(a, 24), " taken for ", class_name(b, 24)]), f"{n:,} of {s:,}"] for a, b, n, s in pairs]
     frequent = table(["most frequent mistakes", "pictures"], rows) if rows and len(content.names) > 2 else None
-    matrix = _matrix_table(content) if len(content.names) <= MOST_CLASSES_WITH_COUNTS else _matrix_picture(content)
-    return element("div", matrix, frequent, class_="side")
-
-
-def _matrix_table(content: Content) -> Markup:
-    names = [class_name(name, 18) for name in content.names]
-    head = element("tr", element("td"), *(element("th", n, scope="col") for n in names))
-    rows = []
-    for i, (name, counts) in enumerate(zip(names, content.counts.tolist(), strict=True)):
-        total = max(sum(counts), 1)
-        cells = [
-            element("td", count or "", class_=_cell_class(i == j, count / total), style=f"--s:{count / total:.3f}" if count else None)
-            for j, count in enumerate(counts)
-        ]
-        rows.append(element("tr", element("th", name, scope="row"), *cells))
-    caption = "Rows: true class; columns: prediction. Blue: right, orange: wrong; the stronger, the larger the share of the true class."
-    body = element("table", element("thead", head), element("tbody", *rows), class_="matrix")
-    return element("figure", element("div", body, class_="scroll"), element("figcaption", caption))
-
-
-def _cell_class(right: bool, share: float) -> str | None:
-    if not share:
-        return None
-    return ("right" if right else "wrong") + (" strong" if share > 0.5 else "")
-
-
-def _matrix_picture(content: Content) -> Markup:
-    """One pixel a cell, in one color that is the more opaque the larger the share: it suits light and dark."""
-    shares = content.counts / np.maximum(content.counts.sum(axis=1, keepdims=True), 1)
-    values = np.where(content.counts > 0, 40 + shares * 215, 0).astype(np.uint8)  # a single picture is seen, too
-    image = Image.fromarray(values, "P")
-    image.putpalette([43, 108, 196] * 256)
-    address = data_address(image, "PNG", transparency=bytes(range(256)), optimize=True)
-    alt = f"Confusion matrix of {len(content.names):,} classes: rows are the true classes, columns the predicted ones."
-    caption = f"{len(content.names):,} classes in their order, rows: true class, columns: prediction. All counts are in results.json."
-    return element("figure", element("img", src=address, alt=alt, class_="matrix coarse"), element("figcaption", caption))
+    return element("div", matrix(content), frequent, class_="side")
 
 
 def mistakes(content: Content) -> Markup:

@@ -34,12 +34,15 @@ def headline(content: Content) -> Markup:
 
 
 def verdict(content: Content) -> Markup:
-    """One line: how many are right, what guessing gives, and the most frequent mistake."""
+    """One line: how many are right, what guessing gives, and the answer that a collapsed model gives or the most frequent mistake."""
     correct, total = int(content.counts.trace()), int(content.counts.sum())
     name, share = content.majority
     guess = ["Right on ", f"{correct:,} of {total:,} test pictures; always answering ", class_name(name), f" gives {percent(share)}. "]
     if correct == total:
         return join([*guess, "There is no mistake."])
+    if content.favorite:
+        answer, count = content.favorite
+        return join([*guess, "The model answers ", class_name(answer), f" for {count:,} of {total:,} pictures."])
     truth, wrong, count, support = content.confusions[0]
     if count == 1:
         return join([*guess, "No mistake was made twice."])
