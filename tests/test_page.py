@@ -2,6 +2,7 @@
 
 import math
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -253,6 +254,14 @@ def test_the_headline_of_any_other_model_names_its_mistake(counts, words):
 def test_a_matrix_that_is_wider_than_a_phone_says_so_there(tmp_path, classes, wide):
     page = page_of(tmp_path / "report.html", *run_of([f"name {i}" for i in range(classes)]))
     assert (matrix.SWIPE in page.text) is wide
+
+
+def test_calibration_has_the_colors_of_the_picture_beside(tmp_path):
+    results, data, predictions = run_of()
+    chart = sections.reliability(content.Content(everything(results), data, predictions))
+    assert 'class="second"></i>before calibration' in chart and 'class="first"></i>after calibration' in chart
+    css = (Path(sections.__file__).parent / "style.css").read_text()
+    assert ".second { stroke: rgb(var(--orange))" in css and ".first { stroke: rgb(var(--blue))" in css
 
 
 def test_a_picture_that_has_gone_leaves_a_gap(tmp_path):

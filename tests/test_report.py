@@ -180,6 +180,8 @@ def test_the_reliability_diagram_shows_every_bin_before_and_after(tmp_path, draw
     axes = drawn[0].axes[0]
     points = [collection.get_offsets().tolist() for collection in axes.collections]
     assert points == [[[0.9, lowest], [0.99, 1.0]], [[0.95, 1.0]]]
+    blue = [color[2] > color[0] for color in (collection.get_facecolor()[0] for collection in axes.collections)]
+    assert blue == [False, True], "orange before and blue after, as on the page"
     assert axes.get_xlim() == axes.get_ylim() and begin - 0.05 < axes.get_xlim()[0] < begin < 1 < axes.get_xlim()[1]
     assert texts(axes)[1:] == [f"{state} calibration: ECE 0.100 (0.050 to 0.200)" for state in bins]
     assert not axes.get_legend().get_window_extent().overlaps(axes.get_window_extent())

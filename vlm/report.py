@@ -25,6 +25,7 @@ MOST_CLASSES_WITH_COUNTS = 30  # above, a count in each cell could not be read
 MOST_TICK_LABELS = 100
 LONGEST_NAME = 24  # characters, on the axes of the confusion matrix
 TRAIN_COLOR, VALIDATION_COLOR, BEST_COLOR = "tab:blue", "tab:orange", "tab:red"
+BEFORE_COLOR, AFTER_COLOR = "tab:orange", "tab:blue"  # calibration, as on the page
 
 
 def training_curves(history: Sequence[dict[str, Any]], path: str | Path, best_step: int | None = None) -> None:
@@ -165,7 +166,7 @@ def reliability_diagram(calibration: dict[str, Any], path: str | Path) -> None:
     start = math.floor(10 * min(points.min(), 0.9)) / 10
     limits = (start - 0.03 * (1 - start), 1 + 0.03 * (1 - start))
     axes.plot([0, 1], [0, 1], color="gray", linestyle="--", linewidth=1, label="as right as it is sure")
-    for state, color, marker in (("before", TRAIN_COLOR, "s"), ("after", VALIDATION_COLOR, "o")):
+    for state, color, marker in (("before", BEFORE_COLOR, "s"), ("after", AFTER_COLOR, "o")):
         confidence, accuracy, count = np.array(calibration["reliability"][state], dtype=float).T
         value, low, high = calibration[state]["ece"]
         label = f"{state} calibration: ECE {value:.3f} ({low:.3f} to {high:.3f})"
