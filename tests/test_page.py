@@ -256,6 +256,21 @@ def test_a_matrix_that_is_wider_than_a_phone_says_so_there(tmp_path, classes, wi
     assert (matrix.SWIPE in page.text) is wide
 
 
+@pytest.mark.parametrize(
+    ("tower", "words"),
+    [
+        ("frozen", "on the same vision tower, which is frozen"),
+        ("before the training", "on the vision tower as it was before the training"),
+        ("random weights", "when its weights were random"),
+        (None, "on the vision tower<"),
+    ],
+)
+def test_the_probe_names_the_tower_it_was_fitted_on(tower, words):
+    results, data, predictions = run_of()
+    results["probe"] = {"accuracy": [0.7, 0.6, 0.8], "tower": tower}
+    assert words in sections.comparison(content.Content(results, data, predictions))
+
+
 def test_calibration_has_the_colors_of_the_picture_beside(tmp_path):
     results, data, predictions = run_of()
     chart = sections.reliability(content.Content(everything(results), data, predictions))

@@ -207,6 +207,16 @@ def format_table(rows: Sequence[Sequence[Any]], headers: Sequence[str] | None = 
     return "\n".join("  ".join(map(_pad, line, widths, numeric)).rstrip() for line in lines)
 
 
+def probed_tower(tower: str | None) -> str:
+    """In words, which vision tower the probe was fitted on; `tower` as `probe` in results.json has it."""
+    known = {
+        "frozen": "the same vision tower, which is frozen",
+        "before the training": "the vision tower as it was before the training",
+        "random weights": "the vision tower before the training, when its weights were random",
+    }
+    return known.get(tower, "the vision tower")
+
+
 def per_class_table(metrics: dict[str, Any]) -> str:
     """The table of what `classification_metrics` gives: one line a class, then the averages of F1 and the accuracy."""
     rows: list[tuple[Any, ...]] = [

@@ -18,7 +18,7 @@ from vlm.evaluation import check_texts, explanations, metrics_of_scores, score_s
 from vlm.page import PAGE, Prediction, shown_pictures, write_page
 from vlm.picture_check import check_pictures
 from vlm.predictor import load_model_and_metadata
-from vlm.report import confusion_matrix, format_table, per_class_table, reliability_diagram, training_curves
+from vlm.report import confusion_matrix, format_table, per_class_table, probed_tower, reliability_diagram, training_curves
 from vlm.scoring import TOLERANCE
 from vlm.setup import Run
 from vlm.tracking import note
@@ -145,9 +145,8 @@ def _probe_row(probe: dict[str, Any] | None) -> list[tuple[str, str]]:
     if probe is None:
         return []
     value, low, high = probe["accuracy"]
-    tower = {"frozen": "the frozen vision tower", "random weights": "the vision tower's first, random weights"}
-    of = tower.get(probe["tower"], f"the vision tower {probe['tower']}")
-    return [("accuracy of the probe", f"{value:.4f}  ({low:.4f} to {high:.4f}, linear classifier on {of})")]
+    tower = probed_tower(probe["tower"])
+    return [("accuracy of the probe", f"{value:.4f}  ({low:.4f} to {high:.4f}, logistic regression on {tower})")]
 
 
 def _confidence_rows(test: dict[str, Any]) -> list[tuple[str, str]]:

@@ -24,7 +24,7 @@ from vlm.page.markup import (
 )
 from vlm.page.matrix import matrix
 from vlm.pictures import UnreadablePicture
-from vlm.report import series, smooth, wants_log_scale
+from vlm.report import probed_tower, series, smooth, wants_log_scale
 
 MOST_SAMPLES = 48  # classes with a picture in the section on the data
 MOST_ROWS = 100  # classes in the table of classes
@@ -33,11 +33,11 @@ MOST_ROWS = 100  # classes in the table of classes
 def comparison(content: Content) -> Markup | None:
     """The accuracy beside that of cheaper answers; None where there is only the most frequent class to compare with."""
     results = content.results
-    check = results.get("picture_check") or {}
+    check, probe = results.get("picture_check") or {}, results.get("probe") or {}
     subset = f"on {check['pictures']:,} pictures" if check.get("pictures") else "on some pictures"
     rows = [
         ("This model", None, content.accuracy),
-        ("Linear probe", "logistic regression on the same vision tower", triple((results.get("probe") or {}).get("accuracy"))),
+        ("Linear probe", f"logistic regression on {probed_tower(probe.get('tower'))}", triple(probe.get("accuracy"))),
         ("Zero-shot", "the same model before training", triple((results.get("zero_shot") or {}).get("accuracy"))),
         ("Other picture", f"pictures shuffled, {subset}", triple(check.get("shuffled"))),
         ("No picture", f"a gray one, {subset}", triple(check.get("gray"))),
