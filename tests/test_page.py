@@ -271,6 +271,25 @@ def test_the_probe_names_the_tower_it_was_fitted_on(tower, words):
     assert words in sections.comparison(content.Content(results, data, predictions))
 
 
+def test_a_precision_that_no_threshold_reaches_stands_at_the_top(tmp_path):
+    results, data, predictions = run_of(each=100)
+    results["test"]["abstention"] = {"below": None, "target_precision": 0.95, "validation": None, "test": None}
+    shown = content.Content(results, data, predictions)
+    assert any("95% of the predictions on validation" in line and "answers every picture" in line for line in top.concerns(shown))
+    kept = {"coverage": 0.75, "accuracy": 1.0}
+    results["test"]["abstention"] = {"below": 0.5, "target_precision": 0.95, "validation": kept, "test": kept}
+    assert top.concerns(shown) == [] and "75.0% of the test pictures" in sections.metrics(shown)
+
+
+def test_what_was_not_calibrated_is_not_shown_twice(tmp_path):
+    results, data, predictions = run_of()
+    results = everything(results)
+    assert "before calibration" in sections.metrics(content.Content(results, data, predictions))
+    results["test"]["calibration"] |= {"temperature": 1.0, "score": "sum"}
+    shown = sections.metrics(content.Content(results, data, predictions))
+    assert "before calibration" not in shown and "nothing was calibrated" in shown
+
+
 def test_calibration_has_the_colors_of_the_picture_beside(tmp_path):
     results, data, predictions = run_of()
     chart = sections.reliability(content.Content(everything(results), data, predictions))

@@ -25,6 +25,7 @@ from vlm.page.markup import (
 from vlm.page.matrix import matrix
 from vlm.pictures import UnreadablePicture
 from vlm.report import probed_tower, series, smooth, wants_log_scale
+from vlm.summary import abstention_line, is_calibrated
 
 MOST_SAMPLES = 48  # classes with a picture in the section on the data
 MOST_ROWS = 100  # classes in the table of classes
@@ -112,7 +113,7 @@ def per_class(content: Content) -> Markup:
 
 def metrics(content: Content) -> Markup:
     test, after = content.test, content.calibration.get("after", {})
-    before = content.calibration.get("before", {})
+    before = content.calibration.get("before", {}) if is_calibrated(content.calibration) else {}
     known = (
         ("Accuracy", "accuracy", content.accuracy), ("Macro F1", "macro_f1", None), ("Weighted F1", "weighted_f1", None),
         ("NLL, nats a picture", "nll", None), ("Brier score", "brier", None), ("ECE", "ece", None), ("Loss, nats a token", "loss", None),
@@ -124,7 +125,7 @@ def metrics(content: Content) -> Markup:
     best = content.results.get("validation", {}).get("accuracy")
     rows.append(["Validation accuracy", *_measured(best, None, bool(before))])
     head = ["test split", "value", "95% interval"] + (["before calibration"] if before else [])
-    notes = [_text_line(content), _temperature_line(content), _score_line(content)]
+    notes = [_text_line(content), _temperature_line(content), _score_line(content), _abstention_line(content)]
     return join([table(head, [row for row in rows if row[1] != "–"]), *(element("p", n, class_="quiet") for n in notes if n)])
 
 
@@ -144,7 +145,16 @@ def _text_line(content: Content) -> str | None:
 
 def _temperature_line(content: Content) -> str | None:
     temperature = triple(content.calibration.get("temperature"))
-    return f"The probabilities are calibrated with a temperature of {temperature[0]:.3f}." if temperature else None
+    if not temperature:
+        return None
+    if not is_calibrated(content.calibration):
+        return "The probabilities are the model's own: nothing was calibrated."
+    return f"The probabilities are calibrated with a temperature of {temperature[0]:.3f}."
+
+
+def _abstention_line(content: Content) -> str | None:
+    abstention = content.test.get("abstention")
+    return f"Abstaining: {abstention_line(abstention)}." if abstention else None
 
 
 def _score_line(content: Content) -> str | None:
