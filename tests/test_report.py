@@ -82,6 +82,17 @@ def test_curves_of_little_data_are_drawn_without_warnings(tmp_path, entries, rec
     assert not recwarn.list
 
 
+@pytest.mark.parametrize(
+    ("values", "ends"),
+    [([0.01], (0, 0.1)), ([1.0], (0.9, 1)), ([0.5], (0.45, 0.55)), ([0.97, 0.98], (0.9, 1)), ([0.2, 0.7], (0.17, 0.73)), ([0, 1], (0, 1))],
+)
+def test_the_axis_of_accuracies_is_no_magnifying_glass(tmp_path, drawn, values, ends):
+    assert report.accuracy_range(np.array(values)) == pytest.approx(ends)
+    training_curves([entry("validation", i + 1, accuracy=value) for i, value in enumerate(values)], tmp_path / "curves.png")
+    low, high = drawn[0].axes[1].get_ylim()
+    assert low <= ends[0] + 1e-9 and high >= ends[1] - 1e-9 and high - low <= 1.2 * (ends[1] - ends[0])
+
+
 def test_smoothing_keeps_a_line_and_quiets_noise():
     line = np.arange(50, dtype=float)
     assert np.allclose(report.smooth(line), line), "the window stays in the middle: no lag"

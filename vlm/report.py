@@ -21,6 +21,7 @@ from vlm.tracking import replacing
 DPI = 150
 SMOOTHING = 15  # the smoothed training loss is the mean over about 1/15 of the run
 RANGE_FOR_LOG_SCALE = 30  # largest / smallest loss; above, all after the first steps would lie flat on the axis
+LEAST_RANGE = 0.1  # of an axis of accuracies; in a smaller one noise would look like a trend
 MOST_CLASSES_WITH_COUNTS = 30  # above, a count in each cell could not be read
 MOST_TICK_LABELS = 100
 LONGEST_NAME = 24  # characters, on the axes of the confusion matrix
@@ -40,6 +41,10 @@ def training_curves(history: Sequence[dict[str, Any]], path: str | Path, best_st
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     loss_axes, accuracy_axes = figure.subplots(1, 2, sharex=True)
     steps, accuracy = series(history, "validation", "accuracy")
+    if len(accuracy):
+        low, high = accuracy_range(accuracy)
+        edge = 0.03 * (high - low)  # a mark at 0 or 1 is seen whole
+        accuracy_axes.set_ylim(low - edge, high + edge)
     _draw_loss(loss_axes, history)
     _draw_points(accuracy_axes, steps, accuracy, VALIDATION_COLOR, "validation")
     if best_step in steps:
@@ -79,6 +84,15 @@ def series(history: Sequence[dict[str, Any]], kind: str, name: str) -> tuple[np.
     pairs = [pair for pair in pairs if math.isfinite(pair[1])]
     steps, values = zip(*pairs, strict=True) if pairs else ((), ())
     return np.array(steps, dtype=float), np.array(values, dtype=float)
+
+
+def accuracy_range(values: np.ndarray) -> tuple[float, float]:
+    """Ends of an axis for (N,) accuracies: some room around them, at least a tenth wide, within 0 and 1."""
+    low, high = float(values.min()), float(values.max())
+    room = max(0.06 * (high - low), (LEAST_RANGE - (high - low)) / 2)
+    low, high = low - room, high + room
+    shift = max(0.0, -low) - max(0.0, high - 1)
+    return max(0.0, low + shift), min(1.0, high + shift)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:

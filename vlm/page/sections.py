@@ -24,7 +24,7 @@ from vlm.page.markup import (
 )
 from vlm.page.matrix import matrix
 from vlm.pictures import UnreadablePicture
-from vlm.report import probed_tower, series, smooth, wants_log_scale
+from vlm.report import accuracy_range, probed_tower, series, smooth, wants_log_scale
 from vlm.summary import abstention_line, is_calibrated
 
 MOST_SAMPLES = 48  # classes with a picture in the section on the data
@@ -200,7 +200,7 @@ def curves(content: Content) -> Markup | None:
     if len(at):
         lines = [Line("validation", at, accuracy, "second", dots=True)]
         charts.append(
-            line_chart(lines, Axis("optimizer step", 0, last, whole=True), axis_around("accuracy", accuracy, 1.0), "Accuracy", best)
+            line_chart(lines, Axis("optimizer step", 0, last, whole=True), Axis("accuracy", *accuracy_range(accuracy)), "Accuracy", best)
         )
     mark = element("p", f"The upright line marks step {best:,}, whose model was saved and tested.", class_="quiet") if best else None
     return join([element("div", *charts, class_="side"), mark]) if charts else None
