@@ -82,10 +82,10 @@ def everything(results):
     """Adds all that results.json may hold."""
     accuracy = results["test"]["accuracy"]
     figures = {"nll": [0.61, 0.5, 0.7], "brier": [0.31, 0.2, 0.4], "ece": [0.11, 0.1, 0.2], "accuracy": [accuracy, 0.41, 0.93]}
-    bins = [[0.4, 0.5, 6], [0.9, 0.8, 6], [None, None, 0]]
+    bins = {"before": [[0.4, 0.5, 6], [0.9, 0.8, 6], [None, None, 0]], "after": [[0.5, 0.5, 6], [0.8, 0.8, 6]]}
     calibration = {"temperature": 1.75, "before": figures, "after": figures | {"ece": [0.021, 0.01, 0.03]}}
     calibration |= {"score": "mean", "scores": {"sum": {"nll": 0.4321}, "mean": {"nll": 0.4123}, "prior": {"nll": None}}}
-    results["test"] |= {"calibration": calibration | {"reliability": {"before": bins, "after": bins}}, "loss": 0.123456}
+    results["test"] |= {"calibration": calibration | {"reliability": bins}, "loss": 0.123456}
     results["test"]["own_metrics"] = {"top two": 0.875, "failed": None, "parts": {"a": 0.625}}
     history = [{"kind": "train", "step": s, "loss": 9 / s} for s in range(1, 90)] + [{"kind": "train", "step": 90, "loss": math.nan}]
     history += [{"kind": "validation", "step": s, "loss": 9 / s, "accuracy": 1 - 1 / s} for s in (30, 60, 90)]

@@ -112,6 +112,11 @@ def test_confusion_matrices_have_counts_up_to_thirty_classes(tmp_path, drawn, cl
     assert axes.get_title() == f"Accuracy {classes / (classes + 1):.3f} ({classes * 7} of {classes * 7 + 7})"
     shares = axes.images[0].get_array()
     assert shares[0, 0] == 0.5 and shares[1, 1] == 1.0
+    right, wrong = (image.get_array().filled(-1) for image in axes.images)
+    assert (right[0, 0], right[0, 1], wrong[0, 0], wrong[0, 1]) == (0.5, -1, -1, 0.5), "each in a color of its own"
+    assert axes.images[0].get_cmap().name != axes.images[1].get_cmap().name
+    assert [patch.get_xy() for patch in axes.patches] == [(i - 0.5, i - 0.5) for i in range(classes)], "the diagonal is marked"
+    assert axes.xaxis.get_gridlines() and len(axes.get_xticks(minor=True)) == len(axes.get_yticks(minor=True)) == classes - 1
     assert axes.get_ylabel() == "true class" and axes.get_xlabel() == "predicted class"
 
 
@@ -180,6 +185,12 @@ def test_per_class_table_has_every_class_and_the_averages():
     assert lines[3].split() == ["dog", "1.000", "0.500", "0.667", "2"]
     assert [line.split()[-2:] for line in lines[4:]] == [["0.733", "4"], ["0.733", "4"], ["0.750", "4"]]
     assert len({len(line) for line in lines}) == 1
+
+
+def test_what_was_not_calibrated_has_one_line_in_the_diagram(tmp_path, drawn):
+    bins = dict.fromkeys(("before", "after"), [[0.9, 0.8, 10]])
+    reliability_diagram({"after": {"ece": [0.1, 0.05, 0.2]}, "reliability": bins}, tmp_path / "reliability.png")
+    assert texts(drawn[0].axes[0])[1:] == ["not calibrated: ECE 0.100 (0.050 to 0.200)"]
 
 
 @pytest.mark.parametrize(("lowest", "begin"), [(0.0, 0.0), (0.73, 0.7), (1.0, 0.9)])

@@ -24,7 +24,7 @@ from vlm.page.markup import (
 )
 from vlm.page.matrix import matrix
 from vlm.pictures import UnreadablePicture
-from vlm.report import accuracy_range, probed_tower, series, smooth, wants_log_scale
+from vlm.report import accuracy_range, probed_tower, reliability_states, series, smooth, wants_log_scale
 from vlm.summary import abstention_line, is_calibrated
 
 MOST_SAMPLES = 48  # classes with a picture in the section on the data
@@ -168,10 +168,11 @@ def reliability(content: Content) -> Markup | None:
     """Accuracy over confidence, before and after calibration; None without calibration."""
     bins = content.calibration.get("reliability") or {}
     lines = []
-    for key, label, style in (("before", "before calibration", "second"), ("after", "after calibration", "first")):
+    styles = {"before": "second", "after": "first"}
+    for key, label in reliability_states(bins):
         filled = [(c, a) for c, a, n in bins.get(key) or () if n and c is not None and a is not None]
         if filled:
-            lines.append(Line(label, *zip(*filled, strict=True), style, dots=True))
+            lines.append(Line(label, *zip(*filled, strict=True), styles[key], dots=True))
     if not lines:
         return None
     lines.insert(0, Line("perfect", [0, 1], [0, 1], "plain"))
