@@ -290,6 +290,30 @@ def test_what_was_not_calibrated_is_not_shown_twice(tmp_path):
     assert "before calibration" not in shown and "nothing was calibrated" in shown
 
 
+def test_the_settings_are_those_that_were_used():
+    given = {"tune": "full", "lora_rank": 16, "device": "auto", "dtype": "auto", "resume": True, "epochs": 3, "shots": None, "probe": False}
+    results = {"settings": given, "device": {"type": "cuda", "dtype": "bfloat16"}}
+    assert sections.used_settings(results) == {"tune": "full", "device": "cuda", "dtype": "bfloat16", "epochs": 3}
+    assert sections.used_settings({"settings": given | {"tune": "lora"}})["lora_rank"] == 16, "and of older results what there is"
+    assert sections.used_settings({"settings": given})["device"] == "auto"
+
+
+def test_words_of_the_page_are_said_once_and_explained(tmp_path):
+    results, data, predictions = run_of()
+    page = page_of(tmp_path / "report.html", everything(results), data, predictions)
+    assert page.texts.count("Settings") == 2, "the heading and its link"
+    assert "mean distance of confidence and accuracy" in page.text and "-log of the probability of the true class" in page.text
+    assert sections._spread(np.array([3, 126, 127, 200])).endswith("3 at least, 126 typically (the median), 200 at most.")
+
+
+def test_on_paper_headings_stay_with_what_they_head():
+    paper = (Path(sections.__file__).parent / "style.css").read_text().split("@media print")[1]
+    kept = next(line for line in paper.splitlines() if "break-after: avoid" in line)
+    assert all(rule in kept for rule in ("h2", "h3", ":has(+ .cards)", ":has(+ .samples)", ":has(+ .scroll)"))
+    assert "#confusion" in next(line for line in paper.splitlines() if line.strip().startswith("#comparison")), "the matrix and its table"
+    assert ".cards { display: flow-root" in paper, "a grid would leave its heading behind at the foot of a page"
+
+
 def test_calibration_has_the_colors_of_the_picture_beside(tmp_path):
     results, data, predictions = run_of()
     chart = sections.reliability(content.Content(everything(results), data, predictions))

@@ -25,9 +25,10 @@ from vlm.page.markup import (
 from vlm.page.matrix import matrix
 from vlm.pictures import UnreadablePicture
 from vlm.report import accuracy_range, probed_tower, reliability_states, series, smooth, wants_log_scale
-from vlm.summary import abstention_line, is_calibrated
+from vlm.summary import MEANING, abstention_line, is_calibrated
 
-MOST_SAMPLES = 48  # classes with a picture in the section on the data
+HOW_IT_WAS_STARTED = {"resume", "overwrite"}  # not what the result depends on
+MOST_SAMPLES = 100  # classes with a picture in the section on the data
 MOST_ROWS = 100  # classes in the table of classes
 
 
@@ -125,7 +126,7 @@ def metrics(content: Content) -> Markup:
     best = content.results.get("validation", {}).get("accuracy")
     rows.append(["Validation accuracy", *_measured(best, None, bool(before))])
     head = ["test split", "value", "95% interval"] + (["before calibration"] if before else [])
-    notes = [_text_line(content), _temperature_line(content), _score_line(content), _abstention_line(content)]
+    notes = [_text_line(content), _temperature_line(content), _score_line(content), _abstention_line(content), _glossary(content)]
     return join([table(head, [row for row in rows if row[1] != "–"]), *(element("p", n, class_="quiet") for n in notes if n)])
 
 
@@ -133,6 +134,13 @@ def _measured(value: Any, before: Any, with_before: bool) -> list[str]:
     now, earlier = triple(value), triple(before)
     cells = [f"{now[0]:.4f}" if now else "–", interval(now, "{:.4f}") if now else ""]
     return cells + ([f"{earlier[0]:.4f}" if earlier else ""] if with_before else [])
+
+
+def _glossary(content: Content) -> str:
+    """What the figures mean whose names do not say it."""
+    names = {"nll": "NLL", "brier": "Brier score", "ece": "ECE (expected calibration error)"}
+    measured = content.test | content.calibration.get("after", {})
+    return " ".join(f"{name}: {MEANING[key]}." for key, name in names.items() if key in measured)
 
 
 def _text_line(content: Content) -> str | None:
@@ -227,16 +235,29 @@ def data(content: Content) -> Markup:
 
 def _spread(counts: np.ndarray) -> str:
     low, middle, high = int(counts.min()), float(np.median(counts)), int(counts.max())
-    return f"Training pictures of a class: {low:,} at least, {middle:g} in the middle, {high:,} at most."
+    return f"Training pictures of a class: {low:,} at least, {round(middle):,} typically (the median), {high:,} at most."
 
 
 def settings(content: Content) -> Markup | None:
-    given = [(k.replace("_", " "), v) for k, v in content.results.get("settings", {}).items() if v not in (None, False, "")]
+    given = [(k.replace("_", " "), v) for k, v in used_settings(content.results).items()]
     timings = [(k.replace("_", " "), v) for k, v in content.results.get("timings", {}).items() if v is not None]
     versions = content.results.get("versions", {}).items()
-    groups = [("Settings", given), ("Time", timings), ("Versions", versions)]
-    shown = [join([element("h3", title), facts(rows)]) for title, rows in groups if rows]
+    groups = [(None, given), ("Time", timings), ("Versions", versions)]
+    shown = [join([element("h3", title) if title else None, facts(rows)]) for title, rows in groups if rows]
     return join(shown) if shown else None
+
+
+def used_settings(results: dict[str, Any]) -> dict[str, Any]:
+    """The settings that had a part in the result: with the device and number format that were taken, without what was off."""
+    given = results.get("settings", {})
+    device = results.get("device") or {}
+    taken = {"device": device["type"], "dtype": device["dtype"]} if device else {}
+    lora = given.get("tune", "lora") == "lora"
+    return {
+        name: taken.get(name, value)
+        for name, value in given.items()
+        if value not in (None, False, "") and name not in HOW_IT_WAS_STARTED and (lora or not name.startswith("lora_"))
+    }
 
 
 def _picture(split: Split, position: int, alt: str) -> Markup:
