@@ -261,7 +261,7 @@ def test_a_matrix_that_is_wider_than_a_phone_says_so_there(tmp_path, classes, wi
     [
         ("frozen", "on the same vision tower, which is frozen"),
         ("before the training", "on the vision tower as it was before the training"),
-        ("random weights", "when its weights were random"),
+        ("random weights", "before the training (random weights)"),
         (None, "on the vision tower<"),
     ],
 )

@@ -41,7 +41,7 @@ def test_figures_are_told_apart_by_words():
     assert table_of(settings={"epochs": 0})["training"] == "none (--epochs 0)"
 
 
-@pytest.mark.parametrize(("tower", "words"), [("frozen", "the same vision tower"), ("random weights", "when its weights were random")])
+@pytest.mark.parametrize(("tower", "words"), [("frozen", "the same vision tower"), ("random weights", "before the training (random weights)")])
 def test_the_probe_names_its_tower(tower, words):
     assert words in table_of(probe={"accuracy": [0.7, 0.6, 0.8], "tower": tower})["accuracy of the probe"]
 
@@ -69,8 +69,8 @@ def test_an_error_that_grew_is_called_so(after, words):
 def test_abstaining_is_a_sentence():
     nothing = {"below": 0.9, "target_precision": None, "validation": {"coverage": 0.0, "accuracy": None}}
     some = nothing | {"test": {"coverage": 0.25, "accuracy": 0.5}}
-    expected = "below a confidence of 0.9000; an answer for 0.0% of the validation pictures and 25.0% of the test pictures"
-    assert table_of(test={"abstention": some})["abstaining"] == f"{expected} (50.0% of the answers right)"
+    expected = "below a confidence of 0.9000; answers 0.0% of the validation pictures, 25.0% of the test pictures (50.0% of them right)"
+    assert table_of(test={"abstention": some})["abstaining"] == expected
 
 
 def test_a_precision_that_no_threshold_reaches_is_told():

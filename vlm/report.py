@@ -255,7 +255,7 @@ def probed_tower(tower: str | None) -> str:
     known = {
         "frozen": "the same vision tower, which is frozen",
         "before the training": "the vision tower as it was before the training",
-        "random weights": "the vision tower before the training, when its weights were random",
+        "random weights": "the vision tower before the training (random weights)",
     }
     return known.get(tower, "the vision tower")
 

@@ -26,7 +26,7 @@ def summary_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
     ]  # fmt: skip
     if texts["reasoning_names_answer"] is not None:
         named = f"{texts['reasoning_names_answer']} of {texts['texts']}"
-        rows.append(("reasonings", f"{named} in the texts written freely name the class that the text answers with"))
+        rows.append(("reasonings", f"{named} texts written freely name the class in their reasoning, too"))
     own = [(name, _own(value)) for name, value in test.get("own_metrics", {}).items()]
     return [*rows, _training_row(results), *own]
 
@@ -82,9 +82,9 @@ def abstention_line(abstention: dict[str, Any]) -> str:
     shares = []
     for split in ("validation", "test"):
         coverage, accuracy = abstention[split]["coverage"], abstention[split]["accuracy"]
-        right = "" if accuracy is None else f" ({accuracy:.1%} of the answers right)"
+        right = "" if accuracy is None else f" ({accuracy:.1%} of them right)"
         shares.append(f"{coverage:.1%} of the {split} pictures{right}")
-    return f"below a confidence of {abstention['below']:.4f}; an answer for {' and '.join(shares)}"
+    return f"below a confidence of {abstention['below']:.4f}; answers {', '.join(shares)}"
 
 
 def _picture_row(check: dict[str, Any]) -> tuple[str, str]:
