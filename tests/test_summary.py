@@ -41,7 +41,7 @@ def test_figures_are_told_apart_by_words():
     assert table_of(settings={"epochs": 0})["training"] == "none (--epochs 0)"
 
 
-@pytest.mark.parametrize(("tower", "words"), [("frozen", "the same vision tower"), ("random weights", "before the training (random weights)")])
+@pytest.mark.parametrize(("tower", "words"), [("frozen", "the same vision tower"), ("random weights", "(random weights)")])
 def test_the_probe_names_its_tower(tower, words):
     assert words in table_of(probe={"accuracy": [0.7, 0.6, 0.8], "tower": tower})["accuracy of the probe"]
 
