@@ -2,6 +2,7 @@
 
 import math
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from tiny import random_picture
 
 from vlm.data import Data, Split
 from vlm.metrics import classification_metrics
-from vlm.page import SECTIONS, Prediction, content, sections, shown_pictures, write_page
+from vlm.page import SECTIONS, Prediction, content, matrix, sections, shown_pictures, top, write_page
 from vlm.page.charts import MOST_POINTS, Axis, Line, axis_around, line_chart
 from vlm.page.content import wilson_interval
 from vlm.page.markup import VOID, Markup, class_name, element, shorten
@@ -81,10 +82,10 @@ def everything(results):
     """Adds all that results.json may hold."""
     accuracy = results["test"]["accuracy"]
     figures = {"nll": [0.61, 0.5, 0.7], "brier": [0.31, 0.2, 0.4], "ece": [0.11, 0.1, 0.2], "accuracy": [accuracy, 0.41, 0.93]}
-    bins = [[0.4, 0.5, 6], [0.9, 0.8, 6], [None, None, 0]]
+    bins = {"before": [[0.4, 0.5, 6], [0.9, 0.8, 6], [None, None, 0]], "after": [[0.5, 0.5, 6], [0.8, 0.8, 6]]}
     calibration = {"temperature": 1.75, "before": figures, "after": figures | {"ece": [0.021, 0.01, 0.03]}}
     calibration |= {"score": "mean", "scores": {"sum": {"nll": 0.4321}, "mean": {"nll": 0.4123}, "prior": {"nll": None}}}
-    results["test"] |= {"calibration": calibration | {"reliability": {"before": bins, "after": bins}}, "loss": 0.123456}
+    results["test"] |= {"calibration": calibration | {"reliability": bins}, "loss": 0.123456}
     results["test"]["own_metrics"] = {"top two": 0.875, "failed": None, "parts": {"a": 0.625}}
     history = [{"kind": "train", "step": s, "loss": 9 / s} for s in range(1, 90)] + [{"kind": "train", "step": 90, "loss": math.nan}]
     history += [{"kind": "validation", "step": s, "loss": 9 / s, "accuracy": 1 - 1 / s} for s in (30, 60, 90)]
@@ -205,6 +206,120 @@ def test_many_classes_give_a_page_of_bounded_size_that_says_what_it_leaves_out(t
     assert (f"{sections.MOST_ROWS} of {classes:,} classes" in page.text) == (classes > sections.MOST_ROWS)
     assert (f"{sections.MOST_SAMPLES} of {classes:,} classes" in page.text) == (classes > sections.MOST_SAMPLES)
     assert names[0] not in page.text and shorten(names[0], 40) in page.text
+
+
+def test_the_matrix_of_many_classes_tells_right_from_wrong_and_names_its_axes(tmp_path):
+    counts = np.array([[3, 1, 0], [0, 4, 0], [2, 2, 0]])
+    pixels = np.array(matrix._pixels(counts))
+    assert {tuple(pixels[i, i, :3]) for i in (0, 1)} == {matrix.RIGHT}
+    assert {tuple(pixels[i, j, :3]) for i, j in ((0, 1), (2, 0))} == {matrix.WRONG}
+    assert (pixels[..., 3] > 0).tolist() == (counts > 0).tolist() and pixels[1, 1, 3] == 255 > pixels[0, 0, 3] > pixels[0, 1, 3]
+    for classes, each in ((31, 1), (95, 3)):
+        page = page_of(tmp_path / "report.html", *run_of([f"color {i:03d}" for i in range(classes)], each=2))
+        named = page.source.split('class="axis top"')[1].split("<img")[0]
+        shown = [i for i in range(classes) if f">color {i:03d}</span>" in named]
+        assert shown == list(range(0, classes, each)) and named.count("color") == 2 * len(shown), "above and at the left"
+        assert {"key right", "key wrong"} <= {a.get("class") for a in page.all("i")}
+        assert (f"One in {each} is named." in page.text) == (each > 1)
+
+
+def verdict_of(counts):
+    names = [f"color {i}" for i in range(len(counts))]
+    data = Data(split([0]), split([0]), split([0]), names, edge=8)
+    return top.verdict(content.Content({"test": {"confusion_matrix": counts}}, data, []))
+
+
+def test_the_headline_names_what_a_collapsed_model_answers():
+    always = np.zeros((100, 100), int)
+    always[:, 57] = 1
+    assert "The model answers <" in verdict_of(always) and ">color 57</span> for 100 of 100 pictures." in verdict_of(always)
+    assert "No mistake was made twice" not in verdict_of(always)
+    assert ">color 1</span> for 100 of 100 pictures." in verdict_of([[0, 50], [0, 50]])
+    assert ">color 2</span> for 60 of 120 pictures." in verdict_of([[20, 0, 20, 0], [0, 10, 20, 0], [0, 0, 20, 0], [0, 10, 0, 20]])
+
+
+@pytest.mark.parametrize(
+    ("counts", "words"),
+    [
+        ([[90, 0], [10, 0]], "Most frequent mistake: "),  # nine of ten pictures are of that class
+        ([[30, 20], [5, 45]], "Most frequent mistake: "),
+        ([[9, 1, 0], [0, 10, 0], [0, 0, 10]], "No mistake was made twice."),
+    ],
+)
+def test_the_headline_of_any_other_model_names_its_mistake(counts, words):
+    assert words in verdict_of(counts) and "The model answers" not in verdict_of(counts)
+
+
+@pytest.mark.parametrize(("classes", "wide"), [(3, False), (16, True), (40, True)])
+def test_a_matrix_that_is_wider_than_a_phone_says_so_there(tmp_path, classes, wide):
+    page = page_of(tmp_path / "report.html", *run_of([f"name {i}" for i in range(classes)]))
+    assert (matrix.SWIPE in page.text) is wide
+
+
+@pytest.mark.parametrize(
+    ("tower", "words"),
+    [
+        ("frozen", "on the same vision tower, which is frozen"),
+        ("before the training", "on the vision tower as it was before the training"),
+        ("random weights", "before the training (random weights)"),
+        (None, "on the vision tower<"),
+    ],
+)
+def test_the_probe_names_the_tower_it_was_fitted_on(tower, words):
+    results, data, predictions = run_of()
+    results["probe"] = {"accuracy": [0.7, 0.6, 0.8], "tower": tower}
+    assert words in sections.comparison(content.Content(results, data, predictions))
+
+
+def test_a_precision_that_no_threshold_reaches_stands_at_the_top(tmp_path):
+    results, data, predictions = run_of(each=100)
+    results["test"]["abstention"] = {"below": None, "target_precision": 0.95, "validation": None, "test": None}
+    shown = content.Content(results, data, predictions)
+    assert any("95% of the predictions on validation" in line and "answers every picture" in line for line in top.concerns(shown))
+    kept = {"coverage": 0.75, "accuracy": 1.0}
+    results["test"]["abstention"] = {"below": 0.5, "target_precision": 0.95, "validation": kept, "test": kept}
+    assert top.concerns(shown) == [] and "75.0% of the test pictures" in sections.metrics(shown)
+
+
+def test_what_was_not_calibrated_is_not_shown_twice(tmp_path):
+    results, data, predictions = run_of()
+    results = everything(results)
+    assert "before calibration" in sections.metrics(content.Content(results, data, predictions))
+    results["test"]["calibration"] |= {"temperature": 1.0, "score": "sum"}
+    shown = sections.metrics(content.Content(results, data, predictions))
+    assert "before calibration" not in shown and "nothing was calibrated" in shown
+
+
+def test_the_settings_are_those_that_were_used():
+    given = {"tune": "full", "lora_rank": 16, "device": "auto", "dtype": "auto", "resume": True, "epochs": 3, "shots": None, "probe": False}
+    results = {"settings": given, "device": {"type": "cuda", "dtype": "bfloat16"}}
+    assert sections.used_settings(results) == {"tune": "full", "device": "cuda", "dtype": "bfloat16", "epochs": 3}
+    assert sections.used_settings({"settings": given | {"tune": "lora"}})["lora_rank"] == 16, "and of older results what there is"
+    assert sections.used_settings({"settings": given})["device"] == "auto"
+
+
+def test_words_of_the_page_are_said_once_and_explained(tmp_path):
+    results, data, predictions = run_of()
+    page = page_of(tmp_path / "report.html", everything(results), data, predictions)
+    assert page.texts.count("Settings") == 2, "the heading and its link"
+    assert "mean distance of confidence and accuracy" in page.text and "-log of the probability of the true class" in page.text
+    assert sections._spread(np.array([3, 126, 127, 200])).endswith("3 at least, 126 typically (the median), 200 at most.")
+
+
+def test_on_paper_headings_stay_with_what_they_head():
+    paper = (Path(sections.__file__).parent / "style.css").read_text().split("@media print")[1]
+    kept = next(line for line in paper.splitlines() if "break-after: avoid" in line)
+    assert all(rule in kept for rule in ("h2", "h3", ":has(+ .cards)", ":has(+ .samples)", ":has(+ .scroll)"))
+    assert "#confusion" in next(line for line in paper.splitlines() if line.strip().startswith("#comparison")), "the matrix and its table"
+    assert ".cards { display: flow-root" in paper, "a grid would leave its heading behind at the foot of a page"
+
+
+def test_calibration_has_the_colors_of_the_picture_beside(tmp_path):
+    results, data, predictions = run_of()
+    chart = sections.reliability(content.Content(everything(results), data, predictions))
+    assert 'class="second"></i>before calibration' in chart and 'class="first"></i>after calibration' in chart
+    css = (Path(sections.__file__).parent / "style.css").read_text()
+    assert ".second { stroke: rgb(var(--orange))" in css and ".first { stroke: rgb(var(--blue))" in css
 
 
 def test_a_picture_that_has_gone_leaves_a_gap(tmp_path):

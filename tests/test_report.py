@@ -82,6 +82,17 @@ def test_curves_of_little_data_are_drawn_without_warnings(tmp_path, entries, rec
     assert not recwarn.list
 
 
+@pytest.mark.parametrize(
+    ("values", "ends"),
+    [([0.01], (0, 0.1)), ([1.0], (0.9, 1)), ([0.5], (0.45, 0.55)), ([0.97, 0.98], (0.9, 1)), ([0.2, 0.7], (0.17, 0.73)), ([0, 1], (0, 1))],
+)
+def test_the_axis_of_accuracies_is_no_magnifying_glass(tmp_path, drawn, values, ends):
+    assert report.accuracy_range(np.array(values)) == pytest.approx(ends)
+    training_curves([entry("validation", i + 1, accuracy=value) for i, value in enumerate(values)], tmp_path / "curves.png")
+    low, high = drawn[0].axes[1].get_ylim()
+    assert low <= ends[0] + 1e-9 and high >= ends[1] - 1e-9 and high - low <= 1.2 * (ends[1] - ends[0])
+
+
 def test_smoothing_keeps_a_line_and_quiets_noise():
     line = np.arange(50, dtype=float)
     assert np.allclose(report.smooth(line), line), "the window stays in the middle: no lag"
@@ -101,6 +112,11 @@ def test_confusion_matrices_have_counts_up_to_thirty_classes(tmp_path, drawn, cl
     assert axes.get_title() == f"Accuracy {classes / (classes + 1):.3f} ({classes * 7} of {classes * 7 + 7})"
     shares = axes.images[0].get_array()
     assert shares[0, 0] == 0.5 and shares[1, 1] == 1.0
+    right, wrong = (image.get_array().filled(-1) for image in axes.images)
+    assert (right[0, 0], right[0, 1], wrong[0, 0], wrong[0, 1]) == (0.5, -1, -1, 0.5), "each in a color of its own"
+    assert axes.images[0].get_cmap().name != axes.images[1].get_cmap().name
+    assert [patch.get_xy() for patch in axes.patches] == [(i - 0.5, i - 0.5) for i in range(classes)], "the diagonal is marked"
+    assert axes.xaxis.get_gridlines() and len(axes.get_xticks(minor=True)) == len(axes.get_yticks(minor=True)) == classes - 1
     assert axes.get_ylabel() == "true class" and axes.get_xlabel() == "predicted class"
 
 
@@ -171,6 +187,12 @@ def test_per_class_table_has_every_class_and_the_averages():
     assert len({len(line) for line in lines}) == 1
 
 
+def test_what_was_not_calibrated_has_one_line_in_the_diagram(tmp_path, drawn):
+    bins = dict.fromkeys(("before", "after"), [[0.9, 0.8, 10]])
+    reliability_diagram({"after": {"ece": [0.1, 0.05, 0.2]}, "reliability": bins}, tmp_path / "reliability.png")
+    assert texts(drawn[0].axes[0])[1:] == ["not calibrated: ECE 0.100 (0.050 to 0.200)"]
+
+
 @pytest.mark.parametrize(("lowest", "begin"), [(0.0, 0.0), (0.73, 0.7), (1.0, 0.9)])
 def test_the_reliability_diagram_shows_every_bin_before_and_after(tmp_path, drawn, lowest, begin):
     bins = {"before": [[0.9, lowest, 10], [0.99, 1.0, 10]], "after": [[0.95, 1.0, 20]]}
@@ -180,6 +202,8 @@ def test_the_reliability_diagram_shows_every_bin_before_and_after(tmp_path, draw
     axes = drawn[0].axes[0]
     points = [collection.get_offsets().tolist() for collection in axes.collections]
     assert points == [[[0.9, lowest], [0.99, 1.0]], [[0.95, 1.0]]]
+    blue = [color[2] > color[0] for color in (collection.get_facecolor()[0] for collection in axes.collections)]
+    assert blue == [False, True], "orange before and blue after, as on the page"
     assert axes.get_xlim() == axes.get_ylim() and begin - 0.05 < axes.get_xlim()[0] < begin < 1 < axes.get_xlim()[1]
     assert texts(axes)[1:] == [f"{state} calibration: ECE 0.100 (0.050 to 0.200)" for state in bins]
     assert not axes.get_legend().get_window_extent().overlaps(axes.get_window_extent())

@@ -17,6 +17,7 @@ from vlm.probe import compare, probe
 from vlm.reliability import confidence_and_correctness, reliability_bins, reliability_figures
 from vlm.score_choice import choose_score
 from vlm.setup import Run
+from vlm.summary import missed_target
 from vlm.tracking import note
 
 
@@ -38,7 +39,7 @@ def calibrate(classifier: VLMClassifier, validation: Split, settings: Settings, 
     if target is not None:
         threshold = pick_threshold(*measured, target)
         if threshold is None:
-            remarks.append(f"at no threshold are {target:.0%} of the predictions on validation right: the model abstains from nothing.")
+            remarks.append(f"{missed_target(target)}.")
     for remark in remarks:
         note(remark)
     classifier.calibration = replace(calibration, abstain_below=threshold)

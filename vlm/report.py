@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from vlm.tracking import replacing
@@ -21,10 +22,12 @@ from vlm.tracking import replacing
 DPI = 150
 SMOOTHING = 15  # the smoothed training loss is the mean over about 1/15 of the run
 RANGE_FOR_LOG_SCALE = 30  # largest / smallest loss; above, all after the first steps would lie flat on the axis
+LEAST_RANGE = 0.1  # of an axis of accuracies; in a smaller one noise would look like a trend
 MOST_CLASSES_WITH_COUNTS = 30  # above, a count in each cell could not be read
 MOST_TICK_LABELS = 100
 LONGEST_NAME = 24  # characters, on the axes of the confusion matrix
 TRAIN_COLOR, VALIDATION_COLOR, BEST_COLOR = "tab:blue", "tab:orange", "tab:red"
+BEFORE_COLOR, AFTER_COLOR = "tab:orange", "tab:blue"  # calibration, as on the page
 
 
 def training_curves(history: Sequence[dict[str, Any]], path: str | Path, best_step: int | None = None) -> None:
@@ -39,6 +42,10 @@ def training_curves(history: Sequence[dict[str, Any]], path: str | Path, best_st
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     loss_axes, accuracy_axes = figure.subplots(1, 2, sharex=True)
     steps, accuracy = series(history, "validation", "accuracy")
+    if len(accuracy):
+        low, high = accuracy_range(accuracy)
+        edge = 0.03 * (high - low)  # a mark at 0 or 1 is seen whole
+        accuracy_axes.set_ylim(low - edge, high + edge)
     _draw_loss(loss_axes, history)
     _draw_points(accuracy_axes, steps, accuracy, VALIDATION_COLOR, "validation")
     if best_step in steps:
@@ -80,6 +87,15 @@ def series(history: Sequence[dict[str, Any]], kind: str, name: str) -> tuple[np.
     return np.array(steps, dtype=float), np.array(values, dtype=float)
 
 
+def accuracy_range(values: np.ndarray) -> tuple[float, float]:
+    """Ends of an axis for (N,) accuracies: some room around them, at least a tenth wide, within 0 and 1."""
+    low, high = float(values.min()), float(values.max())
+    room = max(0.06 * (high - low), (LEAST_RANGE - (high - low)) / 2)
+    low, high = low - room, high + room
+    shift = max(0.0, -low) - max(0.0, high - 1)
+    return max(0.0, low + shift), min(1.0, high + shift)
+
+
 def smooth(values: np.ndarray) -> np.ndarray:
     """Mean over a window around each value; the window is smaller at the ends, so that it stays in the middle and does not lag."""
     here = np.arange(len(values))
@@ -106,7 +122,8 @@ def _finish(axes: Axes, title: str, unit: str) -> None:
 
 
 def confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence[str], path: str | Path) -> None:
-    """Draw a confusion matrix as a PNG: the color is the share of the true class, and up to 30 classes each cell has its count.
+    """Draw a confusion matrix as a PNG: the color is the share of the true class, blue where right and orange where wrong. Up to 30
+    classes each cell has its count.
 
     Args:
         matrix: C rows of C counts; rows are the true classes, columns the predicted ones.
@@ -122,8 +139,15 @@ def confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence[str]
     # The matrix fills the figure; what stands around it is added when the figure is saved with a tight box.
     figure = Figure(figsize=(side, side))
     axes = figure.add_axes((0, 0, 1, 1))
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(image, cax=figure.add_axes((1 + 0.2 / side, 0, 0.2 / side, 1)), label="share of the true class")
+    right = np.eye(classes, dtype=bool)
+    for i, (hidden, colors, kind) in enumerate(((~right, "Blues", "right"), (right, "Oranges", "wrong"))):
+        image = axes.imshow(np.ma.masked_array(shares, hidden | (counts == 0)), cmap=colors, vmin=-0.1, vmax=1)  # a single picture is seen
+        bar = figure.colorbar(image, cax=figure.add_axes((1 + (0.2 + 0.3 * i) / side, 0, 0.2 / side, 1)))
+        bar.ax.set_ylim(0, 1)
+        bar.ax.set_title(kind, fontsize=8, rotation=45, ha="left", va="bottom")
+        bar.ax.yaxis.set_tick_params(labelright=kind == "wrong")
+    bar.set_label("share of the true class")
+    _draw_grid(axes, classes, points)
     _name_classes(axes, class_names, points)
     if classes <= MOST_CLASSES_WITH_COUNTS:
         digits = len(str(counts.max(initial=0)))
@@ -135,6 +159,17 @@ def confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence[str]
     axes.set_title(f"Accuracy {correct / max(total, 1):.3f} ({correct:,} of {total:,})")
     axes.set(xlabel="predicted class", ylabel="true class")
     _save(figure, path)
+
+
+def _draw_grid(axes: Axes, classes: int, points: float) -> None:
+    """Lines between the cells, thinner where these are small and none where they are tiny, and a frame around each one on the diagonal."""
+    if classes <= MOST_TICK_LABELS:
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_ticks(np.arange(0.5, classes - 1), minor=True)
+        axes.grid(which="minor", color="lightgray", linewidth=min(0.8, points / 20))
+        axes.tick_params(which="minor", length=0)
+    for i in range(classes):
+        axes.add_patch(Rectangle((i - 0.5, i - 0.5), 1, 1, fill=False, edgecolor="tab:blue", linewidth=min(1.2, points / 12)))
 
 
 def _name_classes(axes: Axes, class_names: Sequence[str], points: float) -> None:
@@ -149,7 +184,7 @@ def _name_classes(axes: Axes, class_names: Sequence[str], points: float) -> None
 
 
 def reliability_diagram(calibration: dict[str, Any], path: str | Path) -> None:
-    """Draw accuracy over confidence before and after the calibration as a PNG; in an honest model the points lie on the diagonal.
+    """Draw accuracy over confidence before and after the calibration, if any, as a PNG; in an honest model the points lie on the diagonal.
 
     Each point is one bin, its area the bin's share of the pictures: bins of equal mass have equal ones. Both axes begin below the lowest
     point, since those of a good model crowd at the top.
@@ -165,10 +200,12 @@ def reliability_diagram(calibration: dict[str, Any], path: str | Path) -> None:
     start = math.floor(10 * min(points.min(), 0.9)) / 10
     limits = (start - 0.03 * (1 - start), 1 + 0.03 * (1 - start))
     axes.plot([0, 1], [0, 1], color="gray", linestyle="--", linewidth=1, label="as right as it is sure")
-    for state, color, marker in (("before", TRAIN_COLOR, "s"), ("after", VALIDATION_COLOR, "o")):
+    looks = {"before": (BEFORE_COLOR, "s"), "after": (AFTER_COLOR, "o")}
+    for state, name in reliability_states(calibration["reliability"]):
+        color, marker = looks[state]
         confidence, accuracy, count = np.array(calibration["reliability"][state], dtype=float).T
         value, low, high = calibration[state]["ece"]
-        label = f"{state} calibration: ECE {value:.3f} ({low:.3f} to {high:.3f})"
+        label = f"{name}: ECE {value:.3f} ({low:.3f} to {high:.3f})"
         axes.plot(confidence, accuracy, color=color, alpha=0.5, linewidth=1)
         axes.scatter(confidence, accuracy, s=600 * count / count.sum(), color=color, marker=marker, alpha=0.8, label=label, zorder=3)
     axes.set(title="Reliability", xlabel="confidence", ylabel="share of correct predictions")
@@ -177,6 +214,13 @@ def reliability_diagram(calibration: dict[str, Any], path: str | Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=1, frameon=False)
     _save(figure, path)
+
+
+def reliability_states(reliability: dict[str, Any]) -> list[tuple[str, str]]:
+    """Key and name of each line of a reliability diagram: two, or one where the calibration changed nothing."""
+    if reliability.get("before") == reliability.get("after"):
+        return [("after", "not calibrated")]
+    return [("before", "before calibration"), ("after", "after calibration")]
 
 
 def _shorten(name: str) -> str:
@@ -204,6 +248,16 @@ def format_table(rows: Sequence[Sequence[Any]], headers: Sequence[str] | None = 
     if headers is not None:
         lines.insert(1, ["-" * width for width in widths])
     return "\n".join("  ".join(map(_pad, line, widths, numeric)).rstrip() for line in lines)
+
+
+def probed_tower(tower: str | None) -> str:
+    """In words, which vision tower the probe was fitted on; `tower` as `probe` in results.json has it."""
+    known = {
+        "frozen": "the same vision tower, which is frozen",
+        "before the training": "the vision tower as it was before the training",
+        "random weights": "the vision tower before the training (random weights)",
+    }
+    return known.get(tower, "the vision tower")
 
 
 def per_class_table(metrics: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ from vlm.predictor import load_model_and_metadata
 from vlm.report import confusion_matrix, format_table, per_class_table, reliability_diagram, training_curves
 from vlm.scoring import TOLERANCE
 from vlm.setup import Run
+from vlm.summary import summary_rows
 from vlm.tracking import note
 
 
@@ -89,6 +90,7 @@ def _of_the_run(run: Run, progress: Progress, test_seconds: float) -> dict[str, 
             "test_seconds": round(test_seconds, 2),
             "test_pictures_per_second": round(len(data.test) / test_seconds, 2),
         },
+        "device": {"type": run.accelerator.device.type, "dtype": _name(run)},
         "versions": run.metadata["versions"],
         "settings": run.settings.to_json(),
         "history": progress.history,
@@ -114,63 +116,11 @@ def _name(run: Run) -> str:
 
 
 def _print(run: Run, results: dict[str, Any]) -> None:
-    test, texts, timings = results["test"], results["texts"], results["timings"]
-    print(per_class_table(test))
-    low, high = test["calibration"]["after"]["accuracy"][1:]
-    rows = [
-        ("test accuracy", f"{test['accuracy']:.4f}  ({low:.4f} to {high:.4f}, {results['pictures']['test']} pictures)"),
-        *_probe_row(results["probe"]),
-        ("macro F1, weighted F1", f"{test['macro_f1']:.4f}, {test['weighted_f1']:.4f}"),
-        ("validation accuracy", f"{results['validation']['accuracy']:.4f}  (step {results['validation']['step']}, the best)"),
-        *_confidence_rows(test),
-        _picture_row(results["picture_check"]),
-        ("free texts", f"{texts['agree_with_prediction']} of {texts['texts']} agree with the prediction, {texts['invalid']} invalid"),
-        ("explanations", f"{texts['explanations_agree']} of {texts['texts']} agree with the prediction"),
-        ("training", f"{timings['train_seconds']:.1f} s, {timings['train_pictures_per_second']} pictures/s"),
-    ]
-    if not run.settings.epochs:
-        rows[-1] = ("training", "none (--epochs 0)")
-    if "zero_shot" in results:
-        rows.insert(1, ("test accuracy before training", f"{results['zero_shot']['accuracy']:.4f}"))
-    if texts["reasoning_names_answer"] is not None:
-        rows.insert(-1, ("reasonings", f"{texts['reasoning_names_answer']} of {texts['texts']} free texts name in it what they answer"))
-    rows += [(name, str(value)) for name, value in test.get("own_metrics", {}).items()]
-    print("\n" + format_table(rows))
+    print(per_class_table(results["test"]))
+    print("\n" + format_table(summary_rows(results)))
     pictures = str(run.output / DEMO_PICTURES) if run.settings.demo else "IMAGE_OR_FOLDER..."
     hint = f"{_command()} --model-dir {run.output / 'best_model'} {pictures}"
     note(f"\nThe results are in {run.output}. Classify pictures with:\n  {hint}")
-
-
-def _probe_row(probe: dict[str, Any] | None) -> list[tuple[str, str]]:
-    if probe is None:
-        return []
-    value, low, high = probe["accuracy"]
-    tower = {"frozen": "the frozen vision tower", "random weights": "the vision tower's first, random weights"}
-    of = tower.get(probe["tower"], f"the vision tower {probe['tower']}")
-    return [("accuracy of the probe", f"{value:.4f}  ({low:.4f} to {high:.4f}, linear classifier on {of})")]
-
-
-def _confidence_rows(test: dict[str, Any]) -> list[tuple[str, str]]:
-    calibration = test["calibration"]
-    before, after = calibration["before"], calibration["after"]
-    changes = ", ".join(f"{name} {before[key][0]:.4f} -> {after[key][0]:.4f}" for name, key in (("ECE", "ece"), ("NLL", "nll")))
-    rows = [("calibration", f"temperature {calibration['temperature']:.3f}, {changes}")]
-    if calibration["score"] != "sum":
-        compared = ", ".join(f"{name} {figures['nll']:.4f}" for name, figures in calibration["scores"].items())
-        rows.append(("score", calibration["score"] + (f", NLL on validation: {compared}" if compared else "")))
-    abstention = test.get("abstention")
-    if abstention and abstention["test"]:
-        shares = []
-        for split in ("validation", "test"):
-            coverage, accuracy = abstention[split]["coverage"], abstention[split]["accuracy"]
-            shares.append(f"{split} {coverage:.1%}" + ("" if accuracy is None else f" of which {accuracy:.4f} right"))
-        rows.append((f"answered from {abstention['below']:.4f} on", ", ".join(shares)))
-    return rows
-
-
-def _picture_row(check: dict[str, Any]) -> tuple[str, str]:
-    others = [f"{name} {check[key]:.3f}" for name, key in (("exchanged", "shuffled"), ("gray", "gray")) if check[key] is not None]
-    return f"pictures of {check['pictures']}", f"own {check['accuracy']:.3f}, {', '.join(others)}, chance {check['chance']:.3f}"
 
 
 def _command() -> str:

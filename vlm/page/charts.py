@@ -55,13 +55,13 @@ class Axis:
         return [i * step for i in range(math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9) + 1)]
 
 
-def axis_around(label: str, values: Sequence[float], most: float = math.inf, log: bool = False) -> Axis:
-    """An axis for positive values with some room above and below them, and never above `most`."""
+def axis_around(label: str, values: Sequence[float], log: bool = False) -> Axis:
+    """An axis for positive values with some room above and below them."""
     low, high = min(values), max(values)
     if log:
         return Axis(label, low / 1.1, high * 1.1, log=True)
     room = (high - low) * 0.06 or abs(high) * 0.1 or 0.1
-    return Axis(label, max(0.0, low - room), min(most, high + room))
+    return Axis(label, max(0.0, low - room), high + room)
 
 
 def line_chart(lines: Sequence[Line], x: Axis, y: Axis, title: str, mark: float | None = None) -> Markup:

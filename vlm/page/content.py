@@ -74,6 +74,14 @@ class Content:
         return self.names[int(support.argmax())], float(support.max() / max(support.sum(), 1))
 
     @cached_property
+    def favorite(self) -> tuple[str, int] | None:
+        """The class that a collapsed model answers, and how often: at least a third of all answers and twice the class's pictures."""
+        answers, support = self.counts.sum(axis=0), self.counts.sum(axis=1)
+        most = int(answers.argmax())
+        collapsed = 3 * answers[most] >= answers.sum() and answers[most] >= 2 * support[most]
+        return (self.names[most], int(answers[most])) if collapsed else None
+
+    @cached_property
     def confusions(self) -> list[tuple[str, str, int, int]]:
         """(truth, prediction, pictures, pictures of the true class) of the most frequent kinds of mistake."""
         wrong = self.counts - np.diag(np.diag(self.counts))

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from vlm.data import Split
 from vlm.page.charts import Axis, Line, axis_around, line_chart
@@ -14,7 +13,6 @@ from vlm.page.markup import (
     Markup,
     bar,
     class_name,
-    data_address,
     element,
     facts,
     interval,
@@ -24,21 +22,24 @@ from vlm.page.markup import (
     table,
     thumbnail,
 )
+from vlm.page.matrix import matrix
 from vlm.pictures import UnreadablePicture
-from vlm.report import MOST_CLASSES_WITH_COUNTS, series, smooth, wants_log_scale
+from vlm.report import accuracy_range, probed_tower, reliability_states, series, smooth, wants_log_scale
+from vlm.summary import MEANING, abstention_line, is_calibrated
 
-MOST_SAMPLES = 48  # classes with a picture in the section on the data
+HOW_IT_WAS_STARTED = {"resume", "overwrite"}  # not what the result depends on
+MOST_SAMPLES = 100  # classes with a picture in the section on the data
 MOST_ROWS = 100  # classes in the table of classes
 
 
 def comparison(content: Content) -> Markup | None:
     """The accuracy beside that of cheaper answers; None where there is only the most frequent class to compare with."""
     results = content.results
-    check = results.get("picture_check") or {}
+    check, probe = results.get("picture_check") or {}, results.get("probe") or {}
     subset = f"on {check['pictures']:,} pictures" if check.get("pictures") else "on some pictures"
     rows = [
         ("This model", None, content.accuracy),
-        ("Linear probe", "logistic regression on the same vision tower", triple((results.get("probe") or {}).get("accuracy"))),
+        ("Linear probe", f"logistic regression on {probed_tower(probe.get('tower'))}", triple(probe.get("accuracy"))),
         ("Zero-shot", "the same model before training", triple((results.get("zero_shot") or {}).get("accuracy"))),
         ("Other picture", f"pictures shuffled, {subset}", triple(check.get("shuffled"))),
         ("No picture", f"a gray one, {subset}", triple(check.get("gray"))),
@@ -52,46 +53,11 @@ def comparison(content: Content) -> Markup | None:
 
 
 def confusion(content: Content) -> Markup:
-    """The matrix, up to 30 classes with counts, and the most frequent confusions."""
+    """The matrix and the most frequent confusions."""
     pairs = content.confusions
     rows = [[join([class_name(a, 24), " taken for ", class_name(b, 24)]), f"{n:,} of {s:,}"] for a, b, n, s in pairs]
     frequent = table(["most frequent mistakes", "pictures"], rows) if rows and len(content.names) > 2 else None
-    matrix = _matrix_table(content) if len(content.names) <= MOST_CLASSES_WITH_COUNTS else _matrix_picture(content)
-    return element("div", matrix, frequent, class_="side")
-
-
-def _matrix_table(content: Content) -> Markup:
-    names = [class_name(name, 18) for name in content.names]
-    head = element("tr", element("td"), *(element("th", n, scope="col") for n in names))
-    rows = []
-    for i, (name, counts) in enumerate(zip(names, content.counts.tolist(), strict=True)):
-        total = max(sum(counts), 1)
-        cells = [
-            element("td", count or "", class_=_cell_class(i == j, count / total), style=f"--s:{count / total:.3f}" if count else None)
-            for j, count in enumerate(counts)
-        ]
-        rows.append(element("tr", element("th", name, scope="row"), *cells))
-    caption = "Rows: true class; columns: prediction. Blue: right, orange: wrong; the stronger, the larger the share of the true class."
-    body = element("table", element("thead", head), element("tbody", *rows), class_="matrix")
-    return element("figure", element("div", body, class_="scroll"), element("figcaption", caption))
-
-
-def _cell_class(right: bool, share: float) -> str | None:
-    if not share:
-        return None
-    return ("right" if right else "wrong") + (" strong" if share > 0.5 else "")
-
-
-def _matrix_picture(content: Content) -> Markup:
-    """One pixel a cell, in one color that is the more opaque the larger the share: it suits light and dark."""
-    shares = content.counts / np.maximum(content.counts.sum(axis=1, keepdims=True), 1)
-    values = np.where(content.counts > 0, 40 + shares * 215, 0).astype(np.uint8)  # a single picture is seen, too
-    image = Image.fromarray(values, "P")
-    image.putpalette([43, 108, 196] * 256)
-    address = data_address(image, "PNG", transparency=bytes(range(256)), optimize=True)
-    alt = f"Confusion matrix of {len(content.names):,} classes: rows are the true classes, columns the predicted ones."
-    caption = f"{len(content.names):,} classes in their order, rows: true class, columns: prediction. All counts are in results.json."
-    return element("figure", element("img", src=address, alt=alt, class_="matrix coarse"), element("figcaption", caption))
+    return element("div", matrix(content), frequent, class_="side")
 
 
 def mistakes(content: Content) -> Markup:
@@ -148,7 +114,7 @@ def per_class(content: Content) -> Markup:
 
 def metrics(content: Content) -> Markup:
     test, after = content.test, content.calibration.get("after", {})
-    before = content.calibration.get("before", {})
+    before = content.calibration.get("before", {}) if is_calibrated(content.calibration) else {}
     known = (
         ("Accuracy", "accuracy", content.accuracy), ("Macro F1", "macro_f1", None), ("Weighted F1", "weighted_f1", None),
         ("NLL, nats a picture", "nll", None), ("Brier score", "brier", None), ("ECE", "ece", None), ("Loss, nats a token", "loss", None),
@@ -160,7 +126,7 @@ def metrics(content: Content) -> Markup:
     best = content.results.get("validation", {}).get("accuracy")
     rows.append(["Validation accuracy", *_measured(best, None, bool(before))])
     head = ["test split", "value", "95% interval"] + (["before calibration"] if before else [])
-    notes = [_text_line(content), _temperature_line(content), _score_line(content)]
+    notes = [_text_line(content), _temperature_line(content), _score_line(content), _abstention_line(content), _glossary(content)]
     return join([table(head, [row for row in rows if row[1] != "–"]), *(element("p", n, class_="quiet") for n in notes if n)])
 
 
@@ -168,6 +134,13 @@ def _measured(value: Any, before: Any, with_before: bool) -> list[str]:
     now, earlier = triple(value), triple(before)
     cells = [f"{now[0]:.4f}" if now else "–", interval(now, "{:.4f}") if now else ""]
     return cells + ([f"{earlier[0]:.4f}" if earlier else ""] if with_before else [])
+
+
+def _glossary(content: Content) -> str:
+    """What the figures mean whose names do not say it."""
+    names = {"nll": "NLL", "brier": "Brier score", "ece": "ECE (expected calibration error)"}
+    measured = content.test | content.calibration.get("after", {})
+    return " ".join(f"{name}: {MEANING[key]}." for key, name in names.items() if key in measured)
 
 
 def _text_line(content: Content) -> str | None:
@@ -180,7 +153,16 @@ def _text_line(content: Content) -> str | None:
 
 def _temperature_line(content: Content) -> str | None:
     temperature = triple(content.calibration.get("temperature"))
-    return f"The probabilities are calibrated with a temperature of {temperature[0]:.3f}." if temperature else None
+    if not temperature:
+        return None
+    if not is_calibrated(content.calibration):
+        return "The probabilities are the model's own: nothing was calibrated."
+    return f"The probabilities are calibrated with a temperature of {temperature[0]:.3f}."
+
+
+def _abstention_line(content: Content) -> str | None:
+    abstention = content.test.get("abstention")
+    return f"Abstaining: {abstention_line(abstention)}." if abstention else None
 
 
 def _score_line(content: Content) -> str | None:
@@ -194,10 +176,11 @@ def reliability(content: Content) -> Markup | None:
     """Accuracy over confidence, before and after calibration; None without calibration."""
     bins = content.calibration.get("reliability") or {}
     lines = []
-    for key, label, style in (("before", "before calibration", "second"), ("after", "after calibration", "first")):
+    styles = {"before": "second", "after": "first"}
+    for key, label in reliability_states(bins):
         filled = [(c, a) for c, a, n in bins.get(key) or () if n and c is not None and a is not None]
         if filled:
-            lines.append(Line(label, *zip(*filled, strict=True), style, dots=True))
+            lines.append(Line(label, *zip(*filled, strict=True), styles[key], dots=True))
     if not lines:
         return None
     lines.insert(0, Line("perfect", [0, 1], [0, 1], "plain"))
@@ -226,7 +209,7 @@ def curves(content: Content) -> Markup | None:
     if len(at):
         lines = [Line("validation", at, accuracy, "second", dots=True)]
         charts.append(
-            line_chart(lines, Axis("optimizer step", 0, last, whole=True), axis_around("accuracy", accuracy, 1.0), "Accuracy", best)
+            line_chart(lines, Axis("optimizer step", 0, last, whole=True), Axis("accuracy", *accuracy_range(accuracy)), "Accuracy", best)
         )
     mark = element("p", f"The upright line marks step {best:,}, whose model was saved and tested.", class_="quiet") if best else None
     return join([element("div", *charts, class_="side"), mark]) if charts else None
@@ -252,16 +235,29 @@ def data(content: Content) -> Markup:
 
 def _spread(counts: np.ndarray) -> str:
     low, middle, high = int(counts.min()), float(np.median(counts)), int(counts.max())
-    return f"Training pictures of a class: {low:,} at least, {middle:g} in the middle, {high:,} at most."
+    return f"Training pictures of a class: {low:,} at least, {round(middle):,} typically (the median), {high:,} at most."
 
 
 def settings(content: Content) -> Markup | None:
-    given = [(k.replace("_", " "), v) for k, v in content.results.get("settings", {}).items() if v not in (None, False, "")]
+    given = [(k.replace("_", " "), v) for k, v in used_settings(content.results).items()]
     timings = [(k.replace("_", " "), v) for k, v in content.results.get("timings", {}).items() if v is not None]
     versions = content.results.get("versions", {}).items()
-    groups = [("Settings", given), ("Time", timings), ("Versions", versions)]
-    shown = [join([element("h3", title), facts(rows)]) for title, rows in groups if rows]
+    groups = [(None, given), ("Time", timings), ("Versions", versions)]
+    shown = [join([element("h3", title) if title else None, facts(rows)]) for title, rows in groups if rows]
     return join(shown) if shown else None
+
+
+def used_settings(results: dict[str, Any]) -> dict[str, Any]:
+    """The settings that had a part in the result: with the device and number format that were taken, without what was off."""
+    given = results.get("settings", {})
+    device = results.get("device") or {}
+    taken = {"device": device["type"], "dtype": device["dtype"]} if device else {}
+    lora = given.get("tune", "lora") == "lora"
+    return {
+        name: taken.get(name, value)
+        for name, value in given.items()
+        if value not in (None, False, "") and name not in HOW_IT_WAS_STARTED and (lora or not name.startswith("lora_"))
+    }
 
 
 def _picture(split: Split, position: int, alt: str) -> Markup:

@@ -2,6 +2,7 @@
 
 from vlm.page.content import WIDE, Content
 from vlm.page.markup import Markup, class_name, element, join, percent, shorten
+from vlm.summary import missed_target
 
 
 def title(content: Content) -> str:
@@ -34,12 +35,15 @@ def headline(content: Content) -> Markup:
 
 
 def verdict(content: Content) -> Markup:
-    """One line: how many are right, what guessing gives, and the most frequent mistake."""
+    """One line: how many are right, what guessing gives, and the answer that a collapsed model gives or the most frequent mistake."""
     correct, total = int(content.counts.trace()), int(content.counts.sum())
     name, share = content.majority
     guess = ["Right on ", f"{correct:,} of {total:,} test pictures; always answering ", class_name(name), f" gives {percent(share)}. "]
     if correct == total:
         return join([*guess, "There is no mistake."])
+    if content.favorite:
+        answer, count = content.favorite
+        return join([*guess, "The model answers ", class_name(answer), f" for {count:,} of {total:,} pictures."])
     truth, wrong, count, support = content.confusions[0]
     if count == 1:
         return join([*guess, "No mistake was made twice."])
@@ -54,5 +58,9 @@ def concerns(content: Content) -> list[str]:
         found.append("The accuracy is not clearly above that of always answering the most frequent class.")
     if high - low > WIDE:
         found.append(f"{len(content.predictions):,} test pictures are few: the true accuracy may be anywhere in the interval.")
+    abstention = content.test.get("abstention")
+    if abstention and abstention["below"] is None:
+        missed = missed_target(abstention["target_precision"])
+        found.append(f"{missed[0].upper()}{missed[1:]}.")
     warnings = [(content.results.get(part) or {}).get("warning") for part in ("probe", "picture_check")]
     return found + [warning[0].upper() + warning[1:] for warning in warnings if warning]
