@@ -23,9 +23,10 @@ METADATA = "training_metadata.json"
 RESULTS = "results.json"
 STATE = "resume_state"
 DEMO_PICTURES = "demo_pictures"
+DEMO_MODEL = "demo_model"
 # Everything a run writes, which is what --overwrite deletes.
 WRITTEN = (
-    "best_model", "final_model", "demo_model", DEMO_PICTURES, STATE, "wandb", METADATA, RESULTS, "log.jsonl", "training_curves.png",
+    "best_model", "final_model", DEMO_MODEL, DEMO_PICTURES, STATE, "wandb", METADATA, RESULTS, "log.jsonl", "training_curves.png",
     "confusion_matrix.png", "reliability.png", "report.html",
 )  # fmt: skip
 
@@ -132,7 +133,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     """The metadata in a model folder or beside it.
 
     Raises:
-        UsageError: there is none, or it is not readable.
+        UsageError: there is none, it is not readable, or what lies beside the folder tells of a model that was made from it.
     """
     for path in (folder / METADATA, folder.parent / METADATA):
         if path.is_file():
@@ -142,8 +143,15 @@ def read_metadata(folder: Path) -> dict[str, Any]:
                 raise UsageError(f"{path} is not readable ({error}). It is written by train_vlm.py with the model.") from error
             if not isinstance(metadata, dict) or not {"class_names", "prompts"} <= metadata.keys():
                 raise UsageError(f"{path} names no classes and prompts: it was not written by train_vlm.py.")
+            if path.parent != folder and _is_where_it_started(folder, metadata):
+                raise UsageError(f"{folder} is the model before the training: take {folder.parent / 'best_model'}.")
             return metadata
     raise UsageError(f"no {METADATA} in {folder} or beside it: --model-dir takes a folder such as vlm_results/best_model.")
+
+
+def _is_where_it_started(folder: Path, metadata: dict[str, Any]) -> bool:
+    """Whether a folder is the untrained model of the run that the metadata beside it tell of."""
+    return folder.name == DEMO_MODEL or Path(str(metadata.get("model"))).expanduser().resolve() == folder.resolve()
 
 
 # The state to resume from

@@ -14,6 +14,7 @@ from torch import nn
 
 import vlm
 from vlm.batching import IGNORED, vlm_collate_fn
+from vlm.checkpoint import DEMO_MODEL
 from vlm.classifier import VLMClassifier
 from vlm.config import Settings
 from vlm.data import Data, Sample, load_data
@@ -123,7 +124,7 @@ def build_objective(settings: Settings, classifier: VLMClassifier, labels: Seque
 def _find_model(settings: Settings, class_names: list[str], accelerator: Accelerator) -> tuple[Path, str | None]:
     if not settings.demo:
         return model_folder(settings.model, settings.model_revision)
-    folder = Path(settings.output_dir) / "demo_model"
+    folder = Path(settings.output_dir) / DEMO_MODEL
     if accelerator.is_main_process:
         build_demo_model(folder, settings, class_names)
     accelerator.wait_for_everyone()
