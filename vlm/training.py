@@ -108,7 +108,8 @@ class Trainer:
         try:
             with Bar(settings.epochs * pictures, "training", initial=done) as bar:
                 if settings.zero_shot and self.progress.zero_shot is None:
-                    self._test_untouched()
+                    with bar.paused():
+                        self._test_untouched()
                 if not settings.epochs:
                     self._evaluate()
                 for epoch in range(self.progress.epoch, settings.epochs):
@@ -146,10 +147,11 @@ class Trainer:
             figures = self._write_losses() if save or self.progress.step % STEPS_PER_LINE == 0 else {}
             self.progress.seconds += time.monotonic() - started
             bar.update(len(step.indices), **figures)
-            if evaluate:
-                self._evaluate()
-            if save:
-                self._save()
+            with bar.paused():  # its rate is that of the training alone, as in the final table
+                if evaluate:
+                    self._evaluate()
+                if save:
+                    self._save()
             if stop:
                 self.accelerator.wait_for_everyone()
                 done = f"stopped after step {self.progress.step} of {self.total_steps}"
