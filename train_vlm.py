@@ -49,6 +49,9 @@ def train(given: dict[str, Any]) -> None:
 
         return list_models(resolve(given))
     settings = resolve(given, saved_settings(Path(given.get("output_dir", "vlm_results"))) if given.get("resume") else None)
+    from vlm.output import check_output
+
+    check_output(settings)
     should_stop = stop_on_signals()  # before the heavy imports, which take seconds
     wait_politely()
     from vlm.training import fit

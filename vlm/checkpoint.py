@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,21 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vlm.classifier import VLMClassifier
-from vlm.config import Settings
 from vlm.errors import RunError, UsageError
-from vlm.tracking import is_main_process, replacing
+from vlm.output import DEMO_MODEL, METADATA, STATE
+from vlm.output import DEMO_PICTURES as DEMO_PICTURES
+from vlm.output import RESULTS as RESULTS
+from vlm.tracking import replacing
 from vlm.tuning import merged_state_dict, trained_parameters
-
-METADATA = "training_metadata.json"
-RESULTS = "results.json"
-STATE = "resume_state"
-DEMO_PICTURES = "demo_pictures"
-DEMO_MODEL = "demo_model"
-# Everything a run writes, which is what --overwrite deletes.
-WRITTEN = (
-    "best_model", "final_model", DEMO_MODEL, DEMO_PICTURES, STATE, "wandb", METADATA, RESULTS, "log.jsonl", "training_curves.png",
-    "confusion_matrix.png", "reliability.png", "report.html",
-)  # fmt: skip
 
 
 @dataclass
@@ -68,34 +58,6 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         raise RunError(
             f"{folder} cannot be written: {error}. What was saved before is unharmed; make room, then go on with --resume."
         ) from error
-
-
-def prepare_output(settings: Settings) -> None:
-    """Make the output folder and see that nothing is lost in it.
-
-    Raises:
-        UsageError: the folder cannot be written, or holds a run that is neither resumed nor overwritten.
-    """
-    output = Path(settings.output_dir)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output):
-            pass
-    except OSError as error:
-        raise UsageError(f"--output-dir {output} cannot be written ({error.strerror}): choose another folder.") from error
-    if settings.overwrite:
-        for name in WRITTEN if is_main_process() else ():
-            path = output / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    elif (output / RESULTS).exists():
-        todo = (
-            "there is nothing to resume; start anew with --overwrite"
-            if settings.resume
-            else "choose another --output-dir, or --overwrite it"
-        )
-        raise UsageError(f"{output} holds a finished run: {todo}.")
-    elif (output / METADATA).exists() and not settings.resume:
-        raise UsageError(f"{output} holds an interrupted run: go on with --resume, or delete it with --overwrite.")
 
 
 def recover(folder: Path) -> None:

@@ -14,7 +14,6 @@ from torch import nn
 
 import vlm
 from vlm.batching import IGNORED, vlm_collate_fn
-from vlm.checkpoint import DEMO_MODEL
 from vlm.classifier import VLMClassifier
 from vlm.config import Settings
 from vlm.data import Data, Sample, load_data
@@ -27,6 +26,7 @@ from vlm.formats import stated_format
 from vlm.hub import model_folder
 from vlm.memory import Texts, warn_if_too_large
 from vlm.objective import Objective, balanced_weights
+from vlm.output import DEMO_MODEL
 from vlm.prompts import build_prompts
 from vlm.quantization import check_quantization
 from vlm.report import format_table

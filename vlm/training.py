@@ -18,12 +18,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vlm.calibration import Scores
-from vlm.checkpoint import METADATA, Progress, load_state, prepare_output, read_state, save_model_folder, save_state, write_json
+from vlm.checkpoint import METADATA, Progress, load_state, read_state, save_model_folder, save_state, write_json
 from vlm.config import Settings
 from vlm.data import Split, Step, epoch_plan
 from vlm.errors import RunError, Stopped, UsageError
 from vlm.evaluation import metrics_of_scores, score_split
 from vlm.metrics import load_metric
+from vlm.output import output_folder
 from vlm.responses import response_lengths
 from vlm.results import finish
 from vlm.setup import Run, set_up
@@ -44,18 +45,16 @@ def fit(settings: Settings, should_stop: Callable[[], bool] = lambda: False) -> 
     Raises:
         UsageError: settings or data with which the run cannot start. RunError: it had to stop. Stopped: it was asked to.
     """
-    prepare_output(settings)
-    metrics = [load_metric(name) for name in settings.metrics or ()]  # a mistake here should not wait for the end
-    run = set_up(settings)
-    trainer = Trainer(run, should_stop)
-    if settings.resume:
-        trainer.resume()
-    if run.accelerator.is_main_process:
-        write_json(run.output / METADATA, run.metadata)
-    trainer.train()
-    if not run.accelerator.is_main_process:
-        return {}
-    return finish(run, trainer.progress, metrics)
+    with output_folder(settings):
+        metrics = [load_metric(name) for name in settings.metrics or ()]  # a mistake here should not wait for the end
+        run = set_up(settings)
+        trainer = Trainer(run, should_stop)
+        if settings.resume:
+            trainer.resume()
+        trainer.train()
+        if not run.accelerator.is_main_process:
+            return {}
+        return finish(run, trainer.progress, metrics)
 
 
 class Trainer:
@@ -102,6 +101,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.log = RunLog(self.run.output, settings.use_wandb, settings.wandb_project, settings.to_json(), settings.resume)
             self.log.truncate_after(self.progress.step)
+            write_json(self.run.output / METADATA, self.run.metadata)  # from here on there is a run
         self.run.model.train()
         pictures = len(self.run.data.train)
         done = min(self.progress.epoch * pictures + self.progress.step_in_epoch * self._pictures_per_step(), settings.epochs * pictures)
