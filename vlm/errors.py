@@ -16,8 +16,8 @@ class RunError(Exception):
     """A run that was set up correctly could not go on. Exit code 1."""
 
 
-class Stopped(Exception):
-    """The user stopped the run; its state is saved. Exit code 130."""
+class Stopped(KeyboardInterrupt):
+    """The user stopped the run; the message says what is left of it. Exit code 130. No `except Exception` holds it up."""
 
 
 OUT_OF_MEMORY = (
@@ -49,7 +49,7 @@ def exit_code(command: Callable[[], None], debug: bool = False) -> int:
 def _explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, UsageError):
         return f"error: {error}", 2
-    if isinstance(error, Stopped | KeyboardInterrupt):
+    if isinstance(error, KeyboardInterrupt):
         return str(error) or "stopped.", 130
     if isinstance(error, RunError):
         return f"error: {error}", 1

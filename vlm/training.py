@@ -28,16 +28,20 @@ from vlm.output import output_folder
 from vlm.responses import response_lengths
 from vlm.results import finish
 from vlm.setup import Run, set_up
+from vlm.stopping import TESTING, TRAINING
 from vlm.tracking import Bar, RunLog, note
 
 STEPS_PER_LINE = 10  # optimizer steps between two lines of the log
 
 
-def fit(settings: Settings, should_stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+def fit(
+    settings: Settings, should_stop: Callable[[], bool] = lambda: False, enter: Callable[[str], None] = lambda phase: None
+) -> dict[str, Any]:
     """Train, evaluate, save.
 
     Args:
         should_stop: asked after every step; True saves a state and raises `Stopped`.
+        enter: told when the training begins, and when it is over (see vlm/stopping.py).
 
     Returns:
         What stands in `results.json` (empty on processes other than the main one).
@@ -48,7 +52,7 @@ def fit(settings: Settings, should_stop: Callable[[], bool] = lambda: False) -> 
     with output_folder(settings):
         metrics = [load_metric(name) for name in settings.metrics or ()]  # a mistake here should not wait for the end
         run = set_up(settings)
-        trainer = Trainer(run, should_stop)
+        trainer = Trainer(run, should_stop, enter)
         if settings.resume:
             trainer.resume()
         trainer.train()
@@ -60,11 +64,11 @@ def fit(settings: Settings, should_stop: Callable[[], bool] = lambda: False) -> 
 class Trainer:
     """The state of a training run and its loop."""
 
-    def __init__(self, run: Run, should_stop: Callable[[], bool]):
+    def __init__(self, run: Run, should_stop: Callable[[], bool] = lambda: False, enter: Callable[[str], None] = lambda phase: None):
         self.run = run
         self.settings = run.settings
         self.accelerator = run.accelerator
-        self.should_stop = should_stop
+        self.should_stop, self.enter = should_stop, enter
         self.progress = Progress()
         self.response_lengths = response_lengths(run.data.train, run.classifier.family, run.classifier.rendered)
         self.steps_per_epoch = len(self._plan(0))
@@ -101,7 +105,6 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.log = RunLog(self.run.output, settings.use_wandb, settings.wandb_project, settings.to_json(), settings.resume)
             self.log.truncate_after(self.progress.step)
-            write_json(self.run.output / METADATA, self.run.metadata)  # from here on there is a run
         self.run.model.train()
         pictures = len(self.run.data.train)
         done = min(self.progress.epoch * pictures + self.progress.step_in_epoch * self._pictures_per_step(), settings.epochs * pictures)
@@ -110,10 +113,14 @@ class Trainer:
                 if settings.zero_shot and self.progress.zero_shot is None:
                     with bar.paused():
                         self._test_untouched()
+                self.enter(TRAINING if settings.epochs else TESTING)
+                if self.accelerator.is_main_process:
+                    write_json(self.run.output / METADATA, self.run.metadata)  # from here on there is a run to go on with
                 if not settings.epochs:
                     self._evaluate()
                 for epoch in range(self.progress.epoch, settings.epochs):
                     self._epoch(epoch, bar)
+                self.enter(TESTING)
             if self.accelerator.is_main_process:
                 save_model_folder(self.run.output / "final_model", self.run.classifier, self.run.metadata, self.run.dtype)
         finally:
