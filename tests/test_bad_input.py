@@ -78,6 +78,7 @@ def test_the_first_start_without_the_hub_names_the_demo(tmp_path):
     assert (result.returncode, result.stdout) == (2, "")
     first, second = result.stderr.splitlines()
     assert first.startswith("error: the hub cannot be reached") and "Mirali33/mb-domars16k" in first
+    assert first.endswith("There is no folder Mirali33/mb-domars16k here either.")
     assert second.strip() == "Use --demo to try things out without the hub."
 
 
@@ -106,7 +107,8 @@ def test_an_empty_split_and_a_label_outside_the_names(refused, tmp_path):
     assert "the split val is empty" in refused("--dataset", saved(tmp_path / "a", train=[0, 1] * 3, val=[], test=[0, 1]))
     data = saved(tmp_path / "b", train=[0, 1] * 3, val=[0, 1], test=[0, 1])
     assert "--class-names has 3 names, but the data set has 2 classes: cat, dog" in refused("--dataset", data, "--class-names", "a b c")
-    assert "no such file or folder" in refused("--dataset", tmp_path / "nothing")
+    for name in (tmp_path / "nothing", "D/nothing.csv"):  # the second could be owner/name
+        assert f"--dataset {name}: no such file or folder" in refused("--dataset", name)
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def read_source(settings: Settings) -> Source:
         if path.suffix.lower() not in TABLES:
             raise UsageError(f"--dataset {name}: a file of a kind that is not read. {EXPECTED}")
         return _read_tables({"train": path}, [], settings)
-    if looks_like_path(name):
+    if looks_like_path(name) or path.suffix.lower() in TABLES:
         raise UsageError(f"--dataset {name}: no such file or folder. {EXPECTED}")
     commit = check_dataset_reachable(name)
     source = _read_with_library(name, settings, "hub")
