@@ -103,6 +103,15 @@ def test_pictures_that_cannot_be_learned_from(refused, tmp_path, there, said):
     assert said in refused("--dataset", pictures(tmp_path / "data", there))
 
 
+def test_pictures_without_folders_of_classes(refused, tmp_path):
+    (tmp_path / "flat").mkdir()
+    for i in range(6):
+        draw(tmp_path / "flat" / f"{i}.png")
+    assert refused("--dataset", tmp_path / "flat") == (
+        f"--dataset {tmp_path / 'flat'}: the pictures lie directly in it, and nothing says their classes. Make one folder a class.\n"
+    )
+
+
 def test_an_empty_split_and_a_label_outside_the_names(refused, tmp_path):
     assert "the split val is empty" in refused("--dataset", saved(tmp_path / "a", train=[0, 1] * 3, val=[], test=[0, 1]))
     data = saved(tmp_path / "b", train=[0, 1] * 3, val=[0, 1], test=[0, 1])

@@ -174,6 +174,8 @@ def _read_folder(folder: Path, settings: Settings) -> Source:
         return _read_tables({"train": next(iter(tables.values()))}, [], settings)
     if pictures and not any(file.name in LIBRARY_FILES or file.suffix in LIBRARY_ENDINGS for file in files if len(file.parts) <= 2):
         return _read_picture_folders(folder, pictures)
+    if files and not tables and all(is_picture(file) and len(file.parts) == 1 for file in files):
+        raise UsageError(f"--dataset {folder}: the pictures lie directly in it, and nothing says their classes. Make one folder a class.")
     return _read_with_library(str(folder), settings, "folder", folder)
 
 
