@@ -63,7 +63,7 @@ def output_folder(settings: Settings) -> Iterator[None]:
             _clear(output)
         yield
     except BaseException:
-        if made and not (output / METADATA).exists():
+        if made and output.is_dir() and not (output / METADATA).exists():
             _clear(output)
             with suppress(OSError):  # not empty: somebody else has put something there
                 for folder in made:
