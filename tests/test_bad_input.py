@@ -13,6 +13,9 @@ from PIL import Image
 from test_data import draw, pictures
 from test_sources import table
 
+from vlm.config import resolve
+from vlm.data import load_data
+
 CLASSES = {"cat": 4, "dog": 4}
 
 
@@ -204,3 +207,29 @@ def test_more_than_5_percent_unreadable_pictures_stop(refused, tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / "data" / "train" / name / "3.png").write_bytes(b"no picture")
     assert "train: 2 of 30 pictures are unreadable, more than 5%. First: train/cat/3.png: " in refused("--dataset", folder, quiet=False)
+
+
+def test_unreadable_pictures_are_counted_before_train_is_cut(refused, tiny_model, tmp_path, capsys):
+    """However many of them fall into the small test split."""
+    folder = pictures(tmp_path / "data", {"cat": 20, "dog": 20})
+    resolved = resolve({"model": str(tiny_model), "dataset": str(folder), "output_dir": str(tmp_path / "out")})
+    for name in load_data(resolved).test.names[:2]:
+        (folder / name).write_bytes(b"no picture")
+    data = load_data(resolved)
+    assert len(data.skipped) == 2 and [len(data.train), len(data.validation), len(data.test)] == [28, 6, 4]
+    for name in data.validation.names[:3]:
+        (folder / name).write_bytes(b"no picture")
+    message = refused("--dataset", folder, quiet=False)
+    assert message.startswith("train with what is cut from it: 5 of 40 pictures are unreadable, more than 5%. First: ")
+    assert "Repair or remove these files" in message
+
+
+def test_a_split_without_any_readable_picture(refused, tmp_path):
+    folder = pictures(tmp_path / "data", {"cat": 70, "dog": 70})
+    for name in ("cat", "dog"):
+        (folder / name / "1.png").write_bytes(b"no picture")
+    flags = ["--validation-ratio", 0.01, "--test-ratio", 0.01]
+    names = load_data(resolve({"dataset": str(folder), "validation_ratio": 0.01, "test_ratio": 0.01, "model": "x/y"})).test.names
+    for name in names:
+        (folder / name).write_bytes(b"no picture")
+    assert refused("--dataset", folder, *flags, quiet=False) == "test has no readable picture. Repair them, or add some.\n"
