@@ -49,6 +49,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
         write(new)
+        usual_modes(new)
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             os.replace(folder, old)
@@ -58,6 +59,14 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         raise RunError(
             f"{folder} cannot be written: {error}. What was saved before is unharmed; make room, then go on with --resume."
         ) from error
+
+
+def usual_modes(folder: Path) -> None:
+    """Give the files of a folder the mode that files of the user have: safetensors are written for their owner alone."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~mask)
 
 
 def recover(folder: Path) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 import vlm
 from vlm.batching import IGNORED, vlm_collate_fn
+from vlm.checkpoint import usual_modes
 from vlm.classifier import VLMClassifier
 from vlm.config import Settings
 from vlm.data import Data, Sample, load_data
@@ -127,6 +128,7 @@ def _find_model(settings: Settings, class_names: list[str], accelerator: Acceler
     folder = Path(settings.output_dir) / DEMO_MODEL
     if accelerator.is_main_process:
         build_demo_model(folder, settings, class_names)
+        usual_modes(folder)
     accelerator.wait_for_everyone()
     return folder, None
 
