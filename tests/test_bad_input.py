@@ -89,7 +89,7 @@ def test_columns_that_are_not_there(refused, tmp_path):
     draw(tmp_path / "a.png")
     (tmp_path / "data.csv").write_text("file,kind\na.png,cat\n")
     message = refused("--dataset", tmp_path / "data.csv", "--image-column", "file", "--label-column", "kinds")
-    assert message == "--label-column kinds: no such column. Columns there: kind. Did you mean kind?\n"
+    assert message == "--label-column kinds: no such column. Columns there: file, kind (file has another use). Did you mean kind?\n"
     assert "--label-column: no column was recognized" in refused("--dataset", tmp_path / "data.csv")
 
 
