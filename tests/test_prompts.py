@@ -42,7 +42,12 @@ def test_descriptions_go_into_system_text_and_responses(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "not a readable JSON file"), ('["cat"]', "expected a JSON object"), ('{"dog": "x"}', "describes dog"), (None, "not a readable")],
+    [
+        ("{", "not a readable JSON file"),
+        ('["cat"]', "expected a JSON object"),
+        ('{"dog": "x"}', "describes dog"),
+        (None, r"JSON file \(no such file or directory\)"),
+    ],
 )
 def test_bad_description_files_are_refused_with_their_name(tmp_path, content, message):
     file = tmp_path / "descriptions.json"

@@ -145,7 +145,11 @@ def test_columns_are_found_by_type_before_name(tmp_path):
 def test_a_missing_column_lists_those_there_with_the_likely_one(tmp_path):
     table(["a", "b"] * 5).save_to_disk(tmp_path / "set")
     refuse(r"--image-column imge: no such column. Columns there: image, label. Did you mean image\?", tmp_path / "set", image_column="imge")
-    refuse(r"--label-column LABEL: no such column. Columns there: image, label \(image has another use\). Did you mean label\?", tmp_path / "set", label_column="LABEL")
+    refuse(
+        r"--label-column LABEL: no such column. Columns there: image, label \(image has another use\). Did you mean label\?",
+        tmp_path / "set",
+        label_column="LABEL",
+    )
     table(["a", "b"] * 5).rename_column("label", "whatever").save_to_disk(tmp_path / "other")
     refuse("--label-column: no column was recognized.*there: whatever", tmp_path / "other")
     assert load(tmp_path / "other", label_column="whatever").class_names == ["a", "b"]
@@ -220,6 +224,11 @@ def test_odd_csv_files_say_what_is_wrong(tmp_path):
     refuse("no rows. Expected a header", path)
     path.write_bytes(b"file,label\n\xff\xfe,a\n")
     refuse("not a readable text file in UTF-8", path)
+
+
+def test_a_folder_with_nothing_in_it_is_no_data_set(tmp_path):
+    (tmp_path / "notes").mkdir()
+    refuse("nothing there that can be read as a data set. Expected a hub id", tmp_path / "notes")
 
 
 def test_picture_files_that_are_not_there_count_as_unreadable(tmp_path):

@@ -160,6 +160,7 @@ def test_a_loss_that_is_no_number_stops_with_advice(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert (code, out) == (1, "") and TRACEBACK not in err
     assert err.splitlines()[-1].startswith("error: the loss is nan after step 10: try a lower --learning-rate (now 1e+30)")
+    assert "--dtype" not in err.splitlines()[-1], "it is float32 already"
     assert not (tmp_path / "results.json").exists() and not (tmp_path / "final_model").exists()
 
 

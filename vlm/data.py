@@ -301,7 +301,7 @@ def _summary(settings: Settings, source: Source, origins: dict[str, str], how: l
     if source.others:
         rows.append(("left alone", ", ".join(source.others)))
     if data.skipped:
-        rows.append(("skipped", f"{len(data.skipped)} unreadable pictures"))
+        rows.append(("skipped", f"{len(data.skipped)} unreadable picture{'s' * (len(data.skipped) > 1)}"))
     return rows
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from vlm.errors import UsageError
+from vlm.errors import UsageError, reason
 
 # Files with these endings are taken for pictures when a folder is searched.
 PICTURE_ENDINGS = {
@@ -152,6 +152,4 @@ def _reason(error: Exception) -> str:
     """Why a picture could not be read, in a few words without line breaks."""
     if isinstance(error, UnidentifiedImageError):
         return "not a picture, or damaged, or of an unknown format"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror[:1].lower() + error.strerror[1:]
-    return " ".join(str(error).split()) or type(error).__name__
+    return reason(error)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.config import Settings
-from vlm.errors import UsageError
+from vlm.errors import UsageError, reason
 from vlm.formats import DEFAULT_FORMAT, choose_format, lay_out
 
 SYSTEM = "You are an expert in {task_description}. Every image belongs to exactly one of these classes: {classes}"
@@ -110,7 +110,7 @@ def read_descriptions(path: str, class_names: list[str]) -> dict[str, str]:
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UsageError(f"--class-descriptions {path}: not a readable JSON file ({error}).") from error
+        raise UsageError(f"--class-descriptions {path}: not a readable JSON file ({reason(error)}).") from error
     if not isinstance(values, dict) or not all(isinstance(text, str) for text in values.values()):
         raise UsageError(f'--class-descriptions {path}: expected a JSON object of texts, such as {{"{class_names[0]}": "..."}}.')
     unknown = sorted(set(values) - set(class_names))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from vlm.config import Settings
-from vlm.errors import UsageError
+from vlm.errors import UsageError, reason
 from vlm.formats import reasoning_of
 from vlm.hub import check_dataset_reachable, looks_like_path
 from vlm.pictures import is_picture, visible_files
@@ -261,7 +261,7 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not a readable text file in UTF-8 ({error}).") from error
+        raise UsageError(f"{path}: not a readable text file in UTF-8 ({reason(error)}).") from error
 
 
 def _read_with_library(name: str, settings: Settings, kind: str, folder: Path = Path()) -> Source:
@@ -288,6 +288,8 @@ def _loaded(name: str | Path, load: Callable[[], Any]) -> Any:
     except (MemoryError, UsageError):
         raise
     except Exception as error:
+        if type(error).__name__ == "EmptyDatasetError":
+            raise UsageError(f"--dataset {name}: nothing there that can be read as a data set. {EXPECTED}") from error
         text = " ".join(str(error).split())
         raise UsageError(f"--dataset {name}: cannot be loaded ({type(error).__name__}: {text}). {EXPECTED}") from error
 

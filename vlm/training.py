@@ -212,10 +212,9 @@ class Trainer:
         self._log("train", loss=loss, learning_rate=rate)
         if not math.isfinite(loss):
             best = f"The best model so far (step {self.progress.best_step}) is in best_model." if self.progress.best_step else ""
-            raise RunError(
-                f"the loss is {loss} after step {self.progress.step}: try a lower --learning-rate (now {self.settings.learning_rate:g}), "
-                f"a smaller --max-grad-norm, or --dtype float32. {best}".rstrip()
-            )
+            advice = [f"a lower --learning-rate (now {self.settings.learning_rate:g})", "a smaller --max-grad-norm"]
+            advice += ["--dtype float32"] if self.run.dtype != torch.float32 else []
+            raise RunError(f"the loss is {loss} after step {self.progress.step}: try {' or '.join(advice)}. {best}".rstrip())
         return {"loss": loss, "lr": rate}
 
     def _log(self, kind: str, **figures: float) -> None:
