@@ -35,7 +35,7 @@ def test_descriptions_go_into_system_text_and_responses(tmp_path):
     file = tmp_path / "descriptions.json"
     file.write_text(json.dumps({"cat": "fur and {class} whiskers."}), encoding="utf-8")
     prompts = build_prompts(Settings(class_descriptions=str(file)), NAMES)
-    assert "- cat: fur and {class} whiskers." in prompts.system and "- catfish" in prompts.system
+    assert "these classes:\n- cat: fur and {class} whiskers.\n- catfish\n" in prompts.system
     assert "I can see fur and {class} whiskers. Based" in prompts.responses[0]
     assert "I can see features of catfish." in prompts.responses[1]
 

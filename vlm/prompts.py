@@ -79,13 +79,16 @@ def build_prompts(settings: Settings, class_names: list[str]) -> Prompts:
     template = lay_out(response_format, REASONING, "{class}")
     question = settings.prompt_template or QUESTION + lay_out(response_format, SHOWN_REASONING, SHOWN_ANSWER)
     descriptions = read_descriptions(settings.class_descriptions, class_names) if settings.class_descriptions else {}
+    system = settings.system_instructions or SYSTEM
+    if descriptions:  # the list begins on a line of its own: no blank is left before it
+        system, question = (text.replace(" {classes}", "{classes}") for text in (system, question))
     values = {"classes": _class_list(class_names, descriptions), "task_description": settings.task_description}
     responses = []
     for name in class_names:
         description = descriptions.get(name) or fill(DESCRIPTION, {"class": name})
         responses.append(fill(template, {"description": description.rstrip(" ."), "class": name}))
     return Prompts(
-        system=fill(settings.system_instructions or SYSTEM, values),
+        system=fill(system, values),
         question=fill(question, values),
         class_names=tuple(class_names),
         responses=tuple(responses),
