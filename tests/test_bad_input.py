@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import socket
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -212,7 +213,7 @@ def test_more_than_5_percent_unreadable_pictures_stop(refused, tmp_path):
 
 def test_unreadable_pictures_are_counted_before_train_is_cut(refused, tiny_model, tmp_path, capsys):
     """However many of them fall into the small test split."""
-    folder = pictures(tmp_path / "data", {"cat": 20, "dog": 20})
+    folder = Path(pictures(tmp_path / "data", {"cat": 20, "dog": 20}))
     resolved = resolve({"model": str(tiny_model), "dataset": str(folder), "output_dir": str(tmp_path / "out")})
     for name in load_data(resolved).test.names[:2]:
         (folder / name).write_bytes(b"no picture")
@@ -226,7 +227,7 @@ def test_unreadable_pictures_are_counted_before_train_is_cut(refused, tiny_model
 
 
 def test_a_split_without_any_readable_picture(refused, tmp_path):
-    folder = pictures(tmp_path / "data", {"cat": 70, "dog": 70})
+    folder = Path(pictures(tmp_path / "data", {"cat": 70, "dog": 70}))
     for name in ("cat", "dog"):
         (folder / name / "1.png").write_bytes(b"no picture")
     flags = ["--validation-ratio", 0.01, "--test-ratio", 0.01]
