@@ -1,7 +1,11 @@
 """`accelerate launch`, but with the exit code of the training and without a traceback of its own. For run_vlm_training.sh."""
 
+import os
 import sys
 
+os.environ.setdefault("LOGLEVEL", "CRITICAL")  # of torch's launcher, which would print many lines behind the error that says why
+
+# ruff: noqa: E402 (the launcher's loggers are made when it is imported)
 from accelerate.commands.launch import main
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -139,6 +139,7 @@ def prepare_users(requirements: Path, may_install: bool) -> int:
 def pip_install(python: Path, requirements: Path, *more: str) -> bool:
     """Whether pip could install a requirement file. Its messages go to stderr; where nobody watches, only the important ones."""
     quiet = [] if sys.stderr.isatty() else ["--quiet"]
+    say(f"Installing what {requirements.name} asks for. From nothing that is about 2 GB and takes a few minutes.")
     command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", *quiet, "-r", str(requirements), *more]
     return subprocess.run(command, stdout=sys.stderr, close_fds=False).returncode == 0
 

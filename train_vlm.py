@@ -5,9 +5,8 @@ python train_vlm.py --demo
 python train_vlm.py --model HuggingFaceTB/SmolVLM-256M-Instruct --dataset my_pictures/
 """
 
-import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,11 +48,16 @@ def train(given: dict[str, Any]) -> None:
 
         return list_models(resolve(given))
     settings = resolve(given, saved_settings(Path(given.get("output_dir", "vlm_results"))) if given.get("resume") else None)
-    should_stop = stop_on_signals()  # before the heavy imports, which take seconds
+    from vlm.output import check_output
+    from vlm.stopping import StopSignals
+
+    check_output(settings)
+    signals = StopSignals(settings.output_dir)
+    signals.listen()  # before the heavy imports, which take seconds
     wait_politely()
     from vlm.training import fit
 
-    fit(settings, should_stop)
+    fit(settings, signals.should_stop, signals.enter)
 
 
 def saved_settings(output: Path) -> dict[str, Any]:
@@ -64,22 +68,6 @@ def saved_settings(output: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UsageError(f"--resume: {output} holds no run to go on with. Leave out --resume to start one.")
     return json.loads(path.read_text(encoding="utf-8"))["settings"]
-
-
-def stop_on_signals() -> Callable[[], bool]:
-    """The first Ctrl-C (or SIGTERM, which clusters send) asks the run to save and stop; the second ends it at once."""
-    asked = []
-
-    def handle(number: int, frame: Any) -> None:
-        if asked:
-            signal.signal(number, signal.SIG_DFL)
-            raise KeyboardInterrupt
-        asked.append(number)
-        print("\nstopping after this step; once more to stop at once.", file=sys.stderr)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handle)
-    return lambda: bool(asked)
 
 
 if __name__ == "__main__":

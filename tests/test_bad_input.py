@@ -2,8 +2,10 @@
 
 import io
 import json
+import re
 import shutil
 import socket
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -12,6 +14,9 @@ from commands import TRACEBACK, classify, names_in, run, train
 from PIL import Image
 from test_data import draw, pictures
 from test_sources import table
+
+from vlm.config import resolve
+from vlm.data import load_data
 
 CLASSES = {"cat": 4, "dog": 4}
 
@@ -45,6 +50,7 @@ def test_several_processes_say_it_once_and_keep_the_exit_code(tmp_path):
     result = run("run_vlm_training.sh", "--demo", "--max-samples", 3, "--device", "cpu", "--output-dir", tmp_path / "out", VLM_PROCESSES=2)
     assert result.returncode == 2
     assert result.stderr.count("error: --max-samples 3") == 1
+    assert "torch.distributed" not in result.stderr and "ChildFailedError" not in result.stderr
     assert TRACEBACK not in result.stderr
 
 
@@ -78,6 +84,7 @@ def test_the_first_start_without_the_hub_names_the_demo(tmp_path):
     assert (result.returncode, result.stdout) == (2, "")
     first, second = result.stderr.splitlines()
     assert first.startswith("error: the hub cannot be reached") and "Mirali33/mb-domars16k" in first
+    assert first.endswith("There is no folder Mirali33/mb-domars16k here either.")
     assert second.strip() == "Use --demo to try things out without the hub."
 
 
@@ -85,7 +92,7 @@ def test_columns_that_are_not_there(refused, tmp_path):
     draw(tmp_path / "a.png")
     (tmp_path / "data.csv").write_text("file,kind\na.png,cat\n")
     message = refused("--dataset", tmp_path / "data.csv", "--image-column", "file", "--label-column", "kinds")
-    assert message == "--label-column kinds: no such column. Columns there: kind. Did you mean kind?\n"
+    assert message == "--label-column kinds: no such column. Columns there: file, kind (file has another use). Did you mean kind?\n"
     assert "--label-column: no column was recognized" in refused("--dataset", tmp_path / "data.csv")
 
 
@@ -102,11 +109,21 @@ def test_pictures_that_cannot_be_learned_from(refused, tmp_path, there, said):
     assert said in refused("--dataset", pictures(tmp_path / "data", there))
 
 
+def test_pictures_without_folders_of_classes(refused, tmp_path):
+    (tmp_path / "flat").mkdir()
+    for i in range(6):
+        draw(tmp_path / "flat" / f"{i}.png")
+    assert refused("--dataset", tmp_path / "flat") == (
+        f"--dataset {tmp_path / 'flat'}: the pictures lie directly in it, and nothing says their classes. Make one folder a class.\n"
+    )
+
+
 def test_an_empty_split_and_a_label_outside_the_names(refused, tmp_path):
     assert "the split val is empty" in refused("--dataset", saved(tmp_path / "a", train=[0, 1] * 3, val=[], test=[0, 1]))
     data = saved(tmp_path / "b", train=[0, 1] * 3, val=[0, 1], test=[0, 1])
     assert "--class-names has 3 names, but the data set has 2 classes: cat, dog" in refused("--dataset", data, "--class-names", "a b c")
-    assert "no such file or folder" in refused("--dataset", tmp_path / "nothing")
+    for name in (tmp_path / "nothing", "D/nothing.csv"):  # the second could be owner/name
+        assert f"--dataset {name}: no such file or folder" in refused("--dataset", name)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +199,7 @@ def test_unreadable_pictures_are_skipped_counted_and_named(tiny_model, tmp_path,
     flags = ["--model", tiny_model, "--dataset", folder, "--epochs", 1, "--batch-size", 8, "--device", "cpu"]
     assert train(*flags, "--output-dir", tmp_path / "out") == 0
     err = capsys.readouterr().err
-    assert "skipped an unreadable picture of train: train/cat/3.png: " in err and "1 unreadable pictures" in err
+    assert "skipped an unreadable picture of train: train/cat/3.png: " in err and re.search(r"1 unreadable picture$", err, re.MULTILINE)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["pictures"] == {"train": 29, "validation": 2, "test": 2, "skipped": 1}
     assert json.loads((tmp_path / "out" / "training_metadata.json").read_text())["dataset"]["unreadable"] == 1
@@ -193,3 +210,29 @@ def test_more_than_5_percent_unreadable_pictures_stop(refused, tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / "data" / "train" / name / "3.png").write_bytes(b"no picture")
     assert "train: 2 of 30 pictures are unreadable, more than 5%. First: train/cat/3.png: " in refused("--dataset", folder, quiet=False)
+
+
+def test_unreadable_pictures_are_counted_before_train_is_cut(refused, tiny_model, tmp_path, capsys):
+    """However many of them fall into the small test split."""
+    folder = Path(pictures(tmp_path / "data", {"cat": 20, "dog": 20}))
+    resolved = resolve({"model": str(tiny_model), "dataset": str(folder), "output_dir": str(tmp_path / "out")})
+    for name in load_data(resolved).test.names[:2]:
+        (folder / name).write_bytes(b"no picture")
+    data = load_data(resolved)
+    assert len(data.skipped) == 2 and [len(data.train), len(data.validation), len(data.test)] == [28, 6, 4]
+    for name in data.validation.names[:3]:
+        (folder / name).write_bytes(b"no picture")
+    message = refused("--dataset", folder, quiet=False)
+    assert message.startswith("train with what is cut from it: 5 of 40 pictures are unreadable, more than 5%. First: ")
+    assert "Repair or remove these files" in message
+
+
+def test_a_split_without_any_readable_picture(refused, tmp_path):
+    folder = Path(pictures(tmp_path / "data", {"cat": 70, "dog": 70}))
+    for name in ("cat", "dog"):
+        (folder / name / "1.png").write_bytes(b"no picture")
+    flags = ["--validation-ratio", 0.01, "--test-ratio", 0.01]
+    names = load_data(resolve({"dataset": str(folder), "validation_ratio": 0.01, "test_ratio": 0.01, "model": "x/y"})).test.names
+    for name in names:
+        (folder / name).write_bytes(b"no picture")
+    assert refused("--dataset", folder, *flags, quiet=False) == "test has no readable picture. Repair them, or add some.\n"

@@ -102,6 +102,13 @@ def test_the_output_folder_holds_these_files_and_no_others(mars_run):
             assert min(picture.size) > 400
 
 
+def test_all_files_of_a_model_folder_can_be_read_by_the_same_people(demo_run):
+    (demo_run.parent / "file").touch()
+    mode = (demo_run.parent / "file").stat().st_mode
+    for name in ("best_model", "final_model", "demo_model"):
+        assert {path.name: path.stat().st_mode for path in (demo_run / name).iterdir() if path.stat().st_mode != mode} == {}
+
+
 def test_results_json_tells_the_whole_story(mars_run, results):
     assert set(results) == {
         "test",

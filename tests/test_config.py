@@ -115,3 +115,8 @@ def test_wrong_usage_ends_with_code_2(arguments, capsys):
         parse_arguments(arguments)
     assert stop.value.code == 2
     assert arguments[0] in capsys.readouterr().err
+
+
+def test_names_in_a_message_are_shown_as_they_are_typed():
+    with pytest.raises(UsageError, match="--class-names mars moon moon: expected different names, but moon is there twice"):
+        resolve({"class_names": ["mars", "moon", "moon"], "demo": True})

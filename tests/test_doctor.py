@@ -199,3 +199,18 @@ def test_the_doctor_says_when_python_is_too_old_and_is_not_collected_as_a_test()
     assert result.returncode == 1 and result.stderr.startswith("failure  Python 3.9\n") and "cure:" in result.stderr
     collect = [sys.executable, "-m", "pytest", "--collect-only", "-q", ".", "--ignore=tests"]
     assert "no tests collected" in subprocess.run(collect, cwd=ROOT, capture_output=True, text=True).stdout
+
+
+def test_the_size_of_the_vision_features_is_told(monkeypatch, tmp_path):
+    monkeypatch.setenv("VLM_CACHE", str(tmp_path))
+    (found,) = doctor.vision_features()
+    assert found == Finding(OK, f"vision features ({tmp_path / 'features'}): 0.0 GB, and never more than --cache-size 20")
+    (tmp_path / "features" / "a tower").mkdir(parents=True)
+    with (tmp_path / "features" / "a tower" / "picture").open("wb") as file:
+        file.truncate(1_500_000_000)  # takes no room
+    assert ": 1.5 GB, " in next(doctor.vision_features()).text
+
+
+def test_an_unreachable_hub_is_said_in_words():
+    found = next(doctor.hub(answers(1, "Traceback ...\nhttpx2.ConnectError: [Errno -2] Name or service not known\n")))
+    assert found.text == "hub: cannot be reached ([Errno -2] Name or service not known)"

@@ -109,6 +109,15 @@ def test_a_threshold_of_the_command_line_leaves_predictions_out(infer, pictures,
     assert all(float(row["confidence"]) == entry["confidence"] > 0 for row, entry in zip(rows, entries, strict=True))
 
 
+def test_a_file_that_is_not_there_leaves_the_others_classified(infer, pictures, tmp_path):
+    code, out, err = infer(pictures / "a.png", tmp_path / "missing.png", pictures / "b.jpg")
+    plain = infer(pictures / "a.png", pictures / "b.jpg")[1].splitlines()[2:]
+    first, missing, last = out.splitlines()[2:]
+    assert code == 1 and [first.split(), last.split()] == [line.split() for line in plain]
+    assert missing.split()[1:3] == ["-", "-"] and missing.endswith("missing.png: no such file or directory")
+    assert f"1 of 3 pictures could not be read, such as {tmp_path / 'missing.png'}; the others are classified." in err
+
+
 def test_a_table_where_no_picture_can_be_read(infer, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     code, out, err = infer(tmp_path)

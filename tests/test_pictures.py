@@ -170,3 +170,7 @@ def test_pictures_are_found_in_folders_and_files_are_taken_as_given(tmp_path):
     for name, message in (("empty", "holds no picture"), ("none.png", "is not there")):
         with pytest.raises(UsageError, match=message):
             find_pictures([tmp_path / name])
+    there, not_there = tmp_path / "notes.txt", tmp_path / "none.png"
+    assert find_pictures([not_there, there]) == [not_there, there]
+    with pytest.raises(UsageError, match=r"none\.png is not there, nor is any of the others"):
+        find_pictures([not_there, tmp_path / "neither.png"])

@@ -207,6 +207,16 @@ def test_metadata_may_lie_beside_the_model_folder(demo_run, loaded, paths, tmp_p
     assert batch(moved, paths[:1]) == batch(loaded, paths[:1])
 
 
+def test_the_model_before_the_training_is_not_taken_for_a_trained_one(demo_run, tmp_path):
+    with pytest.raises(UsageError, match=r"demo_model is the model before the training: take .*best_model"):
+        load_model_and_metadata(demo_run / "demo_model", device="cpu")
+    metadata = json.loads((demo_run / "training_metadata.json").read_text())
+    shutil.copytree(demo_run / "demo_model", tmp_path / "base")
+    (tmp_path / "training_metadata.json").write_text(json.dumps(metadata | {"model": str(tmp_path / "base")}))
+    with pytest.raises(UsageError, match="base is the model before the training"):
+        load_model_and_metadata(tmp_path / "base", device="cpu")
+
+
 def test_an_interrupted_save_is_undone(demo_run, tmp_path):
     shutil.copytree(demo_run / "best_model", tmp_path / "best_model.old")
     assert load_model_and_metadata(tmp_path / "best_model", device="cpu")[2]["model"] == "demo"

@@ -7,6 +7,7 @@ import torch
 from feature_checks import MODELS
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_info, threadpool_limits
 from tiny import random_picture, save_tiny_model, tiny_prompts
 
 from vlm import probe as module
@@ -86,6 +87,24 @@ def test_the_figures_are_those_of_a_plain_logistic_regression(family, data):
     assert (found["validation_accuracy"], found["accuracy"][0]) == pytest.approx(accuracies[best])
     value, low, high = found["accuracy"]
     assert 0 <= low <= value <= high <= 1 and value > 0.6, "dark and bright are easy to tell apart"
+
+
+def test_the_fits_are_counted_and_run_on_one_thread(family, data, monkeypatch, capsys):
+    """Threads that wait for each other made the fits take minutes."""
+    threads = []
+    fit = LogisticRegression.fit
+
+    def watched(self, *arguments):
+        threads.extend(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas")
+        return fit(self, *arguments)
+
+    monkeypatch.setattr(LogisticRegression, "fit", watched)
+    monkeypatch.setattr("vlm.tracking.SECONDS_BETWEEN_LINES", 0)
+    with threadpool_limits(2):
+        probe(family, data)
+    assert threads and set(threads) == {1}
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fitting the probe: ")]
+    assert len(lines) == len(module.STRENGTHS) and "5/5 fits (100%)" in lines[-1]
 
 
 def test_features_of_the_cache_are_used_and_give_the_same(family, data, monkeypatch):

@@ -35,14 +35,19 @@ def test_descriptions_go_into_system_text_and_responses(tmp_path):
     file = tmp_path / "descriptions.json"
     file.write_text(json.dumps({"cat": "fur and {class} whiskers."}), encoding="utf-8")
     prompts = build_prompts(Settings(class_descriptions=str(file)), NAMES)
-    assert "- cat: fur and {class} whiskers." in prompts.system and "- catfish" in prompts.system
+    assert "these classes:\n- cat: fur and {class} whiskers.\n- catfish\n" in prompts.system
     assert "I can see fur and {class} whiskers. Based" in prompts.responses[0]
     assert "I can see features of catfish." in prompts.responses[1]
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "not a readable JSON file"), ('["cat"]', "expected a JSON object"), ('{"dog": "x"}', "describes dog"), (None, "not a readable")],
+    [
+        ("{", "not a readable JSON file"),
+        ('["cat"]', "expected a JSON object"),
+        ('{"dog": "x"}', "describes dog"),
+        (None, r"JSON file \(no such file or directory\)"),
+    ],
 )
 def test_bad_description_files_are_refused_with_their_name(tmp_path, content, message):
     file = tmp_path / "descriptions.json"

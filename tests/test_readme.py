@@ -18,11 +18,11 @@ from typing import NamedTuple
 
 import pytest
 
-from vlm.checkpoint import prepare_output
 from vlm.config import TUNING_DEFAULTS, resolve
 from vlm.flags import parse_arguments
 from vlm.formats import LAYOUTS
 from vlm.metrics import load_metric
+from vlm.output import check_output
 from vlm.prompts import QUESTION, REASONING, SYSTEM
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -151,7 +151,7 @@ def test_commands_that_need_the_hub_have_flags_that_work(printed, clone):
             settings.append(resolve(parse_arguments(call[script + 1 :])))
             assert not settings[-1].demo, "the demo needs no hub: leave out the mark"
             assert all(callable(load_metric(name)) for name in settings[-1].metrics or ())
-            prepare_output(settings[-1])  # refuses a folder that holds the demo's run
+            check_output(settings[-1])  # refuses a folder that holds the demo's run
     mars = json.loads((ROOT / "tests" / "data" / "mars.json").read_text())
     ours = next(s for s in settings if s.dataset == "Mirali33/mb-domars16k")
     assert ours.system_instructions == mars["system_instructions"] and ours.class_names == mars["class_names"].split()

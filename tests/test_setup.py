@@ -1,10 +1,13 @@
 """The look at one sample before the first step."""
 
 import pytest
+import torch
 from tiny import samples, save_tiny_model, tiny_classifier
 
+from vlm.config import resolve
 from vlm.errors import UsageError
-from vlm.setup import preflight
+from vlm.features import cache_root
+from vlm.setup import _settings_rows, preflight
 
 
 @pytest.fixture
@@ -40,3 +43,13 @@ def test_token_counts_that_do_not_match_the_features_stop_the_forward(classifier
     batch["picture_places"] = batch["picture_places"][:3]
     with pytest.raises(RuntimeError, match="3 picture tokens in the text, 4 picture features"):
         classifier(batch)
+
+
+def test_the_settings_say_what_is_faster_how_many_work_and_where_features_are_kept(classifier):
+    def rows(processes, **more):
+        return dict(_settings_rows(resolve({"model": "x"} | more), classifier, "cpu", torch.float32, processes))
+
+    one, two = rows(1), rows(2, batch_size=8, tune="full")
+    assert one["batch size"] == "1 (with --batch-size 8 a step is faster; it needs more memory)" and "processes" not in one
+    assert one["vision features"] == f"kept in {cache_root()}, all runs together at most 20 GB (--cache-size)"
+    assert two["batch size"] == "8" and two["processes"].startswith("2, ") and "vision features" not in two

@@ -145,9 +145,13 @@ def test_columns_are_found_by_type_before_name(tmp_path):
 def test_a_missing_column_lists_those_there_with_the_likely_one(tmp_path):
     table(["a", "b"] * 5).save_to_disk(tmp_path / "set")
     refuse(r"--image-column imge: no such column. Columns there: image, label. Did you mean image\?", tmp_path / "set", image_column="imge")
-    refuse(r"--label-column LABEL: no such column. Columns there: label. Did you mean label\?", tmp_path / "set", label_column="LABEL")
+    refuse(
+        r"--label-column LABEL: no such column. Columns there: image, label \(image has another use\). Did you mean label\?",
+        tmp_path / "set",
+        label_column="LABEL",
+    )
     table(["a", "b"] * 5).rename_column("label", "whatever").save_to_disk(tmp_path / "other")
-    refuse("--label-column: no column was recognized.*there: whatever", tmp_path / "other")
+    refuse("--label-column: no column was recognized.*there: image, whatever", tmp_path / "other")
     assert load(tmp_path / "other", label_column="whatever").class_names == ["a", "b"]
 
 
@@ -275,7 +279,7 @@ def test_what_is_no_data_set_says_what_was_expected(tmp_path):
     refuse("no such file or folder. Expected a hub id", tmp_path / "none")
     refuse("a file of a kind that is not read. Expected a hub id", tmp_path / "a.txt")
     (tmp_path / "empty").mkdir()
-    refuse("cannot be loaded.*Expected a hub id", tmp_path / "empty")
+    refuse("nothing there that can be read as a data set. Expected a hub id", tmp_path / "empty")
 
 
 # A column of texts about the pictures

@@ -11,6 +11,8 @@ from commands import PATIENCE, TRACEBACK, command, names_in, surroundings, train
 from safetensors.torch import load_file
 
 from vlm.classifier import LossOutput, VLMClassifier
+from vlm.errors import Stopped
+from vlm.stopping import TESTING, TRAINING, StopSignals
 from vlm.training import Trainer
 
 # 20 pictures in steps of 2: 10 steps an epoch.
@@ -97,6 +99,43 @@ def test_a_second_signal_stops_at_once(tmp_path, monkeypatch, capsys):
     assert "resume_state" not in names_in(tmp_path)
 
 
+def send_from(monkeypatch, place):
+    """Let this process send itself a SIGTERM when a function of the program is called."""
+    monkeypatch.setattr(place, lambda *arguments, **options: os.kill(os.getpid(), signal.SIGTERM))
+
+
+@pytest.mark.parametrize("place", ["vlm.setup.preflight", "vlm.training.Trainer._test_untouched"])
+def test_before_the_first_step_it_ends_at_once_and_leaves_no_run(tmp_path, monkeypatch, capsys, place):
+    (tmp_path / "there").mkdir()
+    send_from(monkeypatch, place)
+    for name in ("new", "there"):
+        assert train(*FLAGS, "--zero-shot", "--output-dir", tmp_path / name) == 130
+        err = capsys.readouterr().err
+        assert err.endswith("\nstopped before the first step.\n") and "stopping after this step" not in err
+    assert names_in(tmp_path) == {"there"} and "training_metadata.json" not in names_in(tmp_path / "there")
+
+
+def test_during_the_final_test_it_ends_at_once_and_can_be_tested_later(tmp_path, unbroken, monkeypatch, capsys):
+    with monkeypatch.context() as patched:
+        send_from(patched, "vlm.training.finish")
+        assert train(*FLAGS, "--output-dir", tmp_path) == 130
+    err = capsys.readouterr().err
+    assert err.endswith(f"stopped after the training; go on with the test by --resume --output-dir {tmp_path}\n")
+    assert "stopping after this step" not in err and not (tmp_path / "results.json").exists()
+    assert train("--resume", "--output-dir", tmp_path) == 0
+    assert (tmp_path / "results.json").exists()
+    assert all(torch.equal(tensor, unbroken[name]) for name, tensor in weights(tmp_path).items())
+
+
+def test_a_wish_that_came_too_late_for_the_last_step_ends_the_run_behind_it():
+    signals = StopSignals("out")
+    signals.enter(TRAINING)
+    signals._handle(signal.SIGTERM, None)
+    assert signals.should_stop()
+    with pytest.raises(Stopped, match="stopped after the training"):
+        signals.enter(TESTING)
+
+
 def test_a_run_that_is_going_on_or_done_is_not_overwritten_by_chance(tmp_path, monkeypatch, capsys):
     send_after(monkeypatch, 5, signal.SIGINT)
     assert train(*FLAGS, "--output-dir", tmp_path) == 130
@@ -121,6 +160,7 @@ def test_a_loss_that_is_no_number_stops_with_advice(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert (code, out) == (1, "") and TRACEBACK not in err
     assert err.splitlines()[-1].startswith("error: the loss is nan after step 10: try a lower --learning-rate (now 1e+30)")
+    assert "--dtype" not in err.splitlines()[-1], "it is float32 already"
     assert not (tmp_path / "results.json").exists() and not (tmp_path / "final_model").exists()
 
 

@@ -70,6 +70,34 @@ def test_work_of_an_earlier_run_does_not_count_in_the_rate(capsys, clock):
     assert "950/1,000 pictures (95%), 5.0 pictures/s, 00:10 left" in capsys.readouterr().err
 
 
+def test_what_is_done_in_a_pause_does_not_count_in_the_rate(capsys, clock):
+    with Bar(400, "Training") as bar:
+        with bar.paused():
+            clock["now"] += 160  # a test before the first step
+        for _ in range(2):
+            clock["now"] += 20
+            bar.update(200)
+            with bar.paused():
+                clock["now"] += 30
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert first == "Training: 200/400 pictures (50%), 10.0 pictures/s, 00:20 left"
+    assert last == "Training: 400/400 pictures (100%), 10.0 pictures/s, took 00:40"
+
+
+def test_a_pause_does_not_count_on_a_terminal_either(monkeypatch, clock):
+    """tqdm has a clock of its own."""
+
+    def work():
+        bar = Bar(4, "Training")
+        before = bar._bar.start_t
+        with bar.paused():
+            clock["now"] += 160
+        assert bar._bar.start_t == before + 160
+        bar.close()
+
+    on_a_terminal(monkeypatch, (24, 100), work)
+
+
 def test_unknown_total_and_slow_rate_are_shown(capsys, clock):
     bar = Bar(None, "Loading", unit="files")
     clock["now"] += 20
@@ -124,6 +152,17 @@ def test_progress_passes_items_through_and_counts_them(capsys, clock):
     assert list(progress(slow(), 4, "Predicting")) == list("abcd")
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("Predicting: 2/4 pictures (50%)") and lines[-1].startswith("Predicting: 4/4 pictures (100%)")
+
+
+def test_batches_count_as_many_as_they_hold(capsys, clock):
+    def batches():
+        for size in (4, 4, 2):
+            clock["now"] += 10
+            yield "x" * size
+
+    list(progress(batches(), 10, "Testing", count=len))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("Testing: 4/10 pictures (40%), 0.4 pictures/s") and lines[-1].startswith("Testing: 10/10 pictures")
 
 
 def test_other_processes_show_no_progress(capsys, clock, monkeypatch):

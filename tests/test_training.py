@@ -1,10 +1,14 @@
 """The step and the schedule: what the gradient of a step is, however it is cut."""
 
+import re
+import time
+
 import pytest
 import torch
 from tiny import NAMES, random_picture, save_tiny_model
 
 from vlm.config import resolve
+from vlm.evaluation import score_split
 from vlm.setup import set_up
 from vlm.training import Trainer, learning_rate_at, step_seed
 
@@ -69,3 +73,22 @@ def test_every_step_and_process_has_a_seed_of_its_own():
     seeds = {step_seed(seed, step, rank) for seed in range(3) for step in range(50) for rank in range(2)}
     assert len(seeds) == 300
     assert step_seed(1, 2, 3) == step_seed(1, 2, 3)
+
+
+def test_the_bar_counts_the_time_of_the_training_alone(sources, tmp_path, monkeypatch, capsys):
+    """As `train_seconds` does: not the test before the training, and not the evaluations."""
+    model, pictures = sources
+    away = []
+
+    def slow(*arguments, **options):
+        away.append(10_000)
+        return score_split(*arguments, **options)
+
+    monkeypatch.setattr("vlm.training.score_split", slow)
+    monkeypatch.setattr("vlm.tracking.monotonic", lambda: time.monotonic() + sum(away))
+    monkeypatch.setattr("vlm.tracking.SECONDS_WORTH_A_LAST_LINE", 0.0)
+    flags = {"model": str(model), "dataset": str(pictures), "epochs": 2, "zero_shot": True, "output_dir": str(tmp_path)}
+    Trainer(set_up(resolve(flags)), lambda: False).train()
+    assert len(away) == 3
+    (last,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("training: ") and "took" in line]
+    assert re.search(r"took 00:\d\d", last), last

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,20 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vlm.classifier import VLMClassifier
-from vlm.config import Settings
 from vlm.errors import RunError, UsageError
-from vlm.tracking import is_main_process, replacing
+from vlm.output import DEMO_MODEL, METADATA, STATE
+from vlm.output import DEMO_PICTURES as DEMO_PICTURES
+from vlm.output import RESULTS as RESULTS
+from vlm.tracking import replacing
 from vlm.tuning import merged_state_dict, trained_parameters
-
-METADATA = "training_metadata.json"
-RESULTS = "results.json"
-STATE = "resume_state"
-DEMO_PICTURES = "demo_pictures"
-# Everything a run writes, which is what --overwrite deletes.
-WRITTEN = (
-    "best_model", "final_model", "demo_model", DEMO_PICTURES, STATE, "wandb", METADATA, RESULTS, "log.jsonl", "training_curves.png",
-    "confusion_matrix.png", "reliability.png", "report.html",
-)  # fmt: skip
 
 
 @dataclass
@@ -58,6 +49,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
         write(new)
+        usual_modes(new)
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             os.replace(folder, old)
@@ -69,32 +61,12 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         ) from error
 
 
-def prepare_output(settings: Settings) -> None:
-    """Make the output folder and see that nothing is lost in it.
-
-    Raises:
-        UsageError: the folder cannot be written, or holds a run that is neither resumed nor overwritten.
-    """
-    output = Path(settings.output_dir)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output):
-            pass
-    except OSError as error:
-        raise UsageError(f"--output-dir {output} cannot be written ({error.strerror}): choose another folder.") from error
-    if settings.overwrite:
-        for name in WRITTEN if is_main_process() else ():
-            path = output / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    elif (output / RESULTS).exists():
-        todo = (
-            "there is nothing to resume; start anew with --overwrite"
-            if settings.resume
-            else "choose another --output-dir, or --overwrite it"
-        )
-        raise UsageError(f"{output} holds a finished run: {todo}.")
-    elif (output / METADATA).exists() and not settings.resume:
-        raise UsageError(f"{output} holds an interrupted run: go on with --resume, or delete it with --overwrite.")
+def usual_modes(folder: Path) -> None:
+    """Give the files of a folder the mode that files of the user have: safetensors are written for their owner alone."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~mask)
 
 
 def recover(folder: Path) -> None:
@@ -132,7 +104,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     """The metadata in a model folder or beside it.
 
     Raises:
-        UsageError: there is none, or it is not readable.
+        UsageError: there is none, it is not readable, or what lies beside the folder tells of a model that was made from it.
     """
     for path in (folder / METADATA, folder.parent / METADATA):
         if path.is_file():
@@ -142,8 +114,15 @@ def read_metadata(folder: Path) -> dict[str, Any]:
                 raise UsageError(f"{path} is not readable ({error}). It is written by train_vlm.py with the model.") from error
             if not isinstance(metadata, dict) or not {"class_names", "prompts"} <= metadata.keys():
                 raise UsageError(f"{path} names no classes and prompts: it was not written by train_vlm.py.")
+            if path.parent != folder and _is_where_it_started(folder, metadata):
+                raise UsageError(f"{folder} is the model before the training: take {folder.parent / 'best_model'}.")
             return metadata
     raise UsageError(f"no {METADATA} in {folder} or beside it: --model-dir takes a folder such as vlm_results/best_model.")
+
+
+def _is_where_it_started(folder: Path, metadata: dict[str, Any]) -> bool:
+    """Whether a folder is the untrained model of the run that the metadata beside it tell of."""
+    return folder.name == DEMO_MODEL or Path(str(metadata.get("model"))).expanduser().resolve() == folder.resolve()
 
 
 # The state to resume from

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vlm.errors import UsageError
+from vlm.errors import UsageError, reason
 from vlm.formats import LAYOUTS, choose_format
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolVLM-500M-Instruct"
@@ -289,7 +289,7 @@ def _from_file(name: str, value: Any) -> Any:
     try:
         return Path(value[1:]).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--{name.replace('_', '-')} {value}: not a readable text file ({error}).") from error
+        raise UsageError(f"--{name.replace('_', '-')} {value}: not a readable text file ({reason(error)}).") from error
 
 
 def _problems(s: Settings) -> list[str]:
@@ -298,7 +298,9 @@ def _problems(s: Settings) -> list[str]:
 
     def expect(correct: bool, name: str, wanted: str) -> None:
         if not correct:
-            problems.append(f"--{name.replace('_', '-')} {getattr(s, name)}: expected {wanted}.")
+            value = getattr(s, name)
+            shown = " ".join(value) if isinstance(value, list) else value
+            problems.append(f"--{name.replace('_', '-')} {shown}: expected {wanted}.")
 
     for name in (
         "batch_size", "gradient_accumulation_steps", "eval_batch_size", "eval_steps", "max_samples", "lora_rank", "shots",

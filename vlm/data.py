@@ -139,7 +139,7 @@ def load_data(settings: Settings) -> Data:
         for number, role in enumerate(ROLES):
             positions = balanced_positions(splits[role].labels, settings.max_samples, [settings.seed, 2, number])
             splits[role] = splits[role].take(positions)
-    skipped, edges = _drop_unreadable(splits, names)
+    skipped, edges = _drop_unreadable(splits, names, cut=missing)
     if settings.shots is not None:
         splits["train"] = _few(splits["train"], settings.shots, names, [settings.seed, 3])
         origins["train"] += f", {settings.shots} of each class"
@@ -232,14 +232,17 @@ def _few(split: Split, shots: int, names: list[str], seed: list[int]) -> Split:
     return split.take(balanced_positions(split.labels, shots * len(names), seed))
 
 
-def _drop_unreadable(splits: dict[str, Split], names: list[str]) -> tuple[list[str], list[int]]:
+def _drop_unreadable(splits: dict[str, Split], names: list[str], cut: list[str]) -> tuple[list[str], list[int]]:
     """Decode every picture once, learn its key and leave out those that cannot be decoded.
+
+    Args:
+        cut: the splits that were cut from train, of which they are a part where the unreadable pictures are counted.
 
     Returns:
         the reasons, each with the picture's name, and the longest edge of each readable picture of train, in pixels.
 
     Raises:
-        UsageError: too many are unreadable, or a class of train has none left.
+        UsageError: too many are unreadable, or a split or a class of train has none left.
     """
     jobs = [(role, i) for role in ROLES for i in range(len(splits[role]))]
 
@@ -262,14 +265,19 @@ def _drop_unreadable(splits: dict[str, Split], names: list[str]) -> tuple[list[s
         note(f"skipped an unreadable picture of {role}: {text}")
     if len(bad) > MOST_SHOWN:
         note(f"... and {len(bad) - MOST_SHOWN} more")
-    for role, split in splits.items():
-        lost = {i for other, i, _ in bad if other == role}
-        if len(lost) > MOST_UNREADABLE * len(split):
-            first = next(text for other, _, text in bad if other == role)
+    for roles in [["train", *cut], *([role] for role in ROLES[1:] if role not in cut)]:
+        lost, of = [text for role, _, text in bad if role in roles], sum(len(splits[role]) for role in roles)
+        if len(lost) > MOST_UNREADABLE * of:
+            where = " with what is cut from it" if len(roles) > 1 else ""
             raise UsageError(
-                f"{role}: {len(lost)} of {len(split)} pictures are unreadable, more than {MOST_UNREADABLE:.0%}. First: {first}"
+                f"{roles[0]}{where}: {len(lost)} of {of} pictures are unreadable, more than {MOST_UNREADABLE:.0%}. First: {lost[0]}\n"
+                "       Repair or remove these files; where a table names them, its paths are relative to it."
             )
-        splits[role] = split.take([i for i in range(len(split)) if i not in lost])
+    for role, split in splits.items():
+        lost_here = {i for other, i, _ in bad if other == role}
+        splits[role] = split.take([i for i in range(len(split)) if i not in lost_here])
+        if not len(splits[role]):
+            raise UsageError(f"{role} has no readable picture. Repair them, or add some.")
     empty = [name for number, name in enumerate(names) if number not in set(splits["train"].labels)]
     if empty:
         raise UsageError(f"train has no readable picture of {', '.join(empty)}. Add some, or remove the class.")
@@ -293,7 +301,7 @@ def _summary(settings: Settings, source: Source, origins: dict[str, str], how: l
     if source.others:
         rows.append(("left alone", ", ".join(source.others)))
     if data.skipped:
-        rows.append(("skipped", f"{len(data.skipped)} unreadable pictures"))
+        rows.append(("skipped", f"{len(data.skipped)} unreadable picture{'s' * (len(data.skipped) > 1)}"))
     return rows
 
 

@@ -6,6 +6,7 @@ A check is a function that yields findings. Packages are imported inside the che
 import importlib.util
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -23,12 +24,12 @@ ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / "requirements.txt"
 OK, WARNING, FAILURE = "ok", "warning", "failure"
 COLORS = {OK: "\033[32m", WARNING: "\033[33m", FAILURE: "\033[31m"}
-GB = 1e9
+GIB = 2**30
 # Estimates for the default model, 0.5 billion weights: 2 GB in float32 and twice that while a model is saved; activations; PyTorch.
-MEMORY_GB = 6
-OUTPUT_GB = 7  # best_model, final_model, the state to resume from, and one more copy while one of them is written
-CACHE_GB = 4  # the model and the data set
-LEAST_GB = 0.5  # not even the demo has enough
+MEMORY_GIB = 6
+OUTPUT_GIB = 7  # best_model, final_model, the state to resume from, and one more copy while one of them is written
+DOWNLOADS_GIB = 4  # the model and the data set
+LEAST_GIB = 0.5  # not even the demo has enough
 HUB_SECONDS = 3
 TRAINING_SECONDS = 600
 
@@ -155,7 +156,7 @@ def device() -> Iterator[Finding]:
     yield Finding(OK, f"device: {text}, computing in {dtype}; {psutil.cpu_count(logical=False) or os.cpu_count()} physical CPU cores")
     if found.type == "cuda":
         free, total = torch.cuda.mem_get_info()
-        yield _enough("GPU memory", free, total, MEMORY_GB, "a smaller --model, or --tune connector")
+        yield _enough("GPU memory", free, total, MEMORY_GIB, "a smaller --model, or --tune connector")
     elif shutil.which("nvidia-smi"):
         yield Finding(
             WARNING,
@@ -164,13 +165,13 @@ def device() -> Iterator[Finding]:
         )
 
 
-def _enough(name: str, free: float, total: float, wanted_gb: float, cure: str, least_gb: float = 0.0) -> Finding:
-    """free, total: bytes; wanted_gb: what the default model needs."""
-    text = f"{name}: {free / GB:.1f} of {total / GB:.1f} GB free"
-    if free >= wanted_gb * GB:
+def _enough(name: str, free: float, total: float, wanted_gib: float, cure: str, least_gib: float = 0.0) -> Finding:
+    """free, total: bytes; wanted_gib: what the default model needs."""
+    text = f"{name}: {free / GIB:.1f} of {total / GIB:.1f} GiB free"
+    if free >= wanted_gib * GIB:
         return Finding(OK, text)
-    level = FAILURE if free < least_gb * GB else WARNING
-    return Finding(level, f"{text}; the default model needs about {wanted_gb} GB", cure)
+    level = FAILURE if free < least_gib * GIB else WARNING
+    return Finding(level, f"{text}; the default model needs about {wanted_gib} GiB", cure)
 
 
 def memory(limit_file: Path = Path("/sys/fs/cgroup/memory.max")) -> Iterator[Finding]:
@@ -181,7 +182,7 @@ def memory(limit_file: Path = Path("/sys/fs/cgroup/memory.max")) -> Iterator[Fin
     limit = limit_file.read_text().strip() if limit_file.exists() else "max"
     total = min(machine.total, int(limit)) if limit.isdigit() else machine.total
     cure = "close other programs, or take a smaller model: --model HuggingFaceTB/SmolVLM-256M-Instruct"
-    yield _enough("memory", min(machine.available, total), total, MEMORY_GB, cure, LEAST_GB)
+    yield _enough("memory", min(machine.available, total), total, MEMORY_GIB, cure, LEAST_GIB)
 
 
 def disk(output: Path | None = None, usage: Callable[[Path], tuple[int, int, int]] = shutil.disk_usage) -> Iterator[Finding]:
@@ -189,12 +190,21 @@ def disk(output: Path | None = None, usage: Callable[[Path], tuple[int, int, int
     from huggingface_hub.constants import HF_HUB_CACHE
 
     places = (
-        ("results", output or Path(Settings().output_dir), OUTPUT_GB, "free some space, or --output-dir on another disk"),
-        ("downloads", Path(HF_HUB_CACHE), CACHE_GB, "free some space, or set HF_HOME to a folder on another disk"),
+        ("results", output or Path(Settings().output_dir), OUTPUT_GIB, "free some space, or --output-dir on another disk"),
+        ("downloads", Path(HF_HUB_CACHE), DOWNLOADS_GIB, "free some space, or set HF_HOME to a folder on another disk"),
     )
     for name, folder, wanted, cure in places:
         total, _, free = usage(_existing(folder))
-        yield _enough(f"disk for {name} ({folder.absolute()})", free, total, wanted, cure, LEAST_GB)
+        yield _enough(f"disk for {name} ({folder.absolute()})", free, total, wanted, cure, LEAST_GIB)
+
+
+def vision_features() -> Iterator[Finding]:
+    """Where the features of pictures are kept, and how large they are and may become."""
+    from vlm.features import cache_root
+
+    folder = cache_root()
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    yield Finding(OK, f"vision features ({folder}): {size / 1e9:.1f} GB, and never more than --cache-size {Settings().cache_size:g}")
 
 
 def _existing(folder: Path) -> Path:
@@ -222,7 +232,7 @@ def hub(run: Run = subprocess.run) -> Iterator[Finding]:
     missing = _why_unreachable(run)
     if missing:
         cure = "check the network and HTTPS_PROXY; --demo, local data and what is in the cache work without the hub"
-        yield Finding(WARNING, f"hub: {missing}", cure)
+        yield Finding(WARNING, f"hub: cannot be reached ({missing})", cure)
     else:
         yield Finding(OK, "hub: can be reached")
     config = try_to_load_from_cache(DEFAULT_MODEL, "config.json")
@@ -246,7 +256,7 @@ def _why_unreachable(run: Run) -> str:
         result = run([sys.executable, "-c", ask], capture_output=True, text=True, timeout=HUB_SECONDS + 5)
     except subprocess.TimeoutExpired:
         return f"no answer within {HUB_SECONDS + 5} seconds"
-    return _last_line(result.stderr) if result.returncode else ""
+    return re.sub(r"^[\w.]+: ", "", _last_line(result.stderr)) if result.returncode else ""  # without the name of the exception
 
 
 def training(run: Run = subprocess.run, root: Path = ROOT, debug: bool = False) -> Iterator[Finding]:
@@ -287,4 +297,4 @@ def _draw_digit(path: Path) -> None:
     Image.fromarray((load_digits().images[0] * 255 / 16).astype("uint8")).save(path)
 
 
-CHECKS: tuple[Check, ...] = (python, packages, transformers, device, memory, disk, output_folder, hub)
+CHECKS: tuple[Check, ...] = (python, packages, transformers, device, memory, disk, vision_features, output_folder, hub)

@@ -16,8 +16,15 @@ class RunError(Exception):
     """A run that was set up correctly could not go on. Exit code 1."""
 
 
-class Stopped(Exception):
-    """The user stopped the run; its state is saved. Exit code 130."""
+class Stopped(KeyboardInterrupt):
+    """The user stopped the run; the message says what is left of it. Exit code 130. No `except Exception` holds it up."""
+
+
+def reason(error: Exception) -> str:
+    """Why a file could not be read, in a few words: of an error of the system what it says, without its number and the file's name."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror[:1].lower() + error.strerror[1:]
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 OUT_OF_MEMORY = (
@@ -49,7 +56,7 @@ def exit_code(command: Callable[[], None], debug: bool = False) -> int:
 def _explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, UsageError):
         return f"error: {error}", 2
-    if isinstance(error, Stopped | KeyboardInterrupt):
+    if isinstance(error, KeyboardInterrupt):
         return str(error) or "stopped.", 130
     if isinstance(error, RunError):
         return f"error: {error}", 1

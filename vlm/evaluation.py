@@ -47,13 +47,17 @@ def score_split(
     try:
         with torch.no_grad():
             parts = []
-            for batch in progress(loader, len(loader), description, unit="batches"):
+            for batch in progress(loader, len(samples), description, count=_pictures):
                 labels = batch["labels"].tolist()
                 found = classify(classifier, send_to_device(batch, classifier.device), tolerance, labels=labels)
                 parts.append((found.scores.cpu(), found.openings.cpu()))
     finally:
         classifier.train(was_training)
     return Scores(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+
+def _pictures(batch: dict[str, Any]) -> int:
+    return len(batch["labels"])
 
 
 def evaluate_vlm_model(
@@ -107,7 +111,7 @@ def check_texts(classifier: VLMClassifier, split: Split, batch_size: int = 8, co
     classifier.eval()
     prompts = classifier.prompts
     predictions, free, constrained = [], [], []
-    for batch in progress(loader, len(loader), "writing texts", unit="batches"):
+    for batch in progress(loader, len(chosen), "writing texts", count=_pictures):
         batch = send_to_device(batch, classifier.device)
         found = classify(classifier, batch)
         best = classifier.calibration.log_probabilities(found.scores, found.openings).argmax(-1).tolist()
@@ -132,7 +136,7 @@ def explanations(classifier: VLMClassifier, split: Split, indices: Sequence[int]
     loader = DataLoader(Subset(split, indices), batch_size, collate_fn=classifier.collate(with_response=False), generator=torch.Generator())
     classifier.eval()
     texts = []
-    for batch in progress(loader, len(loader), "writing explanations", unit="batches"):
+    for batch in progress(loader, len(indices), "writing explanations", count=_pictures):
         batch = send_to_device(batch, classifier.device)
         found = classify(classifier, batch)
         best = classifier.calibration.log_probabilities(found.scores, found.openings).argmax(-1).tolist()

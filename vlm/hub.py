@@ -159,7 +159,7 @@ def _refused(kind: str, name: str, revision: str | None, error: Exception) -> Us
 
 def _not_cached(kind: str, name: str, silence: str) -> UsageError:
     return UsageError(
-        f"{silence}, and {NOUNS[kind]} {name} is not, or not completely, in the cache.\n"
+        f"{silence}, and {NOUNS[kind]} {name} is not, or not completely, in the cache. There is no folder {name} here either.\n"
         "       Use --demo to try things out without the hub."
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from vlm.errors import UsageError
+from vlm.errors import UsageError, reason
 
 # Files with these endings are taken for pictures when a folder is searched.
 PICTURE_ENDINGS = {
@@ -58,13 +58,16 @@ def picture_key(picture: Image.Image) -> str:
 def find_pictures(paths: Sequence[str | Path]) -> list[Path]:
     """Files as they are, folders searched for pictures anywhere below them, sorted by path, hidden ones left out.
 
+    A path that is not there is kept among others, to be reported as a picture that cannot be read.
+
     Raises:
-        UsageError: a path that is not there, or a folder without any picture.
+        UsageError: not one of the paths is there, or a folder has no picture.
     """
     found: list[Path] = []
+    if not any(map(os.path.exists, paths)):
+        others = ", nor is any of the others" if len(paths) > 1 else ""
+        raise UsageError(f"{paths[0]} is not there{others}: expected a picture file or a folder of pictures.")
     for path in map(Path, paths):
-        if not path.exists():
-            raise UsageError(f"{path} is not there: expected a picture file or a folder of pictures.")
         pictures = [path / file for file in visible_files(path) if is_picture(file)] if path.is_dir() else [path]
         if not pictures:
             raise UsageError(f"{path} holds no picture; these endings are taken for one: {' '.join(sorted(PICTURE_ENDINGS))}.")
@@ -149,6 +152,4 @@ def _reason(error: Exception) -> str:
     """Why a picture could not be read, in a few words without line breaks."""
     if isinstance(error, UnidentifiedImageError):
         return "not a picture, or damaged, or of an unknown format"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror[:1].lower() + error.strerror[1:]
-    return " ".join(str(error).split()) or type(error).__name__
+    return reason(error)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.config import Settings
-from vlm.errors import UsageError
+from vlm.errors import UsageError, reason
 from vlm.formats import DEFAULT_FORMAT, choose_format, lay_out
 
 SYSTEM = "You are an expert in {task_description}. Every image belongs to exactly one of these classes: {classes}"
@@ -79,13 +79,16 @@ def build_prompts(settings: Settings, class_names: list[str]) -> Prompts:
     template = lay_out(response_format, REASONING, "{class}")
     question = settings.prompt_template or QUESTION + lay_out(response_format, SHOWN_REASONING, SHOWN_ANSWER)
     descriptions = read_descriptions(settings.class_descriptions, class_names) if settings.class_descriptions else {}
+    system = settings.system_instructions or SYSTEM
+    if descriptions:  # the list begins on a line of its own: no blank is left before it
+        system, question = (text.replace(" {classes}", "{classes}") for text in (system, question))
     values = {"classes": _class_list(class_names, descriptions), "task_description": settings.task_description}
     responses = []
     for name in class_names:
         description = descriptions.get(name) or fill(DESCRIPTION, {"class": name})
         responses.append(fill(template, {"description": description.rstrip(" ."), "class": name}))
     return Prompts(
-        system=fill(settings.system_instructions or SYSTEM, values),
+        system=fill(system, values),
         question=fill(question, values),
         class_names=tuple(class_names),
         responses=tuple(responses),
@@ -110,7 +113,7 @@ def read_descriptions(path: str, class_names: list[str]) -> dict[str, str]:
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UsageError(f"--class-descriptions {path}: not a readable JSON file ({error}).") from error
+        raise UsageError(f"--class-descriptions {path}: not a readable JSON file ({reason(error)}).") from error
     if not isinstance(values, dict) or not all(isinstance(text, str) for text in values.values()):
         raise UsageError(f'--class-descriptions {path}: expected a JSON object of texts, such as {{"{class_names[0]}": "..."}}.')
     unknown = sorted(set(values) - set(class_names))

@@ -14,18 +14,20 @@ from torch import nn
 
 import vlm
 from vlm.batching import IGNORED, vlm_collate_fn
+from vlm.checkpoint import usual_modes
 from vlm.classifier import VLMClassifier
-from vlm.config import Settings
+from vlm.config import PICTURES_PER_STEP, Settings
 from vlm.data import Data, Sample, load_data
 from vlm.demo import MODEL_NAME, build_demo_model
 from vlm.device import check_compiler, pick_device, pick_dtype, pick_threads
 from vlm.errors import UsageError
 from vlm.families import load_family
-from vlm.features import fill_cache
+from vlm.features import cache_root, fill_cache
 from vlm.formats import stated_format
 from vlm.hub import model_folder
 from vlm.memory import Texts, warn_if_too_large
 from vlm.objective import Objective, balanced_weights
+from vlm.output import DEMO_MODEL
 from vlm.prompts import build_prompts
 from vlm.quantization import check_quantization
 from vlm.report import format_table
@@ -96,7 +98,7 @@ def set_up(settings: Settings) -> Run:
         prompts = replace(prompts, reasoning_tokens=longest_reasoning(data.train, family))
     classifier = VLMClassifier(family, prompts)
     classifier.objective = build_objective(settings, classifier, data.train.labels)
-    note(format_table(_settings_rows(settings, classifier, reason, dtype)) + "\n")
+    note(format_table(_settings_rows(settings, classifier, reason, dtype, accelerator.num_processes)) + "\n")
     preflight(classifier, data.train[0])
 
     workers = settings.workers
@@ -123,14 +125,15 @@ def build_objective(settings: Settings, classifier: VLMClassifier, labels: Seque
 def _find_model(settings: Settings, class_names: list[str], accelerator: Accelerator) -> tuple[Path, str | None]:
     if not settings.demo:
         return model_folder(settings.model, settings.model_revision)
-    folder = Path(settings.output_dir) / "demo_model"
+    folder = Path(settings.output_dir) / DEMO_MODEL
     if accelerator.is_main_process:
         build_demo_model(folder, settings, class_names)
+        usual_modes(folder)
     accelerator.wait_for_everyone()
     return folder, None
 
 
-def _settings_rows(settings: Settings, classifier: VLMClassifier, device: str, dtype: torch.dtype) -> list[tuple[str, str]]:
+def _settings_rows(settings: Settings, classifier: VLMClassifier, device: str, dtype: torch.dtype, processes: int) -> list[tuple[str, str]]:
     trained = sum(p.numel() for p in classifier.parameters() if p.requires_grad)
     every = classifier.model.num_parameters()  # quantized ones too, of which there are several in a number
     quantized = f", the language model's weights in {settings.bits} bits" if settings.bits else ""
@@ -141,10 +144,14 @@ def _settings_rows(settings: Settings, classifier: VLMClassifier, device: str, d
         ("response format", _format_row(settings)),
         ("trained parameters", f"{trained:,} of {every:,} ({trained / every:.1%})"),
     ]
-    rows += [
-        (name.replace("_", " "), "each epoch" if getattr(settings, name) is None else str(getattr(settings, name)))
-        for name in SHOWN_SETTINGS
-    ]
+    shown = {name: "each epoch" if getattr(settings, name) is None else str(getattr(settings, name)) for name in SHOWN_SETTINGS}
+    if settings.batch_size == 1:
+        shown["batch_size"] += f" (with --batch-size {PICTURES_PER_STEP} a step is faster; it needs more memory)"
+    rows += [(name.replace("_", " "), value) for name, value in shown.items()]
+    if processes > 1:
+        rows.append(("processes", f"{processes}, each with batches of its own"))
+    if settings.tune != "full" and not settings.no_feature_cache and classifier.family.can_cache:
+        rows.append(("vision features", f"kept in {cache_root()}, all runs together at most {settings.cache_size:g} GB (--cache-size)"))
     return rows
 
 

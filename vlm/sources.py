@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from vlm.config import Settings
-from vlm.errors import UsageError
+from vlm.errors import UsageError, reason
 from vlm.formats import reasoning_of
 from vlm.hub import check_dataset_reachable, looks_like_path
 from vlm.pictures import is_picture, visible_files
@@ -82,7 +82,7 @@ def read_source(settings: Settings) -> Source:
         if path.suffix.lower() not in TABLES:
             raise UsageError(f"--dataset {name}: a file of a kind that is not read. {EXPECTED}")
         return _read_tables({"train": path}, [], settings)
-    if looks_like_path(name):
+    if looks_like_path(name) or path.suffix.lower() in TABLES:
         raise UsageError(f"--dataset {name}: no such file or folder. {EXPECTED}")
     commit = check_dataset_reachable(name)
     source = _read_with_library(name, settings, "hub")
@@ -101,7 +101,9 @@ def sort_splits(names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
     return roles, sorted(set(names) - set(roles.values()))
 
 
-def choose_column(flag: str, given: str | None, columns: list[str], typed: list[str], names: Sequence[str]) -> str:
+def choose_column(
+    flag: str, given: str | None, columns: list[str], typed: list[str], names: Sequence[str], used: Sequence[str] = ()
+) -> str:
     """The column to use: the one given, else the only or best named one of the right type, else the best named one.
 
     Args:
@@ -109,11 +111,13 @@ def choose_column(flag: str, given: str | None, columns: list[str], typed: list[
         columns: all columns that come into question.
         typed: those of them that have the right type.
         names: usual names, best first.
+        used: columns that have another use already, for messages.
 
     Raises:
         UsageError: the column given is not there, or none can be found.
     """
-    there = f"Columns there: {', '.join(columns) or 'none'}."
+    taken = f" ({', '.join(used)} {'has' if len(used) == 1 else 'have'} another use)" if used else ""
+    there = f"Columns there: {', '.join([*used, *columns]) or 'none'}{taken}."
     if given is not None:
         if given in columns:
             return given
@@ -129,11 +133,11 @@ def choose_column(flag: str, given: str | None, columns: list[str], typed: list[
     raise UsageError(f"{flag}: no column was recognized by its type or name. {there} Name one with {flag}.")
 
 
-def _reasoning_column(settings: Settings, columns: list[str]) -> str | None:
+def _reasoning_column(settings: Settings, columns: list[str], used: Sequence[str]) -> str | None:
     """The column given, which must be there."""
     if settings.reasoning_column is None:
         return None
-    return choose_column("--reasoning-column", settings.reasoning_column, columns, [], [])
+    return choose_column("--reasoning-column", settings.reasoning_column, columns, [], [], used)
 
 
 def _reasonings(values: Sequence[Any], names: list[str]) -> list[str | None]:
@@ -174,6 +178,8 @@ def _read_folder(folder: Path, settings: Settings) -> Source:
         return _read_tables({"train": next(iter(tables.values()))}, [], settings)
     if pictures and not any(file.name in LIBRARY_FILES or file.suffix in LIBRARY_ENDINGS for file in files if len(file.parts) <= 2):
         return _read_picture_folders(folder, pictures)
+    if files and not tables and all(is_picture(file) and len(file.parts) == 1 for file in files):
+        raise UsageError(f"--dataset {folder}: the pictures lie directly in it, and nothing says their classes. Make one folder a class.")
     return _read_with_library(str(folder), settings, "folder", folder)
 
 
@@ -205,8 +211,8 @@ def _read_tables(paths: dict[str, Path], others: list[str], settings: Settings) 
             raise UsageError(f"{paths[role]}: no rows. Expected a header (CSV) and one line for each picture.")
     columns = list(dict.fromkeys(column for table in tables.values() for row in table[:1000] for column in row))
     image = choose_column("--image-column", settings.image_column, columns, [], IMAGE_COLUMNS)
-    label = choose_column("--label-column", settings.label_column, [c for c in columns if c != image], [], LABEL_COLUMNS)
-    reasoning = _reasoning_column(settings, [c for c in columns if c not in (image, label)])
+    label = choose_column("--label-column", settings.label_column, [c for c in columns if c != image], [], LABEL_COLUMNS, [image])
+    reasoning = _reasoning_column(settings, [c for c in columns if c not in (image, label)], [image, label])
     splits = {}
     for role, table in tables.items():
         names = [str(row.get(image) or "") for row in table]
@@ -255,7 +261,7 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not a readable text file in UTF-8 ({error}).") from error
+        raise UsageError(f"{path}: not a readable text file in UTF-8 ({reason(error)}).") from error
 
 
 def _read_with_library(name: str, settings: Settings, kind: str, folder: Path = Path()) -> Source:
@@ -282,6 +288,8 @@ def _loaded(name: str | Path, load: Callable[[], Any]) -> Any:
     except (MemoryError, UsageError):
         raise
     except Exception as error:
+        if type(error).__name__ == "EmptyDatasetError":
+            raise UsageError(f"--dataset {name}: nothing there that can be read as a data set. {EXPECTED}") from error
         text = " ".join(str(error).split())
         raise UsageError(f"--dataset {name}: cannot be loaded ({type(error).__name__}: {text}). {EXPECTED}") from error
 
@@ -321,8 +329,8 @@ def _from_library(data: dict[str, Any], settings: Settings, kind: str, folder: P
     image = choose_column("--image-column", settings.image_column, list(features), pictures, IMAGE_COLUMNS)
     rest = [name for name in features if name != image]
     classes = [name for name in rest if isinstance(features[name], datasets.ClassLabel)]
-    label = choose_column("--label-column", settings.label_column, rest, classes, LABEL_COLUMNS)
-    reasoning = _reasoning_column(settings, [name for name in rest if name != label])
+    label = choose_column("--label-column", settings.label_column, rest, classes, LABEL_COLUMNS, [image])
+    reasoning = _reasoning_column(settings, [name for name in rest if name != label], [image, label])
     splits = {}
     for role, name in roles.items():
         part = data[name].with_format(None)

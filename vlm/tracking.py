@@ -4,7 +4,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -90,6 +90,19 @@ class Bar:
         elif self._open and monotonic() - self._said >= SECONDS_BETWEEN_LINES:
             self._say(last=False)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """For other work in between: the time that it takes counts neither in the rate nor in the time left."""
+        began = monotonic()
+        try:
+            yield
+        finally:
+            away = monotonic() - began
+            self._started += away
+            if self._bar is not None:
+                self._bar.start_t += away
+                self._bar.last_print_t += away
+
     def close(self) -> None:
         """End the bar, or print the last line if it took long enough to matter. A second call does nothing."""
         if self._bar is not None:
@@ -122,12 +135,14 @@ class Bar:
         return [f"{name}={value if isinstance(value, int | str) else format(value, '.3g')}" for name, value in self._figures.items()]
 
 
-def progress(iterable: Iterable[Item], total: int | None, description: str, unit: str = "pictures") -> Iterator[Item]:
-    """Go through `iterable` with a `Bar`, one count an item. For batches, and to show figures, use `Bar` itself."""
+def progress(
+    iterable: Iterable[Item], total: int | None, description: str, unit: str = "pictures", count: Callable[[Item], int] = lambda item: 1
+) -> Iterator[Item]:
+    """Go through `iterable` with a `Bar`. count: how many of the total an item is. To show figures, use `Bar` itself."""
     with Bar(total, description, unit) as bar:
         for item in iterable:
             yield item
-            bar.update()
+            bar.update(count(item))
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:

@@ -18,25 +18,30 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vlm.calibration import Scores
-from vlm.checkpoint import METADATA, Progress, load_state, prepare_output, read_state, save_model_folder, save_state, write_json
+from vlm.checkpoint import METADATA, Progress, load_state, read_state, save_model_folder, save_state, write_json
 from vlm.config import Settings
 from vlm.data import Split, Step, epoch_plan
 from vlm.errors import RunError, Stopped, UsageError
 from vlm.evaluation import metrics_of_scores, score_split
 from vlm.metrics import load_metric
+from vlm.output import output_folder
 from vlm.responses import response_lengths
 from vlm.results import finish
 from vlm.setup import Run, set_up
+from vlm.stopping import TESTING, TRAINING
 from vlm.tracking import Bar, RunLog, note
 
 STEPS_PER_LINE = 10  # optimizer steps between two lines of the log
 
 
-def fit(settings: Settings, should_stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+def fit(
+    settings: Settings, should_stop: Callable[[], bool] = lambda: False, enter: Callable[[str], None] = lambda phase: None
+) -> dict[str, Any]:
     """Train, evaluate, save.
 
     Args:
         should_stop: asked after every step; True saves a state and raises `Stopped`.
+        enter: told when the training begins, and when it is over (see vlm/stopping.py).
 
     Returns:
         What stands in `results.json` (empty on processes other than the main one).
@@ -44,28 +49,26 @@ def fit(settings: Settings, should_stop: Callable[[], bool] = lambda: False) -> 
     Raises:
         UsageError: settings or data with which the run cannot start. RunError: it had to stop. Stopped: it was asked to.
     """
-    prepare_output(settings)
-    metrics = [load_metric(name) for name in settings.metrics or ()]  # a mistake here should not wait for the end
-    run = set_up(settings)
-    trainer = Trainer(run, should_stop)
-    if settings.resume:
-        trainer.resume()
-    if run.accelerator.is_main_process:
-        write_json(run.output / METADATA, run.metadata)
-    trainer.train()
-    if not run.accelerator.is_main_process:
-        return {}
-    return finish(run, trainer.progress, metrics)
+    with output_folder(settings):
+        metrics = [load_metric(name) for name in settings.metrics or ()]  # a mistake here should not wait for the end
+        run = set_up(settings)
+        trainer = Trainer(run, should_stop, enter)
+        if settings.resume:
+            trainer.resume()
+        trainer.train()
+        if not run.accelerator.is_main_process:
+            return {}
+        return finish(run, trainer.progress, metrics)
 
 
 class Trainer:
     """The state of a training run and its loop."""
 
-    def __init__(self, run: Run, should_stop: Callable[[], bool]):
+    def __init__(self, run: Run, should_stop: Callable[[], bool] = lambda: False, enter: Callable[[str], None] = lambda phase: None):
         self.run = run
         self.settings = run.settings
         self.accelerator = run.accelerator
-        self.should_stop = should_stop
+        self.should_stop, self.enter = should_stop, enter
         self.progress = Progress()
         self.response_lengths = response_lengths(run.data.train, run.classifier.family, run.classifier.rendered)
         self.steps_per_epoch = len(self._plan(0))
@@ -108,11 +111,16 @@ class Trainer:
         try:
             with Bar(settings.epochs * pictures, "training", initial=done) as bar:
                 if settings.zero_shot and self.progress.zero_shot is None:
-                    self._test_untouched()
+                    with bar.paused():
+                        self._test_untouched()
+                self.enter(TRAINING if settings.epochs else TESTING)
+                if self.accelerator.is_main_process:
+                    write_json(self.run.output / METADATA, self.run.metadata)  # from here on there is a run to go on with
                 if not settings.epochs:
                     self._evaluate()
                 for epoch in range(self.progress.epoch, settings.epochs):
                     self._epoch(epoch, bar)
+                self.enter(TESTING)
             if self.accelerator.is_main_process:
                 save_model_folder(self.run.output / "final_model", self.run.classifier, self.run.metadata, self.run.dtype)
         finally:
@@ -146,10 +154,11 @@ class Trainer:
             figures = self._write_losses() if save or self.progress.step % STEPS_PER_LINE == 0 else {}
             self.progress.seconds += time.monotonic() - started
             bar.update(len(step.indices), **figures)
-            if evaluate:
-                self._evaluate()
-            if save:
-                self._save()
+            with bar.paused():  # its rate is that of the training alone, as in the final table
+                if evaluate:
+                    self._evaluate()
+                if save:
+                    self._save()
             if stop:
                 self.accelerator.wait_for_everyone()
                 done = f"stopped after step {self.progress.step} of {self.total_steps}"
@@ -203,10 +212,9 @@ class Trainer:
         self._log("train", loss=loss, learning_rate=rate)
         if not math.isfinite(loss):
             best = f"The best model so far (step {self.progress.best_step}) is in best_model." if self.progress.best_step else ""
-            raise RunError(
-                f"the loss is {loss} after step {self.progress.step}: try a lower --learning-rate (now {self.settings.learning_rate:g}), "
-                f"a smaller --max-grad-norm, or --dtype float32. {best}".rstrip()
-            )
+            advice = [f"a lower --learning-rate (now {self.settings.learning_rate:g})", "a smaller --max-grad-norm"]
+            advice += ["--dtype float32"] if self.run.dtype != torch.float32 else []
+            raise RunError(f"the loss is {loss} after step {self.progress.step}: try {' or '.join(advice)}. {best}".rstrip())
         return {"loss": loss, "lr": rate}
 
     def _log(self, kind: str, **figures: float) -> None:
