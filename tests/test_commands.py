@@ -118,6 +118,7 @@ def test_results_json_tells_the_whole_story(mars_run, results):
         "validation",
         "pictures",
         "timings",
+        "device",
         "versions",
         "settings",
         "history",
