@@ -17,7 +17,7 @@ from typing import Any
 import common
 import torch
 import workload
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop, sdpa_backward_flop_count, sdpa_flop_count
 from train_vs_trl import BATCH_SIZES
 
 from vlm.classifier import VLMClassifier
@@ -39,7 +39,11 @@ def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any
 
 def count(work: Callable[[], Any]) -> int:
     """Floating-point operations of a call."""
-    rules = {ATTENTION: _attention, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward}
+    rules = {
+        torch.ops.aten.addmm_: addmm_flop,
+        ATTENTION: _attention,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    }
     with FlopCounterMode(display=False, custom_mapping=rules) as counter:
         work()
     return counter.get_total_flops()

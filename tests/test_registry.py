@@ -25,6 +25,7 @@ PUBLISHED = {
     "HuggingFaceTB/SmolVLM-500M-Instruct": 507_482_304,
     "HuggingFaceTB/SmolVLM-Instruct": 2_246_272_880,
     "Qwen/Qwen2-VL-2B-Instruct": 2_208_985_600,
+    "Qwen/Qwen2.5-VL-3B-Instruct": 3_754_622_976,
     "microsoft/Phi-3.5-vision-instruct": 4_146_621_440,
 }
 

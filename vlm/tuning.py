@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vlm.config import Settings
 from vlm.families.base import Family
+from vlm.lora import join_products
 
 ADAPTER = "default"
 
@@ -26,6 +27,7 @@ def prepare_tuning(family: Family, settings: Settings) -> None:
             r=settings.lora_rank, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout, target_modules=targets, bias="none"
         )
         inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+        join_products(model, ADAPTER)
     if settings.tune in ("lora", "connector") and not settings.freeze_connector:
         family.connector.requires_grad_(True)
     for parameter in model.parameters():

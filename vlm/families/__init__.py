@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ def load_family(
     Raises:
         UsageError: the folder holds no model that this program can train, or its family does not know one of the options.
     """
+    if device.type == "cpu":  # torch's attention shares keys and values between heads itself there; with a mask, no other device does
+        os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
     model_type = read_config(folder).get("model_type")
     family = _family_of(model_type)
     if family is GenericFamily:
