@@ -113,7 +113,13 @@ def build(folder: Path, layers: int, vision_layers: int, tiny: bool = False, dty
     processor = build_processor(size, patch, scale, corpus=[said.system, said.question, *said.responses])
     processor.chat_template = TEMPLATE
     torch.manual_seed(0)
-    build_model(processor, vision, text, size, patch, scale).to(dtype).save_pretrained(folder)
+    model = build_model(processor, vision, text, size, patch, scale)
+    with torch.no_grad():
+        # The padding token, which the conversation begins with, starts as zeros. They stay zeros through all layers, and the gradient of a
+        # norm at zero, over 300 each time, is no number any more after 20 of them.
+        words = model.get_input_embeddings().weight
+        words[words.abs().sum(1) == 0] = words.std()
+    model.to(dtype).save_pretrained(folder)
     processor.save_pretrained(folder)
 
 
