@@ -60,7 +60,7 @@ def test_responses_of_the_classes_are_scored_whole_and_explained_without_writing
     forbid_writing(classifier, monkeypatch)
     batch = batch_of(classifier)
     found = classify(classifier, batch)
-    torch.testing.assert_close(found.scores, classifier.score(classifier.read(batch)), rtol=0, atol=0)
+    torch.testing.assert_close(found.scores, classifier.score(classifier.read(batch)), rtol=1e-5, atol=0)  # in passes of other sizes
     assert classifier.rendered.scored_ids == classifier.rendered.response_ids
     assert explain(classifier, batch, found, [2, 0, 6]) == [classifier.prompts.responses[c] for c in (2, 0, 6)]
 

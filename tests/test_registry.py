@@ -64,7 +64,7 @@ def test_the_command_prints_every_model_with_each_mode_and_needs_no_data(tmp_pat
     done = run("train_vlm.py", "--list-models", "--device", "cpu", cwd=tmp_path, HF_HUB_OFFLINE=1)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines[2:7]] == list(MODELS)
+    assert [line.split()[0] for line in lines[2 : 2 + len(MODELS)]] == list(MODELS)
     assert all(f"--tune {mode}" in lines[0] for mode in TUNING_DEFAULTS)
     assert "Free now" in done.stdout and "float32" in done.stdout
     assert done.stderr == "" and not list(tmp_path.iterdir())
@@ -73,7 +73,7 @@ def test_the_command_prints_every_model_with_each_mode_and_needs_no_data(tmp_pat
 def test_what_does_not_fit_is_marked(capsys, monkeypatch):
     monkeypatch.setattr(registry, "free_memory", lambda device: 10 * GIB)
     assert train("--list-models", "--device", "cpu") == 0
-    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[2:7]}
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[2 : 2 + len(MODELS)]}
     assert rows["HuggingFaceTB/SmolVLM-256M-Instruct"].count(registry.MARK) == 0
     assert rows["microsoft/Phi-3.5-vision-instruct"].count(registry.MARK) == 3
 
@@ -81,7 +81,7 @@ def test_what_does_not_fit_is_marked(capsys, monkeypatch):
 def test_options_of_one_family_and_quantization_change_what_they_are_for(capsys):
     def needs(*flags: str) -> dict[str, list[float]]:
         assert train("--list-models", "--device", "cpu", *flags) == 0
-        rows = [line.replace(registry.MARK, "").split() for line in capsys.readouterr().out.splitlines()[2:7]]
+        rows = [line.replace(registry.MARK, "").split() for line in capsys.readouterr().out.splitlines()[2 : 2 + len(MODELS)]]
         return {row[0]: [float(value) for value in row[3:]] for row in rows}
 
     plain, split, bits = needs(), needs("--image-splitting"), needs("--load-in-4bit")
@@ -101,7 +101,7 @@ def test_smaller_pictures_need_less_and_a_size_that_a_model_does_not_take_has_no
 
     assert train("--list-models", "--device", "cpu", "--image-size", 256) == 0
     output = capsys.readouterr().out
-    rows = {line.split()[0]: line.split()[3:] for line in output.splitlines()[2:7]}
+    rows = {line.split()[0]: line.split()[3:] for line in output.splitlines()[2 : 2 + len(MODELS)]}
     assert rows["HuggingFaceTB/SmolVLM-Instruct"] == rows["microsoft/Phi-3.5-vision-instruct"] == ["-"] * 3
     assert "-" not in rows["HuggingFaceTB/SmolVLM-256M-Instruct"] and "does not take --image-size 256" in output
 

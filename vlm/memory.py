@@ -17,9 +17,9 @@ together, I = inner width; "wide" is what the MLP's first layers put out: I, or 
     trained too                    other linear layers: 2 D, and one for each layer where autocast converts it
     where LoRA is trained        + the inputs of the linear layers; with dropout one for each layer, and the noise
 
-Keys and values of a row include the shared prefix's and, where several heads share them, are repeated for each; the mask of a layer has a
-number for each pair of row token and key. Tokens that no trained weight comes before keep nothing: all of the vision tower unless all
-weights are trained, and the prefix where the connector alone is.
+Keys and values of a row include the shared prefix's and, but on a CPU, are repeated for each of several heads that share them; the mask of a
+layer has a number for each pair of row token and key. Tokens that no trained weight comes before keep nothing: all of the vision tower
+unless all weights are trained, and the prefix where the connector alone is.
 
 Measured against it: benchmarks/memory_estimate.py, docs/models.md.
 """
@@ -201,7 +201,8 @@ def _activations(family: Family, settings: Settings, size: int, device: str, tex
         if not noise and size == FLOAT32:  # layers that read the same tensor keep it once
             inputs = block.count * (2 * block.width + block.inner)
         per_token += inputs * (size + noise)
-    attended = block.count * batch * keys * (2 * block.queries * size + row * size)
+    shared = block.keys if device == "cpu" else 2 * block.queries  # elsewhere a mask makes transformers repeat them for each head
+    attended = block.count * batch * keys * (shared * size + row * size)
     vision = Block.of(family.vision)
     seen = vision.count * (vision.kept(size, trained=True) + vision.keys * size) if full else 0
     if settings.gradient_checkpointing:  # the inputs of all blocks, and one block whole
