@@ -17,7 +17,7 @@ together, I = inner width; "wide" is what the MLP's first layers put out: I, or 
     trained too                    other linear layers: 2 D, and one for each layer where autocast converts it
     where LoRA is trained        + the inputs of the linear layers; with dropout one for each layer, and the noise
 
-Keys and values of a row include the shared prefix's and, but on a CPU, are repeated for each of several heads that share them; the mask of a
+Keys and values of a row include the shared prefix's and, but on a CPU, are repeated for each of the heads that share them; the mask of a
 layer has a number for each pair of row token and key. Tokens that no trained weight comes before keep nothing: all of the vision tower
 unless all weights are trained, and the prefix where the connector alone is.
 
