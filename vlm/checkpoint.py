@@ -15,8 +15,6 @@ from torch import nn
 from vlm.classifier import VLMClassifier
 from vlm.errors import RunError, UsageError
 from vlm.output import DEMO_MODEL, METADATA, STATE
-from vlm.output import DEMO_PICTURES as DEMO_PICTURES
-from vlm.output import RESULTS as RESULTS
 from vlm.tracking import replacing
 from vlm.tuning import merged_state_dict, trained_parameters
 

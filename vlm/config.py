@@ -334,6 +334,12 @@ def _problems(s: Settings) -> list[str]:
         repeated = sorted({name for name in s.class_names if s.class_names.count(name) > 1})
         expect(len(s.class_names) >= 2, "class_names", "at least two names")
         expect(not repeated, "class_names", f"different names, but {', '.join(repeated)} is there twice")
+    return problems + _contradictions(s)
+
+
+def _contradictions(s: Settings) -> list[str]:
+    """What cannot be asked for together."""
+    problems = []
     if s.abstain_below is not None and s.target_precision is not None:
         problems.append("--abstain-below and --target-precision exclude each other: a fixed threshold, or one picked on validation.")
     if s.demo and (s.model or s.dataset):

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from vlm.assessment import add_test_figures, calibrate, probe_beside
-from vlm.checkpoint import DEMO_PICTURES, METADATA, RESULTS, STATE, Progress, write_json
+from vlm.checkpoint import Progress, write_json
 from vlm.classifier import VLMClassifier
 from vlm.data import Split
 from vlm.evaluation import check_texts, explanations, metrics_of_scores, score_split
+from vlm.output import DEMO_PICTURES, METADATA, RESULTS, STATE
 from vlm.page import PAGE, Prediction, shown_pictures, write_page
 from vlm.picture_check import check_pictures
 from vlm.predictor import load_model_and_metadata

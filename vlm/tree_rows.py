@@ -34,10 +34,10 @@ class TreeRows(nn.Module):
         run = np.array(run, dtype=int)
         row_of = np.full(len(tree.tokens) + 1, 0)  # of the state that predicts a node's children; 0: that behind the opening
         row_of[run] = 1 + np.arange(len(run))
-        told = set(run.tolist())
-        apart = np.array([node for node in range(opening, len(tree.tokens)) if tree.parents[node] < opening or tree.parents[node] in told])
-        parents = tree.parents[apart]
-        predicting = np.where(parents < opening, 0, row_of[parents])
+        nodes = np.arange(opening, len(tree.tokens))
+        parents = tree.parents[nodes]
+        known = (parents < opening) | (row_of[parents] > 0)
+        apart, predicting = nodes[known], row_of[parents[known]]
         order = np.argsort(predicting, kind="stable")  # blocks of states predict blocks of nodes
         place_of = {node: place for place, node in enumerate(apart[order].tolist())}
         self._keep("tokens", tree.tokens[run])
