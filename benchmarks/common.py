@@ -45,6 +45,7 @@ def parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
     result.add_argument("--output", type=Path, metavar="FILE.json", help="write the figures to this file")
     result.add_argument("--rounds", type=int, help=f"turns of each side, after one to warm up (default: {ROUNDS}; --quick: {QUICK_ROUNDS})")
     result.add_argument("--threads", type=int, help="CPU threads of both sides (default: the program's, physical cores)")
+    result.add_argument("--question-first", action="store_true", help="on all sides the question before the picture")
     size = result.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_const", dest="size", const="quick", help="a sixth of the model: 5 + 2 layers of 30 + 12")
     size.add_argument("--tiny", action="store_const", dest="size", const="tiny", help="a model without any use but to test the benchmark")
@@ -69,6 +70,7 @@ def start(options: argparse.Namespace) -> argparse.Namespace:
 def size_flag(options: argparse.Namespace) -> list[str]:
     """The options that make another process measure the same model."""
     flags = [] if options.size == "full" else [f"--{options.size}"]
+    flags += ["--question-first"] * options.question_first
     return [*flags, "--cache", str(options.cache), *(["--threads", str(options.threads)] if options.threads else [])]
 
 

@@ -11,6 +11,7 @@ import io
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +75,12 @@ def system_text(size: str, tokens: int | None = None) -> str:
     return " ".join(words[: max(1, tokens - 4)]).replace(" .", ".").replace(" ,", ",")
 
 
-def prompts(size: str, classes: int, tokens: int | None = None) -> Prompts:
+def prompts(size: str, classes: int, tokens: int | None = None, question_first: bool = False) -> Prompts:
     """The conversation about so many classes. The class list stays out, so that the prefix does not grow with it."""
     names = class_names(classes)
     rendered = build_prompts(Settings(system_instructions=system_text(size, tokens)), names)
     responses = [r.replace(f"features of {name}", DESCRIPTION.format(name)) for r, name in zip(rendered.responses, names, strict=True)]
-    return Prompts(rendered.system, rendered.question, rendered.class_names, tuple(responses))
+    return replace(rendered, responses=tuple(responses), question_first=question_first)
 
 
 def kept(options: argparse.Namespace, name: str) -> Path:
@@ -168,7 +169,7 @@ def settings(options: argparse.Namespace, tune: str, batch_size: int, cached: bo
         "model": str(model_folder(options)), "dataset": str(picture_folder(options, max(2 * batch_size, 10), 10)), "tune": tune,
         "epochs": 1000, "system_instructions": system_text(options.size), "class_descriptions": str(descriptions),
         "batch_size": batch_size, "gradient_accumulation_steps": 1, "no_feature_cache": not cached, "device": "cpu", "dtype": "float32",
-        "threads": options.threads, "output_dir": str(options.cache / "output"), **more,
+        "threads": options.threads, "question_first": options.question_first, "output_dir": str(options.cache / "output"), **more,
     }  # fmt: skip
 
 
@@ -272,7 +273,7 @@ def classifier(
     """
     family = load_family(model_folder(options), torch.float32, torch.device("cpu"), pictures)
     family.model.requires_grad_(False)
-    result = VLMClassifier(family, prompts(options.size, classes, tokens)).eval()
+    result = VLMClassifier(family, prompts(options.size, classes, tokens, options.question_first)).eval()
     if peaked:
         peak(options, result)
     return result

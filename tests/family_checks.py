@@ -3,6 +3,7 @@
 The checks print the difference they measure (pytest -s): the table in docs/families.md is made of these lines.
 """
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -19,7 +20,7 @@ from vlm.families import load_family
 from vlm.formats import reasoning_of
 from vlm.objective import Objective
 from vlm.predictor import load_model_and_metadata
-from vlm.prompts import build_prompts, parse_answer
+from vlm.prompts import Prompts, build_prompts, parse_answer
 from vlm.reasoning import classify, explain, go_on
 from vlm.responses import before_answer, before_reasoning, response_of
 from vlm.score_choice import measure_prior
@@ -168,12 +169,15 @@ class FamilyChecks:
             error = float((ours[key] - gradient).norm() / max(float(gradient.norm()), 1e-9 * largest))
             assert error < 1e-6, f"{key}: relative error {error:.2e}"
 
-    def test_gradient_checkpointing_changes_no_gradient(self, folder):
-        """Nor does it with a prefix that several batches share, nor with LoRA's dropout, which has to be drawn alike again."""
+    @pytest.mark.parametrize(("tune", "objective"), [("lora", "response"), ("full", "both")])
+    def test_gradient_checkpointing_changes_no_gradient(self, folder, tune, objective):
+        """Nor does it with a prefix that several batches share, nor with LoRA's dropout, which has to be drawn alike again, nor where the
+        vision tower is trained and the nodes of the label tree follow each row."""
         found = []
         for checkpointing in (False, True):
             classifier = self.classifier(folder)
-            prepare_tuning(classifier.family, resolve({"tune": "lora", "lora_dropout": 0.2}))
+            prepare_tuning(classifier.family, resolve({"tune": tune, "lora_dropout": 0.2}))
+            classifier.objective = Objective(objective, classifier.tree, len(classifier.rendered.opening_ids))
             with torch.no_grad():  # LoRA's second matrix starts at zero, and the first has no gradient then
                 for name, parameter in classifier.named_parameters():
                     if "lora_B" in name:
@@ -183,9 +187,12 @@ class FamilyChecks:
             classifier.train()
             torch.manual_seed(0)
             for i, labels in enumerate(([0, 5], [3])):
-                classifier(self.batch(classifier, labels, with_response=True), first=i == 0, last=i == 1).loss.backward()
+                losses = classifier(self.batch(classifier, labels, with_response=True), first=i == 0, last=i == 1)
+                (losses.loss if losses.posterior is None else losses.loss + losses.posterior).backward()
             found.append({name: p.grad for name, p in classifier.named_parameters() if p.grad is not None})
-        assert found[0].keys() == found[1].keys() and any("lora_A" in name for name in found[0])
+        vision = {id(p) for p in classifier.family.vision.parameters()}
+        assert any(p.grad is not None and id(p) in vision for p in classifier.parameters()) == (tune == "full")
+        assert found[0].keys() == found[1].keys() and any("lora_A" in name for name in found[0]) == (tune == "lora")
         for name, gradient in found[0].items():
             torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
@@ -197,6 +204,21 @@ class FamilyChecks:
         assert expected.std(1).min() > 1e-2, "the classes should differ, or the test says little"
         self.report("label tree", float((scores - expected).abs().max()))
         torch.testing.assert_close(scores, expected, rtol=1e-6, atol=1e-4)
+
+    def test_a_question_before_the_picture_is_run_once_for_all(self, folder):
+        usual = self.classifier(folder)
+        classifier = self.classifier(folder, prompts=replace(tiny_prompts(tuple(self.names)), question_first=True))
+        family, rendered, batch = classifier.family, classifier.rendered, self.batch(classifier, [0, 1, 2])
+        question = family.tokenizer.decode(rendered.prefix_ids if family.shares_prefix else batch["input_ids"][0])
+        assert "Strictly use this format" in question
+        if family.shares_prefix:
+            assert len(rendered.prefix_ids) > len(usual.rendered.prefix_ids) and len(rendered.question_ids) < len(
+                usual.rendered.question_ids
+            )
+        scores = classifier.score(classifier.read(batch)).double()
+        torch.testing.assert_close(scores, naive_scores(self, classifier, batch), rtol=1e-6, atol=1e-4)
+        restored = Prompts.from_json(json.loads(json.dumps(classifier.prompts.to_json())))
+        assert restored == classifier.prompts and restored.question_first
 
     def test_the_part_that_all_responses_begin_with_is_known_by_itself(self, folder):
         classifier = self.classifier(folder)
@@ -260,7 +282,7 @@ class FamilyChecks:
         assert expected.std(1).min() > 1e-2, "the classes should differ, or the test says little"
         torch.testing.assert_close(found.scores.double(), expected, rtol=1e-6, atol=1e-4)
         for c in range(len(self.names)):
-            for text in explain(classifier, batch, found, [c] * 3):
+            for text in explain(classifier, found, [c] * 3):
                 assert parse_answer(text, self.names, response_format) == self.names[c]
 
     def test_one_by_one_equals_a_batch_of_unequal_pictures(self, folder):

@@ -111,6 +111,8 @@ def test_where_no_picture_is_wrong_the_temperature_is_bounded_and_says_so():
     assert temperature < 1 and confidence == pytest.approx(51 / 52, abs=1e-6)
     assert "no validation picture is wrong" in remark and "0.9808" in remark
     assert fit_temperature(scores * 10, labels)[0] == 1, "one that is sure already is not made less so"
+    calibration, remarks = fit_calibration(torch.tensor(scores), labels, "bias")
+    assert calibration == Calibration(temperature) and "No biases" in remarks[1], "they would go on where the temperature is bounded"
     scores[0] = scores[1]  # one mistake, and there is a best temperature
     temperature, remark = fit_temperature(scores, labels)
     assert remark is None and nll(scores, labels, temperature) < min(nll(scores, labels, temperature * f) for f in (0.98, 1.02))

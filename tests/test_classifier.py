@@ -6,18 +6,13 @@ import numpy as np
 import pytest
 import torch
 from tiny import NAMES, batch_of, full_row_logits, random_picture, samples, save_tiny_model, tiny_classifier
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlm import scoring
 from vlm.batching import IGNORED, vlm_collate_fn
 from vlm.calibration import Calibration
-from vlm.config import BOTH, RESPONSE, resolve
 from vlm.data import Sample
 from vlm.errors import UsageError
-from vlm.families.encoded import TOWER_FEATURES
-from vlm.objective import Objective
 from vlm.prompts import Prompts
-from vlm.tuning import parameter_groups, prepare_tuning
 
 
 @pytest.fixture(scope="module")
@@ -318,68 +313,3 @@ def test_searches_in_small_passes_that_drop_what_is_finished_are_the_same(folder
     monkeypatch.setattr(scoring, "NODES_KEPT", 12)
     torch.testing.assert_close(classifier.score(reading), whole, rtol=1e-6, atol=1e-5)
     assert len(longest) > 5 and max(longest) < len(classifier.tree.inner) / 2, "the cache stays small"
-
-
-def test_checkpointing_keeps_the_inputs_of_the_blocks_alone(folder):
-    """Counted: the bytes that autograd keeps for the way back."""
-    classifier = tiny_classifier(folder).train()
-
-    def kept():
-        sizes = {}
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.setdefault(t.data_ptr(), t.nbytes) and t, lambda t: t):
-            classifier(batch_of(classifier, [0, 1, 2]))
-        known = {p.data_ptr() for p in classifier.parameters()}
-        return sum(size for place, size in sizes.items() if place not in known)
-
-    before = kept()
-    classifier.family.checkpoint_layers()
-    assert kept() < 0.6 * before
-
-
-def test_compiled_blocks_give_the_same_gradients(folder):
-    """By a backend that traces and differentiates as the real one does, but needs no compiler."""
-    classifier = tiny_classifier(folder).train()
-    batch = batch_of(classifier, [0, 5, 6])
-    expected = gradients(classifier, classifier(batch).loss)
-    classifier.family.compile_layers(backend="aot_eager")
-    found = gradients(classifier, classifier(batch).loss)
-    assert all(layer._compiled_call_impl is not None for layer in classifier.family.language.layers)
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()), msg=name)
-
-
-class Waits(TorchDispatchMode):
-    """Records the operations at which a GPU would have to be waited for: their result, or its size, is needed by the program."""
-
-    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique")
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
-        if name in self.NAMES or any(t is not None and t.dtype == torch.bool for t in indices):
-            self.found.append(name)
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("objective", [RESPONSE, BOTH])
-def test_a_training_step_on_cached_features_waits_for_nothing(folder, objective):
-    classifier = tiny_classifier(folder)
-    classifier.objective = Objective(objective, classifier.tree, len(classifier.rendered.opening_ids), class_weights=[1.0] * len(NAMES))
-    prepare_tuning(classifier.family, resolve({"tune": "lora"}))
-    batch = batch_of(classifier.train(), [0, 5])
-    batch["pixels"] = {TOWER_FEATURES: classifier.family.tower_features(batch["pixels"])}
-    optimizer = torch.optim.AdamW(parameter_groups(classifier, 0.01, 1e-3, 1e-3), fused=True)
-    with Waits() as waits:
-        for first, last in ((True, False), (False, True)):
-            found = classifier(batch, first, last)
-            (found.loss + (0.0 if found.posterior is None else found.posterior)).backward()
-        torch.nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
-        optimizer.step()
-    assert waits.found == []
-    with Waits() as waits:
-        batch["labels"].sum().item()
-    assert waits.found, "or it would notice nothing"

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from vlm import device
 from vlm.device import pick_device, pick_dtype
 from vlm.errors import UsageError, is_out_of_memory
 
@@ -15,13 +16,13 @@ def machine(monkeypatch, cuda=False, mps=False, capability=(9, 0)):
 
 
 @pytest.mark.parametrize(
-    ("has", "wanted", "device"),
+    ("has", "wanted", "taken"),
     [({}, "auto", "cpu"), ({"cuda": True}, "auto", "cuda"), ({"mps": True}, "auto", "cpu"), ({"mps": True}, "mps", "mps")]
     + [({"cuda": True}, "cpu", "cpu"), ({"cuda": True}, "cuda", "cuda")],
 )
-def test_devices(monkeypatch, has, wanted, device):
+def test_devices(monkeypatch, has, wanted, taken):
     machine(monkeypatch, **has)
-    assert pick_device(wanted)[0].type == device
+    assert pick_device(wanted)[0].type == taken
 
 
 def test_on_apple_silicon_a_line_says_that_mps_exists(monkeypatch):
@@ -37,7 +38,7 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch, wanted):
 
 
 @pytest.mark.parametrize(
-    ("device", "capability", "wanted", "dtype"),
+    ("kind", "capability", "wanted", "dtype"),
     [
         ("cpu", (9, 0), "auto", torch.float32),
         ("mps", (9, 0), "auto", torch.float32),
@@ -47,9 +48,9 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch, wanted):
         ("cpu", (9, 0), "bfloat16", torch.bfloat16),
     ],
 )
-def test_number_formats(monkeypatch, device, capability, wanted, dtype):
+def test_number_formats(monkeypatch, kind, capability, wanted, dtype):
     machine(monkeypatch, capability=capability)
-    assert pick_dtype(wanted, torch.device(device)) == dtype
+    assert pick_dtype(wanted, torch.device(kind)) == dtype
 
 
 def test_float16_needs_cuda():
@@ -70,3 +71,25 @@ def test_float16_needs_cuda():
 )
 def test_what_counts_as_out_of_memory(error, memory):
     assert is_out_of_memory(error) is memory
+
+
+def test_threads_are_those_asked_for_else_a_share_of_the_cores_that_may_be_used(monkeypatch, tmp_path):
+    monkeypatch.setattr(device.psutil, "cpu_count", lambda logical: 8)
+    monkeypatch.setattr(device.os, "sched_getaffinity", lambda _: range(16), raising=False)
+    monkeypatch.setattr(device, "_quota", lambda: None)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert (device.pick_threads(5), device.pick_threads(None)) == (5, 3)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # by accelerate launch, and the user had said nothing
+    monkeypatch.setenv("VLM_OMP_NUM_THREADS", "")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert device.pick_threads(None) == device.share_of_cores() == 4
+    monkeypatch.setattr(device, "_quota", lambda: 3)
+    assert device.share_of_cores() == 1
+
+
+@pytest.mark.parametrize(("text", "cores"), [("250000 100000", 3), ("100000 100000", 1), ("max 100000", None), (None, None)])
+def test_a_container_may_be_allowed_less_than_it_sees(tmp_path, text, cores):
+    if text:
+        (tmp_path / "cpu.max").write_text(text + "\n")
+    assert device._quota(tmp_path / "cpu.max") == cores

@@ -9,6 +9,7 @@ from vlm.batching import IGNORED
 from vlm.calibration import Scores
 from vlm.data import Split
 from vlm.evaluation import check_texts, explanations, score_split
+from vlm.prompts import parse_answer
 from vlm.sources import Rows
 
 LABELS = [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3]
@@ -98,6 +99,7 @@ def test_free_texts_are_counted_by_answer_and_reasoning(classifier, split, monke
 
 
 def test_texts_of_chosen_pictures_come_in_the_order_asked_for(classifier, split):
-    alone = [explanations(classifier, split, [i])[0] for i in (7, 2, 4)]
-    assert explanations(classifier, split, [7, 2, 4], batch_size=2) == alone
-    assert explanations(classifier, split, []) == []
+    alone = [explanations(classifier, split, [i], [c])[0] for i, c in ((7, 1), (2, 0), (4, 3))]
+    assert [parse_answer(text, classifier.class_names) for text in alone] == [classifier.class_names[c] for c in (1, 0, 3)]
+    assert explanations(classifier, split, [7, 2, 4], [1, 0, 3], batch_size=2) == alone
+    assert explanations(classifier, split, [], []) == []

@@ -1,17 +1,20 @@
 """The cache of vision features: the same numbers as from pixels, in every family, without opening a picture."""
 
 import pickle
+import weakref
 from pathlib import Path
 
 import pytest
 import test_family_generic
 import torch
 from feature_checks import LABELS, MODELS, classifier_of, load, split
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from vlm import data, features
 from vlm.checkpoint import save_model_folder
+from vlm.data import Split
 from vlm.evaluation import score_split
 from vlm.families.encoded import CONNECTED_FEATURES, TOWER_FEATURES
 from vlm.features import cache_root, fill_cache, fingerprint, open_cache
@@ -128,6 +131,40 @@ def test_a_file_that_is_gone_or_damaged_is_made_up_for_by_the_pixels(tmp_path):
     second.unlink()
     assert cache.encode([pictures[i].key for i in range(4)]) is None
     torch.testing.assert_close(score_split(classifier, pictures, batch_size=4), expected, rtol=1e-6, atol=1e-4)
+    assert not first.exists(), "a damaged file is computed anew the next time"
+    assert fill_cache(classifier.family, [pictures], limit_gb=1).encode([pictures[i].key for i in range(4)]) is not None
+
+
+def test_filling_the_cache_keeps_no_picture_in_memory(tmp_path, monkeypatch):
+    classifier = classifier_of("idefics3", tmp_path / "model")
+    made, alive = [], []
+    get, encode = Split.__getitem__, type(classifier.family).encode_pictures
+
+    def sample_at(self, i):
+        sample = get(self, i)
+        made.append(weakref.ref(sample))
+        return sample
+
+    def count(self, pictures):
+        alive.append(sum(sample() is not None and "image" in vars(sample()) for sample in made))
+        return encode(self, pictures)
+
+    monkeypatch.setattr(Split, "__getitem__", sample_at)
+    monkeypatch.setattr(type(classifier.family), "encode_pictures", count)
+    fill_cache(classifier.family, [split()], limit_gb=1)
+    assert len(alive) == 3 and max(alive) <= 2
+
+
+@pytest.mark.parametrize("error", [SafetensorError("no space left"), OSError(28, "No space left on device")])
+def test_a_full_disk_is_no_end_of_the_run(tmp_path, monkeypatch, capsys, error):
+    classifier = classifier_of("idefics3", tmp_path / "model")
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(features, "save_file", fail)
+    assert fill_cache(classifier.family, [split()], limit_gb=1) is None
+    assert "o space left" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux shows what is mapped")

@@ -69,3 +69,19 @@ def test_what_the_joined_product_cannot_do_is_left_to_peft(monkeypatch, case):
         expected = model(x)
         torch.manual_seed(1)
         torch.testing.assert_close(joined(x), expected, rtol=0, atol=0)
+
+
+def test_under_autocast_the_products_are_in_its_format_and_no_input_is_copied_to_float32(monkeypatch):
+    """As on a GPU in bfloat16: frozen weights in it, LoRA's in float32."""
+    model, joined = layers(dtype=torch.bfloat16)
+    for one in (model, joined):
+        for parameter in one.parameters():
+            parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+    x = torch.randn(8, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = results(model, x)
+        monkeypatch.setattr(type(model[0]), "forward", None)
+        found = results(joined, x)
+    assert found[0].dtype == torch.bfloat16 and all(g.dtype == torch.float32 for g in found[2].values())
+    for ours, theirs in zip([found[0], found[1], *found[2].values()], [expected[0], expected[1], *expected[2].values()], strict=True):
+        assert (ours.float() - theirs.float()).norm() <= 2e-2 * theirs.float().norm()

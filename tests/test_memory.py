@@ -12,7 +12,7 @@ import hub_layout_qwen2_vl
 import pytest
 import torch
 from commands import ROOT, train
-from tiny import NAMES, batch_of, save_tiny_model, tiny_prompts
+from tiny import NAMES, batch_of, save_tiny_model, tiny_classifier, tiny_prompts
 
 from vlm import memory
 from vlm.classifier import VLMClassifier
@@ -220,8 +220,24 @@ def test_a_run_goes_on_after_the_warning(tmp_path, monkeypatch, capsys):
 
 def test_free_memory_is_that_of_the_device(monkeypatch):
     assert 0 < free_memory(CPU) < 2**50
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3, 4))
-    assert free_memory(torch.device("cuda")) == 3
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3, 400))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 70)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 50)
+    assert free_memory(torch.device("cuda")) == 23, "what torch keeps for later is free"
+
+
+def test_the_batch_of_an_inference_is_as_large_as_half_of_the_free_memory(tmp_path, monkeypatch):
+    classifier = tiny_classifier(save_tiny_model(tmp_path))
+    sizes = []
+    for free in (2**50, 2 * 2**30, 0):
+        monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
+        sizes.append(memory.largest_batch(classifier, {}))
+    assert sizes[0] == memory.BATCH_ON_CPU and sizes[2] == 1 and sizes == sorted(sizes, reverse=True)
+    plain = tiny_classifier(tmp_path)
+    plain.family.shares_prefix = False
+    texts = Texts(200, 20, 40, 10)
+    rows = [memory._evaluation(one.family, resolve({}), 4, texts) for one in (classifier, plain)]
+    assert rows[1] > rows[0], "a model that is driven by its plain forward has logits of whole rows"
 
 
 def test_texts_are_estimated_from_the_prompts():

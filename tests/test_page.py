@@ -93,7 +93,7 @@ def everything(results):
         "picture_check": {"accuracy": accuracy, "shuffled": 0.31, "gray": 0.32, "chance": 0.33, "pictures": 12, "warning": None},
         "probe": {"accuracy": [0.765, 0.7, 0.8]},
         "zero_shot": {"accuracy": 0.234},
-        "texts": {"texts": 12, "invalid": 1, "agree_with_prediction": 10},
+        "texts": {"texts": 12, "invalid": 1, "agree_with_prediction": 10, "reasoning_names_answer": 9, "explanations_agree": 12},
         "validation": {"accuracy": 0.99, "loss": 0.1, "step": 60},
         "history": history,
         "settings": {"task_description": EVIL, "model": "some/model", "epochs": 3, "seed": 0, "resume": False},
@@ -281,6 +281,19 @@ def test_a_precision_that_no_threshold_reaches_stands_at_the_top(tmp_path):
     assert top.concerns(shown) == [] and "75.0% of the test pictures" in sections.metrics(shown)
 
 
+def test_pictures_that_the_model_abstains_from_are_marked():
+    results, data, predictions = run_of(each=60, strength=1.0)
+    kept = {"coverage": 0.75, "accuracy": 1.0}
+    below = float(np.median([p.confidence for p in predictions]))
+    marks = []
+    for threshold in (None, below):
+        results["test"]["abstention"] = {"below": threshold, "target_precision": None, "validation": kept, "test": kept}
+        shown = content.Content(results, data, predictions)
+        marks.append([str(sections.mistakes(shown)) + str(sections.uncertain(shown))][0].count("too unsure to be given"))
+    unsure = sum(predictions[i].confidence < below for i in shown_pictures(predictions))
+    assert marks == [0, unsure] and unsure > 0
+
+
 def test_what_was_not_calibrated_is_not_shown_twice(tmp_path):
     results, data, predictions = run_of()
     results = everything(results)
@@ -291,9 +304,9 @@ def test_what_was_not_calibrated_is_not_shown_twice(tmp_path):
 
 
 def test_the_settings_are_those_that_were_used():
-    given = {"tune": "full", "lora_rank": 16, "device": "auto", "dtype": "auto", "resume": True, "epochs": 3, "shots": None, "probe": False}
+    given = {"tune": "full", "lora_rank": 16, "device": "auto", "dtype": "auto", "resume": True, "epochs": 0, "shots": None, "probe": False}
     results = {"settings": given, "device": {"type": "cuda", "dtype": "bfloat16"}}
-    assert sections.used_settings(results) == {"tune": "full", "device": "cuda", "dtype": "bfloat16", "epochs": 3}
+    assert sections.used_settings(results) == {"tune": "full", "device": "cuda", "dtype": "bfloat16", "epochs": 0}, "0 is no False"
     assert sections.used_settings({"settings": given | {"tune": "lora"}})["lora_rank"] == 16, "and of older results what there is"
     assert sections.used_settings({"settings": given})["device"] == "auto"
 

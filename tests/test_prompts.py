@@ -96,6 +96,8 @@ def test_a_reasoning_of_the_pictures_own_is_laid_out_as_it_is():
     [
         ("Reasoning: ...\nAnswer: ...", "reasoning-first"),
         ("First answer: X, then reasoning : Y", "answer-first"),
+        ("Answer: [class]\nExplanation: [why]", "answer-first"),
+        ("Rationale: ...\nAnswer: ...", "reasoning-first"),
         ("ANSWER: [class]", "answer-only"),
         ("Answer: [class]. Explain yourself.", None),
         ("Give a reason, then Answer: [class]", None),

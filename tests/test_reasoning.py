@@ -62,7 +62,7 @@ def test_responses_of_the_classes_are_scored_whole_and_explained_without_writing
     found = classify(classifier, batch)
     torch.testing.assert_close(found.scores, classifier.score(classifier.read(batch)), rtol=1e-5, atol=0)  # in passes of other sizes
     assert classifier.rendered.scored_ids == classifier.rendered.response_ids
-    assert explain(classifier, batch, found, [2, 0, 6]) == [classifier.prompts.responses[c] for c in (2, 0, 6)]
+    assert explain(classifier, found, [2, 0, 6]) == [classifier.prompts.responses[c] for c in (2, 0, 6)]
 
 
 def test_answers_that_come_first_are_scored_without_writing(folder, monkeypatch):
@@ -74,7 +74,7 @@ def test_answers_that_come_first_are_scored_without_writing(folder, monkeypatch)
 def test_the_reasoning_behind_a_forced_answer_is_the_greedy_one_of_transformers(folder):
     classifier = classifier_of(folder, "answer-first", reasoning_tokens=12)
     batch = batch_of(classifier)
-    for i, text in enumerate(explain(classifier, batch, classify(classifier, batch), [1, 5, 3])):
+    for i, text in enumerate(explain(classifier, classify(classifier, batch), [1, 5, 3])):
         label = (1, 5, 3)[i]
         row = batch["input_ids"][i, : batch["lengths"][i]].tolist() + before_reasoning(classifier.family, classifier.rendered, label)
         start = len(row)
@@ -92,7 +92,7 @@ def test_the_explanation_has_the_reasoning_that_was_written_before_scoring(folde
     batch = batch_of(classifier)
     found = classify(classifier, batch)
     assert found.texts == write_freely(classifier, classifier.read(batch)) and len(set(found.texts)) > 1
-    texts = explain(classifier, batch, found, [4, 4, 4])
+    texts = explain(classifier, found, [4, 4, 4])
     assert texts == [f"Reasoning: {reasoning_of(text)}\nAnswer: x" for text in found.texts]
 
 
@@ -102,12 +102,21 @@ def test_one_by_one_equals_a_batch(folder, response_format):
     pictures = samples([0, 0, 0])
     batch = classifier.collate(with_response=False)(pictures)
     together = classify(classifier, batch)
-    texts = explain(classifier, batch, together, [0, 1, 2])
+    texts = explain(classifier, together, [0, 1, 2])
     for i, sample in enumerate(pictures):
         batch = classifier.collate(with_response=False)([sample])
         alone = classify(classifier, batch)
         torch.testing.assert_close(alone.scores[0], together.scores[i], rtol=1e-6, atol=1e-5)
-        assert explain(classifier, batch, alone, [i]) == [texts[i]]
+        assert explain(classifier, alone, [i]) == [texts[i]]
+
+
+@pytest.mark.parametrize("response_format", FREE)
+def test_pictures_that_are_read_twice_go_through_the_tower_once(folder, response_format):
+    classifier = classifier_of(folder, response_format, reasoning_tokens=12)
+    passes = []
+    classifier.family.vision.register_forward_hook(lambda *_: passes.append(1))
+    explain(classifier, classify(classifier, batch_of(classifier)), [0, 1, 2])
+    assert len(passes) == 1
 
 
 @pytest.mark.parametrize(

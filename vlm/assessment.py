@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm.calibration import Calibration, Scores, coverage_and_accuracy, pick_threshold
+from vlm.calibration import MIN_PICTURES, Calibration, Scores, coverage_and_accuracy, pick_threshold
 from vlm.classifier import VLMClassifier
 from vlm.config import AUTO, Settings
 from vlm.data import Split
@@ -38,8 +38,11 @@ def calibrate(classifier: VLMClassifier, validation: Split, settings: Settings, 
         measured = confidence_and_correctness(calibration.log_probabilities(*scores)[whole].numpy(), truth)
     if target is not None:
         threshold = pick_threshold(*measured, target)
+        kept = 0 if threshold is None else int((measured[0] >= threshold).sum())
         if threshold is None:
             remarks.append(f"{missed_target(target)}.")
+        elif kept < MIN_PICTURES:
+            remarks.append(f"the threshold for --target-precision rests on {kept} validation pictures: on others it may be far off.")
     for remark in remarks:
         note(remark)
     classifier.calibration = replace(calibration, abstain_below=threshold)

@@ -165,6 +165,8 @@ def fit_calibration(scores: Tensor, labels: Sequence[int], method: str) -> tuple
     remarks += [remark] if remark else []
     if method == "temperature":
         return Calibration(temperature), remarks
+    if remark:  # biases beside it would go as far as they can, too
+        return Calibration(temperature), [*remarks, "No biases are fitted beside a temperature that is bounded."]
     temperature, bias = fit_bias(values, truth, temperature)
     return Calibration(temperature, tuple(bias.tolist())), remarks
 

@@ -23,7 +23,8 @@ from vlm.tuning import merged_state_dict, trained_parameters
 class Progress:
     """Where a run stands. epoch and step_in_epoch: what comes next. step: optimizer steps done. seconds: of training so far.
 
-    zero_shot: the test metrics of the model before the first step, where they were asked for.
+    zero_shot: the test metrics of the model before the first step, where they were asked for. alignment: what `align` gave, where the
+    connector was never trained.
     """
 
     epoch: int = 0
@@ -34,6 +35,7 @@ class Progress:
     best_loss: float = float("inf")
     best_step: int = 0
     zero_shot: dict[str, float] | None = None
+    alignment: dict[str, Any] | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
 
 

@@ -44,6 +44,8 @@ def number_labels(
     names, numbers, unused = _drop_unused(names, numbers)
     if unused:
         how.append(f"left out, as no picture has them: {', '.join(unused)}")
+    if broken := [name for name in names if len(name.splitlines()) > 1]:
+        raise UsageError(f"a class name of several lines ({broken[0]!r}): an answer is one line. Give other names with --class-names.")
     if len(names) < 2:
         raise UsageError(f"only one class ({', '.join(names)}) in the data set. Expected pictures of at least two classes.")
     return names, numbers, how

@@ -112,6 +112,9 @@ class Settings:
     prompt_template: str | None = _flag(
         None, "prompts", "question after the picture, or @file; {classes} and {task_description} are filled in"
     )
+    question_first: bool = _flag(
+        False, "prompts", "put the question before the picture, not behind it: it is run once with the instructions, which is faster"
+    )
     response_format: str | None = _flag(
         None, "prompts", "order of reasoning and answer (default: as --prompt-template states it, else reasoning-first)",
         choices=tuple(LAYOUTS),
@@ -133,6 +136,9 @@ class Settings:
     learning_rate: float | None = _flag(None, "training", "peak learning rate (default: lora 2e-4, connector 5e-4, full 1e-5, demo 1.5e-3)")
     connector_learning_rate: float | None = _flag(
         None, "training", "peak learning rate of the connector, larger for one that was never trained (default: --learning-rate)"
+    )
+    no_alignment: bool = _flag(
+        False, "training", "leave a connector that was never trained as it is; else it learns the names of the classes first, in seconds"
     )
     weight_decay: float = _flag(0.01, "training", "AdamW weight decay (default: 0.01; demo: 0.1)")
     warmup_ratio: float = _flag(0.05, "training", "share of the steps with a rising learning rate (default: 0.05)")
@@ -211,6 +217,8 @@ class Settings:
 NOT_PART_OF_THE_RUN = {
     "calibration",
     "score",
+    "abstain_below",
+    "target_precision",
     "probe",
     "no_feature_cache",
     "cache_size",
@@ -345,7 +353,7 @@ def _contradictions(s: Settings) -> list[str]:
     if s.demo and (s.model or s.dataset):
         problems.append("--demo brings its own model and data set: leave out --model and --dataset, or leave out --demo.")
     if s.reasoning_column and s.response_format == "answer-only":
-        problems.append("--reasoning-column is for a --response-format with a reasoning, not answer-only: leave out one of the two.")
+        problems.append("--reasoning-column is for responses with a reasoning, not answer-only (--response-format, or --prompt-template).")
     if s.reasoning_column and s.objective == POSTERIOR:
         problems.append("--objective posterior teaches the answer alone, and --reasoning-column a text: take --objective both.")
     if s.label_smoothing and s.objective == RESPONSE:

@@ -1,13 +1,16 @@
 """Where to compute, and in which number format."""
 
+import math
 import os
 import platform
+from pathlib import Path
 
 import psutil
 import torch
 
 from vlm.errors import UsageError
 
+USERS_THREADS = "VLM_OMP_NUM_THREADS"  # OMP_NUM_THREADS before `accelerate launch` set it (see launch_processes.py)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -52,16 +55,30 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
 
 
 def pick_threads(wanted: int | None) -> int:
-    """Threads for torch on the CPU: `wanted`, or `OMP_NUM_THREADS`, or the physical cores that this process may use, shared fairly with the
-    other processes of the run on this machine.
+    """Threads for torch on the CPU: `wanted`, or `OMP_NUM_THREADS` as the user set it, or `share_of_cores`."""
+    said = os.environ.get(USERS_THREADS, os.environ.get("OMP_NUM_THREADS", ""))
+    if wanted is None and said.isdigit():
+        wanted = int(said)
+    return wanted or share_of_cores()
 
-    Two threads on one core (hyper-threading) get in each other's way in matrix products.
+
+def share_of_cores() -> int:
+    """The physical cores that this process may use, shared fairly with the other processes of the run on this machine; at least 1.
+
+    Two threads on one core (hyper-threading) get in each other's way in matrix products. A container may be allowed less than it sees.
     """
-    if wanted is None and os.environ.get("OMP_NUM_THREADS", "").isdigit():
-        wanted = int(os.environ["OMP_NUM_THREADS"])
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = min(usable, psutil.cpu_count(logical=False) or usable)
-    return wanted or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    cores = min(usable, psutil.cpu_count(logical=False) or usable, _quota() or usable)
+    return max(1, int(cores) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _quota(file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int | None:
+    """Cores that a container on Linux may use at a time, rounded up (`docker run --cpus`); None where nothing is said."""
+    try:
+        quota, period = map(int, file.read_text(encoding="ascii").split())
+    except (OSError, ValueError):  # another system, or "max"
+        return None
+    return math.ceil(quota / period)
 
 
 def check_compiler(device: torch.device) -> None:

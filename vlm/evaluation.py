@@ -117,7 +117,7 @@ def check_texts(classifier: VLMClassifier, split: Split, batch_size: int = 8, co
         best = classifier.calibration.log_probabilities(found.scores, found.openings).argmax(-1).tolist()
         predictions += [classifier.class_names[i] for i in best]
         free += write_freely(classifier, found.reading) if found.texts is None else found.texts
-        constrained += explain(classifier, batch, found, best)
+        constrained += explain(classifier, found, best)
     answers, explained = (
         [parse_answer(text, prompts.class_names, prompts.response_format) for text in texts] for texts in (free, constrained)
     )
@@ -131,14 +131,18 @@ def check_texts(classifier: VLMClassifier, split: Split, batch_size: int = 8, co
     }
 
 
-def explanations(classifier: VLMClassifier, split: Split, indices: Sequence[int], batch_size: int = 8) -> list[str]:
-    """The text of some pictures of a split, whose answer is the prediction."""
+def explanations(classifier: VLMClassifier, split: Split, indices: Sequence[int], answers: Sequence[int], batch_size: int = 8) -> list[str]:
+    """The text of some pictures of a split.
+
+    Args:
+        answers: the class that each text answers with, the prediction: in a batch of other pictures two classes that are as probable might
+            change places by rounding.
+    """
     loader = DataLoader(Subset(split, indices), batch_size, collate_fn=classifier.collate(with_response=False), generator=torch.Generator())
     classifier.eval()
     texts = []
     for batch in progress(loader, len(indices), "writing explanations", count=_pictures):
         batch = send_to_device(batch, classifier.device)
         found = classify(classifier, batch)
-        best = classifier.calibration.log_probabilities(found.scores, found.openings).argmax(-1).tolist()
-        texts += explain(classifier, batch, found, best)
+        texts += explain(classifier, found, list(answers[len(texts) : len(texts) + _pictures(batch)]))
     return texts

@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,11 @@ class FeatureCache:
                 if time.time() - self._file(key).stat().st_mtime > HOUR:
                     self.use(key)
                 entries.append(load_file(self._file(key)))
-            except (OSError, SafetensorError):
+            except OSError:
+                return None
+            except SafetensorError:  # damaged, such as by a machine that went down: computed anew the next time
+                with suppress(OSError):
+                    self._file(key).unlink()
                 return None
         token_ids = [entry.pop(TOKEN_IDS).tolist() for entry in entries]
         inputs = {name: torch.cat([entry[name] for entry in entries]) for name in entries[0]}
@@ -117,19 +122,25 @@ class FeatureCache:
                 self.full = self.room < wanted
             if self.full:
                 count = f"{wanted / 1e9:.1f} GB for {len(pictures) + to_come} pictures"
-                note(f"vision features would take {count}, more than --cache-size {self.limit_gb:g}: not kept.")
+                note(
+                    f"vision features would take {count}, more than --cache-size {self.limit_gb:g}: not kept. Smaller: a smaller "
+                    "--image-size, --cache-dtype float16, --freeze-connector."
+                )
                 return False
             for key, entry in entries.items():
                 with replacing(self._file(key)) as new:
                     save_file(entry, new)
-        except OSError as error:
-            note(f"vision features cannot be kept in {self.folder} ({error.strerror}): they are computed anew each time.")
+        except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a disk that is full
+            reason = getattr(error, "strerror", None) or str(error)
+            note(f"vision features cannot be kept in {self.folder} ({reason}): they are computed anew each time.")
             self.full = True
         self.room -= size
         return not self.full
 
     def add_missing(self, family: Family, samples: Iterable[Sample]) -> bool:
         """`add` those of a few samples that are not there yet."""
+        if self.full:
+            return False
         missing = {sample.key: sample for sample in samples if not self.use(sample.key)}
         return self.add(family, {key: family.encode_pictures([sample.image]) for key, sample in missing.items()})
 
@@ -212,19 +223,18 @@ def fill_cache(
     cache = open_cache(family, not _is_trained(family.connector), cache_dtype, limit_gb)
     if cache is None:
         return None
-    missing: dict[str, Sample] = {}
+    missing: dict[str, tuple[Split, int]] = {}
     for split in splits:
         for i in range(len(split)):
-            sample = split[i]
-            split.keys[i] = sample.key
-            if sample.key not in missing and not cache.use(sample.key):
-                missing[sample.key] = sample
+            split.keys[i] = key = split[i].key
+            if key not in missing and not cache.use(key):
+                missing[key] = split, i
     was_training = family.model.training
     family.model.eval()
     try:
         left = len(missing)
         with Bar(left, "vision features") as bar:
-            for pictures in _batches(family, list(missing.values()), workers):
+            for pictures in _batches(family, _Places(list(missing.values())), workers):
                 left -= len(pictures)
                 if not cache.add(family, pictures, left):
                     return None
@@ -238,6 +248,20 @@ def _is_trained(part: nn.Module) -> bool:
     return any(p.requires_grad for p in part.parameters())
 
 
+@dataclass
+class _Places:
+    """Samples by their places in splits, each made anew when it is asked for: a sample that was kept would keep its picture."""
+
+    places: list[tuple[Split, int]]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, i: int) -> Sample:
+        split, position = self.places[i]
+        return split[position]
+
+
 class _Encode:
     """Sample -> key and encoded picture. Can be pickled."""
 
@@ -248,7 +272,7 @@ class _Encode:
         return sample.key, self.family.encode_pictures([sample.image])
 
 
-def _batches(family: Family, samples: list[Sample], workers: int) -> Iterator[dict[str, EncodedPictures]]:
+def _batches(family: Family, samples: _Places, workers: int) -> Iterator[dict[str, EncodedPictures]]:
     """Encoded pictures by key, as many together as the tower takes at once."""
     loader = DataLoader(samples, batch_size=None, collate_fn=_Encode(family), num_workers=workers, generator=torch.Generator())
     batch: dict[str, EncodedPictures] = {}
@@ -292,7 +316,7 @@ def make_room(folder: Path, wanted: float, limit_gb: float) -> float:
             file.unlink(missing_ok=True)
             room += size
     for other in folder.parent.iterdir():
-        if other != folder and now - other.stat().st_mtime > DAY:
-            with suppress(OSError):  # not empty
+        with suppress(OSError):  # not empty, or another run was faster
+            if other != folder and now - other.stat().st_mtime > DAY:
                 other.rmdir()
     return room

@@ -12,6 +12,7 @@ LAYOUTS = {
 ANSWER = re.compile(r"answer[ \t]*:", re.IGNORECASE)
 ANSWER_LINE = re.compile(r"^[ \t]*answer[ \t]*:", re.IGNORECASE | re.MULTILINE)
 REASONING = re.compile(r"reasoning[ \t]*:", re.IGNORECASE)
+ANY_REASONING = re.compile(r"(reasoning|reasons?|explanation|rationale|justification|why)[ \t]*:", re.IGNORECASE)  # in a user's template
 
 
 def lay_out(response_format: str, reasoning: str, answer: str) -> str:
@@ -22,9 +23,10 @@ def lay_out(response_format: str, reasoning: str, answer: str) -> str:
 def stated_format(template: str | None) -> str | None:
     """The format that a question template asks for, or None where it asks for none.
 
-    "Reasoning:" and "Answer:" state an order. "Answer:" alone states that there is no reasoning, if no word of it is found at all.
+    "Reasoning:", or a word like it, and "Answer:" state an order. "Answer:" alone states that there is no reasoning, if no word of it is
+    found at all.
     """
-    answer, reasoning = ANSWER.search(template or ""), REASONING.search(template or "")
+    answer, reasoning = ANSWER.search(template or ""), ANY_REASONING.search(template or "")
     if answer and reasoning:
         return "answer-first" if answer.start() < reasoning.start() else "reasoning-first"
     if answer and not re.search("reason|expla|why|because|describ", template or "", re.IGNORECASE):

@@ -19,14 +19,16 @@ def join_products(model: nn.Module, adapter: str) -> None:
 
 
 def _forward(layer: LoraLinear, adapter: str, general: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """peft's forward, or the joined one: the same numbers but for rounding."""
+    """peft's forward, or the joined one: the same numbers but for rounding. peft's would make a float32 copy of x under autocast."""
     base, down, up = layer.get_base_layer(), layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     plain = type(base) is nn.Linear and not (args or kwargs or layer.disable_adapters or layer.merged)
-    alike = x.dtype == base.weight.dtype == down.dtype and not torch.is_autocast_enabled(x.device.type)
     drops = layer.training and isinstance(layer.lora_dropout[adapter], nn.Dropout) and layer.lora_dropout[adapter].p > 0
+    casts = torch.is_autocast_enabled(x.device.type)  # LoRA's weights are float32 then, and the products in the format of the others
+    dtype = torch.get_autocast_dtype(x.device.type) if casts else x.dtype
+    alike = base.weight.dtype == dtype and (casts or down.dtype == dtype)
     if not (plain and alike) or drops or base.weight.requires_grad:
         return general(x, *args, **kwargs)
-    return _Joined.apply(x, base.weight, base.bias, down, up, layer.scaling[adapter])
+    return _Joined.apply(x.to(dtype), base.weight, base.bias, down.to(dtype), up.to(dtype), layer.scaling[adapter])
 
 
 class _Joined(torch.autograd.Function):

@@ -66,7 +66,8 @@ class Texts:
     def of(cls, prompts: Prompts, reasonings: Sequence[str] = (), edge: int | None = None) -> "Texts":
         """About as many as the texts have, and the reasonings of the pictures' own; the exact numbers would take the tokenizer."""
         longest = max(map(len, [*prompts.responses, *reasonings]))
-        lengths = (len(text) // CHARACTERS_PER_TOKEN + 10 for text in (prompts.system, prompts.question, "." * longest))
+        before, behind = (prompts.system + prompts.question, "") if prompts.question_first else (prompts.system, prompts.question)
+        lengths = (len(text) // CHARACTERS_PER_TOKEN + 10 for text in (before, behind, "." * longest))
         return cls(*lengths, classes=len(prompts.class_names), edge=edge)
 
 
@@ -226,7 +227,11 @@ def _evaluation(family: Family, settings: Settings, size: int, texts: Texts) -> 
     scored = batch * (1 + nodes) * family.model.get_output_embeddings().weight.shape[0]
     passing = batch * max(patches * Block.of(family.vision).passing(size), (tokens + texts.question) * block.passing(size))
     blocks = 3 if size == FLOAT32 else 3.5  # logits of a block, their logarithms, and those of the block before
-    return LIBRARIES + keys + max(passing, blocks * min(scored, LOGITS_AT_ONCE) * FLOAT32)
+    logits = blocks * min(scored, LOGITS_AT_ONCE)
+    if not family.shares_prefix:  # transformers' own forward: logits of whole rows
+        row = texts.prefix + tokens + texts.question + texts.response
+        logits = batch * row * family.model.get_output_embeddings().weight.shape[0]
+    return LIBRARIES + keys + max(passing, logits * FLOAT32)
 
 
 def _copied(family: Family, settings: Settings, size: int) -> int:
@@ -255,8 +260,10 @@ def largest_batch(classifier: Any, settings: Mapping[str, Any]) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    """Bytes that are free on a device, with what torch keeps of it for later."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return psutil.virtual_memory().available
 
 
 def warn_if_too_large(folder: Path, settings: Settings, dtype: torch.dtype, device: torch.device, texts: Texts) -> None:

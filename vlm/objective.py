@@ -48,6 +48,11 @@ class Objective(nn.Module):
     def has_posterior(self) -> bool:
         return self.name != RESPONSE
 
+    def of_metrics(self, metrics: dict[str, float]) -> float:
+        """What of the metrics of a split (see `evaluate_vlm_model`) is minimized, to compare with the loss of the training: without weights
+        and label smoothing, and with the posterior of whole scored texts."""
+        return metrics["loss"] * self.has_response + metrics["nll"] * self.has_posterior
+
     def of_tokens(self, logits: Tensor, targets: Tensor, labels: Tensor) -> Tensor:
         """Summed loss of response tokens.
 

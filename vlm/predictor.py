@@ -18,7 +18,7 @@ from vlm.classifier import VLMClassifier
 from vlm.config import CACHE_GB
 from vlm.data import Sample
 from vlm.device import pick_device, pick_dtype
-from vlm.errors import UsageError
+from vlm.errors import RunError, UsageError
 from vlm.families import load_family
 from vlm.features import FeatureCache, open_cache
 from vlm.memory import largest_batch
@@ -80,11 +80,13 @@ def predict_single_image(
         within the label set, calibrated, 0 to 1. full_response: a text whose answer is that class (see `vlm.reasoning.explain`).
 
     Raises:
-        UnreadablePicture: the picture cannot be decoded.
+        UnreadablePicture: the picture cannot be decoded. RunError: the model gives no numbers.
     """
     _check_same_model(model, processor, metadata)
     batch = model.collate(with_response=False)([Sample(open_picture(image), 0, "picture")])
     result = _predict(model, batch, explain)[0]
+    if "error" in result:
+        raise RunError(result["error"])
     return result["prediction"], result["confidence"], result["full_response"]
 
 
@@ -184,9 +186,12 @@ def _predict(model: VLMClassifier, batch: dict[str, Any], explain: bool, toleran
     found = classify(model, batch, tolerance)
     probabilities = model.calibration.log_probabilities(found.scores, found.openings).exp()
     predictions = probabilities.argmax(-1).tolist()
-    texts = explain_predictions(model, batch, found, predictions) if explain else [""] * len(predictions)
-    results = []
+    texts = explain_predictions(model, found, predictions) if explain else [""] * len(predictions)
+    results: list[dict[str, Any]] = []
     for row, best, bound, text in zip(probabilities, predictions, found.unexplored.tolist(), texts, strict=True):
+        if row.isnan().any():
+            results.append({"prediction": None, "error": "the model's scores are no numbers: try --dtype float32"})
+            continue
         result = {
             "prediction": model.class_names[best],
             "confidence": float(row[best]),

@@ -28,7 +28,7 @@ class Prompts:
     system: text before the picture, the same for every sample. question: text after it. class_names and responses: one
     entry a class, in the order of the labels. response_format: the order of reasoning and answer (see vlm/formats.py).
     reasoning_tokens: the most that the model writes of a reasoning of its own, trained on texts of the data set; 0: there are none,
-    each class has one response.
+    each class has one response. question_first: the question stands before the picture, where it is the same for every sample, too.
     """
 
     system: str
@@ -37,9 +37,12 @@ class Prompts:
     responses: tuple[str, ...]
     response_format: str = DEFAULT_FORMAT
     reasoning_tokens: int = 0
+    question_first: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """A later field is left out where it has no part in the conversation: the digest of an older one stays as it was."""
+        values = asdict(self)
+        return values if self.question_first else {name: value for name, value in values.items() if name != "question_first"}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Prompts":
@@ -63,10 +66,10 @@ class Prompts:
 
     def messages(self) -> list[dict[str, Any]]:
         """The conversation up to the model's turn, with list content, which every chat template understands."""
-        return [
-            {"role": "system", "content": [{"type": "text", "text": self.system}]},
-            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": self.question}]},
-        ]
+        user = [{"type": "image"}, {"type": "text", "text": self.question}]
+        if self.question_first:
+            user = [{"type": "text", "text": self.question + "\n"}, {"type": "image"}]
+        return [{"role": "system", "content": [{"type": "text", "text": self.system}]}, {"role": "user", "content": user}]
 
 
 def build_prompts(settings: Settings, class_names: list[str]) -> Prompts:
@@ -93,6 +96,7 @@ def build_prompts(settings: Settings, class_names: list[str]) -> Prompts:
         class_names=tuple(class_names),
         responses=tuple(responses),
         response_format=response_format,
+        question_first=settings.question_first,
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vlm.batching import IGNORED, pad_rows, places
 from vlm.classifier import Reading, VLMClassifier
+from vlm.families.encoded import CONNECTED_FEATURES, TOWER_FEATURES
 from vlm.formats import lay_out, reasoning_of
 from vlm.responses import before_answer, before_reasoning
 from vlm.scoring import TOLERANCE
@@ -26,7 +27,7 @@ class Classified:
 
     scores: (B, C) log-probability of each class's scored text (see vlm/responses.py). unexplored: (B,) how much the probability of a class
     can be wrong at most. openings: (B,) log-probability of the tokens that all scored texts begin with. reading: of the pictures and
-    questions.
+    questions. batch: what was read, with the features of the pictures where it may be read again.
     texts: what the model wrote freely, where its reasoning comes before the answer; else None.
     """
 
@@ -34,6 +35,7 @@ class Classified:
     unexplored: Tensor
     openings: Tensor
     reading: Reading
+    batch: dict[str, Any]
     texts: list[str] | None = None
 
 
@@ -44,14 +46,27 @@ def classify(classifier: VLMClassifier, batch: dict[str, Any], tolerance: float 
     Args:
         tolerance, search: see `VLMClassifier.search`.
     """
-    reading = classifier.read(batch)
     prompts = classifier.prompts
+    if prompts.free:
+        batch = with_features(classifier, batch)
+    reading = classifier.read(batch)
     if prompts.answer_first or not prompts.free:
-        return Classified(*classifier.search(reading, tolerance, **search), reading)
+        return Classified(*classifier.search(reading, tolerance, **search), reading, batch)
     texts = write_freely(classifier, reading)
     begun = [before_answer(classifier.family, classifier.rendered, reasoning_of(text)) for text in texts]
     behind = classifier.read(go_on(classifier, batch, begun))
-    return Classified(*classifier.search(behind, tolerance, **search), reading, texts)
+    return Classified(*classifier.search(behind, tolerance, **search), reading, batch, texts)
+
+
+def with_features(classifier: VLMClassifier, batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch with features behind the connector in the place of pixels, so that pictures that are read twice are seen once.
+
+    A model that is driven by its plain forward takes pixels alone: its batch stays as it is.
+    """
+    if not classifier.family.shares_prefix:
+        return batch
+    others = {name: tensor for name, tensor in batch["pixels"].items() if not name.startswith("pixel") and name != TOWER_FEATURES}
+    return batch | {"pixels": others | {CONNECTED_FEATURES: classifier.family.picture_features(batch["pixels"])}}
 
 
 def go_on(classifier: VLMClassifier, batch: dict[str, Any], begun: Sequence[list[int]]) -> dict[str, Any]:
@@ -79,7 +94,7 @@ def write_freely(classifier: VLMClassifier, reading: Reading) -> list[str]:
 
 
 @torch.no_grad()
-def explain(classifier: VLMClassifier, batch: dict[str, Any], found: Classified, predictions: Sequence[int]) -> list[str]:
+def explain(classifier: VLMClassifier, found: Classified, predictions: Sequence[int]) -> list[str]:
     """A text for each sample whose answer is the predicted class, so that the two cannot disagree.
 
     Where each class has one response, it is that of the predicted class, which is what was scored: no other response was trained. Else the
@@ -91,7 +106,7 @@ def explain(classifier: VLMClassifier, batch: dict[str, Any], found: Classified,
     texts = found.texts
     if texts is None:
         begun = [before_reasoning(classifier.family, classifier.rendered, c) for c in predictions]
-        texts = classifier.write(classifier.read(go_on(classifier, batch, begun)), prompts.reasoning_tokens)
+        texts = classifier.write(classifier.read(go_on(classifier, found.batch, begun)), prompts.reasoning_tokens)
     return [
         lay_out(prompts.response_format, reasoning_of(text), prompts.class_names[c]) for text, c in zip(texts, predictions, strict=True)
     ]

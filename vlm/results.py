@@ -51,6 +51,7 @@ def finish(run: Run, progress: Progress, metrics: Sequence[Callable[..., Any]]) 
     results = {
         "test": test,
         **({"zero_shot": progress.zero_shot} if progress.zero_shot else {}),
+        **({"alignment": progress.alignment} if progress.alignment else {}),
         "texts": check_texts(classifier, data.test, settings.eval_batch_size),
         "picture_check": check_pictures(classifier, data.test, scores, settings.eval_batch_size, settings.seed),
         "probe": probe_beside(run, classifier, cache, test["accuracy"]),
@@ -74,7 +75,8 @@ def explained_predictions(classifier: VLMClassifier, split: Split, probabilities
     """The predictions of a split from (N, C) probabilities, with a text for those that the page shows one by one."""
     predictions = [Prediction(*row) for row in zip(split.names, split.labels, probabilities, strict=True)]
     shown = shown_pictures(predictions)
-    for i, text in zip(shown, explanations(classifier, split, shown, batch_size), strict=True):
+    answers = [predictions[i].predicted for i in shown]
+    for i, text in zip(shown, explanations(classifier, split, shown, answers, batch_size), strict=True):
         predictions[i].text = text
     return predictions
 

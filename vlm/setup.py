@@ -3,13 +3,14 @@
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from torch import nn
 
 import vlm
@@ -19,7 +20,7 @@ from vlm.classifier import VLMClassifier
 from vlm.config import PICTURES_PER_STEP, Settings
 from vlm.data import Data, Sample, load_data
 from vlm.demo import MODEL_NAME, build_demo_model
-from vlm.device import check_compiler, pick_device, pick_dtype, pick_threads
+from vlm.device import check_compiler, pick_device, pick_dtype, pick_threads, share_of_cores
 from vlm.errors import UsageError
 from vlm.families import load_family
 from vlm.features import cache_root, fill_cache
@@ -40,6 +41,7 @@ SHOWN_SETTINGS = (
     "tune", "objective", "epochs", "batch_size", "gradient_accumulation_steps", "learning_rate", "connector_learning_rate", "weight_decay",
     "warmup_ratio", "eval_steps", "seed", "output_dir",
 )  # fmt: skip
+LONGEST_WAIT = timedelta(hours=12)  # of one process for another: one computes the vision features, or writes, while the others wait
 PRECISIONS = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -75,10 +77,11 @@ def set_up(settings: Settings) -> Run:
     device, reason = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
     check_quantization(settings.bits, device)
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=PRECISIONS[dtype])
+    waiting = InitProcessGroupKwargs(timeout=LONGEST_WAIT)
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=PRECISIONS[dtype], kwargs_handlers=[waiting])
     data = load_data(settings)
     note("\n" + format_table(data.summary) + "\n")
-    _point_out_contradiction(settings)
+    _point_out_contradictions(settings)
 
     prompts = build_prompts(settings, data.class_names)
     folder, revision = _find_model(settings, data.class_names, accelerator)
@@ -103,9 +106,9 @@ def set_up(settings: Settings) -> Run:
 
     workers = settings.workers
     if workers is None:  # on the CPU they would take the cores from the model
-        workers = min(8, torch.get_num_threads()) if device.type == "cuda" else 0
+        workers = min(8, share_of_cores()) if device.type == "cuda" else 0
     if not settings.no_feature_cache:
-        with accelerator.main_process_first():  # the others find what the first one has computed
+        with accelerator.local_main_process_first():  # the others of this machine find what the first one has computed
             splits = (data.train, data.validation, data.test) if settings.epochs else (data.validation, data.test)
             classifier.feature_cache = fill_cache(family, splits, settings.cache_size, settings.cache_dtype, workers)
     groups = parameter_groups(classifier, settings.weight_decay, settings.learning_rate, settings.connector_learning_rate)
@@ -160,9 +163,18 @@ def _format_row(settings: Settings) -> str:
     return f"{settings.response_format}{', as --prompt-template states it' if stated else ''}"
 
 
-def _point_out_contradiction(settings: Settings) -> None:
-    """The format follows the template unless another one is given: then both are right as they are, but not together."""
-    stated = stated_format(settings.prompt_template)
+def _point_out_contradictions(settings: Settings) -> None:
+    """Texts that are right each as it is, but not together."""
+    template, stated = settings.prompt_template, stated_format(settings.prompt_template)
+    if template and stated is None:
+        note(
+            f'--prompt-template states no order of "Reasoning:" and "Answer:": the responses are {settings.response_format} '
+            "(--response-format says another).\n"
+        )
+    texts = (settings.system_instructions or "{classes}") + (template or "")
+    if settings.class_descriptions and "{classes}" not in texts:
+        only = "no text of this run" if settings.response_format == "answer-only" else "the responses alone"
+        note(f"the class descriptions are in {only}: put {{classes}} into --system-instructions, where the list of classes belongs.\n")
     if stated not in (None, settings.response_format):
         note(
             f"--prompt-template asks for {stated}, --response-format says {settings.response_format}: the responses are "

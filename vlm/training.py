@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import broadcast, gather_object, send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from vlm.alignment import align, needs_alignment
 from vlm.calibration import Scores
 from vlm.checkpoint import METADATA, Progress, load_state, read_state, save_model_folder, save_state, write_json
 from vlm.config import Settings
@@ -118,6 +119,9 @@ class Trainer:
                     write_json(self.run.output / METADATA, self.run.metadata)  # from here on there is a run to go on with
                 if not settings.epochs:
                     self._evaluate()
+                elif not self.progress.step:
+                    with bar.paused():
+                        self._align_connector()
                 for epoch in range(self.progress.epoch, settings.epochs):
                     self._epoch(epoch, bar)
                 self.enter(TESTING)
@@ -228,17 +232,37 @@ class Trainer:
         scores = self._scores(self.run.data.validation)
         metrics = metrics_of_scores(self.run.classifier, self.run.data.validation.labels, scores)
         p = self.progress
-        self._log("validation", **{name: metrics[name] for name in ("loss", "accuracy", "macro_f1", "nll")})
-        better = (metrics["accuracy"], -metrics["loss"]) > (p.best_accuracy, -p.best_loss)
+        loss = self.run.classifier.objective.of_metrics(metrics)
+        self._log("validation", loss=loss, **{name: metrics[name] for name in ("accuracy", "macro_f1", "nll")})
+        better = (metrics["accuracy"], -loss) > (p.best_accuracy, -p.best_loss)
         note(
             f"epoch {p.step / self.steps_per_epoch:.2f}, step {p.step}: validation accuracy {metrics['accuracy']:.4f}, "
-            f"loss {metrics['loss']:.4f}{' (best so far)' if better else ''}"
+            f"loss {loss:.4f}{' (best so far)' if better else ''}"
         )
         if better:
-            p.best_accuracy, p.best_loss, p.best_step = metrics["accuracy"], metrics["loss"], p.step
+            p.best_accuracy, p.best_loss, p.best_step = metrics["accuracy"], loss, p.step
             if self.accelerator.is_main_process:
-                metadata = self.run.metadata | {"validation": {"step": p.step, "accuracy": metrics["accuracy"], "loss": metrics["loss"]}}
+                metadata = self.run.metadata | {"validation": {"step": p.step, "accuracy": metrics["accuracy"], "loss": loss}}
                 save_model_folder(self.run.output / "best_model", self.run.classifier, metadata, self.run.dtype)
+
+    def _align_connector(self) -> None:
+        """Before the first step, teach a connector that was never trained the names of the classes (see vlm/alignment.py)."""
+        settings, classifier, data = self.settings, self.run.classifier, self.run.data
+        if settings.no_alignment or settings.tune == "full" or not needs_alignment(classifier.family):
+            return
+        if settings.freeze_connector:
+            note("warning: the connector was never trained, and --freeze-connector leaves it so: the model can hardly see.")
+            return
+        if classifier.feature_cache is None:
+            note("the connector was never trained. It would learn the names of the classes first if vision features were kept.")
+            return
+        note("the connector was never trained: it learns the names of the classes first (--no-alignment leaves it as it is).")
+        pictures = data.train, data.validation, classifier.feature_cache
+        found = align(classifier.family, classifier.class_names, *pictures, settings.seed, self.accelerator.autocast)
+        for parameter in classifier.family.connector.parameters():  # several processes go on from the same numbers
+            parameter.data.copy_(broadcast(parameter.data))
+        note(f"{found['validation_accuracy']:.1%} of the validation pictures are nearest to the name of their class.")
+        self.progress.alignment = found
 
     def _test_untouched(self) -> None:
         """Metrics of the model as it is before the first step, on the test split, for comparison."""

@@ -28,6 +28,8 @@ from vlm.prompts import Prompts
 from vlm.quantization import forget_quantizer, loading_options
 from vlm.responses import scored_ids
 
+COMPILATIONS = 4  # of a block: for rows and prefix, with and without gradients
+
 
 @contextmanager
 def quiet() -> Iterator[None]:
@@ -179,9 +181,11 @@ class Family:
     def compile_layers(self, backend: str = "inductor") -> None:
         """Let torch compile the blocks of the language model: at the first use, and again for lengths of another kind."""
         inside = {id(module) for module in self.language.modules()}
-        for layer in self.layers():
-            if id(layer) in inside:
-                layer.compile(backend=backend, dynamic=True)
+        blocks = [layer for layer in self.layers() if id(layer) in inside]
+        # They share their code, of which torch gives up after eight compilations; each block's number is a reason for one.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILATIONS * len(blocks))
+        for layer in blocks:
+            layer.compile(backend=backend, dynamic=True)
 
     # Text
 

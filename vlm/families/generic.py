@@ -133,7 +133,7 @@ class GenericFamily(Family):
 
     def _render_opening(self, prompts: Prompts) -> str:
         """The conversation up to the model's turn. A model without a system role gets the instructions at the head of the user's turn."""
-        asked = [{"type": "image"}, {"type": "text", "text": prompts.question}]
+        asked = prompts.messages()[-1]["content"]
         in_user_turn = [{"role": "user", "content": [{"type": "text", "text": prompts.system + "\n"}, *asked]}]
         self._closing_ids = [self.tokenizer.eos_token_id]
         if not getattr(self.processor, "chat_template", None):

@@ -67,6 +67,11 @@ class Content:
     def calibration(self) -> dict[str, Any]:
         return self.test.get("calibration") or {}
 
+    @property
+    def abstains_below(self) -> float:
+        """The confidence below which the model gives no answer; 0 where it always does."""
+        return (self.test.get("abstention") or {}).get("below") or 0.0
+
     @cached_property
     def majority(self) -> tuple[str, float]:
         """The most frequent class of the test split, and its share: the accuracy of always answering it."""

@@ -85,6 +85,8 @@ def _card(content: Content, position: int) -> Markup:
     rows = [_probability(content, p, i) for i in best + ([] if p.label in best else [p.label])]
     truth, answer = content.names[p.label], content.names[p.predicted]
     good, mark = ("good", " ✓ right") if p.label == p.predicted else ("bad", " ✗ wrong")
+    if p.confidence < content.abstains_below:
+        good, mark = "quiet", f"{mark}, but too unsure to be given"
     alt = f"{shorten(p.name, 80)}: {shorten(truth, 60)}, predicted {shorten(answer, 60)}"
     lines = [("truth", class_name(truth), None), ("prediction", class_name(answer), element("span", mark, class_=good))]
     summary = [element("p", element("b", what), element("span", name, sign)) for what, name, sign in lines]
@@ -148,7 +150,10 @@ def _text_line(content: Content) -> str | None:
     if not texts.get("texts"):
         return None
     agree, invalid = texts.get("agree_with_prediction"), texts.get("invalid")
-    return f"Of {texts['texts']:,} texts that were generated freely, {agree} agree with the prediction and {invalid} name no class."
+    free = f"Of {texts['texts']:,} texts that were generated freely, {agree} agree with the prediction and {invalid} name no class"
+    named = texts.get("reasoning_names_answer")
+    free += f"; the reasoning of {named} names the class that they answer, too." if named is not None else "."
+    return f"{free} Of as many explanations, {texts.get('explanations_agree')} answer with the prediction."
 
 
 def _temperature_line(content: Content) -> str | None:
@@ -157,7 +162,8 @@ def _temperature_line(content: Content) -> str | None:
         return None
     if not is_calibrated(content.calibration):
         return "The probabilities are the model's own: nothing was calibrated."
-    return f"The probabilities are calibrated with a temperature of {temperature[0]:.3f}."
+    biases = " and a bias for each class" if content.calibration.get("bias") else ""
+    return f"The probabilities are calibrated with a temperature of {temperature[0]:.3f}{biases}."
 
 
 def _abstention_line(content: Content) -> str | None:
@@ -256,7 +262,7 @@ def used_settings(results: dict[str, Any]) -> dict[str, Any]:
     return {
         name: taken.get(name, value)
         for name, value in given.items()
-        if value not in (None, False, "") and name not in HOW_IT_WAS_STARTED and (lora or not name.startswith("lora_"))
+        if value not in (None, "") and value is not False and name not in HOW_IT_WAS_STARTED and (lora or not name.startswith("lora_"))
     }
 
 

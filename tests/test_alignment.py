@@ -1,0 +1,163 @@
+"""A connector that was never trained is known by its weights, and learns the names of the classes before the training."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from feature_checks import load
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import NAMES, VISION, tiny_prompts
+from torch import nn
+
+from vlm import alignment
+from vlm.alignment import align, is_random, name_embeddings, nearest_name_accuracy, needs_alignment
+from vlm.config import resolve
+from vlm.data import Split
+from vlm.demo import build_model, build_processor
+from vlm.errors import Stopped
+from vlm.features import fill_cache
+from vlm.sources import Rows
+from vlm.training import fit
+
+TEXT = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+COLORS = [(250, 20, 20), (20, 250, 20), (20, 20, 250)]
+
+
+def stand_out(matrix):
+    """As after a training: one direction has far more than its share."""
+    with torch.no_grad():
+        matrix += 3 * matrix.std() * torch.outer(torch.randn(matrix.shape[0]), torch.randn(matrix.shape[1]))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model with words that were trained and a connector that was not."""
+    folder = tmp_path_factory.mktemp("halves")
+    prompts = tiny_prompts()
+    processor = build_processor(16, 4, 2, corpus=[prompts.system, prompts.question, *prompts.responses])
+    torch.manual_seed(0)
+    model = build_model(processor, VISION, TEXT, 16, 4, 2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.1)
+    stand_out(model.get_input_embeddings().weight)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def picture(label, number):
+    noise = np.random.default_rng(100 * label + number).normal(0, 30, (16, 16, 3))
+    return Image.fromarray(np.clip(noise + COLORS[label], 0, 255).astype(np.uint8))
+
+
+def split(each, start=0):
+    labels = [label for label in range(3) for _ in range(each)]
+    pictures = [picture(label, start + i) for label in range(3) for i in range(each)]
+    return Split(Rows(pictures, labels, [f"{i}.png" for i in range(len(labels))]), range(len(labels)), labels)
+
+
+@pytest.fixture(scope="module")
+def picture_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("colors")
+    for label, name in enumerate(NAMES[:3]):
+        (folder / name).mkdir()
+        for i in range(12):
+            picture(label, i).save(folder / name / f"{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (600, 400), (64, 3000), (80, 3, 8, 8)])
+@pytest.mark.parametrize("draw", [nn.init.normal_, nn.init.uniform_, nn.init.xavier_uniform_, nn.init.orthogonal_])
+def test_weights_as_they_were_drawn_are_told_from_trained_ones(shape, draw):
+    torch.manual_seed(0)
+    part = nn.Module()
+    part.weight = nn.Parameter(draw(torch.empty(shape), *((-1, 1) if draw is nn.init.uniform_ else ())))
+    part.bias = nn.Parameter(torch.randn(shape[0]))
+    assert is_random(part)
+    with torch.no_grad():  # a direction with 30% more than the largest of a random matrix
+        matrix = part.weight.flatten(1)
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        edge = matrix.square().mean().sqrt() * (matrix.shape[0] ** 0.5 + matrix.shape[1] ** 0.5)
+        matrix += (1.3 * edge - values[0]).clamp_min(0) * torch.outer(left[:, 0], right[0])
+    assert not is_random(part)
+
+
+def test_small_matrices_say_nothing_and_count_as_trained():
+    assert not is_random(nn.Linear(16, 63)) and not is_random(nn.LayerNorm(100)) and not is_random(nn.Identity())
+
+
+def test_one_trained_matrix_is_enough():
+    torch.manual_seed(0)
+    part = nn.Sequential(nn.Linear(80, 80), nn.GELU(), nn.Linear(80, 80))
+    assert is_random(part)
+    stand_out(part[2].weight)
+    assert not is_random(part)
+
+
+def test_pictures_come_to_lie_next_to_the_names_of_their_classes(folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("VLM_CACHE", str(tmp_path))
+    names, train, validation = NAMES[:3], split(8), split(6, start=100)
+    found = []
+    for _ in range(2):
+        family = load(folder, tune="connector").family
+        assert needs_alignment(family)
+        cache = fill_cache(family, [train, validation], limit_gb=1)
+        before = {name: tensor.clone() for name, tensor in family.model.state_dict().items()}
+        at_first = nearest_name_accuracy(family, name_embeddings(family, names), validation, cache)
+        result = align(family, names, train, validation, cache, seed=3)
+        after = family.model.state_dict()
+        changed = {name for name in before if not torch.equal(before[name], after[name])}
+        assert changed and all("connector" in name for name in changed)
+        assert all(p.grad is None for p in family.model.parameters())
+        found.append((at_first, result["validation_accuracy"], after))
+    assert found[0][0] < 0.7 and found[0][1] == 1.0
+    assert all(torch.equal(found[0][2][name], found[1][2][name]) for name in found[0][2]), "the same seed gives the same weights"
+
+
+def test_a_model_of_random_words_has_nothing_to_learn_from(folder):
+    family = load(folder).family
+    with torch.no_grad():
+        family.model.get_input_embeddings().weight.normal_()
+    assert not needs_alignment(family)
+
+
+def settings(folder, pictures, output, **more):
+    flags = {"model": str(folder), "dataset": str(pictures), "epochs": 1, "batch_size": 4, "output_dir": str(output)}
+    return resolve(flags | {"gradient_accumulation_steps": 1} | more)
+
+
+def test_a_run_aligns_once_says_so_and_resumes_to_the_same_weights(folder, picture_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(alignment, "STEPS", 30)
+    results = fit(settings(folder, picture_folder, tmp_path / "whole"))
+    assert "the connector was never trained" in capsys.readouterr().err
+    assert results["alignment"]["steps"] == 30 and 0 <= results["alignment"]["validation_accuracy"] <= 1
+    with pytest.raises(Stopped):
+        fit(settings(folder, picture_folder, tmp_path / "parts"), lambda: True)
+    saved = json.loads((tmp_path / "parts" / "training_metadata.json").read_text())["settings"]
+    capsys.readouterr()
+    again = fit(resolve({"resume": True, "output_dir": str(tmp_path / "parts")}, saved))
+    assert "learns the names" not in capsys.readouterr().err
+    assert again["alignment"]["validation_accuracy"] == results["alignment"]["validation_accuracy"]
+    whole, parts = (load_file(tmp_path / name / "final_model" / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"no_alignment": True}, None),
+        ({"tune": "full"}, None),
+        ({"epochs": 0}, None),
+        ({"freeze_connector": True}, "--freeze-connector leaves it so"),
+        ({"no_feature_cache": True}, "if vision features were kept"),
+    ],
+)
+def test_a_run_that_cannot_or_should_not_align_does_not(folder, picture_folder, tmp_path, capsys, more, said):
+    results = fit(settings(folder, picture_folder, tmp_path / "out", **more))
+    error = capsys.readouterr().err
+    assert "alignment" not in results and "learns the names" not in error
+    assert said in error if said else "never trained" not in error
