@@ -129,7 +129,7 @@ def test_a_file_that_is_gone_or_damaged_is_made_up_for_by_the_pixels(tmp_path):
     first, second, _ = sorted(cache.folder.iterdir())
     first.write_bytes(b"")
     second.unlink()
-    assert cache.encode([pictures[i].key for i in range(4)]) is None
+    assert sum(cache.encode([pictures[i].key]) is None for i in range(3)) == 2
     torch.testing.assert_close(score_split(classifier, pictures, batch_size=4), expected, rtol=1e-6, atol=1e-4)
     assert not first.exists(), "a damaged file is computed anew the next time"
     assert fill_cache(classifier.family, [pictures], limit_gb=1).encode([pictures[i].key for i in range(4)]) is not None

@@ -235,7 +235,7 @@ def test_the_batch_of_an_inference_is_as_large_as_half_of_the_free_memory(tmp_pa
     assert sizes[0] == memory.BATCH_ON_CPU and sizes[2] == 1 and sizes == sorted(sizes, reverse=True)
     plain = tiny_classifier(tmp_path)
     plain.family.shares_prefix = False
-    texts = Texts(200, 20, 40, 10)
+    texts = Texts(prefix=2000, question=20, response=4, classes=1)
     rows = [memory._evaluation(one.family, resolve({}), 4, texts) for one in (classifier, plain)]
     assert rows[1] > rows[0], "a model that is driven by its plain forward has logits of whole rows"
 
