@@ -3,6 +3,8 @@
 
 python benchmarks/all.py            (the true model: an hour or two on 2 cores, nothing else running)
 python benchmarks/all.py --quick    (a sixth of the model: about 3 minutes; writes no tables without --report)
+
+train_on_gpu.py and objectives.py are run by themselves: one needs a GPU, the other trains for hours.
 """
 
 import argparse

@@ -31,6 +31,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from report import figures
 
 from vlm.device import pick_threads
 from vlm.report import format_table
@@ -53,7 +54,8 @@ def parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
         "--cache", type=Path, default=Path(tempfile.gettempdir()) / "vlm_benchmarks", metavar="FOLDER",
         help="where models and features are kept between benchmarks (default: %(default)s)",
     )  # fmt: skip
-    result.set_defaults(size="full", **defaults)
+    # What no option of most benchmarks changes: SmolVLM-256M in float32 on the CPU, pictures read by the process itself, once an epoch.
+    result.set_defaults(size="full", shape="256M", device="cpu", dtype="float32", workers=None, repeats=1, **defaults)
     return result
 
 
@@ -77,11 +79,18 @@ def size_flag(options: argparse.Namespace) -> list[str]:
 # Time
 
 
+def clock() -> float:
+    """Seconds of a clock that is read when a GPU in use has done all that it was told to."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def timed(side: Callable[[], Any]) -> float:
     """Seconds of one call."""
-    started = time.perf_counter()
+    started = clock()
     side()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def take_turns(sides: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
@@ -119,7 +128,7 @@ def exponent(sizes: Iterable[float], values: Iterable[float]) -> float:
     return statistics.linear_regression([float(torch.tensor(x).log()) for x in sizes], [float(torch.tensor(y).log()) for y in values]).slope
 
 
-# Memory (Linux)
+# Memory (of a process: Linux)
 
 
 def resident() -> dict[str, int]:
@@ -135,10 +144,17 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
+def release() -> None:
+    """Give back what nothing holds any more; a GPU's memory too."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
 # Results
 
 
-def machine() -> dict[str, Any]:
+def machine(device: str = "cpu") -> dict[str, Any]:
     """What the figures depend on beside the program."""
     import transformers
 
@@ -157,6 +173,7 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
+        **({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}),
     }
 
 
@@ -169,8 +186,9 @@ def report(options: argparse.Namespace, rows: list[dict[str, Any]], correct: boo
     """
     script = Path(sys.argv[0]).name
     arguments = [a.replace(f"{ROOT}{os.sep}", "") for a in sys.argv[1:] if a not in ("--cache", str(options.cache))]
-    where = machine()
-    print(f"{where['cpu']}, {where['threads']} threads, load {where['load']}, torch {where['torch']}, medians of {options.rounds} rounds\n")
+    where = machine(options.device)
+    chips = ", ".join(where[name] for name in ("gpu", "cpu") if name in where)
+    print(f"{chips}, {where['threads']} threads, load {where['load']}, torch {where['torch']}, {figures(rows, options.rounds)}\n")
     print(format_table([list(row.values()) for row in rows], list(rows[0])))
     if not correct:
         print("\nA check failed: the sides do not compute the same.", file=sys.stderr)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from common import MIB, forget_peak, resident
 from PIL import Image
+from shapes import shape
 from workload import build
 
 from vlm.checkpoint import save_model_folder
@@ -105,7 +106,7 @@ def main() -> None:
         return
     figures: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        build(Path(folder), options.layers, options.vision_layers, dtype=torch.bfloat16)
+        build(Path(folder), shape(layers=(options.layers, options.vision_layers)), torch.bfloat16)
         for dtype in options.dtypes:
             for batch in options.batch_sizes:
                 for tune in TUNING_DEFAULTS:

@@ -4,13 +4,12 @@
 python benchmarks/memory_vs_trl.py --output benchmarks/results/memory_vs_trl.json
 
 Each side is a process of its own that loads model and pictures and makes two optimizer steps, without a comparison or anything of another
-side. What is given is the peak of the whole process (`ru_maxrss`), libraries and all. Ours includes the filling of the feature cache, which
+side. What is given is the peak of the whole process (VmHWM), libraries and all. Ours includes the filling of the feature cache, which
 is emptied before each process. One round unless more are asked for: the peak of the same work hardly varies.
 """
 
 import argparse
 import json
-import resource
 import shutil
 import statistics
 import subprocess
@@ -34,29 +33,23 @@ def measure(options: argparse.Namespace, side: str, tune: str) -> dict[str, floa
             ours.step()
     else:
         other(options, side, tune, batch_size)
-    return {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    return {"peak": common.resident()["VmHWM"]}  # `ru_maxrss` of a child begins with the peak of the process that started it
 
 
 def other(options: argparse.Namespace, side: str, tune: str, batch_size: int) -> None:
     """Two steps of another side, with nothing of ours loaded but data and texts."""
-    from vlm.config import resolve
-    from vlm.data import load_data
-    from vlm.prompts import build_prompts
-
-    settings = resolve(workload.settings(options, tune, batch_size, cached=False))
-    data = load_data(settings)
-    texts = build_prompts(settings, data.class_names)
+    settings, pictures, texts = workload.given(options, tune, batch_size)
     if side == "TRL":
         import trl_side
 
-        trl_side.build_trainer(options, settings, data.train, texts, STEPS, lambda: None).train()
+        trl_side.build_trainer(options, settings, pictures, texts, STEPS, lambda: None).train()
     else:
         from train_vs_plain import PlainTraining
 
         plain = PlainTraining(options, settings)
         rendered = plain.family.render(texts)
         for _ in range(STEPS):
-            plain.step(rendered, [data.train[i] for i in range(batch_size)])
+            plain.step(rendered, [pictures[i] for i in range(batch_size)])
 
 
 def peak(options: argparse.Namespace, side: str, tune: str) -> float:

@@ -10,6 +10,7 @@ deviation of the accuracy; "free texts" is the share of texts that agree with th
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import re
@@ -25,16 +26,27 @@ import common
 from vlm.config import BOTH, POSTERIOR, RESPONSE
 from vlm.formats import LAYOUTS
 
-FORMATS = ("reasoning-first", "answer-first", "answer-only")
+TUNES = {
+    "lora": ["--tune", "lora"],
+    "lora-alone": ["--tune", "lora", "--freeze-connector"],
+    "connector": ["--tune", "connector"],
+    "full": ["--tune", "full"],
+}
+
+
+def folder_name(flags: list[str]) -> str:
+    """A name for the run with these flags, and with no others: the end of them, to be read, and a hash of all."""
+    readable = re.sub(r"\W+", "_", " ".join(flags))[-100:].strip("_")
+    return f"{readable}_{hashlib.sha256(json.dumps(flags).encode()).hexdigest()[:8]}"
 
 
 def run(options: argparse.Namespace, flags: list[str], seed: int) -> dict[str, Any]:
     """Train with some flags and a seed, where it is not done yet: the run's results."""
-    name = re.sub(r"\W+", "_", " ".join([*options.flags, *flags, str(seed)])).strip("_")
-    folder = options.folder / name[-150:]
+    command = [*options.flags, *flags, "--seed", str(seed)]
+    folder = options.folder / folder_name(command)
     if not (folder / "results.json").is_file():
-        command = [sys.executable, str(common.ROOT / "train_vlm.py"), *options.flags, *flags, "--seed", str(seed), "--overwrite"]
-        done = subprocess.run([*command, "--output-dir", str(folder)], capture_output=True, text=True)
+        script = [sys.executable, str(common.ROOT / "train_vlm.py")]
+        done = subprocess.run([*script, *command, "--overwrite", "--output-dir", str(folder)], capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{' '.join(flags)}, seed {seed}: the training failed\n{done.stderr[-2000:]}")
         print(f"{' '.join(flags)}, seed {seed}: done", file=sys.stderr, flush=True)
@@ -69,10 +81,11 @@ def row(flags: dict[str, str], found: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> int:
     parser = common.parser(__doc__)
-    parser.add_argument("--formats", nargs="+", choices=tuple(LAYOUTS), default=FORMATS, metavar="FORMAT", help="(default: all three)")
+    formats = tuple(LAYOUTS)
+    parser.add_argument("--formats", nargs="+", choices=formats, default=formats, metavar="FORMAT", help="(default: all three)")
     parser.add_argument("--objectives", nargs="+", choices=(RESPONSE, POSTERIOR, BOTH), default=(RESPONSE, POSTERIOR, BOTH), metavar="NAME",
                         help="(default: response posterior both)")  # fmt: skip
-    parser.add_argument("--tunes", nargs="+", choices=("lora", "connector", "full"), metavar="MODE", help="(default: that of the flags)")
+    parser.add_argument("--tunes", nargs="+", choices=tuple(TUNES), metavar="MODE", help=f"{', '.join(TUNES)} (default: that of the flags)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at the same time (default: 1)")
     parser.add_argument("--folder", type=Path, help="where the runs are kept (default: in --cache)")
@@ -95,8 +108,9 @@ def main() -> int:
 
 
 def as_flags(case: dict[str, str]) -> list[str]:
-    names = {"tuning": "--tune", "format": "--response-format", "objective": "--objective"}
-    return [text for name, value in case.items() for text in (names[name], value)]
+    """What train_vlm.py is told of a case."""
+    flags = TUNES[case["tuning"]] if "tuning" in case else []
+    return [*flags, "--response-format", case["format"], "--objective", case["objective"]]
 
 
 if __name__ == "__main__":

@@ -28,16 +28,23 @@ def cell(value: Any) -> str:
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
+def figures(rows: list[dict[str, Any]], rounds: int) -> str:
+    """What the figures of a table are, in words."""
+    return "means over seeds" if "seeds" in rows[0] else f"medians of {rounds} round" + "s" * (rounds != 1)
+
+
 def section(result: dict[str, Any]) -> str:
     """Table, command and machine of one benchmark."""
     rows, where = result["rows"], result["machine"]
     names = list(rows[0])
     lines = ["| " + " | ".join(names) + " |", "|" + "|".join(" ---: " if _numeric(rows, n) else " --- " for n in names) + "|"]
     lines += ["| " + " | ".join(cell(row[name]) for name in names) + " |" for row in rows]
-    machine = f"{where['cpu']}, {where['cores']} cores, {where['threads']} threads, load average {where['load']} at the end"
+    chips = ", ".join(where[name] for name in ("gpu", "cpu") if name in where)
+    machine = f"{chips}, {where['cores']} cores, {where['threads']} threads, load average {where['load']} at the end"
     versions = f"torch {where['torch']}, transformers {where['transformers']}" + (f", TRL {result['trl']}" if "trl" in result else "")
-    rounds = f"{result['rounds']} round" + "s" * (result["rounds"] != 1)
-    lines += ["", f"`{result['command']}`", f"{SIZES[result['size']]}; medians of {rounds}; {machine}; {versions}."]
+    what = figures(rows, result["rounds"])
+    what = what if "seeds" in names else f"{SIZES[result['size']]}; {what}"  # seeds: of a model that the flags name
+    lines += ["", f"`{result['command']}`", f"{what}; {machine}; {versions}."]
     lines += [] if result["correct"] else ["", "**A check failed in this run.**"]
     return "\n".join(lines)
 

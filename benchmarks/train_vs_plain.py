@@ -21,7 +21,6 @@ from train_vs_trl import BATCH_SIZES, add_options, cases, row
 from vlm.batching import IGNORED, vlm_collate_fn
 from vlm.config import Settings
 from vlm.data import Sample
-from vlm.families import load_family
 from vlm.families.encoded import Rendered
 from vlm.tuning import prepare_tuning, trained_parameters
 
@@ -32,7 +31,7 @@ class PlainTraining:
     """The same model in an object of its own, trained without anything that this program does."""
 
     def __init__(self, options: argparse.Namespace, settings: Settings):
-        self.family = load_family(workload.model_folder(options), torch.float32, torch.device("cpu"), {})
+        self.family = workload.load(options)
         prepare_tuning(self.family, settings)
         self.model, self.clip = self.family.model.train(), settings.max_grad_norm
         parameters = list(trained_parameters(self.model).values())

@@ -9,10 +9,9 @@ of both. The steps take turns inside TRL's own loop. Loss and gradients of one b
 """
 
 import argparse
-import gc
 import statistics
 import sys
-import time
+from collections.abc import Callable
 from typing import Any
 
 import common
@@ -24,32 +23,66 @@ GOALS = {"lora": (8, 5), "connector": (8, 5), "full": (1.8, 1.4)}  # wished, lea
 BATCH_SIZES = {"full": {"lora": 8, "connector": 8, "full": 2}, "quick": dict.fromkeys(GOALS, 2), "tiny": dict.fromkeys(GOALS, 2)}
 
 
+class Turns:
+    """Seconds of a step of both sides, which take turns inside TRL's own loop: what TRL does between two of our turns is its turn.
+
+    Args:
+        ours: one of our steps. steps: of a turn. unmeasured: how many more a turn begins with: on a GPU memory goes from side to side
+            between two turns, and the first step has to ask for all of it. look: is told whose turn has ended.
+    """
+
+    def __init__(self, ours: Callable[[], Any], steps: int = 1, unmeasured: int = 0, look: Callable[[str], None] = lambda side: None):
+        self.ours, self.steps, self.unmeasured, self.look = ours, steps, unmeasured, look
+        self.seconds: dict[str, list[float]] = {"TRL": [], "ours": []}
+
+    def run(self, trainer: Any) -> None:
+        """All steps of a trainer that calls `after_step` after each."""
+        with common.small_heap():
+            self._begin()
+            trainer.train()
+
+    def _begin(self) -> None:
+        """A turn of TRL's."""
+        self.number = 0  # of its steps that were made
+        common.release()
+        self.mark = common.clock()
+
+    def after_step(self) -> None:
+        """Between two of TRL's steps: what TRL does between two calls is its step, with loading the pictures."""
+        self.number += 1
+        if self.number == self.unmeasured:
+            self.mark = common.clock()
+        if self.number < self.unmeasured + self.steps:
+            return
+        self.seconds["TRL"].append((common.clock() - self.mark) / self.steps)
+        self.look("TRL")
+        common.release()
+        self.seconds["ours"].append(self.our_turn())
+        self.look("ours")
+        self._begin()
+
+    def our_turn(self) -> float:
+        """Seconds of a step in a turn of ours."""
+        for _ in range(self.unmeasured):
+            self.ours()
+        return common.timed(lambda: [self.ours() for _ in range(self.steps)]) / self.steps
+
+    def measured(self) -> dict[str, list[float]]:
+        """Without the first turns, which are to warm up."""
+        return {side: times[1:] for side, times in self.seconds.items()}
+
+
 def compare(options: argparse.Namespace, tune: str, cached: bool) -> dict[str, Any]:
     """One row of the table."""
     import trl_side
 
     batch_size = options.batch_size or BATCH_SIZES[options.size][tune]
     ours = workload.OurTraining(options, tune, batch_size, cached)
-    seconds: dict[str, list[float]] = {"TRL": [], "ours": []}
-    mark = time.perf_counter()
-
-    def after_step() -> None:
-        """Between two of TRL's steps; what TRL does between two calls is its step, with loading the pictures."""
-        nonlocal mark
-        seconds["TRL"].append(time.perf_counter() - mark)
-        gc.collect()
-        seconds["ours"].append(common.timed(ours.step))
-        gc.collect()
-        mark = time.perf_counter()
-
-    trainer = trl_side.build_trainer(
-        options, ours.run.settings, ours.run.data.train, ours.classifier.prompts, options.rounds + 1, after_step
-    )
+    turns, run = Turns(ours.step), ours.run
+    trainer = trl_side.build_trainer(options, run.settings, run.data.train, ours.classifier.prompts, options.rounds + 1, turns.after_step)
     differences = trl_side.compare(trainer, ours)
-    with common.small_heap():
-        trainer.train()
-    seconds = {side: times[1:] for side, times in seconds.items()}  # the first is to warm up
-    return row(tune, batch_size, cached, seconds, differences, "TRL")
+    turns.run(trainer)
+    return row(tune, batch_size, cached, turns.measured(), differences, "TRL")
 
 
 def row(tune: str, batch_size: int, cached: bool, seconds: dict[str, list[float]], differences: dict[str, float], other: str) -> dict:

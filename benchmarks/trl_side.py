@@ -1,8 +1,8 @@
-"""The other side of two benchmarks: TRL's SFTTrainer on the same model, pictures, responses and trained parameters.
+"""The other side of the benchmarks against TRL: its SFTTrainer on the same model, pictures, responses and trained parameters.
 
 Set up as its documentation says for vision-language models (conversational prompt and completion with images, loss on the completion), then
-tuned for this machine: float32, no gradient checkpointing, SDPA, fused AdamW, one tile a picture, the faster PIL picture processing, no
-truncation, nothing logged.
+tuned for the machine: no gradient checkpointing, SDPA, fused AdamW, one tile a picture, the faster PIL picture processing, no truncation,
+nothing logged. On the CPU float32; on a GPU `bf16=True`, pinned memory, and as many loader processes as ours has.
 """
 
 import argparse
@@ -12,16 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import workload
 from datasets import Dataset, Features, Image, List, Value
 from peft import LoraConfig
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, TrainerCallback
 from trl import SFTConfig, SFTTrainer
-from workload import OurTraining, model_folder, relative_difference, without_dropout
 
+from vlm.config import Settings
 from vlm.data import Split
-from vlm.families import load_family
+from vlm.device import DTYPES
 from vlm.prompts import Prompts
+
+Examined = tuple[list[int], float, dict[str, Tensor]]  # what `OurTraining.examine` gives
 
 
 class AfterStep(TrainerCallback):
@@ -49,33 +52,48 @@ def conversations(split: Split, prompts: Prompts) -> Dataset:
 
 
 def build_trainer(
-    options: argparse.Namespace, ours_settings: Any, split: Split, prompts: Prompts, steps: int, after_step: Callable[[], None]
+    options: argparse.Namespace, settings: Settings, split: Split, prompts: Prompts, steps: int, after_step: Callable[[], None]
 ) -> SFTTrainer:
-    """A trainer for so many steps of the same work. `ours_settings`: the settings of the program's own run."""
-    folder, s = model_folder(options), ours_settings
-    os.environ["WANDB_MODE"] = "disabled"
-    family = load_family(folder, torch.float32, torch.device("cpu"), {})  # its processor: one tile, PIL
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    """A trainer for so many steps of the same work. The settings are those of the program's own run.
+
+    What is trained is float32, as on our side. What is frozen has the number format of ours, too: TRL's own default, float32, would take
+    more memory and be cast in each step.
+    """
+    family = workload.load(options)  # its processor: one tile, PIL
+    frozen = torch.float32 if settings.tune == "full" else DTYPES[options.dtype]
+    model = AutoModelForImageTextToText.from_pretrained(workload.model_folder(options), dtype=frozen, attn_implementation="sdpa")
     lora = None
-    if s.tune == "lora":
+    if settings.tune == "lora":
         lora = LoraConfig(
-            r=s.lora_rank, lora_alpha=s.lora_alpha, lora_dropout=s.lora_dropout, bias="none",
+            r=settings.lora_rank, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout, bias="none",
             target_modules=family.linear_layers(language=True), modules_to_save=["connector"],
         )  # fmt: skip
-    elif s.tune == "connector":
+    elif settings.tune == "connector":
         model.requires_grad_(False)
         model.model.connector.requires_grad_(True)
-    config = SFTConfig(
-        output_dir=str(Path(s.output_dir).with_name("trl_output")), max_steps=steps, per_device_train_batch_size=s.batch_size,
-        gradient_accumulation_steps=1, bf16=False, fp16=False, gradient_checkpointing=False, use_cpu=True, max_length=None,
-        optim="adamw_torch_fused", learning_rate=s.learning_rate, weight_decay=s.weight_decay, max_grad_norm=s.max_grad_norm,
-        logging_strategy="no", save_strategy="no", report_to="none", dataloader_pin_memory=False, disable_tqdm=True, seed=s.seed,
-    )  # fmt: skip
     processor = family.processor
     del family
-    return SFTTrainer(
-        model=model, args=config, train_dataset=conversations(split, prompts), processing_class=processor, peft_config=lora,
+    data = conversations(split, prompts)
+    if options.repeats > 1:
+        data = data.select(workload.repeated(options, len(data)))
+    trainer = SFTTrainer(
+        model=model, args=_config(options, settings, steps), train_dataset=data, processing_class=processor, peft_config=lora,
         callbacks=[AfterStep(after_step)],
+    )  # fmt: skip
+    for parameter in trained(trainer).values():
+        parameter.data = parameter.data.float()
+    return trainer
+
+
+def _config(options: argparse.Namespace, s: Settings, steps: int) -> SFTConfig:
+    os.environ["WANDB_MODE"] = "disabled"
+    on_cpu = options.device == "cpu"
+    return SFTConfig(
+        output_dir=str(Path(s.output_dir).with_name("trl_output")), max_steps=steps, per_device_train_batch_size=s.batch_size,
+        gradient_accumulation_steps=1, bf16=options.dtype == "bfloat16", fp16=False, gradient_checkpointing=False, use_cpu=on_cpu,
+        max_length=None, optim="adamw_torch_fused", learning_rate=s.learning_rate, weight_decay=s.weight_decay,
+        max_grad_norm=s.max_grad_norm, logging_strategy="no", save_strategy="no", report_to="none", dataloader_pin_memory=not on_cpu,
+        dataloader_num_workers=s.workers or 0, disable_tqdm=True, seed=s.seed,
     )  # fmt: skip
 
 
@@ -88,7 +106,7 @@ def trained(trainer: SFTTrainer) -> dict[str, torch.nn.Parameter]:
     return {plain_name(name): p for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
-def copy_weights(trainer: SFTTrainer, ours: OurTraining) -> None:
+def copy_weights(trainer: SFTTrainer, ours: workload.OurTraining) -> None:
     """Give TRL's model the trained parameters of ours: LoRA starts at random."""
     source = dict(ours.classifier.model.named_parameters())
     with torch.no_grad():
@@ -96,16 +114,28 @@ def copy_weights(trainer: SFTTrainer, ours: OurTraining) -> None:
             parameter.copy_(source[name])
 
 
-def compare(trainer: SFTTrainer, ours: OurTraining) -> dict[str, float]:
-    """Loss and gradients of one batch on both sides, without dropout: how far they are apart, relative."""
-    copy_weights(trainer, ours)
-    indices, our_loss, our_gradients = ours.examine()
-    inputs = trainer.data_collator([trainer.train_dataset[i] for i in indices])
+def forward_and_backward(trainer: SFTTrainer, indices: list[int]) -> Tensor:
+    """Loss and gradients of one batch without dropout, as a step computes them. Returns the loss."""
+    inputs = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in indices]))
     trainer.model.train()
-    with without_dropout(trainer.model):
-        loss = trainer.compute_loss(trainer.model, inputs)
+    with workload.without_dropout(trainer.model):
+        with trainer.accelerator.autocast():  # only `train` puts it around the model's forward
+            loss = trainer.compute_loss(trainer.model, inputs)
         loss.backward()
+    return loss.detach()
+
+
+def compare(trainer: SFTTrainer, ours: workload.OurTraining, examined: Examined | None = None) -> dict[str, float]:
+    """Loss and gradients of one batch on both sides, without dropout: how far they are apart, relative.
+
+    Args:
+        examined: what `ours.examine()` gave, where it was called already.
+    """
+    indices, our_loss, our_gradients = examined or ours.examine()
+    copy_weights(trainer, ours)
+    trainer.model.zero_grad(set_to_none=True)
+    loss = forward_and_backward(trainer, indices)
     gradients: dict[str, Tensor] = {name: p.grad for name, p in trained(trainer).items() if p.grad is not None}
-    difference = relative_difference(gradients, our_gradients)
+    difference = workload.relative_difference(gradients, our_gradients)
     trainer.model.zero_grad(set_to_none=True)
     return {"loss": abs(loss.item() - our_loss) / our_loss, "gradients": difference}

@@ -1,7 +1,9 @@
-"""What is measured: a model in SmolVLM-256M's true shape with random weights, pictures of noise, texts of the usual length.
+"""What is measured: a model in SmolVLM's true shape with random weights, pictures of noise, texts of the usual length.
+
+`options` says which: the shape (SmolVLM-256M's unless a benchmark asks for another), its size, device and number format.
 
 The system text has about 450 tokens, a response 43. The tokenizer is trained on the spot and knows few words; embeddings and head have
-the published 49,280 rows all the same, so that every product has its true size.
+the published number of rows all the same, so that every product has its true size.
 """
 
 import argparse
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import common  # noqa: F401, first: it finds the program
+import shapes
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -24,31 +27,20 @@ from torch import Tensor
 from vlm import config
 from vlm.classifier import VLMClassifier
 from vlm.config import Settings, resolve
-from vlm.data import Sample, Step
+from vlm.data import Sample, Split, Step, load_data
 from vlm.demo import CHAT_TEMPLATE, build_model, build_processor
+from vlm.device import DTYPES
 from vlm.families import load_family
+from vlm.families.base import Family
 from vlm.families.encoded import TOWER_FEATURES
 from vlm.features import open_cache
 from vlm.prompts import Prompts, build_prompts
-from vlm.registry import MODELS
 from vlm.setup import set_up
 from vlm.training import Trainer
 from vlm.tuning import trained_parameters
 
 CACHE_GB = 20.0
 PEAK_STEPS, SURE, LARGEST_LOGIT = 1000, 0.998, 30.0
-MODEL = "HuggingFaceTB/SmolVLM-256M-Instruct"
-LAYERS = {"full": (30, 12), "quick": (5, 2), "tiny": (2, 1)}  # of language model and vision tower
-TINY_VISION = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
-TINY_TEXT = {
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 1200,
-    "head_dim": 12,
-}
-PICTURE = {"full": 512, "quick": 512, "tiny": 64}  # pixels
 PREFIX_TOKENS = {"full": 450, "quick": 450, "tiny": 60}
 ADJECTIVES = ["rough", "smooth", "dark", "bright", "old", "young", "steep", "flat", "dusty", "icy"]
 NOUNS = ["crater", "dune", "ridge", "slope", "plain", "cliff", "gully", "mound", "valley", "terrace"]
@@ -84,37 +76,30 @@ def prompts(size: str, classes: int, tokens: int | None = None, question_first: 
 
 
 def kept(options: argparse.Namespace, name: str) -> Path:
-    """A place in the cache folder that is another one after each change of this file, from which all follows that is kept there."""
-    version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
-    return options.cache / f"{version}_{name}"
+    """A place in the cache folder that is another one after each change of the files from which all follows that is kept there."""
+    sources = b"".join(Path(file).read_bytes() for file in (__file__, shapes.__file__))
+    return options.cache / f"{hashlib.sha256(sources).hexdigest()[:8]}_{name}"
 
 
 def model_folder(options: argparse.Namespace) -> Path:
     """The model as on the hub, in the cache folder; built where it is not there yet. The same seed gives the same weights."""
-    folder = kept(options, f"model_{options.size}")
+    folder = kept(options, f"model_{options.shape}_{options.size}_{options.dtype}")
     if (folder / "config.json").is_file():
         return folder
-    new = folder.with_suffix(".new")
-    build(new, *LAYERS[options.size], tiny=options.size == "tiny")
+    new = folder.with_name(f"{folder.name}.new")
+    build(new, shapes.shape(options.shape, options.size), DTYPES[options.dtype])
     shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)
     return folder
 
 
-def build(folder: Path, layers: int, vision_layers: int, tiny: bool = False, dtype: torch.dtype = torch.float32) -> None:
-    """Write the model with so many layers, and a processor of its own."""
-    published = MODELS[MODEL]
-    vision, text = dict(published["vision_config"]), dict(published["text_config"])
-    size, patch, scale = vision.pop("image_size"), vision.pop("patch_size"), published["scale_factor"]
-    del text["model_type"]
-    if tiny:
-        vision, text, size = vision | TINY_VISION, text | TINY_TEXT, PICTURE["tiny"]
-    vision["num_hidden_layers"], text["num_hidden_layers"] = vision_layers, layers
+def build(folder: Path, shape: shapes.Shape, dtype: torch.dtype = torch.float32) -> None:
+    """Write a model of this shape, and a processor of its own."""
     said = prompts("full", 100)
-    processor = build_processor(size, patch, scale, corpus=[said.system, said.question, *said.responses])
+    processor = build_processor(shape.picture, shape.patch, shape.scale, corpus=[said.system, said.question, *said.responses])
     processor.chat_template = TEMPLATE
     torch.manual_seed(0)
-    model = build_model(processor, vision, text, size, patch, scale)
+    model = build_model(processor, shape.vision, shape.text, shape.picture, shape.patch, shape.scale)
     with torch.no_grad():
         # The padding token, which the conversation begins with, starts as zeros. They stay zeros through all layers, and the gradient of a
         # norm at zero, over 300 each time, is no number any more after 20 of them.
@@ -122,6 +107,11 @@ def build(folder: Path, layers: int, vision_layers: int, tiny: bool = False, dty
         words[words.abs().sum(1) == 0] = words.std()
     model.to(dtype).save_pretrained(folder)
     processor.save_pretrained(folder)
+
+
+def load(options: argparse.Namespace, **pictures: Any) -> Family:
+    """The model and its processor, in the number format and on the device that are measured. pictures: picture options of the family."""
+    return load_family(model_folder(options), DTYPES[options.dtype], torch.device(options.device), pictures)
 
 
 def noise(number: int, size: int) -> Image.Image:
@@ -132,21 +122,22 @@ def noise(number: int, size: int) -> Image.Image:
 
 def picture_files(options: argparse.Namespace, count: int) -> list[Path]:
     """So many picture files in the cache folder."""
-    folder = options.cache / f"pictures_{options.size}"
+    edge = shapes.shape(options.shape, options.size).picture
+    folder = options.cache / f"pictures_{edge}"
     folder.mkdir(exist_ok=True)
     files = [folder / f"{i:04}.png" for i in range(count)]
     for i, file in enumerate(files):
         if not file.is_file():
-            noise(i, PICTURE[options.size]).save(file, compress_level=1)
+            noise(i, edge).save(file, compress_level=1)
     return files
 
 
 def picture_folder(options: argparse.Namespace, pictures: int, classes: int) -> Path:
     """A data set as `train_vlm.py` takes it: so many pictures in train, one a class in validation and test, which are the same ones."""
-    folder = kept(options, f"data_{options.size}_{pictures}_{classes}")
+    folder = kept(options, f"data_{options.shape}_{options.size}_{pictures}_{classes}")
     if folder.is_dir():
         return folder
-    new = folder.with_suffix(".new")
+    new = folder.with_name(f"{folder.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     for i, file in enumerate(picture_files(options, pictures)):
         for split in ("train", "validation", "test") if i < classes else ("train",):
@@ -160,17 +151,39 @@ def picture_folder(options: argparse.Namespace, pictures: int, classes: int) -> 
 # Training, as the program does it
 
 
+def pictures_for(batch_size: int) -> int:
+    """How many different pictures are trained on."""
+    return max(2 * batch_size, 10)
+
+
 def settings(options: argparse.Namespace, tune: str, batch_size: int, cached: bool, **more: Any) -> dict[str, Any]:
     """The flags of the training run that is measured, by field name of `Settings`."""
     descriptions = kept(options, "descriptions.json")
     if not descriptions.is_file():
         descriptions.write_text(json.dumps({name: DESCRIPTION.format(name) for name in class_names(10)}), encoding="utf-8")
     return {
-        "model": str(model_folder(options)), "dataset": str(picture_folder(options, max(2 * batch_size, 10), 10)), "tune": tune,
+        "model": str(model_folder(options)), "dataset": str(picture_folder(options, pictures_for(batch_size), 10)), "tune": tune,
         "epochs": 1000, "system_instructions": system_text(options.size), "class_descriptions": str(descriptions),
-        "batch_size": batch_size, "gradient_accumulation_steps": 1, "no_feature_cache": not cached, "device": "cpu", "dtype": "float32",
-        "threads": options.threads, "question_first": options.question_first, "output_dir": str(options.cache / "output"), **more,
+        "batch_size": batch_size, "gradient_accumulation_steps": 1, "no_feature_cache": not cached,
+        "device": options.device, "dtype": options.dtype, "threads": options.threads, "workers": options.workers,
+        "question_first": options.question_first, "output_dir": str(options.cache / "output"), **more,
     }  # fmt: skip
+
+
+def given(options: argparse.Namespace, tune: str, batch_size: int) -> tuple[Settings, Split, Prompts]:
+    """What another side is given: settings, training pictures and texts, with nothing of ours loaded."""
+    chosen = resolve(settings(options, tune, batch_size, cached=False))
+    with contextlib.redirect_stderr(io.StringIO()):
+        data = load_data(chosen)
+    return chosen, data.train, build_prompts(chosen, data.class_names)
+
+
+def repeated(options: argparse.Namespace, count: int) -> list[int]:
+    """The numbers of so many pictures, as often as an epoch has each of them.
+
+    With loader processes, an epoch should be longer than what is measured: its first steps wait for them.
+    """
+    return list(range(count)) * options.repeats
 
 
 class OurTraining:
@@ -184,6 +197,8 @@ class OurTraining:
     def __init__(self, options: argparse.Namespace, tune: str, batch_size: int, cached: bool, **more: Any):
         with contextlib.redirect_stderr(io.StringIO()):
             self.run = set_up(resolve(settings(options, tune, batch_size, cached, **more)))
+            train = self.run.data.train
+            self.run.data.train = train.take(repeated(options, len(train)))
             self.trainer = Trainer(self.run, lambda: False)
         self.classifier: VLMClassifier = self.run.classifier
         start_adapters(self.classifier)
@@ -200,7 +215,7 @@ class OurTraining:
     def step(self) -> list[int]:
         """One optimizer step with its pictures; returns which ones."""
         step, batches = next(self._steps)
-        self.loss = float(self.trainer._step(step, batches))
+        self.loss = self.trainer._step(step, batches)  # looking at it here would make a GPU wait
         self.trainer.progress.step += 1
         return step.indices
 
@@ -219,7 +234,7 @@ class OurTraining:
         finally:
             del self.run.optimizer.step
             self.run.settings.max_grad_norm = clip
-        return indices, self.loss, gradients
+        return indices, float(self.loss), gradients
 
     def samples(self, indices: list[int]) -> list[Sample]:
         return [self.run.data.train[i] for i in indices]
@@ -271,7 +286,7 @@ def classifier(
         peaked: with weights that were trained on the responses (see `peak`).
         tokens: of the prefix. pictures: picture options of the family.
     """
-    family = load_family(model_folder(options), torch.float32, torch.device("cpu"), pictures)
+    family = load(options, **pictures)
     family.model.requires_grad_(False)
     result = VLMClassifier(family, prompts(options.size, classes, tokens, options.question_first)).eval()
     if peaked:
@@ -304,10 +319,10 @@ def peak(options: argparse.Namespace, result: VLMClassifier) -> None:
     model, count = result.model, len(result.class_names)
     layers, norm = result.family.language.layers, result.family.language.norm
     trained = torch.nn.ModuleDict({"norm": norm} | {str(i): layers[i] for i in range(max(0, len(layers) - 2), len(layers))})
-    picture = noise(0, PICTURE[options.size])
+    picture = noise(0, shapes.shape(options.shape, options.size).picture)
     batch = result.collate(with_response=True)([Sample(picture, 0, "noise")])
     lengths = f"{len(result.rendered.prefix_ids)}_{batch['input_ids'].shape[1]}"  # a picture of another size has other tokens
-    file = kept(options, f"peaked_{options.size}_{count}_{lengths}.safetensors")
+    file = kept(options, f"peaked_{options.shape}_{options.size}_{count}_{lengths}.safetensors")
     if file.is_file():
         trained.load_state_dict(load_file(file))
         return

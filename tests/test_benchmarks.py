@@ -5,10 +5,12 @@ import importlib.util
 import json
 import math
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from vlm.families import load_family
 
@@ -17,11 +19,16 @@ ON_LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason
 WITH_TRL = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed (requirements-bench.txt)")
 
 
+def folder_of_all(tmp_path_factory) -> Path:
+    """Where all tests keep what is the same for them, such as the model."""
+    return tmp_path_factory.getbasetemp() / "benchmarks"
+
+
 @pytest.fixture
 def benchmark(monkeypatch, tmp_path_factory):
     """A function that runs one benchmark in this process and returns what it wrote."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    cache = tmp_path_factory.getbasetemp() / "benchmarks"  # one model for all tests
+    cache = folder_of_all(tmp_path_factory)
     output = tmp_path_factory.mktemp("figures") / "figures.json"
 
     def run(name: str, *arguments: str) -> dict:
@@ -35,11 +42,22 @@ def benchmark(monkeypatch, tmp_path_factory):
         assert result["command"].startswith(f"python benchmarks/{name}.py --tiny")
         assert str(cache) not in result["command"]
         for row in result["rows"]:
-            assert next(iter(row.values())) > 0 or name == "growth"
+            first = next(iter(row.values()))
+            assert isinstance(first, str) or first > 0 or name == "growth"
             assert all(math.isfinite(value) for value in row.values() if isinstance(value, float))
         return result
 
     return run
+
+
+@pytest.fixture
+def options(monkeypatch, tmp_path_factory):
+    """The options of a benchmark of the smallest model, for its parts."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setenv("VLM_CACHE", "")  # brings back what it was
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    common = importlib.import_module("common")
+    return common.start(common.parser("").parse_args(["--tiny", "--rounds", "1", "--cache", str(folder_of_all(tmp_path_factory))]))
 
 
 @WITH_TRL
@@ -47,6 +65,69 @@ def benchmark(monkeypatch, tmp_path_factory):
 def test_train_vs_trl(benchmark):
     rows = benchmark("train_vs_trl", "--tune", "lora", "--uncached")["rows"]
     assert [(row["tuning"], row["feature cache"]) for row in rows] == [("lora", "yes"), ("lora", "no")]
+
+
+@WITH_TRL
+@pytest.mark.filterwarnings("ignore")
+def test_train_on_gpu(benchmark):
+    """On the CPU, as if its peak were 1 TFLOP/s."""
+    rows = benchmark("train_on_gpu", "--batch-sizes", "2", "--steps", "2", "--peak-tflops", "1")["rows"]
+    assert [row["model"] for row in rows] == ["256M", "2.2B"]
+    for row in rows:
+        assert row["agrees"] is True and row["TRL TFLOP"] > row["ours TFLOP"]
+        assert row["ours MFU"] == pytest.approx(row["ours TFLOP"] / row["ours s"])
+        assert row["TRL MFU"] == pytest.approx(row["TRL TFLOP"] / row["TRL s"])
+        assert row["ours plain MFU"] == pytest.approx(row["TRL MFU"] * row["ratio"])  # one round
+        assert row["ours pictures/s"] == pytest.approx(2 / row["ours s"])
+
+
+@WITH_TRL
+@pytest.mark.filterwarnings("ignore")
+def test_both_sides_agree_in_the_number_format_of_the_gpu(options):
+    AcceleratorState._reset_state(reset_partial_state=True)  # it knows one number format in a process
+    try:
+        options.dtype, options.tune, options.steps, options.peak_tflops = "bfloat16", "lora", 1, 1.0
+        row = importlib.import_module("train_on_gpu").measure(options, "256M", 2)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert row["agrees"] is True and float(row["gradients differ"]) > 0
+
+
+@WITH_TRL
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("side", "other"), [("ours", "TRL"), ("TRL", "ours")])
+def test_a_side_that_runs_out_of_memory_leaves_a_row(benchmark, monkeypatch, side, other):
+    """In the middle: ours in its first turn, TRL's as its loop begins. There the operations of one picture and of two are counted."""
+    trl_side, workload = importlib.import_module("trl_side"), importlib.import_module("workload")
+    step, calls, operations = workload.OurTraining.step, [], []
+
+    def our_step(ours) -> list[int]:
+        calls.append(1)
+        if len(calls) > 2:  # one to count, one to compare
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return step(ours)
+
+    def train(trainer) -> None:
+        count = importlib.import_module("peak").count
+        operations.extend(count(lambda: trl_side.forward_and_backward(trainer, rows)) for rows in ([0], [0, 1]))
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(*((workload.OurTraining, "step", our_step) if side == "ours" else (trl_side.SFTTrainer, "train", train)))
+    (row,) = benchmark("train_on_gpu", "--models", "256M", "--batch-sizes", "2", "--steps", "1")["rows"]
+    assert row["ratio"] == f"{side}: out of memory" and row[f"{side} s"] == row[f"{side} MFU"] == "out of memory"
+    assert row[f"{other} s"] > 0 and row[f"{other} MFU"] > 0
+    assert row["agrees"] is True  # they were compared before
+    if side == "TRL":
+        assert operations[1] == 2 * operations[0]
+
+
+def test_train_on_gpu_needs_one(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(sys, "argv", ["train_on_gpu.py"])
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module("train_on_gpu").main()
+    assert end.value.code == 2 and "no CUDA GPU" in capsys.readouterr().err
 
 
 def test_train_vs_plain(benchmark):
@@ -70,6 +151,25 @@ def test_levers_change_nothing_but_time(benchmark):
     module = importlib.import_module("levers")
     switched_off = {row["switched off"] for row in benchmark("levers", "--classes", "5")["rows"]}
     assert switched_off == {*module.TRAINING, *module.SCORING}
+
+
+def test_an_optimizer_that_computes_something_else_is_seen(options, monkeypatch):
+    levers, workload = importlib.import_module("levers"), importlib.import_module("workload")
+    ours = workload.OurTraining(options, "lora", 2, cached=True, lora_dropout=0.0, weight_decay=0.0)
+    before = {name: p.detach().clone() for name, p in ours.classifier.named_parameters()}
+    assert levers.update_difference(ours) < levers.TOLERANCE
+    assert all(torch.equal(p, before[name]) for name, p in ours.classifier.named_parameters()) and not ours.run.optimizer.state
+
+    @contextmanager
+    def decaying(ours):
+        for group in ours.run.optimizer.param_groups:
+            group["weight_decay"] = 0.5
+        yield
+        for group in ours.run.optimizer.param_groups:
+            group["weight_decay"] = 0.0
+
+    monkeypatch.setattr(levers, "without_fused_optimizer", decaying)
+    assert levers.update_difference(ours) > levers.TOLERANCE
 
 
 @ON_LINUX
@@ -137,9 +237,10 @@ class TestParts:
             workload.relative_difference({"x": torch.ones(4)}, ours)
 
     def test_texts_are_as_long_as_said(self, tmp_path):
+        import shapes
         import workload
 
-        workload.build(tmp_path, 1, 1, tiny=True)
+        workload.build(tmp_path, shapes.shape(size="tiny", layers=(1, 1)))
         family = load_family(tmp_path, torch.float32, torch.device("cpu"), {})
         rendered = family.render(workload.prompts("full", 100))
         assert abs(len(rendered.prefix_ids) - 450) < 15
@@ -157,8 +258,41 @@ class TestParts:
         assert page.endswith("<!-- end x -->\nafter\n") and "old" not in page and "`python x.py`" in page
         assert report.fill(page, {"x": result, "y": result}) == (page, {"x"})
 
+    def test_means_over_seeds_are_called_so(self):
+        import report
+
+        machine = {"cpu": "a chip", "cores": 2, "threads": 2, "load": 0.1, "torch": "2", "transformers": "5"}
+        result = {"command": "python x.py", "machine": machine, "size": "full", "rounds": 1, "correct": True}
+        seeds = report.section(result | {"rows": [{"accuracy": 0.9, "seeds": 3}]})
+        assert "\nmeans over seeds; a chip, 2 cores" in seeds and "true shape" not in seeds
+        rounds = report.section(result | {"rows": [{"ratio": 2.0}], "machine": machine | {"gpu": "a GPU"}})
+        assert "\nthe true shape; medians of 1 round; a GPU, a chip, 2 cores" in rounds
+
+    def test_runs_with_other_flags_have_other_folders(self):
+        import objectives
+
+        rest = ["--dataset", "pictures/" * 30, "--seed", "1"]
+        names = {objectives.folder_name(["--model", model, *rest]) for model in ("a", "b")}
+        assert len(names) == 2 and all("_seed_1_" in name and len(name) < 120 for name in names)
+
+    def test_lora_alone_leaves_the_connector_frozen(self):
+        import objectives
+
+        case = {"tuning": "lora-alone", "format": "answer-only", "objective": "both"}
+        assert objectives.as_flags(case)[:3] == ["--tune", "lora", "--freeze-connector"]
+        assert objectives.as_flags({"format": "answer-only", "objective": "both"})[:2] == ["--response-format", "answer-only"]
+
+    def test_shapes(self):
+        import shapes
+
+        large, sixth, tiny = (shapes.shape("2.2B", size) for size in ("full", "quick", "tiny"))
+        assert (large.text["num_hidden_layers"], large.vision["num_hidden_layers"]) == (24, 27)
+        assert (large.text["hidden_size"], large.picture, large.patch, large.scale) == (2048, 384, 14, 3)
+        assert (sixth.text["num_hidden_layers"], sixth.vision["num_hidden_layers"]) == (4, 4)
+        assert sixth.text["hidden_size"] == 2048 and (tiny.picture, tiny.patch, tiny.scale) == (42, 14, 3)
+
     def test_the_page_has_a_place_for_every_benchmark(self):
         names = ["startup", "train_vs_trl", "train_vs_plain", "classify_vs_generate", "peak", "levers", "growth", "memory_vs_trl"]
-        names += ["objectives_digits", "objectives_planets"]
+        names += ["train_on_gpu", "objectives_digits", "objectives_planets"]
         page = (ROOT / "docs/performance.md").read_text(encoding="utf-8") + (ROOT / "docs/objectives.md").read_text(encoding="utf-8")
         assert [name for name in names if f"<!-- {name} -->\n" not in page or f"<!-- end {name} -->" not in page] == []
