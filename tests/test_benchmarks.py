@@ -109,7 +109,7 @@ def test_a_side_that_runs_out_of_memory_leaves_a_row(benchmark, monkeypatch, sid
 
     def train(trainer) -> None:
         count = importlib.import_module("peak").count
-        operations.extend(count(lambda: trl_side.forward_and_backward(trainer, rows)) for rows in ([0], [0, 1]))
+        operations.extend(count(lambda rows=rows: trl_side.forward_and_backward(trainer, rows)) for rows in ([0], [0, 1]))
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(*((workload.OurTraining, "step", our_step) if side == "ours" else (trl_side.SFTTrainer, "train", train)))
