@@ -149,8 +149,8 @@ class TestInternVL(Generic):
         counts = [int((row == self.image_token).sum()) // 4 for row in batch["input_ids"]]
         return {"pixel_values": batch["pixels"]["pixel_values"][sum(counts[:i]) : sum(counts[: i + 1])]}
 
-    def classifier(self, folder, *more):
-        classifier = super().classifier(folder, *more)
+    def classifier(self, folder, *more, **named):
+        classifier = super().classifier(folder, *more, **named)
         self.image_token = classifier.model.config.image_token_id
         return classifier
 

@@ -63,7 +63,7 @@ def with_features(classifier: VLMClassifier, batch: dict[str, Any]) -> dict[str,
 
     A model that is driven by its plain forward takes pixels alone: its batch stays as it is.
     """
-    if not classifier.family.shares_prefix:
+    if not classifier.family.shares_prefix or not batch["pixels"]:  # a row without a picture has none
         return batch
     others = {name: tensor for name, tensor in batch["pixels"].items() if not name.startswith("pixel") and name != TOWER_FEATURES}
     return batch | {"pixels": others | {CONNECTED_FEATURES: classifier.family.picture_features(batch["pixels"])}}
