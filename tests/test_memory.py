@@ -163,10 +163,11 @@ def test_a_process_takes_about_what_was_estimated_and_loads_its_weights_once(tmp
     """The benchmark on a model of 75M parameters in bfloat16, trained in float32."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try:
+        from shapes import shape
         from workload import build
     finally:
         sys.path.pop(0)
-    build(tmp_path, layers=2, vision_layers=1, dtype=torch.bfloat16)
+    build(tmp_path, shape(layers=(2, 1)), torch.bfloat16)
     command = [sys.executable, ROOT / "benchmarks/memory_estimate.py", "--measure", tmp_path, "lora", "float32", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr

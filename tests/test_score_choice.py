@@ -57,8 +57,10 @@ def test_the_score_is_found_by_which_the_labels_were_drawn(classifier, kind):
 @pytest.mark.parametrize("kind", score_choice.KINDS)
 def test_a_score_that_is_asked_for_is_taken(classifier, kind):
     scores, labels = drawn(classifier, "sum")
-    calibration, compared, _ = choose_score(classifier, scores, labels, "bias", kind)
-    assert calibration.score == kind and len(calibration.bias) == len(classifier.class_names) and len(compared) == 3
+    calibration, compared, remarks = choose_score(classifier, scores, labels, "bias", kind)
+    assert calibration.score == kind and len(compared) == 3
+    assert (calibration.bias is None) == any("No biases" in remark for remark in remarks)
+    assert calibration.bias is None or len(calibration.bias) == len(classifier.class_names)
     calibration, compared, _ = choose_score(classifier, scores, labels, "none", kind)
     assert (calibration.score, calibration.temperature, calibration.bias, compared) == (kind, 1.0, None, {})
 
