@@ -99,9 +99,7 @@ class Case:
         import trl_side
 
         o = self.options
-        trainer = trl_side.build_trainer(
-            o, *workload.given(o, o.tune, o.batch_size), steps_of_turns(o), self.turns.after_step
-        )
+        trainer = trl_side.build_trainer(o, *workload.given(o, o.tune, o.batch_size), steps_of_turns(o), self.turns.after_step)
         self.operations["TRL"] = o.batch_size * count(lambda: trl_side.forward_and_backward(trainer, [0]))
         examined = self.attempt("ours", self.ours.examine) if self.ours else None
         if examined:

@@ -31,9 +31,7 @@ class Turns:
             between two turns, and the first step has to ask for all of it. look: is told whose turn has ended.
     """
 
-    def __init__(
-        self, ours: Callable[[], Any], steps: int = 1, unmeasured: int = 0, look: Callable[[str], None] = lambda side: None
-    ):
+    def __init__(self, ours: Callable[[], Any], steps: int = 1, unmeasured: int = 0, look: Callable[[str], None] = lambda side: None):
         self.ours, self.steps, self.unmeasured, self.look = ours, steps, unmeasured, look
         self.seconds: dict[str, list[float]] = {"TRL": [], "ours": []}
 
@@ -81,9 +79,7 @@ def compare(options: argparse.Namespace, tune: str, cached: bool) -> dict[str, A
     batch_size = options.batch_size or BATCH_SIZES[options.size][tune]
     ours = workload.OurTraining(options, tune, batch_size, cached)
     turns, run = Turns(ours.step), ours.run
-    trainer = trl_side.build_trainer(
-        options, run.settings, run.data.train, ours.classifier.prompts, options.rounds + 1, turns.after_step
-    )
+    trainer = trl_side.build_trainer(options, run.settings, run.data.train, ours.classifier.prompts, options.rounds + 1, turns.after_step)
     differences = trl_side.compare(trainer, ours)
     turns.run(trainer)
     return row(tune, batch_size, cached, turns.measured(), differences, "TRL")

@@ -172,7 +172,8 @@ def settings(options: argparse.Namespace, tune: str, batch_size: int, cached: bo
 def given(options: argparse.Namespace, tune: str, batch_size: int) -> tuple[Settings, Split, Prompts]:
     """What another side is given: settings, training pictures and texts, with nothing of ours loaded."""
     chosen = resolve(settings(options, tune, batch_size, cached=False))
-    data = load_data(chosen)
+    with contextlib.redirect_stderr(io.StringIO()):
+        data = load_data(chosen)
     return chosen, data.train, build_prompts(chosen, data.class_names)
 
 
