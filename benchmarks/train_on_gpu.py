@@ -17,8 +17,8 @@ one picture times the batch, since all rows are equally long.
 
 "GiB" is the most that a side's own tensors took at once. A side that runs out of memory, beside what the other one keeps between its turns,
 is named in its row, and the other one is measured alone. Loss and gradients of one batch are compared without dropout. In bfloat16, where
-each layer rounds to 8 bits (0.4%), the loss has to agree within 1%, and the norm of the difference of all gradients has to be within 10%
-of theirs.
+each product is rounded to 8 bits (0.4%), the loss has to agree within 0.2%, and the norm of the difference of all gradients has to be
+within 5% of theirs: on a CPU, 30 narrow layers came to 0.002% and 0.9%, and 5 of the true width to 0.01% and 0.8%.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from peak import count
 from train_vs_trl import GOALS, GRADIENT_TOLERANCE, LOSS_TOLERANCE, Turns
 
 SIDES = ("ours", "TRL")
-TOLERANCES = {"float32": (LOSS_TOLERANCE, GRADIENT_TOLERANCE), "bfloat16": (1e-2, 1e-1)}  # of loss and gradients
+TOLERANCES = {"float32": (LOSS_TOLERANCE, GRADIENT_TOLERANCE), "bfloat16": (2e-3, 5e-2)}  # of loss and gradients
 H100_TFLOPS = 989.0  # dense bfloat16, of NVIDIA's data sheet for the H100 SXM
 UNMEASURED = 1  # steps that a turn begins with
 OUT_OF_MEMORY, NOTHING = "out of memory", "-"

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -109,7 +110,7 @@ def test_a_side_that_runs_out_of_memory_leaves_a_row(benchmark, monkeypatch, sid
 
     def train(trainer) -> None:
         count = importlib.import_module("peak").count
-        operations.extend(count(lambda rows=rows: trl_side.forward_and_backward(trainer, rows)) for rows in ([0], [0, 1]))
+        operations.extend(count(partial(trl_side.forward_and_backward, trainer, rows)) for rows in ([0], [0, 1]))
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(*((workload.OurTraining, "step", our_step) if side == "ours" else (trl_side.SFTTrainer, "train", train)))
@@ -281,6 +282,32 @@ class TestParts:
         case = {"tuning": "lora-alone", "format": "answer-only", "objective": "both"}
         assert objectives.as_flags(case)[:3] == ["--tune", "lora", "--freeze-connector"]
         assert objectives.as_flags({"format": "answer-only", "objective": "both"})[:2] == ["--response-format", "answer-only"]
+
+    def test_products_with_a_number_format_of_their_own_are_counted(self):
+        """TRL's head on a GPU asks for float32; torch's own rule fails on that. Shapes alone: a CPU cannot compute it."""
+        import peak
+
+        left, right = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((4, 5), (5, 6)))
+        total = torch.empty(4, 6, device="meta")
+        assert peak.count(lambda: torch.addmm(total, left, right, out_dtype=torch.float32, out=total)) == 2 * 4 * 5 * 6
+
+    def test_memory_of_the_other_side_is_not_counted(self, options, monkeypatch):
+        """Ours keeps 100 bytes, TRL's 30, and the most in a turn is 500."""
+        import train_on_gpu
+
+        options.device, options.steps = "cuda", 1
+        case = train_on_gpu.Case(options)
+        case.at_rest = 100
+        for name, value in {
+            "is_initialized": True,
+            "memory_allocated": 130,
+            "max_memory_allocated": 500,
+            "reset_peak_memory_stats": None,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+        case.look("ours")
+        case.look("TRL")
+        assert case.peaks == {"ours": 470, "TRL": 400}
 
     def test_shapes(self):
         import shapes
