@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from vlm.batching import encode
 from vlm.data import Split
 from vlm.families.base import Family
 from vlm.features import FeatureCache
@@ -111,8 +112,7 @@ def name_embeddings(family: Family, class_names: Sequence[str]) -> Tensor:
 
 def pooled(family: Family, split: Split, positions: Sequence[int], cache: FeatureCache) -> Tensor:
     """(B, D) the mean of each picture's tokens behind the connector."""
-    samples = [split[i] for i in positions]
-    encoded = cache.encode([sample.key for sample in samples]) or family.encode_pictures([sample.image for sample in samples])
+    encoded = encode([split[i] for i in positions], family, cache)
     device = next(family.model.parameters()).device
     features = family.picture_features({name: tensor.to(device) for name, tensor in encoded.inputs.items()})
     counts = [ids.count(family.image_token_id) for ids in encoded.token_ids]

@@ -38,10 +38,9 @@ def calibrate(classifier: VLMClassifier, validation: Split, settings: Settings, 
         measured = confidence_and_correctness(calibration.log_probabilities(*scores)[whole].numpy(), truth)
     if target is not None:
         threshold = pick_threshold(*measured, target)
-        kept = 0 if threshold is None else int((measured[0] >= threshold).sum())
         if threshold is None:
             remarks.append(f"{missed_target(target)}.")
-        elif kept < MIN_PICTURES:
+        elif (kept := int((measured[0] >= threshold).sum())) < MIN_PICTURES:
             remarks.append(f"the threshold for --target-precision rests on {kept} validation pictures: on others it may be far off.")
     for remark in remarks:
         note(remark)

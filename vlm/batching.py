@@ -9,10 +9,16 @@ from torch import Tensor
 from vlm.data import Sample
 from vlm.errors import UsageError
 from vlm.families.base import Family
-from vlm.families.encoded import Rendered
+from vlm.families.encoded import EncodedPictures, Rendered
 from vlm.responses import response_of
 
 IGNORED = -100  # a target that is not in the loss; what torch's cross entropy ignores
+
+
+def encode(samples: Sequence[Sample], family: Family, cache: Any = None) -> EncodedPictures:
+    """The pictures of some samples as the model takes them: features where a `FeatureCache` has all of them, else pixels."""
+    known = cache.encode([sample.key for sample in samples]) if cache else None
+    return known or family.encode_pictures([sample.image for sample in samples])
 
 
 def vlm_collate_fn(
@@ -36,8 +42,7 @@ def vlm_collate_fn(
     Raises:
         UsageError: a sample is longer than the model can read. Samples with a picture are never truncated.
     """
-    encoded = cache.encode([sample.key for sample in samples]) if cache else None
-    encoded = encoded or family.encode_pictures([sample.image for sample in samples])
+    encoded = encode(samples, family, cache)
     rows, targets, lengths, prompts = [], [], [], []
     for sample, picture_ids in zip(samples, encoded.token_ids, strict=True):
         prompt = [*picture_ids, *rendered.question_ids]

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 
 from vlm.data import Sample, Split
 from vlm.families.base import Family
-from vlm.families.encoded import CONNECTED_FEATURES, TOWER_FEATURES, EncodedPictures
+from vlm.families.encoded import CONNECTED_FEATURES, TOWER_FEATURES, EncodedPictures, beside_pictures
 from vlm.tracking import Bar, note, replacing
 
 FORMAT = 2  # of the files; another one is another fingerprint
@@ -150,8 +150,8 @@ class FeatureCache:
         entries = {}
         for (key, one), tensor in zip(pictures.items(), features, strict=True):
             half = tensor.half() if self.halved else tensor
-            rest = {name: kept for name, kept in one.inputs.items() if not name.startswith("pixel")}
-            entry = rest | {self._name: half if half.isfinite().all() else tensor, TOKEN_IDS: torch.tensor(one.token_ids[0])}
+            own = {self._name: half if half.isfinite().all() else tensor, TOKEN_IDS: torch.tensor(one.token_ids[0])}
+            entry = beside_pictures(one.inputs) | own
             entries[key] = {name: kept.detach().cpu().contiguous() for name, kept in entry.items()}
         return entries
 

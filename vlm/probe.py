@@ -15,6 +15,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
+from vlm.batching import encode
 from vlm.data import Data, Sample, Split
 from vlm.errors import is_out_of_memory
 from vlm.families.base import Family
@@ -101,8 +102,7 @@ def pooled_features(family: Family, samples: list[Sample], cache: FeatureCache |
 
 
 def _encode(family: Family, sample: Sample, cache: FeatureCache | None) -> dict[str, torch.Tensor]:
-    known = cache.encode([sample.key]) if cache and not cache.connected else None
-    return (known or family.encode_pictures([sample.image])).inputs
+    return encode([sample], family, None if cache is None or cache.connected else cache).inputs
 
 
 def _features_of(family: Family, split: Split, cache: FeatureCache | None, bar: Bar) -> np.ndarray:

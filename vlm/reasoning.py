@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vlm.batching import IGNORED, pad_rows, places
 from vlm.classifier import Reading, VLMClassifier
-from vlm.families.encoded import CONNECTED_FEATURES, TOWER_FEATURES
+from vlm.families.encoded import CONNECTED_FEATURES, beside_pictures
 from vlm.formats import lay_out, reasoning_of
 from vlm.responses import before_answer, before_reasoning
 from vlm.scoring import TOLERANCE
@@ -65,8 +65,8 @@ def with_features(classifier: VLMClassifier, batch: dict[str, Any]) -> dict[str,
     """
     if not classifier.family.shares_prefix or not batch["pixels"]:  # a row without a picture has none
         return batch
-    others = {name: tensor for name, tensor in batch["pixels"].items() if not name.startswith("pixel") and name != TOWER_FEATURES}
-    return batch | {"pixels": others | {CONNECTED_FEATURES: classifier.family.picture_features(batch["pixels"])}}
+    features = classifier.family.picture_features(batch["pixels"])
+    return batch | {"pixels": beside_pictures(batch["pixels"]) | {CONNECTED_FEATURES: features}}
 
 
 def go_on(classifier: VLMClassifier, batch: dict[str, Any], begun: Sequence[list[int]]) -> dict[str, Any]:

@@ -39,3 +39,9 @@ class EncodedPictures:
 
     inputs: dict[str, Tensor]
     token_ids: list[list[int]]
+
+
+def beside_pictures(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the model takes of pictures that is neither pixels nor features of them, such as their sizes."""
+    features = (TOWER_FEATURES, CONNECTED_FEATURES)
+    return {name: tensor for name, tensor in inputs.items() if not name.startswith("pixel") and name not in features}
