@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm.config import resolve
 from vlm.errors import UsageError, exit_code
 from vlm.flags import parse_arguments
+from vlm.resolve import resolve
 from vlm.threads import wait_politely
 
 if TYPE_CHECKING:

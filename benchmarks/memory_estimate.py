@@ -24,13 +24,14 @@ from workload import build
 
 from vlm.checkpoint import save_model_folder
 from vlm.classifier import VLMClassifier
-from vlm.config import TUNING_DEFAULTS, resolve
+from vlm.config import TUNING_DEFAULTS
 from vlm.data import Sample
 from vlm.evaluation import score_split
 from vlm.families import load_family, outline, read_config
 from vlm.memory import Texts, estimate
 from vlm.prompts import build_prompts
 from vlm.report import format_table
+from vlm.resolve import resolve
 from vlm.tuning import parameter_groups, prepare_tuning
 
 NAMES = ["crater", "dune", "ridge", "slope", "plain", "cliff", "gully", "mound", "rough terrain", "smooth terrain"]

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from vlm import config
 from vlm.classifier import VLMClassifier
-from vlm.config import Settings, resolve
+from vlm.config import Settings
 from vlm.data import Sample, Split, Step, load_data
 from vlm.demo import CHAT_TEMPLATE, build_model, build_processor
 from vlm.device import DTYPES
@@ -35,6 +35,7 @@ from vlm.families.base import Family
 from vlm.families.encoded import TOWER_FEATURES
 from vlm.features import open_cache
 from vlm.prompts import Prompts, build_prompts
+from vlm.resolve import resolve
 from vlm.setup import set_up
 from vlm.training import Trainer
 from vlm.tuning import trained_parameters

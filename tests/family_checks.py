@@ -14,7 +14,7 @@ from torch import Tensor
 from vlm.batching import IGNORED, batch_without_picture
 from vlm.checkpoint import save_model_folder
 from vlm.classifier import VLMClassifier
-from vlm.config import Settings, resolve
+from vlm.config import Settings
 from vlm.data import Sample
 from vlm.families import load_family
 from vlm.formats import reasoning_of
@@ -22,6 +22,7 @@ from vlm.objective import Objective
 from vlm.predictor import load_model_and_metadata
 from vlm.prompts import Prompts, build_prompts, parse_answer
 from vlm.reasoning import classify, explain, go_on
+from vlm.resolve import resolve
 from vlm.responses import before_answer, before_reasoning, response_of
 from vlm.score_choice import measure_prior
 from vlm.tuning import parameter_groups, prepare_tuning

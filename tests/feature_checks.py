@@ -7,9 +7,9 @@ import torch
 from tiny import random_picture, save_tiny_model, tiny_prompts
 
 from vlm.classifier import VLMClassifier
-from vlm.config import resolve
 from vlm.data import Split
 from vlm.families import load_family
+from vlm.resolve import resolve
 from vlm.sources import Rows
 from vlm.tuning import prepare_tuning
 

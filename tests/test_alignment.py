@@ -14,11 +14,11 @@ from torch import nn
 
 from vlm import alignment
 from vlm.alignment import align, is_random, name_embeddings, nearest_name_accuracy, needs_alignment
-from vlm.config import resolve
 from vlm.data import Split
 from vlm.demo import build_model, build_processor
 from vlm.errors import Stopped
 from vlm.features import fill_cache
+from vlm.resolve import resolve
 from vlm.sources import Rows
 from vlm.training import fit
 

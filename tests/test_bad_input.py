@@ -15,8 +15,8 @@ from PIL import Image
 from test_data import draw, pictures
 from test_sources import table
 
-from vlm.config import resolve
 from vlm.data import load_data
+from vlm.resolve import resolve
 
 CLASSES = {"cat": 4, "dog": 4}
 

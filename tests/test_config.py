@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from vlm.config import Settings, resolve
+from vlm.config import Settings
 from vlm.errors import UsageError
 from vlm.flags import build_parser, parse_arguments
+from vlm.resolve import resolve
 
 ROOT = Path(__file__).parent.parent
 

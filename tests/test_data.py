@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm.config import resolve
 from vlm.data import Data, epoch_plan, load_data
 from vlm.errors import UsageError
+from vlm.resolve import resolve
 
 ROLES = ("train", "validation", "test")
 

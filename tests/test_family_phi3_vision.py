@@ -12,13 +12,13 @@ from transformers import Phi3ForCausalLM
 
 from vlm.batching import vlm_collate_fn
 from vlm.classifier import VLMClassifier
-from vlm.config import resolve
 from vlm.data import Sample
 from vlm.errors import UsageError
 from vlm.families import load_family
 from vlm.families.phi3_vision_model import Phi3VConfig, Phi3VForCausalLM
 from vlm.features import FeatureCache
 from vlm.prompts import Prompts
+from vlm.resolve import resolve
 from vlm.tuning import ADAPTER, merged_state_dict, prepare_tuning
 
 CPU = torch.device("cpu")

@@ -13,10 +13,10 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from vlm.checkpoint import save_model_folder
-from vlm.config import resolve
 from vlm.errors import UsageError
 from vlm.families import load_family
 from vlm.families.qwen2_vl import PatchLinear
+from vlm.resolve import resolve
 from vlm.tuning import prepare_tuning, trained_parameters
 
 CPU = torch.device("cpu")

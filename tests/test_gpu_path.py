@@ -7,9 +7,10 @@ import torch
 from tiny import NAMES, batch_of, save_tiny_model, tiny_classifier
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vlm.config import BOTH, RESPONSE, resolve
+from vlm.config import BOTH, RESPONSE
 from vlm.families.encoded import TOWER_FEATURES
 from vlm.objective import Objective
+from vlm.resolve import resolve
 from vlm.tuning import parameter_groups, prepare_tuning
 
 

@@ -14,12 +14,13 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoPr
 
 from vlm.batching import vlm_collate_fn
 from vlm.classifier import VLMClassifier
-from vlm.config import ImageSize, resolve
+from vlm.config import ImageSize
 from vlm.data import Sample, load_data
 from vlm.errors import UsageError
 from vlm.families import load_family
 from vlm.families.generic import processor_class
 from vlm.families.sizes import pick_size
+from vlm.resolve import resolve
 
 SAVE = {
     "smolvlm": save_smolvlm,

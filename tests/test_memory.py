@@ -16,10 +16,11 @@ from tiny import NAMES, batch_of, save_tiny_model, tiny_classifier, tiny_prompts
 
 from vlm import memory
 from vlm.classifier import VLMClassifier
-from vlm.config import TUNING_DEFAULTS, resolve
+from vlm.config import TUNING_DEFAULTS
 from vlm.demo import build_model, build_processor
 from vlm.families import load_family, outline, read_config
 from vlm.memory import GIB, Need, Texts, estimate, free_memory, warn_if_too_large
+from vlm.resolve import resolve
 from vlm.tuning import parameter_groups, prepare_tuning, trained_parameters
 
 CPU = torch.device("cpu")

@@ -13,13 +13,14 @@ from tiny import NAMES, batch_of, full_row_logits, random_picture, save_tiny_mod
 from vlm import tree_rows
 from vlm.batching import vlm_collate_fn
 from vlm.classifier import VLMClassifier
-from vlm.config import BOTH, POSTERIOR, RESPONSE, Settings, resolve
+from vlm.config import BOTH, POSTERIOR, RESPONSE, Settings
 from vlm.data import Sample
 from vlm.errors import UsageError
 from vlm.families import load_family
 from vlm.label_tree import build_label_tree
 from vlm.objective import Objective, balanced_weights
 from vlm.prompts import build_prompts
+from vlm.resolve import resolve
 from vlm.tree_rows import TreeRows
 
 LABELS = [0, 5, 6, 3]

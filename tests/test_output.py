@@ -7,9 +7,9 @@ import sys
 import pytest
 from commands import ROOT, names_in, train
 
-from vlm.config import resolve
 from vlm.errors import UsageError
 from vlm.output import METADATA, RESULTS, check_output, output_folder
+from vlm.resolve import resolve
 
 
 def settings(output, **more):

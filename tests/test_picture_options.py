@@ -10,11 +10,11 @@ from tiny import NAMES, random_picture, save_tiny_model, tiny_prompts
 
 from vlm.checkpoint import save_model_folder
 from vlm.classifier import VLMClassifier
-from vlm.config import resolve
 from vlm.errors import UsageError
 from vlm.families import load_family
 from vlm.flags import parse_arguments
 from vlm.predictor import load_model_and_metadata
+from vlm.resolve import resolve
 
 CPU = torch.device("cpu")
 

@@ -11,11 +11,11 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from tiny import random_picture, save_tiny_model, tiny_prompts
 
 from vlm import probe as module
-from vlm.config import resolve
 from vlm.data import Data, Sample, Split
 from vlm.families import load_family
 from vlm.features import fill_cache
 from vlm.probe import compare, pooled_features, probe
+from vlm.resolve import resolve
 from vlm.sources import Rows
 from vlm.tuning import prepare_tuning
 

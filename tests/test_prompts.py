@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from vlm.config import Settings, resolve
+from vlm.config import Settings
 from vlm.errors import UsageError
 from vlm.formats import LAYOUTS, reasoning_of, stated_format
 from vlm.prompts import Prompts, build_prompts, parse_answer
+from vlm.resolve import resolve
 
 NAMES = ["cat", "catfish", "cat fish"]
 

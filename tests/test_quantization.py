@@ -17,11 +17,11 @@ from transformers import AutoModelForImageTextToText
 from vlm import quantization
 from vlm.checkpoint import save_model_folder
 from vlm.classifier import VLMClassifier
-from vlm.config import resolve
 from vlm.errors import UsageError
 from vlm.families import load_family
 from vlm.predictor import load_model_and_metadata
 from vlm.quantization import check_quantization, loading_options
+from vlm.resolve import resolve
 from vlm.tuning import parameter_groups, prepare_tuning
 
 CPU = torch.device("cpu")

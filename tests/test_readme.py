@@ -18,12 +18,13 @@ from typing import NamedTuple
 
 import pytest
 
-from vlm.config import TUNING_DEFAULTS, resolve
+from vlm.config import TUNING_DEFAULTS
 from vlm.flags import parse_arguments
 from vlm.formats import LAYOUTS
 from vlm.metrics import load_metric
 from vlm.output import check_output
 from vlm.prompts import QUESTION, REASONING, SYSTEM
+from vlm.resolve import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -14,7 +14,7 @@ from tiny import NAMES, full_row_logits, random_picture, samples, save_tiny_mode
 from inference_vlm import load_model_and_metadata, predict_batch, predict_single_image
 from vlm.batching import IGNORED, vlm_collate_fn
 from vlm.classifier import VLMClassifier
-from vlm.config import Settings, resolve
+from vlm.config import Settings
 from vlm.data import Split
 from vlm.errors import UsageError
 from vlm.evaluation import evaluate_vlm_model, score_split
@@ -22,6 +22,7 @@ from vlm.families import load_family
 from vlm.formats import LAYOUTS, reasoning_of
 from vlm.prompts import build_prompts, parse_answer
 from vlm.reasoning import classify, explain, names_class, write_freely
+from vlm.resolve import resolve
 from vlm.responses import before_reasoning, response_lengths
 from vlm.setup import set_up
 from vlm.sources import Rows

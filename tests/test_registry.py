@@ -11,11 +11,12 @@ import torch
 from commands import ROOT, run, train
 
 from vlm import registry
-from vlm.config import DEFAULT_MODEL, TUNING_DEFAULTS, ImageSize, resolve
+from vlm.config import DEFAULT_MODEL, TUNING_DEFAULTS, ImageSize
 from vlm.families import outline
 from vlm.memory import GIB, Texts, estimate
 from vlm.registry import MODELS, count_parameters, model_table
 from vlm.report import format_table
+from vlm.resolve import resolve
 
 DOCUMENT = ROOT / "docs/models.md"
 

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from vlm.checkpoint import STATE, read_state
-from vlm.config import resolve
 from vlm.errors import Stopped, UsageError
+from vlm.resolve import resolve
 from vlm.training import fit
 
 # 40 pictures in steps of 8: 5 steps an epoch.

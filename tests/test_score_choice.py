@@ -11,8 +11,8 @@ from tiny import batch_of, tiny_classifier
 from vlm import assessment, score_choice
 from vlm.assessment import calibrate
 from vlm.calibration import MIN_PICTURES, Calibration, Scores, fit_temperature
-from vlm.config import resolve
 from vlm.predictor import load_model_and_metadata, predict_batch
+from vlm.resolve import resolve
 from vlm.score_choice import better_score, choose_score, measure_prior
 
 COUNT = 300

@@ -4,9 +4,9 @@ import pytest
 import torch
 from tiny import samples, save_tiny_model, tiny_classifier
 
-from vlm.config import resolve
 from vlm.errors import UsageError
 from vlm.features import cache_root
+from vlm.resolve import resolve
 from vlm.setup import _settings_rows, preflight
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from tiny import NAMES, random_picture, save_tiny_model
 
-from vlm.config import resolve
 from vlm.evaluation import score_split
+from vlm.resolve import resolve
 from vlm.setup import set_up
 from vlm.training import Trainer, learning_rate_at, step_seed
 

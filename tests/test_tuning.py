@@ -7,9 +7,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlm.checkpoint import save_model_folder
 from vlm.classifier import VLMClassifier
-from vlm.config import resolve
 from vlm.families import load_family
 from vlm.predictor import load_model_and_metadata
+from vlm.resolve import resolve
 from vlm.tuning import merged_state_dict, parameter_groups, prepare_tuning, trained_parameters
 
 
