@@ -27,13 +27,14 @@ from torch import Tensor
 from vlm import config
 from vlm.classifier import VLMClassifier
 from vlm.config import Settings
-from vlm.data import Sample, Split, Step, load_data
+from vlm.data import Sample, Split, load_data
 from vlm.demo import CHAT_TEMPLATE, build_model, build_processor
 from vlm.device import DTYPES
 from vlm.families import load_family
 from vlm.families.base import Family
 from vlm.families.encoded import TOWER_FEATURES
 from vlm.features import open_cache
+from vlm.order import Step
 from vlm.prompts import Prompts, build_prompts
 from vlm.resolve import resolve
 from vlm.setup import set_up

@@ -21,10 +21,11 @@ from vlm.alignment import align, needs_alignment
 from vlm.calibration import Scores
 from vlm.checkpoint import METADATA, Progress, load_state, read_state, save_model_folder, save_state, write_json
 from vlm.config import Settings
-from vlm.data import Split, Step, epoch_plan
+from vlm.data import Split
 from vlm.errors import RunError, Stopped, UsageError
 from vlm.evaluation import metrics_of_scores, score_split
 from vlm.metrics import load_metric
+from vlm.order import Step, epoch_plan
 from vlm.output import output_folder
 from vlm.responses import response_lengths
 from vlm.results import finish
