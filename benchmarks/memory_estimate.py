@@ -24,7 +24,7 @@ from workload import build
 
 from vlm.checkpoint import save_model_folder
 from vlm.classifier import VLMClassifier
-from vlm.config import TUNING_DEFAULTS
+from vlm.config import RESPONSE, TUNING_DEFAULTS
 from vlm.data import Sample
 from vlm.evaluation import score_split
 from vlm.families import load_family, outline, read_config
@@ -39,7 +39,7 @@ NAMES = ["crater", "dune", "ridge", "slope", "plain", "cliff", "gully", "mound",
 
 def measure(folder: Path, tune: str, dtype: torch.dtype, batch_size: int) -> dict[str, dict[str, int]]:
     """Bytes estimated and measured, by phase."""
-    settings = resolve({"tune": tune, "batch_size": batch_size})
+    settings = resolve({"tune": tune, "batch_size": batch_size, "objective": RESPONSE})
     estimated_family = outline(read_config(folder))
     forget_peak()
     before = resident()["VmRSS"]

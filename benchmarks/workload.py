@@ -24,9 +24,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vlm import config
 from vlm.classifier import VLMClassifier
-from vlm.config import Settings
+from vlm.config import RESPONSE, ImageSize, Settings
 from vlm.data import Sample, Split, load_data
 from vlm.demo import CHAT_TEMPLATE, build_model, build_processor
 from vlm.device import DTYPES
@@ -159,13 +158,14 @@ def pictures_for(batch_size: int) -> int:
 
 
 def settings(options: argparse.Namespace, tune: str, batch_size: int, cached: bool, **more: Any) -> dict[str, Any]:
-    """The flags of the training run that is measured, by field name of `Settings`."""
+    """The flags of the training run that is measured, by field name of `Settings`. The objective is the one that other programs have."""
     descriptions = kept(options, "descriptions.json")
     if not descriptions.is_file():
         descriptions.write_text(json.dumps({name: DESCRIPTION.format(name) for name in class_names(10)}), encoding="utf-8")
     return {
         "model": str(model_folder(options)), "dataset": str(picture_folder(options, pictures_for(batch_size), 10)), "tune": tune,
-        "epochs": 1000, "system_instructions": system_text(options.size), "class_descriptions": str(descriptions),
+        "epochs": 1000, "objective": RESPONSE,
+        "system_instructions": system_text(options.size), "class_descriptions": str(descriptions),
         "batch_size": batch_size, "gradient_accumulation_steps": 1, "no_feature_cache": not cached,
         "device": options.device, "dtype": options.dtype, "threads": options.threads, "workers": options.workers,
         "question_first": options.question_first, "output_dir": str(options.cache / "output"), **more,
@@ -297,9 +297,8 @@ def classifier(
 
 
 def size_option(pixels: int) -> dict[str, Any]:
-    """The picture option of a family for `--image-size`; nothing where this version of the program has none."""
-    kind = getattr(config, "ImageSize", None)
-    return {"image_size": kind(pixels)} if kind else {}
+    """The picture option of a family for `--image-size`."""
+    return {"image_size": ImageSize(pixels)}
 
 
 def keep_features(result: VLMClassifier, samples: list[Sample]) -> VLMClassifier:

@@ -16,7 +16,7 @@ from tiny import NAMES, batch_of, save_tiny_model, tiny_classifier, tiny_prompts
 
 from vlm import memory
 from vlm.classifier import VLMClassifier
-from vlm.config import TUNING_DEFAULTS
+from vlm.config import RESPONSE, TUNING_DEFAULTS
 from vlm.demo import build_model, build_processor
 from vlm.families import load_family, outline, read_config
 from vlm.memory import GIB, Need, Texts, estimate, free_memory, warn_if_too_large
@@ -125,7 +125,7 @@ def test_activations_of_the_layers_are_those_that_autograd_keeps(tmp_path, tune,
         length = batch["input_ids"].shape[1] - classifier.family.picture_load()[1]
         texts = Texts(len(rendered.prefix_ids), length, 0)
         family = outline(read_config(folder))
-        need = estimate(family, resolve({"tune": tune}), dtype, "cpu", texts)
+        need = estimate(family, resolve({"tune": tune, "objective": RESPONSE}), dtype, "cpu", texts)
         computed.append(need.activations)
     ratio = (computed[1] - computed[0]) / (measured[1] - measured[0])
     print(f"\n{tune}, {dtype}: computed / kept by autograd {ratio:.3f}")

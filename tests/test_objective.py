@@ -205,7 +205,7 @@ def test_a_step_does_not_depend_on_how_it_is_cut(sources, tmp_path, flags):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ({"label_smoothing": 0.1}, "--objective posterior or both"),
+        ({"label_smoothing": 0.1, "objective": "response"}, "--objective posterior or both"),
         ({"objective": "posterior", "label_smoothing": 1.0}, "--label-smoothing 1.0"),
         ({"objective": "posterior", "reasoning_column": "why"}, "--objective both"),
     ],
