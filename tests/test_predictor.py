@@ -10,10 +10,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from inference_vlm import load_model_and_metadata, predict_batch, predict_single_image
-from vlm.batching import vlm_collate_fn
 from vlm.calibration import Calibration
 from vlm.data import Sample
 from vlm.errors import UsageError
+from vlm.evaluation import score_split
 from vlm.pictures import UnreadablePicture
 
 COUNT = 7
@@ -115,10 +115,15 @@ def test_confidence_is_after_the_stored_calibration(demo_run, loaded, paths):
     results = json.loads((demo_run / "results.json").read_text())
     assert stored["temperature"] == results["test"]["calibration"]["temperature"] != 1 and stored["abstain_below"] is None
     assert json.loads((demo_run / "training_metadata.json").read_text())["calibration"] == stored
-    batch_of_one = vlm_collate_fn([Sample(Image.open(paths[0]).convert("RGB"), 0, "x")], model.family, model.rendered, with_response=False)
-    with torch.no_grad():
-        scores = model.score(model.read(batch_of_one))[0]
-    expected = (scores.double() / stored["temperature"]).softmax(0)
+    sample = Sample(Image.open(paths[0]).convert("RGB"), 0, "x")
+    sums, openings = (values[0].double() for values in score_split(model, [sample], 1, tolerance=0))
+    by_kind = {
+        "sum": lambda: sums,
+        "mean": lambda: (sums - openings) / torch.tensor(stored["lengths"]),
+        "prior": lambda: sums - torch.tensor(stored["prior"]),
+    }
+    scores = by_kind[stored["score"]]()
+    expected = (scores / stored["temperature"]).softmax(0)
     result = batch(loaded, paths[:1])[str(paths[0])]
     np.testing.assert_allclose(list(result["probabilities"].values()), expected, atol=1e-6)
     assert result["prediction"] == model.class_names[int(scores.argmax())]
