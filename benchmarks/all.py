@@ -2,7 +2,8 @@
 """Every benchmark, one after the other, each in a process of its own; then the tables of docs/performance.md.
 
 python benchmarks/all.py            (the true model: an hour or two on 2 cores, nothing else running)
-python benchmarks/all.py --quick    (a sixth of the model: about 3 minutes; writes no tables without --report)
+python benchmarks/all.py --quick    (a sixth of the model and the four for everyday use: 3 minutes; writes no tables without --report)
+python benchmarks/all.py --quick --only levers growth    (others)
 
 train_on_gpu.py and objectives.py are run by themselves: one needs a GPU, the other trains for hours.
 """
@@ -17,18 +18,21 @@ HERE = Path(__file__).resolve().parent
 NAMES = (
     "startup", "train_vs_trl", "train_vs_plain", "classify_vs_generate", "peak", "levers", "growth", "memory_vs_trl",
 )  # fmt: skip
+EVERYDAY = ("startup", "train_vs_trl", "classify_vs_generate", "peak")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a sixth of the model")
     parser.add_argument("--folder", type=Path, help="where the JSON files go (default: benchmarks/results; --quick: results_quick)")
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help="these benchmarks")
+    parser.add_argument(
+        "--only", nargs="+", choices=NAMES, metavar="NAME", help=f"these benchmarks (default: all; --quick: {', '.join(EVERYDAY)})"
+    )
     parser.add_argument("--report", action="store_true", help="write the tables with --quick too")
     options = parser.parse_args()
     folder = options.folder or HERE / ("results_quick" if options.quick else "results")
     failed = []
-    for name in options.only:
+    for name in options.only or (EVERYDAY if options.quick else NAMES):
         started = time.monotonic()
         command = [sys.executable, str(HERE / f"{name}.py"), "--output", str(folder / f"{name}.json")]
         print(f"\n== {name}", flush=True)
