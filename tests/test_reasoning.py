@@ -212,7 +212,7 @@ def test_the_loss_of_a_step_is_the_mean_over_the_tokens_of_its_own_texts(folder,
     from vlm.training import Trainer
 
     flags = {"model": str(folder), "dataset": str(table), "reasoning_column": "why", "tune": "full", "output_dir": str(tmp_path)}
-    run = set_up(resolve(flags | {"batch_size": 2, "gradient_accumulation_steps": 4}))
+    run = set_up(resolve(flags | {"batch_size": 2, "gradient_accumulation_steps": 4, "objective": "both"}))
     trainer = Trainer(run, lambda: False)
     plan = trainer._plan(0)[:1]
     with torch.no_grad():

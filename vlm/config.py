@@ -118,7 +118,7 @@ class Settings:
     )  # fmt: skip
 
     objective: str = _flag(
-        BOTH, "training", "what is learned: to write the response, which class it is among all, or both (default)",
+        RESPONSE, "training", "what is learned: to write the response (default), which class it is among all, or both",
         choices=(RESPONSE, POSTERIOR, BOTH),
     )  # fmt: skip
     label_smoothing: float = _flag(
