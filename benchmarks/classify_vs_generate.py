@@ -24,6 +24,7 @@ from torch import Tensor
 from train_vs_plain import plain_batch
 
 from vlm.classifier import VLMClassifier
+from vlm.config import ImageSize
 from vlm.data import Sample
 from vlm.pictures import open_picture
 from vlm.predictor import predict_batch
@@ -86,9 +87,8 @@ def compare(options: argparse.Namespace, classes: int, peaked: bool) -> list[dic
     files = workload.picture_files(options, options.batch_size)
     native = workload.classifier(options, classes, peaked)
     ways = {"native": native, "cached features": native}
-    smaller = workload.size_option(256)
-    if options.size != "tiny" and smaller:
-        ways["256 px"] = workload.classifier(options, classes, peaked, **smaller)
+    if options.size != "tiny":
+        ways["256 px"] = workload.classifier(options, classes, peaked, image_size=ImageSize(256))
     errors = {name: largest_error(way, files[0], name == "cached features") for name, way in ways.items()}
     equal = same_texts(native, files[:1])
     most = {name: top_probability(way, files) for name, way in ways.items()}

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vlm.classifier import VLMClassifier
-from vlm.config import RESPONSE, ImageSize, Settings
+from vlm.config import RESPONSE, Settings
 from vlm.data import Sample, Split, load_data
 from vlm.demo import CHAT_TEMPLATE, build_model, build_processor
 from vlm.device import DTYPES
@@ -294,11 +294,6 @@ def classifier(
     if peaked:
         peak(options, result)
     return result
-
-
-def size_option(pixels: int) -> dict[str, Any]:
-    """The picture option of a family for `--image-size`."""
-    return {"image_size": ImageSize(pixels)}
 
 
 def keep_features(result: VLMClassifier, samples: list[Sample]) -> VLMClassifier:
