@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Tests the program, in the same environment as run_vlm_training.sh plus requirements-dev.txt:
-#   ./run_tests.sh                      ruff check, ruff format --check, all tests
-#   ./run_tests.sh -k resume -x         pytest alone, with these arguments (paths are those of this folder)
+#   ./run_tests.sh                      ruff check, ruff format --check, all tests, in as many processes as there are cores (up to 4)
+#   ./run_tests.sh -k resume -x         pytest alone, in one process, with these arguments (paths are those of this folder)
 
 script=$(readlink -f -- "${BASH_SOURCE[0]}" 2>/dev/null) || script=${BASH_SOURCE[0]}
 here=$(CDPATH="" cd -- "$(dirname -- "$script")" && pwd)
@@ -13,5 +13,6 @@ cd -- "$here" || exit 1
 if [ $# -eq 0 ]; then
   "$python" -m ruff check . || exit $?
   "$python" -m ruff format --check . || exit $?
+  set -- --numprocesses logical --maxprocesses 4 --dist loadfile # each process takes about 1.5 GB
 fi
 exec "$python" -m pytest "$@"

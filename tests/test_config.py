@@ -10,7 +10,7 @@ import pytest
 from vlm.config import Settings
 from vlm.errors import UsageError
 from vlm.flags import build_parser, parse_arguments
-from vlm.resolve import resolve
+from vlm.resolve import resolve, set_batch_size
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,7 +53,9 @@ def test_defaults_follow_the_tuning_mode(tune, rate, epochs):
 def test_default_is_lora_on_smolvlm_and_mars_with_eight_pictures_a_step():
     settings = resolve({})
     assert (settings.model, settings.dataset) == ("HuggingFaceTB/SmolVLM-500M-Instruct", "Mirali33/mb-domars16k")
-    assert (settings.tune, settings.batch_size, settings.gradient_accumulation_steps) == ("lora", 1, 8)
+    assert (settings.tune, settings.batch_size, settings.gradient_accumulation_steps) == ("lora", None, None)
+    set_batch_size(settings, 2)  # when the model and the free memory are known
+    assert (settings.batch_size, settings.gradient_accumulation_steps) == (2, 4)
     assert resolve({"batch_size": 3}).gradient_accumulation_steps == 3
     assert resolve({"batch_size": 64}).gradient_accumulation_steps == 1
 

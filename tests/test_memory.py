@@ -19,7 +19,7 @@ from vlm.classifier import VLMClassifier
 from vlm.config import RESPONSE, TUNING_DEFAULTS
 from vlm.demo import build_model, build_processor
 from vlm.families import load_family, outline, read_config
-from vlm.memory import GIB, Need, Texts, estimate, free_memory, warn_if_too_large
+from vlm.memory import GIB, Need, Texts, estimate, fit_to_memory, free_memory
 from vlm.resolve import resolve
 from vlm.tuning import parameter_groups, prepare_tuning, trained_parameters
 
@@ -189,7 +189,7 @@ def test_a_process_takes_about_what_was_estimated_and_loads_its_weights_once(tmp
 @pytest.fixture
 def warning(folder, capsys) -> Callable[..., str]:
     def warn(**given) -> str:
-        warn_if_too_large(folder, resolve(given), torch.float32, CPU, Texts.of(tiny_prompts()))
+        fit_to_memory(folder, resolve(given), torch.float32, CPU, Texts.of(tiny_prompts()))
         return capsys.readouterr().err
 
     return warn
@@ -208,8 +208,57 @@ def test_a_warning_names_what_is_needed_what_is_free_and_what_helps(warning, mon
 def test_no_warning_where_it_fits_or_where_nothing_is_known(warning, tmp_path, capsys):
     assert warning() == ""
     (tmp_path / "config.json").write_text('{"model_type": "bert"}', encoding="utf-8")
-    warn_if_too_large(tmp_path, resolve({}), torch.float32, CPU, Texts.of(tiny_prompts()))
+    settings = resolve({})
+    fit_to_memory(tmp_path, settings, torch.float32, CPU, Texts.of(tiny_prompts()))
     assert capsys.readouterr().err == ""
+    assert (settings.batch_size, settings.gradient_accumulation_steps) == (1, 8)
+
+
+# The batch size
+
+
+@pytest.fixture
+def batches(folder) -> Callable[..., tuple[int, int]]:
+    """Settings -> batch size and batches of a step."""
+
+    def find(processes: int = 1, least: Callable[[int], int] = lambda found: found, **given) -> tuple[int, int]:
+        settings = resolve(given)
+        fit_to_memory(folder, settings, torch.float32, CPU, Texts.of(tiny_prompts()), processes, least)
+        return settings.batch_size, settings.gradient_accumulation_steps
+
+    return find
+
+
+def test_a_step_takes_as_many_pictures_at_once_as_there_is_memory_for(batches, folder, monkeypatch, capsys):
+    family, texts, flags = outline(read_config(folder)), Texts.of(tiny_prompts()), {"tune": "full", "eval_batch_size": 1}
+    needs = [estimate(family, resolve(flags | {"batch_size": n}), torch.float32, "cpu", texts).total for n in (1, 2, 4, 8)]
+    assert needs == sorted(needs) and needs[0] < needs[3]
+    monkeypatch.setattr(memory, "TRAINING_SHARE", 1.0)
+    for need in needs:
+        monkeypatch.setattr(memory, "free_memory", lambda device, need=need: need + 1)
+        most = max(n for n, needed in zip((1, 2, 4, 8), needs, strict=True) if needed <= need)  # in so small a model 2 may need what 1 does
+        assert batches(**flags) == (most, 8 // most)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(memory, "free_memory", lambda device: needs[0] // 2)
+    assert batches(**flags) == (1, 8)
+    assert "it may run out of memory" in capsys.readouterr().err
+    assert batches(batch_size=4) == (4, 2)
+
+
+def test_a_step_keeps_the_pictures_that_were_asked_for(batches):
+    assert batches(gradient_accumulation_steps=1) == (8, 1)
+    assert batches(gradient_accumulation_steps=3) == (2, 3)
+    assert batches(gradient_accumulation_steps=16) == (1, 16)
+    assert batches(batch_size=32) == (32, 1)
+
+
+def test_processes_share_a_cpu_s_memory_and_agree(batches, folder, monkeypatch):
+    need = estimate(outline(read_config(folder)), resolve({"batch_size": 8}), torch.float32, "cpu", Texts.of(tiny_prompts())).total
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1.9 * need)
+    assert batches() == (8, 1)
+    assert batches(processes=2)[0] < 8  # 0.95 of what it takes for each, of which a share is left alone
+    assert batches(least=lambda found: min(found, 4)) == (4, 2)
+    assert batches(batch_size=8, least=lambda found: 4) == (8, 1)
 
 
 def test_a_run_goes_on_after_the_warning(tmp_path, monkeypatch, capsys):

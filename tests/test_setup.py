@@ -49,7 +49,7 @@ def test_the_settings_say_what_is_faster_how_many_work_and_where_features_are_ke
     def rows(processes, **more):
         return dict(_settings_rows(resolve({"model": "x"} | more), classifier, "cpu", torch.float32, processes))
 
-    one, two = rows(1), rows(2, batch_size=8, tune="full")
+    one, two = rows(1, batch_size=1), rows(2, batch_size=8, tune="full")
     assert one["batch size"] == "1 (with --batch-size 8 a step is faster; it needs more memory)" and "processes" not in one
     assert one["vision features"] == f"kept in {cache_root()}, all runs together at most 20 GB (--cache-size)"
     assert two["batch size"] == "8" and two["processes"].startswith("2, ") and "vision features" not in two

@@ -161,7 +161,7 @@ def test_several_processes_are_started_by_accelerate(project, tmp_path):
 def test_run_tests_runs_ruff_and_pytest_and_with_arguments_pytest_alone(project, tmp_path):
     recorder = make_program(tmp_path / "recorder", f'case $1 in -m) echo "$@";; *) exec {shlex.quote(sys.executable)} "$@";; esac')
     assert start(project / "run_tests.sh", VLM_PYTHON=recorder).stdout.splitlines() == [
-        "-m ruff check .", "-m ruff format --check .", "-m pytest",
+        "-m ruff check .", "-m ruff format --check .", "-m pytest --numprocesses logical --maxprocesses 4 --dist loadfile",
     ]  # fmt: skip
     result = start("the project/run_tests.sh", "-k", "a", cwd=tmp_path, VLM_PYTHON="./recorder")
     assert result.stdout.splitlines() == ["-m pytest -k a"]

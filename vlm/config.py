@@ -125,7 +125,9 @@ class Settings:
         0.0, "training", "with --objective posterior or both: share of the target that all classes have equally (default: 0)"
     )
     class_balance: bool = _flag(False, "training", "let every class count equally in the loss, however many pictures it has")
-    batch_size: int = _flag(1, "training", "pictures in one forward pass (default: 1; demo: 16)")
+    batch_size: int | None = _flag(
+        None, "training", f"pictures in one forward pass (default: what the free memory has room for, up to {PICTURES_PER_STEP}; demo: 16)"
+    )
     gradient_accumulation_steps: int | None = _flag(
         None, "training", f"batches in one optimizer step (default: as many as make {PICTURES_PER_STEP} pictures)"
     )

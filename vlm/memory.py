@@ -24,7 +24,7 @@ unless all weights are trained, and the prefix where the connector alone is.
 Measured against it: benchmarks/memory_estimate.py, docs/models.md.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,11 @@ import psutil
 import torch
 from torch import nn
 
-from vlm.config import BOTH, POSTERIOR, RESPONSE, Settings
+from vlm.config import BOTH, PICTURES_PER_STEP, POSTERIOR, RESPONSE, Settings
 from vlm.families import outline, read_config
 from vlm.families.base import Family
 from vlm.prompts import Prompts
+from vlm.resolve import set_batch_size
 from vlm.scoring import LOGITS_AT_ONCE, NODES_AT_ONCE, NODES_KEPT
 from vlm.tracking import note
 
@@ -45,6 +46,7 @@ FLOAT32 = 4  # bytes
 CHARACTERS_PER_TOKEN = 3  # of English; a low guess, so that the estimate is no lower than the truth
 BATCHES = (128, 64, 32, 16, 8, 4, 2)
 BATCH_ON_CPU, BATCH_ON_GPU = 16, 128  # more is no faster
+TRAINING_SHARE = 0.7  # of the free memory, which others want a part of, and for what the estimate lacks
 LIBRARIES = 100 * 2**20  # what torch's own libraries take when they are first used, and a batch of pictures; measured: 70 to 110 MiB
 BYTES_OF_BITS = {4: 0.5 + 4 / 64, 8: 1.0}  # a float32 scale for each block of 64 weights of 4 bits
 
@@ -144,7 +146,7 @@ def estimate(family: Family, settings: Settings, dtype: torch.dtype, device: str
     """What a run with these settings needs.
 
     Args:
-        family: from `outline`.
+        family: from `outline`. settings: a batch size that was not found yet counts as 1.
         dtype: number format of the computation. device: cpu, cuda or mps.
         texts: the conversation; default: 200 + 50 + 50 tokens and 10 classes.
     """
@@ -188,7 +190,7 @@ def _picture_load(family: Family, settings: Settings, texts: Texts) -> tuple[int
 
 def _activations(family: Family, settings: Settings, size: int, device: str, texts: Texts) -> float:
     """Bytes at the end of the forward pass, when they are most, and what the first steps back add."""
-    block, batch, full = Block.of(family.language), settings.batch_size, settings.tune == "full"
+    block, batch, full = Block.of(family.language), settings.batch_size or 1, settings.tune == "full"
     patches, tokens = _picture_load(family, settings, texts)
     response = 0 if settings.objective == POSTERIOR else texts.response
     nodes = {RESPONSE: 0, POSTERIOR: texts.response * texts.classes, BOTH: texts.classes}[settings.objective]  # about, and at most
@@ -259,6 +261,20 @@ def largest_batch(classifier: Any, settings: Mapping[str, Any]) -> int:
     return 1
 
 
+def largest_training_batch(family: Family, settings: Settings, dtype: torch.dtype, device: torch.device, texts: Texts, free: int) -> int:
+    """How many pictures of an optimizer step go through the model at once: the most that a part of the free memory has room for.
+
+    Args:
+        free: bytes.
+    """
+    most = PICTURES_PER_STEP // (settings.gradient_accumulation_steps or 1)
+    for batch_size in (b for b in BATCHES if b <= most):
+        need = estimate(family, replace(settings, batch_size=batch_size), dtype, device.type, texts).total
+        if need < TRAINING_SHARE * free:
+            return batch_size
+    return 1
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on a device, with what torch keeps of it for later."""
     if device.type == "cuda":
@@ -266,14 +282,31 @@ def free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def warn_if_too_large(folder: Path, settings: Settings, dtype: torch.dtype, device: torch.device, texts: Texts) -> None:
-    """Print a warning where the model in a folder will not fit in the free memory, with what would help."""
+def fit_to_memory(
+    folder: Path,
+    settings: Settings,
+    dtype: torch.dtype,
+    device: torch.device,
+    texts: Texts,
+    processes: int = 1,
+    least: Callable[[int], int] = lambda batch_size: batch_size,
+) -> None:
+    """Fill in a batch size that was not given, and print a warning where the model in a folder will not fit, with what would help.
+
+    Args:
+        processes: of this run; on a CPU they share its memory. least: the smallest of the batch sizes that all processes have found.
+    """
+    free = free_memory(device) // (processes if device.type == "cpu" else 1)
     try:
         family = outline(read_config(folder))
-        need = estimate(family, settings, dtype, device.type, texts).total
+        batch_size = settings.batch_size or largest_training_batch(family, settings, dtype, device, texts, free)
     except Exception:  # a model that cannot even be outlined is refused, with the reason, when it is loaded
+        family, batch_size = None, 1
+    if settings.batch_size is None:
+        set_batch_size(settings, least(batch_size))
+    if family is None:
         return
-    free = free_memory(device)
+    need = estimate(family, settings, dtype, device.type, texts).total
     if need > free:
         note(
             f"warning: this run needs about {need / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free on {device.type}: it may run out of "

@@ -89,7 +89,7 @@ def list_models(settings: Settings) -> None:
     texts = Texts()
     print(
         f"\nGiB of memory that training takes on {device.type} in {str(dtype).removeprefix('torch.')}, with --batch-size "
-        f"{settings.batch_size}, one picture a sample,\n{texts.prefix} + {texts.question} + {texts.response} tokens of instructions, "
+        f"{settings.batch_size or 1}, one picture a sample,\n{texts.prefix} + {texts.question} + {texts.response} tokens of instructions, "
         f"question and response, {texts.classes} classes. Free now: {free / GIB:.1f} GiB; {MARK} does not fit.\n"
         + (f"{NOT_TAKEN}: does not take --image-size {settings.image_size}.\n" if settings.image_size != AUTO else "")
         + "Any other image-text-to-text model in the layout of transformers can be named too. How it is computed: docs/models.md."

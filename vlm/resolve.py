@@ -90,13 +90,20 @@ def _fill(settings: Settings) -> None:
     settings.response_format = choose_format(settings.response_format, settings.prompt_template)
     if settings.connector_learning_rate is None:
         settings.connector_learning_rate = settings.learning_rate
-    if settings.gradient_accumulation_steps is None and settings.batch_size >= 1:
-        settings.gradient_accumulation_steps = max(1, math.ceil(PICTURES_PER_STEP / settings.batch_size))
+    if settings.batch_size is not None and settings.batch_size >= 1:
+        set_batch_size(settings, settings.batch_size)
     if settings.eval_batch_size is None:
-        settings.eval_batch_size = max(PICTURES_PER_STEP, settings.batch_size)
+        settings.eval_batch_size = max(PICTURES_PER_STEP, settings.batch_size or 1)
     if not settings.demo:
         settings.model = settings.model or DEFAULT_MODEL
         settings.dataset = settings.dataset or DEFAULT_DATASET
+
+
+def set_batch_size(settings: Settings, batch_size: int) -> None:
+    """Fill in the batch size, and what follows from it. One that was not given is found when model and device are known (`vlm.memory`)."""
+    settings.batch_size = batch_size
+    if settings.gradient_accumulation_steps is None:
+        settings.gradient_accumulation_steps = math.ceil(PICTURES_PER_STEP / batch_size)
 
 
 def _from_file(name: str, value: Any) -> Any:

@@ -4,6 +4,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from vlm.families import load_family
 from vlm.features import cache_root, fill_cache
 from vlm.formats import stated_format
 from vlm.hub import model_folder
-from vlm.memory import Texts, warn_if_too_large
+from vlm.memory import Texts, fit_to_memory
 from vlm.objective import Objective, balanced_weights
 from vlm.output import DEMO_MODEL
 from vlm.prompts import build_prompts
@@ -86,7 +87,7 @@ def set_up(settings: Settings) -> Run:
     prompts = build_prompts(settings, data.class_names)
     folder, revision = _find_model(settings, data.class_names, accelerator)
     texts = Texts.of(prompts, [text for text in data.train.reasonings if text], data.edge)
-    warn_if_too_large(folder, settings, dtype, accelerator.device, texts)
+    fit_to_memory(folder, settings, dtype, accelerator.device, texts, accelerator.num_processes, partial(_least, accelerator))
     pictures = settings.picture_options(data.edge)
     family = load_family(folder, dtype, accelerator.device, pictures, settings.bits)
     if "image_size" in pictures:
@@ -116,6 +117,11 @@ def set_up(settings: Settings) -> Run:
     model, optimizer = accelerator.prepare(classifier, optimizer)
     metadata = _metadata(settings, data, classifier, revision)
     return Run(settings, accelerator, dtype, data, folder, classifier, model, optimizer, metadata, workers)
+
+
+def _least(accelerator: Accelerator, number: int) -> int:
+    """The smallest of a number that each process has."""
+    return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).min())
 
 
 def build_objective(settings: Settings, classifier: VLMClassifier, labels: Sequence[int]) -> Objective:
