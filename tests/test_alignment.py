@@ -149,12 +149,13 @@ def test_a_run_aligns_once_says_so_and_resumes_to_the_same_weights(folder, pictu
 
 def test_two_processes_go_on_from_the_same_connector(folder, picture_folder, tmp_path):
     """Else their gradients would be of different models: the loss is that of one process with twice the batch."""
-    flags = ["--model", folder, "--dataset", picture_folder, "--epochs", 1, "--gradient-accumulation-steps", 1, "--device", "cpu"]
-    done = run("run_vlm_training.sh", *flags, "--batch-size", 2, "--output-dir", tmp_path / "two", VLM_PROCESSES=2)
+    flags = ["--model", folder, "--dataset", picture_folder, "--epochs", 1, "--gradient-accumulation-steps", 4, "--device", "cpu"]
+    done = run("run_vlm_training.sh", *flags, "--output-dir", tmp_path / "two", VLM_PROCESSES=2)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("it learns the names") == 1, "only one of them speaks"
     assert train(*flags, "--batch-size", 4, "--output-dir", tmp_path / "one") == 0
     one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
+    assert two["settings"]["batch_size"] == 2, "found by each, and agreed upon"
     assert one["alignment"]["validation_accuracy"] == two["alignment"]["validation_accuracy"]
     losses = [[entry["loss"] for entry in results["history"]] for results in (one, two)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
