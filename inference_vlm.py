@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm.errors import RunError, UsageError, exit_code
+from vlm.flags import Parser
 from vlm.threads import wait_politely
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Classify pictures with a model that train_vlm.py has trained.")
+def build_parser() -> Parser:
+    parser = Parser(description="Classify pictures with a model that train_vlm.py has trained.")
     parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="picture files, or folders that are searched for them")
     parser.add_argument("--model-dir", default="vlm_results/best_model", metavar="FOLDER", help="default: vlm_results/best_model")
     parser.add_argument("--output", metavar="FILE", help="write all probabilities to FILE.csv or FILE.jsonl instead of a table")
@@ -84,7 +85,8 @@ def predict(args: argparse.Namespace) -> None:
         print_results(results, args.explain)
     failed = [path for path, result in results.items() if "error" in result]
     if failed:
-        raise RunError(f"{len(failed)} of {len(results)} pictures could not be read, such as {failed[0]}; the others are classified.")
+        others = "; the others are classified" if len(failed) < len(results) else ""
+        raise RunError(f"{len(failed)} of {len(results)} pictures could not be read, such as {failed[0]}{others}.")
 
 
 def check_output(path: Path) -> None:
@@ -112,7 +114,8 @@ def print_results(results: dict[str, dict[str, Any]], explain: bool) -> None:
     print(format_table(rows, headers=("picture", "prediction", "confidence", "next")))
     if explain:
         for path, result in results.items():
-            print(f"\n{path}\n{result.get('full_response', '')}")
+            print(f"\n{path}\n{result.get('full_response', '(not read)')}")
+    sys.stdout.flush()  # before what is said of errors
 
 
 def write_results(path: Path, results: dict[str, dict[str, Any]]) -> None:

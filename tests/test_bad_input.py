@@ -83,9 +83,9 @@ def test_the_first_start_without_the_hub_names_the_demo(tmp_path):
     result = run("run_vlm_training.sh", cwd=tmp_path, **surroundings)
     assert (result.returncode, result.stdout) == (2, "")
     first, second = result.stderr.splitlines()
-    assert first.startswith("error: the hub cannot be reached") and "Mirali33/mb-domars16k" in first
-    assert first.endswith("There is no folder Mirali33/mb-domars16k here either.")
-    assert second.strip() == "Use --demo to try things out without the hub."
+    assert first.startswith("error: there is no folder Mirali33/mb-domars16k here, the hub cannot be reached")
+    assert first.endswith("and data set Mirali33/mb-domars16k is not, or not completely, in the cache.")
+    assert second.strip().startswith("Without the hub name a model and a data set in folders") and "--demo" in second
 
 
 def test_columns_that_are_not_there(refused, tmp_path):
@@ -209,7 +209,7 @@ def test_more_than_5_percent_unreadable_pictures_stop(refused, tmp_path):
     folder = pictures(tmp_path / "data", {"train/cat": 15, "train/dog": 15, "val/cat": 1, "val/dog": 1, "test/cat": 1, "test/dog": 1})
     for name in ("cat", "dog"):
         (tmp_path / "data" / "train" / name / "3.png").write_bytes(b"no picture")
-    assert "train: 2 of 30 pictures are unreadable, more than 5%. First: train/cat/3.png: " in refused("--dataset", folder, quiet=False)
+    assert "2 of 30 pictures of train are unreadable, more than 5%. First: train/cat/3.png: " in refused("--dataset", folder, quiet=False)
 
 
 def test_unreadable_pictures_are_counted_before_train_is_cut(refused, tiny_model, tmp_path, capsys):
@@ -223,7 +223,7 @@ def test_unreadable_pictures_are_counted_before_train_is_cut(refused, tiny_model
     for name in data.validation.names[:3]:
         (folder / name).write_bytes(b"no picture")
     message = refused("--dataset", folder, quiet=False)
-    assert message.startswith("train with what is cut from it: 5 of 40 pictures are unreadable, more than 5%. First: ")
+    assert message.startswith("5 of 40 pictures of train (validation and test are cut from it) are unreadable, more than 5%. First: ")
     assert "Repair or remove these files" in message
 
 

@@ -120,6 +120,24 @@ def test_wrong_usage_ends_with_code_2(arguments, capsys):
     assert arguments[0] in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flag", "meant"),
+    [
+        ("--datset", "--dataset"),
+        ("--output_directory", "--output-dir"),
+        ("--batchsize=4", "--batch-size"),
+        ("demo", "--demo"),
+        ("--xyzzy", None),
+    ],
+)
+def test_an_unknown_flag_is_answered_by_the_one_that_is_like_it(flag, meant, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments([flag, "x"])
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == f"error: unrecognized arguments: {flag} x." + (f" Did you mean {meant}?" if meant else "")
+    assert second.strip() == "train_vlm.py --help lists all flags."
+
+
 def test_names_in_a_message_are_shown_as_they_are_typed():
     with pytest.raises(UsageError, match="--class-names mars moon moon: expected different names, but moon is there twice"):
         resolve({"class_names": ["mars", "moon", "moon"], "demo": True})

@@ -166,7 +166,7 @@ def test_more_than_5_percent_unreadable_pictures_of_a_split_stop(tmp_path):
         (tmp_path / f"val/a/{i}.png").write_bytes(b"damaged")
     assert counts(load(folder)) == [60, 57, 60], "exactly 5% is allowed"
     (tmp_path / "val/b/1.png").write_bytes(b"damaged")
-    refuse(r"validation: 4 of 60 pictures are unreadable, more than 5%. First: val/a/0.png", folder)
+    refuse(r"4 of 60 pictures of validation are unreadable, more than 5%. First: val/a/0.png", folder)
 
 
 def test_a_class_that_loses_its_last_picture_is_named(tmp_path):

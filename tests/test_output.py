@@ -34,6 +34,16 @@ def test_nothing_is_lost_in_it(tmp_path, name, said):
         assert names_in(tmp_path) == set()
 
 
+@pytest.mark.parametrize("output", ["pictures", "pictures/results", "pictures/cat/../new"])
+def test_results_are_not_put_where_they_would_be_taken_for_a_class(tmp_path, monkeypatch, output):
+    (tmp_path / "pictures" / "cat").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=f"--output-dir {output} is in the folder of --dataset pictures: .* Choose a folder beside it."):
+        check_output(resolve({"dataset": "pictures", "output_dir": output, "overwrite": True}))
+    check_output(resolve({"dataset": "pictures", "output_dir": "pictures_results"}))
+    check_output(resolve({"dataset": "pictures/table.csv", "output_dir": output}))
+
+
 @pytest.mark.parametrize("error", [UsageError, KeyboardInterrupt])
 def test_a_run_that_did_not_begin_leaves_nothing_of_its_own(tmp_path, error):
     with pytest.raises(error), output_folder(settings(tmp_path / "new" / "results")):

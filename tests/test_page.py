@@ -11,7 +11,6 @@ from tiny import random_picture
 from vlm.data import Data, Split
 from vlm.metrics import classification_metrics
 from vlm.page import SECTIONS, Prediction, content, matrix, sections, shown_pictures, top, write_page
-from vlm.page.content import wilson_interval
 from vlm.page.markup import VOID, shorten
 from vlm.sources import Rows
 
@@ -340,13 +339,3 @@ def test_a_picture_that_has_gone_leaves_a_gap(tmp_path):
     data.test = Split(Rows([tmp_path / "gone.png"] * len(labels), labels, ["gone.png"] * len(labels)), range(len(labels)), labels)
     predictions[0].name = "caf\udce9.png"  # a file name that is not valid text
     assert "no picture" in page_of(tmp_path / "report.html", results, data, predictions).text
-
-
-def test_the_interval_of_a_share():
-    """Against the roots of |p - share| = z * sqrt(p (1 - p) / n), by which Wilson's interval is defined."""
-    for correct, total in ((0, 5), (3, 7), (252, 269), (40, 40)):
-        low, high = wilson_interval(correct, total)
-        shares = np.linspace(0, 1, 200_001)
-        inside = shares[np.abs(shares - correct / total) <= 1.959964 * np.sqrt(shares * (1 - shares) / total)]
-        assert (low, high) == pytest.approx((inside.min(), inside.max()), abs=1e-5)
-    assert wilson_interval(0, 0) == pytest.approx((0, 0.79346), abs=1e-4)

@@ -222,6 +222,11 @@ def test_the_model_before_the_training_is_not_taken_for_a_trained_one(demo_run, 
         load_model_and_metadata(tmp_path / "base", device="cpu")
 
 
+def test_the_folder_of_a_run_names_the_model_in_it(demo_run):
+    with pytest.raises(UsageError, match="is the folder of a run: its model is .*best_model"):
+        load_model_and_metadata(demo_run, device="cpu")
+
+
 def test_an_interrupted_save_is_undone(demo_run, tmp_path):
     shutil.copytree(demo_run / "best_model", tmp_path / "best_model.old")
     assert load_model_and_metadata(tmp_path / "best_model", device="cpu")[2]["model"] == "demo"

@@ -132,5 +132,7 @@ def test_a_tower_without_features_of_its_own_is_left_out_with_a_note(family, dat
 
 def test_a_vlm_more_than_two_points_below_is_warned_about():
     found = {"accuracy": [0.9, 0.8, 0.95]}
-    assert compare(found, 0.95) is None and compare(found, 0.88) is None
-    assert "the probe is 2.1 points ahead" in compare(found, 0.879)
+    assert compare(found, 0.95, 10_000) is None and compare(found, 0.88, 10_000) is None
+    assert "the probe is 2.1 points ahead: a linear classifier" in compare(found, 0.879, 10_000)
+    assert compare(found, 0.8, 40) == "the probe is 10.0 points ahead, which may be chance: 40 test pictures are too few to tell."
+    assert "may be chance" not in compare(found, 0.8, 400)

@@ -10,6 +10,7 @@ from vlm.reliability import (
     confidence_and_correctness,
     reliability_bins,
     reliability_figures,
+    wilson_interval,
 )
 
 
@@ -92,6 +93,21 @@ def test_the_same_seed_gives_the_same_intervals_whatever_the_confidences(monkeyp
     assert accuracy_interval(correct, 50, seed=5) == blocks["accuracy"]
 
 
+@pytest.mark.parametrize("right", [True, False])
+def test_few_pictures_that_are_all_right_or_all_wrong_prove_little(right):
+    """A bootstrap of equal values has no width. An ECE is not above 1, however few the pictures."""
+    log_probabilities = np.log(np.array([[0.9, 0.1]] * 8))
+    figures = reliability_figures(log_probabilities, [0 if right else 1] * 8)
+    assert figures["accuracy"] == [float(right), *wilson_interval(8 * right, 8)] == accuracy_interval(np.array([right] * 8))
+    assert figures["accuracy"][2] - figures["accuracy"][1] > 0.3
+    assert figures["ece"][1] <= figures["ece"][0] <= figures["ece"][2] <= 1
+
+
+def test_an_interval_of_the_error_ends_at_1():
+    value, _, high = reliability_figures(np.log(np.array([[1 - 1e-12, 1e-12]] * 4)), [0, 1, 1, 1])["ece"]
+    assert value == pytest.approx(0.75) and high == 1
+
+
 def test_the_bins_hold_every_picture_once_and_add_up_to_the_error():
     confidence, correct = confidence_and_correctness(*drawn(100))
     bins = np.array(reliability_bins(confidence, correct))
@@ -107,3 +123,13 @@ def test_an_impossible_truth_does_not_make_the_figures_infinite():
     found = reliability_figures(log_probabilities, [1, 0], resamples=50)
     assert found["nll"][0] == pytest.approx((100 + np.log(2)) / 2) and found["brier"][0] == pytest.approx((2 + 0.5) / 2)
     assert np.isfinite(list(found.values())).all()
+
+
+def test_the_interval_of_a_share():
+    """Against the roots of |p - share| = z * sqrt(p (1 - p) / n), by which Wilson's interval is defined."""
+    for correct, total in ((0, 5), (3, 7), (252, 269), (40, 40)):
+        low, high = wilson_interval(correct, total)
+        shares = np.linspace(0, 1, 200_001)
+        inside = shares[np.abs(shares - correct / total) <= 1.959964 * np.sqrt(shares * (1 - shares) / total)]
+        assert (low, high) == pytest.approx((inside.min(), inside.max()), abs=1e-5)
+    assert wilson_interval(0, 0) == pytest.approx((0, 0.79346), abs=1e-4)

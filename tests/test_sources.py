@@ -230,7 +230,7 @@ def test_picture_files_that_are_not_there_count_as_unreadable(tmp_path):
     path = write_csv(tmp_path / "a.csv", ["a", "b"] * 5)
     for file in (tmp_path / "pics").iterdir():
         file.unlink()
-    refuse("pictures are unreadable.*no such file", path)
+    refuse("pictures of .* are unreadable.*no such file", path)
 
 
 def test_hidden_and_other_files_of_a_picture_folder_are_ignored_and_nested_ones_count(tmp_path):

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -218,6 +219,16 @@ def test_out_of_memory_ends_with_advice(tmp_path, monkeypatch, capsys, error):
     assert last.startswith("error: out of memory")
     for flag in ("--batch-size", "--gradient-accumulation-steps", "--eval-batch-size", "--tune connector", "--dtype bfloat16", "--model"):
         assert flag in last
+
+
+def test_another_python_is_told_where_the_packages_are(tmp_path, monkeypatch, capsys):
+    def missing(*_, **__):
+        raise ModuleNotFoundError("No module named 'tqdm'", name="tqdm")
+
+    monkeypatch.setattr(VLMClassifier, "forward", missing)
+    assert train(*FLAGS, "--output-dir", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert f"error: {sys.executable} has no package tqdm. Start with ./run_vlm_training.sh" in error and TRACEBACK not in error
 
 
 def test_debug_shows_the_traceback(tmp_path, monkeypatch):

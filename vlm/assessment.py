@@ -17,7 +17,7 @@ from vlm.probe import compare, probe
 from vlm.reliability import confidence_and_correctness, reliability_bins, reliability_figures
 from vlm.score_choice import choose_score
 from vlm.setup import Run
-from vlm.summary import missed_target
+from vlm.summary import is_calibrated, missed_target
 from vlm.tracking import note
 
 
@@ -46,7 +46,7 @@ def calibrate(classifier: VLMClassifier, validation: Split, settings: Settings, 
         note(remark)
     classifier.calibration = replace(calibration, abstain_below=threshold)
     fitted = {"score": calibration.score, "scores": compared, "temperature": calibration.temperature, "bias": calibration.bias}
-    result = {"method": settings.calibration, **fitted, "remarks": remarks}
+    result = {"method": settings.calibration if is_calibrated(fitted) else "none", **fitted, "remarks": remarks}
     if threshold is not None or target is not None:
         known = None if threshold is None else coverage_and_accuracy(*measured, threshold)
         result["abstention"] = {"below": threshold, "target_precision": target, "validation": known}
@@ -81,7 +81,7 @@ def probe_beside(run: Run, classifier: VLMClassifier, cache: FeatureCache | None
     found = probe(family, run.data, cache, run.settings.seed)
     if found is None:
         return None
-    warning = compare(found, accuracy)
+    warning = compare(found, accuracy, len(run.data.test))
     if warning:
         note(warning)
     return {**found, "tower": tower, "warning": warning}

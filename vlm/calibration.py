@@ -158,7 +158,7 @@ def fit_calibration(scores: Tensor, labels: Sequence[int], method: str) -> tuple
         remarks.append(f"{broken.sum()} of {len(broken)} validation pictures have NaN as a score and are left out of the calibration.")
         values, truth = values[~broken], truth[~broken]
     if len(truth) < MIN_PICTURES:
-        remarks.append(f"only {len(truth)} validation pictures, of at least {MIN_PICTURES}: not calibrated, the temperature is 1.")
+        remarks.append(f"{len(truth)} validation pictures are fewer than {MIN_PICTURES}: not calibrated, the temperature is 1.")
         return Calibration(), remarks
     values = np.maximum(values - values.max(axis=1, keepdims=True), LOWEST_SCORE)
     temperature, remark = fit_temperature(values, truth)

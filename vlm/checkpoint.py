@@ -116,6 +116,8 @@ def read_metadata(folder: Path) -> dict[str, Any]:
                 raise UsageError(f"{path} names no classes and prompts: it was not written by train_vlm.py.")
             if path.parent != folder and _is_where_it_started(folder, metadata):
                 raise UsageError(f"{folder} is the model before the training: take {folder.parent / 'best_model'}.")
+            if (folder / "best_model").is_dir():
+                raise UsageError(f"{folder} is the folder of a run: its model is {folder / 'best_model'}.")
             return metadata
     raise UsageError(f"no {METADATA} in {folder} or beside it: --model-dir takes a folder such as vlm_results/best_model.")
 

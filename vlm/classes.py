@@ -73,7 +73,9 @@ def _plain(value: Any) -> Any:
 def _apply_given(own: list[str], given: list[str]) -> tuple[list[str], list[int], list[str]]:
     """The user's names; for each own index the index of its name among them; how they were matched."""
     if len(given) != len(own):
-        raise UsageError(f"--class-names has {len(given)} names, but the data set has {len(own)} classes: {', '.join(own)}.")
+        raise UsageError(
+            f"--class-names has {len(given)} names, but the data set has {len(own)} classes: {', '.join(own)}. Give every name, or none."
+        )
     for key in (str, str.casefold):
         position = {key(name): number for number, name in enumerate(given)}
         if len(position) == len(given) and set(position) == {key(name) for name in own}:

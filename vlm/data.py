@@ -268,9 +268,9 @@ def _drop_unreadable(splits: dict[str, Split], names: list[str], cut: list[str])
     for roles in [["train", *cut], *([role] for role in ROLES[1:] if role not in cut)]:
         lost, of = [text for role, _, text in bad if role in roles], sum(len(splits[role]) for role in roles)
         if len(lost) > MOST_UNREADABLE * of:
-            where = " with what is cut from it" if len(roles) > 1 else ""
+            where = f" ({' and '.join(roles[1:])} are cut from it)" if len(roles) > 1 else ""
             raise UsageError(
-                f"{roles[0]}{where}: {len(lost)} of {of} pictures are unreadable, more than {MOST_UNREADABLE:.0%}. First: {lost[0]}\n"
+                f"{len(lost)} of {of} pictures of {roles[0]}{where} are unreadable, more than {MOST_UNREADABLE:.0%}. First: {lost[0]}\n"
                 "       Repair or remove these files; where a table names them, its paths are relative to it."
             )
     for role, split in splits.items():

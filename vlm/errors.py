@@ -62,6 +62,12 @@ def _explain(error: BaseException) -> tuple[str, int]:
         return f"error: {error}", 1
     if is_out_of_memory(error):
         return f"error: {OUT_OF_MEMORY}", 1
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("vlm"):
+        return (
+            f"error: {sys.executable} has no package {error.name}. Start with ./run_vlm_training.sh, which sets up an environment that has "
+            "all of them, or use the Python in it: .venv/bin/python.",
+            2,
+        )
     return f"error: {type(error).__name__}: {error}\nhint: run it again with --debug for the traceback.", 1
 
 

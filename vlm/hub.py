@@ -159,8 +159,8 @@ def _refused(kind: str, name: str, revision: str | None, error: Exception) -> Us
 
 def _not_cached(kind: str, name: str, silence: str) -> UsageError:
     return UsageError(
-        f"{silence}, and {NOUNS[kind]} {name} is not, or not completely, in the cache. There is no folder {name} here either.\n"
-        "       Use --demo to try things out without the hub."
+        f"there is no folder {name} here, {silence}, and {NOUNS[kind]} {name} is not, or not completely, in the cache.\n"
+        "       Without the hub name a model and a data set in folders (--model, --dataset), or use --demo to try things out."
     )
 
 

@@ -23,12 +23,17 @@ WRITTEN = (
 
 
 def check_output(settings: Settings) -> None:
-    """See that no earlier run would be lost.
+    """See that no earlier run would be lost, and that the next one does not take this one's pictures for a class.
 
     Raises:
-        UsageError: the folder holds a run that is neither resumed nor overwritten.
+        UsageError: the folder holds a run that is neither resumed nor overwritten, or lies in the folder of the pictures.
     """
     output = Path(settings.output_dir)
+    if settings.dataset and Path(settings.dataset).is_dir() and output.resolve().is_relative_to(Path(settings.dataset).resolve()):
+        raise UsageError(
+            f"--output-dir {output} is in the folder of --dataset {settings.dataset}: the results would be taken for a class of pictures. "
+            "Choose a folder beside it."
+        )
     if settings.overwrite:
         return
     if (output / RESULTS).exists():

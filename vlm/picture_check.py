@@ -50,8 +50,8 @@ def check_pictures(classifier: VLMClassifier, split: Split, scores: Scores, batc
     ]
     if close:
         result["warning"] = (
-            f"the picture hardly matters: of {len(chosen)} test pictures {result['accuracy']:.0%} are right, which cannot be told from the "
-            f"accuracy with {' and with '.join(close)} pictures ({', '.join(_percent(result, name) for name in close)})."
+            f"nothing shows that the picture matters: of {len(chosen)} test pictures {result['accuracy']:.0%} are right, which cannot be "
+            f"told from the accuracy with {' and with '.join(close)} pictures ({', '.join(_percent(result, name) for name in close)})."
         )
     return result
 

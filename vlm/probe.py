@@ -114,11 +114,17 @@ def _features_of(family: Family, split: Split, cache: FeatureCache | None, bar: 
     return np.concatenate(parts)
 
 
-def compare(found: dict[str, Any], accuracy: float) -> str | None:
-    """A warning where the VLM's test accuracy is more than 2 points below the probe's."""
-    ahead = found["accuracy"][0] - accuracy
+def compare(found: dict[str, Any], accuracy: float, pictures: int) -> str | None:
+    """A warning where the VLM's test accuracy is more than 2 points below the probe's, which says so where that may be chance.
+
+    Chance: within two standard errors of a difference of two shares of so many pictures.
+    """
+    theirs = found["accuracy"][0]
+    ahead = theirs - accuracy
     if ahead <= WORSE + 1e-9:
         return None
+    if ahead <= 2 * ((theirs * (1 - theirs) + accuracy * (1 - accuracy)) / pictures) ** 0.5:
+        return f"the probe is {100 * ahead:.1f} points ahead, which may be chance: {pictures} test pictures are too few to tell."
     return (
         f"the probe is {100 * ahead:.1f} points ahead: a linear classifier on the vision features alone does better than the VLM. Train "
         "longer, try another --learning-rate or --tune, or use the classifier."

@@ -27,7 +27,8 @@ def reliability_figures(
 ) -> dict[str, Interval]:
     """Figures with their 95% intervals by the bootstrap over pictures (Efron & Tibshirani 1993).
 
-    The intervals of the means are percentile ones. That of the ECE is the basic one (Davison & Hinkley 1997, section 5.2), cut at 0:
+    The intervals of the means are percentile ones, of an accuracy of 0 or 1 Wilson's. That of the ECE is the basic one (Davison & Hinkley
+    1997, section 5.2), cut at 0 and 1:
     a resample holds pictures several times, which adds to its ECE, so that a percentile interval would lie too high. It is widened to
     the value where that would lie outside.
 
@@ -57,7 +58,8 @@ def reliability_figures(
     result = {name: [float(values[:, i].mean()), float(low[i]), float(high[i])] for i, name in enumerate(("accuracy", "nll", "brier"))}
     ece = float(_binned_error(gaps[None])[0])
     below, above = np.quantile(np.concatenate(errors), [tail, 1 - tail])
-    return result | {"ece": [ece, max(0.0, min(ece, float(2 * ece - above))), max(ece, float(2 * ece - below))]}
+    result["accuracy"] = _widened(result["accuracy"], len(labels))
+    return result | {"ece": [ece, max(0.0, min(ece, float(2 * ece - above))), min(1.0, max(ece, float(2 * ece - below)))]}
 
 
 def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
@@ -80,7 +82,22 @@ def accuracy_interval(correct: np.ndarray, resamples: int = RESAMPLES, seed: int
     """Accuracy with its percentile interval, from (N,) bool."""
     means = np.concatenate([correct[drawn].mean(axis=1) for drawn in _resamples(len(correct), resamples, seed)])
     tail = (1 - LEVEL) / 2
-    return [float(correct.mean()), *map(float, np.quantile(means, [tail, 1 - tail]))]
+    return _widened([float(correct.mean()), *map(float, np.quantile(means, [tail, 1 - tail]))], len(correct))
+
+
+def _widened(accuracy: Interval, count: int) -> Interval:
+    """The interval of an accuracy; where all or none are right, every resample is like that, and Wilson's interval takes its place."""
+    value = accuracy[0]
+    return accuracy if 0 < value < 1 else [value, *wilson_interval(round(value * count), count)]
+
+
+def wilson_interval(correct: int, total: int) -> tuple[float, float]:
+    """95% interval of a share (Wilson 1927), which is right for few pictures and near 0 and 1 too."""
+    z = 1.959964
+    share, total = correct / max(total, 1), max(total, 1)
+    middle = (share + z**2 / (2 * total)) / (1 + z**2 / total)
+    reach = z / (1 + z**2 / total) * np.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
+    return max(0.0, float(middle - reach)), min(1.0, float(middle + reach))
 
 
 def _resamples(count: int, resamples: int, seed: int) -> Iterator[np.ndarray]:

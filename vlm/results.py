@@ -127,7 +127,11 @@ def _print(run: Run, results: dict[str, Any]) -> None:
 
 
 def _command() -> str:
-    """How to start the inference from here: with this Python where it is that of a folder below, such as .venv."""
-    python = os.path.relpath(sys.executable)
-    script = os.path.relpath(Path(__file__).parent.parent / "inference_vlm.py")
-    return f"{'python' if python.startswith('..') else python} {script}"
+    """How to start the inference from here, with this Python: files of folders below by their relative paths, such as .venv/bin/python."""
+    python, script = (_from_here(Path(path)) for path in (sys.executable, Path(__file__).parent.parent / "inference_vlm.py"))
+    return f"{'python' if shutil.which('python') == sys.executable else python} {script}"
+
+
+def _from_here(path: Path) -> str:
+    relative = os.path.relpath(path)
+    return str(path.absolute()) if relative.startswith("..") else relative

@@ -201,7 +201,7 @@ def preflight(classifier: VLMClassifier, sample: Sample) -> None:
     responses = int((targets != IGNORED).sum())
     parts = [f"the {responses} in [[ ]] are in the loss"] if objective.has_response else []
     if objective.has_posterior:  # behind the opening, and behind each node that is run
-        parts.append(f"the class is learned at {len(objective.rows) + 1} places of the label tree")
+        parts.append(f"the class is learned where the classes' responses part ({len(objective.rows) + 1} tokens)")
     note(
         f"One sample as the model sees it ({sample.name}, {classifier.class_names[sample.label]}): {len(rendered.prefix_ids)} tokens run "
         f"once for all, then {len(ids)} with {pictures} picture tokens; {', and '.join(parts)}."

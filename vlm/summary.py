@@ -16,12 +16,12 @@ def summary_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
     rows += [
         *_probe_row(results["probe"]),
         ("macro F1, weighted F1", f"{test['macro_f1']:.4f}, {test['weighted_f1']:.4f}"),
-        ("validation accuracy", f"{validation['accuracy']:.4f}  (step {validation['step']}, the best)"),
+        ("validation accuracy", f"{validation['accuracy']:.4f}  (step {validation['step']}, the best{_before_fit(test['calibration'])})"),
         *_calibration_rows(test["calibration"]),
         *([("abstaining", abstention_line(test["abstention"]))] if test.get("abstention") else []),
         _picture_row(results["picture_check"]),
         ("texts written freely", f"{texts['agree_with_prediction']} of {texts['texts']} answer with the predicted class, "
-                                 f"{texts['invalid']} with no class at all"),
+                                 f"{texts['invalid']} with no class at all{_unread(texts)}"),
         ("explanations", f"{texts['explanations_agree']} of {texts['texts']} answer with the predicted class"),
     ]  # fmt: skip
     if texts["reasoning_names_answer"] is not None:
@@ -62,6 +62,16 @@ MEANING = {
     "nll": "-log of the probability of the true class, 0 at best",
     "brier": "squared distance of the probabilities from the truth, 0 at best, 2 at worst",
 }
+
+
+def _before_fit(calibration: dict[str, Any]) -> str:
+    """What the validation accuracy of the training lacks: it is by the sum and without biases, which alone change what is predicted."""
+    return "; before score and biases were fitted" if calibration["bias"] or calibration["score"] != "sum" else ""
+
+
+def _unread(texts: dict[str, Any]) -> str:
+    """What texts that disagree mean for the user, where most do: too short a training for texts, or one that does not teach them."""
+    return "" if 2 * texts["agree_with_prediction"] >= texts["texts"] else "; predictions and explanations do not depend on them"
 
 
 def is_calibrated(calibration: dict[str, Any]) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from vlm.data import Data
+from vlm.reliability import wilson_interval
 
 MOST_PICTURES = 12  # mistakes, and as many uncertain pictures
 MOST_CONFUSIONS = 10
@@ -102,15 +103,6 @@ class Content:
     @cached_property
     def uncertain(self) -> list[int]:
         return least_certain(self.predictions)
-
-
-def wilson_interval(correct: int, total: int) -> tuple[float, float]:
-    """95% interval of a share (Wilson 1927), which is right for few pictures and near 0 and 1 too."""
-    z = 1.959964
-    share, total = correct / max(total, 1), max(total, 1)
-    middle = (share + z**2 / (2 * total)) / (1 + z**2 / total)
-    reach = z / (1 + z**2 / total) * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
-    return max(0.0, middle - reach), min(1.0, middle + reach)
 
 
 def shown_pictures(predictions: Sequence[Prediction]) -> list[int]:

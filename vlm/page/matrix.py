@@ -13,7 +13,7 @@ RIGHT, WRONG = (43, 108, 196), (196, 88, 22)  # as in the style sheet; a picture
 FAINTEST = 60  # opacity of 255; a single picture is seen, too
 MOST_NAMES = 40  # on an axis of the picture
 FITS_A_PHONE = 7  # classes
-SWIPE = "Wider than this screen: swipe it sideways to see the rest."
+SWIPE = "Where columns are cut off, swipe sideways to see the rest."
 
 
 def matrix(content: Content) -> Markup:
