@@ -54,6 +54,11 @@ def test_default_is_lora_on_smolvlm_and_mars_with_eight_pictures_a_step():
     settings = resolve({})
     assert (settings.model, settings.dataset) == ("HuggingFaceTB/SmolVLM-500M-Instruct", "Mirali33/mb-domars16k")
     assert (settings.tune, settings.batch_size, settings.gradient_accumulation_steps) == ("lora", None, None)
+    assert (
+        settings.objective is None
+        and resolve({"label_smoothing": 0.1}).objective == "both"
+        and resolve({"demo": True}).objective == "response"
+    )
     set_batch_size(settings, 2)  # when the model and the free memory are known
     assert (settings.batch_size, settings.gradient_accumulation_steps) == (2, 4)
     assert resolve({"batch_size": 3}).gradient_accumulation_steps == 3

@@ -21,6 +21,7 @@ from vlm.label_tree import build_label_tree
 from vlm.objective import Objective, balanced_weights
 from vlm.prompts import build_prompts
 from vlm.resolve import resolve
+from vlm.setup import set_up
 from vlm.tree_rows import TreeRows
 
 LABELS = [0, 5, 6, 3]
@@ -200,6 +201,14 @@ def test_a_step_does_not_depend_on_how_it_is_cut(sources, tmp_path, flags):
     largest = max(gradient.norm() for gradient in whole.values())
     for name, gradient in whole.items():
         assert (parts[name] - gradient).norm() <= 1e-6 * max(gradient.norm(), 1e-6 * largest), name
+
+
+@pytest.mark.parametrize(("few", "expected"), [(len(NAMES), BOTH), (len(NAMES) - 1, RESPONSE)])
+def test_without_a_wish_the_number_of_classes_decides(sources, tmp_path, monkeypatch, few, expected):
+    monkeypatch.setattr("vlm.objective.FEW_CLASSES", few)
+    model, pictures = sources
+    run = set_up(resolve({"model": str(model), "dataset": str(pictures), "output_dir": str(tmp_path)}))
+    assert run.settings.objective == run.metadata["settings"]["objective"] == run.classifier.objective.name == expected
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,13 @@ TUNING_DEFAULTS = {
     "connector": {"learning_rate": 5e-4, "epochs": 5},
     "full": {"learning_rate": 1e-5, "epochs": 3},
 }
+RESPONSE, POSTERIOR, BOTH = "response", "posterior", "both"  # see vlm/objective.py
 # The demo trains a very small model from scratch, which wants other values than fine-tuning does.
 DEMO_DEFAULTS = {
     "tune": "full",
     "learning_rate": 1.5e-3,
     "weight_decay": 0.1,
+    "objective": RESPONSE,  # as accurate there as both, and faster (docs/objectives.md)
     "epochs": 16,
     "batch_size": 16,
     "eval_batch_size": 64,
@@ -33,7 +35,7 @@ DEMO_DEFAULTS = {
 }
 CACHE_GB = 20.0  # what --cache-size is when it is not given
 AUTO = "auto"
-RESPONSE, POSTERIOR, BOTH = "response", "posterior", "both"  # see vlm/objective.py
+FEW_CLASSES = 50  # with more the class posterior, which runs a token or more of each class for each picture, costs more than the picture
 PICTURES_PER_STEP = 8  # what --gradient-accumulation-steps aims at when it is not given
 
 
@@ -117,8 +119,10 @@ class Settings:
         choices=tuple(LAYOUTS),
     )  # fmt: skip
 
-    objective: str = _flag(
-        RESPONSE, "training", "what is learned: to write the response (default), which class it is among all, or both",
+    objective: str | None = _flag(
+        None, "training",
+        f"what is learned: to write the response, which class it is among all, or both (default: both up to {FEW_CLASSES} classes, "
+        "above response; demo: response)",
         choices=(RESPONSE, POSTERIOR, BOTH),
     )  # fmt: skip
     label_smoothing: float = _flag(

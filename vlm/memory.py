@@ -193,7 +193,7 @@ def _activations(family: Family, settings: Settings, size: int, device: str, tex
     block, batch, full = Block.of(family.language), settings.batch_size or 1, settings.tune == "full"
     patches, tokens = _picture_load(family, settings, texts)
     response = 0 if settings.objective == POSTERIOR else texts.response
-    nodes = {RESPONSE: 0, POSTERIOR: texts.response * texts.classes, BOTH: texts.classes}[settings.objective]  # about, and at most
+    nodes = {RESPONSE: 0, POSTERIOR: texts.response * texts.classes, BOTH: texts.classes}[settings.objective or BOTH]  # about, and at most
     row = tokens + texts.question + response + nodes
     keys = texts.prefix + row
     prefix = 0 if settings.tune == "connector" else texts.prefix

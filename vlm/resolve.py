@@ -10,6 +10,7 @@ from typing import Any
 
 from vlm.config import (
     AUTO,
+    BOTH,
     DEFAULT_DATASET,
     DEFAULT_MODEL,
     DEMO_DEFAULTS,
@@ -88,6 +89,8 @@ def _fill(settings: Settings) -> None:
         if getattr(settings, name) is None:
             setattr(settings, name, value)
     settings.response_format = choose_format(settings.response_format, settings.prompt_template)
+    if settings.objective is None and settings.label_smoothing:
+        settings.objective = BOTH
     if settings.connector_learning_rate is None:
         settings.connector_learning_rate = settings.learning_rate
     if settings.batch_size is not None and settings.batch_size >= 1:

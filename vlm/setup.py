@@ -28,7 +28,7 @@ from vlm.features import cache_root, fill_cache
 from vlm.formats import stated_format
 from vlm.hub import model_folder
 from vlm.memory import Texts, fit_to_memory
-from vlm.objective import Objective, balanced_weights
+from vlm.objective import Objective, balanced_weights, usual_objective
 from vlm.output import DEMO_MODEL
 from vlm.prompts import build_prompts
 from vlm.quantization import check_quantization
@@ -84,6 +84,7 @@ def set_up(settings: Settings) -> Run:
     note("\n" + format_table(data.summary) + "\n")
     _point_out_contradictions(settings)
 
+    settings.objective = settings.objective or usual_objective(len(data.class_names))
     prompts = build_prompts(settings, data.class_names)
     folder, revision = _find_model(settings, data.class_names, accelerator)
     texts = Texts.of(prompts, [text for text in data.train.reasonings if text], data.edge)
