@@ -180,8 +180,11 @@ def test_two_classes_and_few_pictures_and_no_mistake(tmp_path):
     ("changed", "warning"),
     [
         ({"probe": {"accuracy": [1.0, 1.0, 1.0], "warning": "the probe is better."}}, "The probe is better."),
-        ({"picture_check": {"accuracy": 0.9, "shuffled": 0.85, "gray": 0.2, "chance": 0.33, "warning": "it is blind."}}, "It is blind."),
-        ({"picture_check": {"accuracy": 0.9, "shuffled": None, "gray": 0.33, "chance": 0.33, "warning": None}}, None),
+        (
+            {"picture_check": {"pictures": 12, "accuracy": 0.9, "shuffled": 0.85, "gray": 0.2, "chance": 0.33, "warning": "it is blind."}},
+            "It is blind.",
+        ),
+        ({"picture_check": {"pictures": 12, "accuracy": 0.9, "shuffled": None, "gray": 0.33, "chance": 0.33, "warning": None}}, None),
         ({"probe": None, "picture_check": None, "zero_shot": None, "texts": None, "history": None}, None),
     ],
 )

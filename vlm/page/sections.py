@@ -36,7 +36,7 @@ def comparison(content: Content) -> Markup | None:
     """The accuracy beside that of cheaper answers; None where there is only the most frequent class to compare with."""
     results = content.results
     check, probe = results.get("picture_check") or {}, results.get("probe") or {}
-    subset = f"on {check['pictures']:,} pictures" if check.get("pictures") else "on some pictures"
+    subset = f"on {check['pictures']:,} pictures, {percent(check['accuracy'])} with their own" if check else ""
     rows = [
         ("This model", None, content.accuracy),
         ("Linear probe", f"logistic regression on {probed_tower(probe.get('tower'))}", triple(probe.get("accuracy"))),
@@ -64,7 +64,8 @@ def mistakes(content: Content) -> Markup:
     if not content.mistakes:
         return element("p", "The model makes no mistake on the test pictures.")
     total = int(content.counts.sum() - content.counts.trace())
-    return join([_cut_line(len(content.mistakes), total, "mistakes, the most confident first"), _cards(content, content.mistakes)])
+    what = "mistakes, the most confident first" if total > 1 else "mistake"
+    return join([_cut_line(len(content.mistakes), total, what), _cards(content, content.mistakes)])
 
 
 def uncertain(content: Content) -> Markup | None:
