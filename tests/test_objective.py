@@ -203,9 +203,11 @@ def test_a_step_does_not_depend_on_how_it_is_cut(sources, tmp_path, flags):
         assert (parts[name] - gradient).norm() <= 1e-6 * max(gradient.norm(), 1e-6 * largest), name
 
 
-@pytest.mark.parametrize(("few", "expected"), [(len(NAMES), BOTH), (len(NAMES) - 1, RESPONSE)])
-def test_without_a_wish_the_number_of_classes_decides(sources, tmp_path, monkeypatch, few, expected):
-    monkeypatch.setattr("vlm.objective.FEW_CLASSES", few)
+@pytest.mark.parametrize("expected", [BOTH, RESPONSE])
+def test_without_a_wish_the_cost_decides(sources, folder, tmp_path, monkeypatch, expected):
+    nodes = len(objective_of(tiny_classifier(folder, torch.float32), BOTH).rows)
+    assert nodes, "or nothing is compared with the bound"
+    monkeypatch.setattr("vlm.objective.FEW_NODES", nodes if expected == BOTH else nodes - 1)
     model, pictures = sources
     run = set_up(resolve({"model": str(model), "dataset": str(pictures), "output_dir": str(tmp_path)}))
     assert run.settings.objective == run.metadata["settings"]["objective"] == run.classifier.objective.name == expected

@@ -35,7 +35,7 @@ DEMO_DEFAULTS = {
 }
 CACHE_GB = 20.0  # what --cache-size is when it is not given
 AUTO = "auto"
-FEW_CLASSES = 50  # with more the class posterior, which runs a token or more of each class for each picture, costs more than the picture
+FEW_NODES = 64  # of the label tree: what the class posterior may add to each picture unasked, as much as a picture of SmolVLM's
 PICTURES_PER_STEP = 8  # what --gradient-accumulation-steps aims at when it is not given
 
 
@@ -121,8 +121,8 @@ class Settings:
 
     objective: str | None = _flag(
         None, "training",
-        f"what is learned: to write the response, which class it is among all, or both (default: both up to {FEW_CLASSES} classes, "
-        "above response; demo: response)",
+        "what is learned: to write the response, which class it is among all, or both (default: both, unless the names need "
+        f"more than {FEW_NODES} tokens a picture for it; demo: response)",
         choices=(RESPONSE, POSTERIOR, BOTH),
     )  # fmt: skip
     label_smoothing: float = _flag(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from vlm.config import BOTH, FEW_CLASSES, POSTERIOR, RESPONSE
+from vlm.config import BOTH, FEW_NODES, POSTERIOR, RESPONSE
 from vlm.label_tree import LabelTree
 from vlm.tree_rows import TreeRows
 
@@ -73,9 +73,9 @@ class Objective(nn.Module):
         return losses.sum() if self.weights is None else (losses * self.weights[labels]).sum()
 
 
-def usual_objective(classes: int) -> str:
-    """What is minimized where nobody asked for another objective: both, unless the classes are so many that it costs too much."""
-    return BOTH if classes <= FEW_CLASSES else RESPONSE
+def usual_objective(tree: LabelTree, opening: int) -> str:
+    """What is minimized where nobody asked for another objective: both, unless its nodes of the label tree would cost too much."""
+    return BOTH if len(TreeRows(tree, opening, whole=False)) <= FEW_NODES else RESPONSE
 
 
 def balanced_weights(labels: Sequence[int], classes: int) -> tuple[float, ...]:

@@ -84,7 +84,6 @@ def set_up(settings: Settings) -> Run:
     note("\n" + format_table(data.summary) + "\n")
     _point_out_contradictions(settings)
 
-    settings.objective = settings.objective or usual_objective(len(data.class_names))
     prompts = build_prompts(settings, data.class_names)
     folder, revision = _find_model(settings, data.class_names, accelerator)
     texts = Texts.of(prompts, [text for text in data.train.reasonings if text], data.edge)
@@ -102,6 +101,7 @@ def set_up(settings: Settings) -> Run:
     if settings.reasoning_column:
         prompts = replace(prompts, reasoning_tokens=longest_reasoning(data.train, family))
     classifier = VLMClassifier(family, prompts)
+    settings.objective = settings.objective or usual_objective(classifier.tree, len(classifier.rendered.opening_ids))
     classifier.objective = build_objective(settings, classifier, data.train.labels)
     note(format_table(_settings_rows(settings, classifier, reason, dtype, accelerator.num_processes)) + "\n")
     preflight(classifier, data.train[0])
@@ -201,8 +201,8 @@ def preflight(classifier: VLMClassifier, sample: Sample) -> None:
     pictures = int((ids == family.image_token_id).sum())
     responses = int((targets != IGNORED).sum())
     parts = [f"the {responses} in [[ ]] are in the loss"] if objective.has_response else []
-    if objective.has_posterior:  # behind the opening, and behind each node that is run
-        parts.append(f"the class is learned where the classes' responses part ({len(objective.rows) + 1} tokens)")
+    if objective.has_posterior:
+        parts.append("the class is learned where the classes' responses part")
     note(
         f"One sample as the model sees it ({sample.name}, {classifier.class_names[sample.label]}): {len(rendered.prefix_ids)} tokens run "
         f"once for all, then {len(ids)} with {pictures} picture tokens; {', and '.join(parts)}."
