@@ -128,7 +128,7 @@ def test_scores_that_say_nothing_take_the_bound():
 def test_too_few_pictures_are_not_calibrated_and_nan_is_left_out():
     scores, labels = drawn(MIN_PICTURES - 1, temperature=3)
     calibration, remarks = fit_calibration(scores, labels, "temperature")
-    assert calibration == Calibration() and f"only {MIN_PICTURES - 1} validation pictures" in remarks[0]
+    assert calibration == Calibration() and f"{MIN_PICTURES - 1} validation pictures are fewer than {MIN_PICTURES}" in remarks[0]
     scores, labels = drawn(100, temperature=3)
     broken = scores.clone()
     broken[7, 2] = float("nan")

@@ -136,7 +136,7 @@ def test_results_json_tells_the_whole_story(mars_run, results):
 def test_what_is_said_about_trust_stands_beside_the_accuracy(results):
     test, check = results["test"], results["picture_check"]
     calibration = test["calibration"]
-    assert calibration["temperature"] == 1 and "only 15 validation pictures" in calibration["remarks"][0]
+    assert calibration["temperature"] == 1 and "15 validation pictures are fewer than 20" in calibration["remarks"][0]
     for state in ("before", "after"):
         assert calibration[state]["accuracy"][0] == test["accuracy"] and set(calibration[state]) == {"accuracy", "nll", "brier", "ece"}
         assert sum(count for _, _, count in calibration["reliability"][state]) == 30
