@@ -77,12 +77,12 @@ def compare(options: argparse.Namespace, tune: str, cached: bool) -> dict[str, A
     import trl_side
 
     batch_size = options.batch_size or BATCH_SIZES[options.size][tune]
-    ours = workload.OurTraining(options, tune, batch_size, cached)
+    ours = workload.OurTraining(options, tune, batch_size, cached, gradient_accumulation_steps=options.accumulation)
     turns, run = Turns(ours.step), ours.run
     trainer = trl_side.build_trainer(options, run.settings, run.data.train, ours.classifier.prompts, options.rounds + 1, turns.after_step)
     differences = trl_side.compare(trainer, ours)
     turns.run(trainer)
-    return row(tune, batch_size, cached, turns.measured(), differences, "TRL")
+    return row(tune, options.accumulation * batch_size, cached, turns.measured(), differences, "TRL")
 
 
 def row(tune: str, batch_size: int, cached: bool, seconds: dict[str, list[float]], differences: dict[str, float], other: str) -> dict:
@@ -121,6 +121,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def main() -> int:
     parser = common.parser(__doc__)
     add_options(parser)
+    parser.add_argument("--accumulation", type=int, default=1, metavar="N", help="batches of a step, on both sides (default: 1)")
     options = common.start(parser.parse_args())
     try:
         import trl

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from vlm.batching import IGNORED
 from vlm.config import Settings
 from vlm.data import Split
 from vlm.device import DTYPES
@@ -90,9 +91,10 @@ def _config(options: argparse.Namespace, s: Settings, steps: int) -> SFTConfig:
     on_cpu = options.device == "cpu"
     return SFTConfig(
         output_dir=str(Path(s.output_dir).with_name("trl_output")), max_steps=steps, per_device_train_batch_size=s.batch_size,
-        gradient_accumulation_steps=1, bf16=options.dtype == "bfloat16", fp16=False, gradient_checkpointing=False, use_cpu=on_cpu,
-        max_length=None, optim="adamw_torch_fused", learning_rate=s.learning_rate, weight_decay=s.weight_decay,
-        max_grad_norm=s.max_grad_norm, logging_strategy="no", save_strategy="no", report_to="none", dataloader_pin_memory=not on_cpu,
+        gradient_accumulation_steps=s.gradient_accumulation_steps, bf16=options.dtype == "bfloat16", fp16=False,
+        gradient_checkpointing=False, use_cpu=on_cpu, max_length=None, optim="adamw_torch_fused",
+        learning_rate=s.learning_rate, weight_decay=s.weight_decay, max_grad_norm=s.max_grad_norm,
+        logging_strategy="no", save_strategy="no", report_to="none", dataloader_pin_memory=not on_cpu,
         dataloader_num_workers=s.workers or 0, disable_tqdm=True, seed=s.seed,
     )  # fmt: skip
 
@@ -115,18 +117,24 @@ def copy_weights(trainer: SFTTrainer, ours: workload.OurTraining) -> None:
 
 
 def forward_and_backward(trainer: SFTTrainer, indices: list[int]) -> Tensor:
-    """Loss and gradients of one batch without dropout, as a step computes them. Returns the loss."""
-    inputs = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in indices]))
+    """Loss and gradients of one optimizer step without dropout, in batches as a step computes them. Returns the loss."""
+    size = trainer.args.per_device_train_batch_size
+    parts = [indices[start : start + size] for start in range(0, len(indices), size)]
+    inputs = [trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in part])) for part in parts]
+    tokens = sum((part["labels"] != IGNORED).sum() for part in inputs)
     trainer.model.train()
+    total = torch.zeros((), device=tokens.device)
     with workload.without_dropout(trainer.model):
-        with trainer.accelerator.autocast():  # only `train` puts it around the model's forward
-            loss = trainer.compute_loss(trainer.model, inputs)
-        loss.backward()
-    return loss.detach()
+        for part in inputs:
+            with trainer.accelerator.autocast():  # only `train` puts it around the model's forward
+                loss = trainer.compute_loss(trainer.model, part, num_items_in_batch=tokens)
+            loss.backward()
+            total += loss.detach()
+    return total
 
 
 def compare(trainer: SFTTrainer, ours: workload.OurTraining, examined: Examined | None = None) -> dict[str, float]:
-    """Loss and gradients of one batch on both sides, without dropout: how far they are apart, relative.
+    """Loss and gradients of one optimizer step on both sides, without dropout: how far they are apart, relative.
 
     Args:
         examined: what `ours.examine()` gave, where it was called already.

@@ -153,17 +153,18 @@ def picture_folder(options: argparse.Namespace, pictures: int, classes: int) -> 
 
 
 def pictures_for(batch_size: int) -> int:
-    """How many different pictures are trained on."""
+    """How many different pictures are trained on, by those of a step."""
     return max(2 * batch_size, 10)
 
 
 def settings(options: argparse.Namespace, tune: str, batch_size: int, cached: bool, **more: Any) -> dict[str, Any]:
     """The flags of the training run that is measured, by field name of `Settings`. The objective is the one that other programs have."""
+    pictures = batch_size * more.get("gradient_accumulation_steps", 1)
     descriptions = kept(options, "descriptions.json")
     if not descriptions.is_file():
         descriptions.write_text(json.dumps({name: DESCRIPTION.format(name) for name in class_names(10)}), encoding="utf-8")
     return {
-        "model": str(model_folder(options)), "dataset": str(picture_folder(options, pictures_for(batch_size), 10)), "tune": tune,
+        "model": str(model_folder(options)), "dataset": str(picture_folder(options, pictures_for(pictures), 10)), "tune": tune,
         "epochs": 1000, "objective": RESPONSE,
         "system_instructions": system_text(options.size), "class_descriptions": str(descriptions),
         "batch_size": batch_size, "gradient_accumulation_steps": 1, "no_feature_cache": not cached,
@@ -209,7 +210,7 @@ class OurTraining:
 
     def _all_steps(self) -> Iterator[tuple[Step, Iterator[dict[str, Any]]]]:
         for epoch in range(self.run.settings.epochs):
-            plan = [step for step in self.trainer._plan(epoch) if len(step.indices) == self.run.settings.batch_size]
+            plan = [step for step in self.trainer._plan(epoch) if len(step.indices) == self.trainer._pictures_per_step()]
             batches = self.trainer._batches(plan)
             for step in plan:
                 yield step, batches

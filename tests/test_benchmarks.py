@@ -136,6 +136,12 @@ def test_train_vs_plain(benchmark):
     assert {row["tuning"] for row in rows} == {"connector", "full"}
 
 
+@WITH_TRL
+def test_train_vs_trl_in_several_batches_of_a_step(benchmark):
+    (row,) = benchmark("train_vs_trl", "--tune", "full", "--accumulation", "3")["rows"]
+    assert row["batch"] == 6 and row["agrees"]
+
+
 def test_classify_vs_generate(benchmark):
     rows = benchmark("classify_vs_generate", "--batch-size", "2")["rows"]
     assert {(row["weights"], row["picture"]) for row in rows} >= {("peaked", "native"), ("random", "cached features")}
