@@ -3,9 +3,10 @@
 Exit codes: 0 done, 1 a run that failed, 2 wrong usage, 130 stopped by the user.
 """
 
+import difflib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 
 class UsageError(Exception):
@@ -25,6 +26,12 @@ def reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror[:1].lower() + error.strerror[1:]
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def did_you_mean(given: str, known: Sequence[str]) -> str:
+    """What to add to a message about a name that is not known: the one that is like it, or nothing."""
+    close = difflib.get_close_matches(given, known, n=1) or [name for name in known if name.lower() == given.lower()]
+    return f" Did you mean {close[0]}?" if close else ""
 
 
 OUT_OF_MEMORY = (

@@ -2,12 +2,12 @@
 
 import argparse
 import dataclasses
-import difflib
 import types
 from collections.abc import Sequence
 from typing import Any, NoReturn, get_args
 
 from vlm.config import Settings
+from vlm.errors import did_you_mean
 
 UNRECOGNIZED = "unrecognized arguments: "  # how argparse begins what it says of a flag that it does not know
 
@@ -16,12 +16,11 @@ class Parser(argparse.ArgumentParser):
     """Says in a line or two what is wrong with a command line, and which flag may have been meant; all flags are in `--help` alone."""
 
     def error(self, message: str) -> NoReturn:
-        close: list[str] = []
+        hint = ""
         if message.startswith(UNRECOGNIZED):
             flags = [option for action in self._actions for option in action.option_strings]
             word = message.removeprefix(UNRECOGNIZED).split()[0].partition("=")[0].replace("_", "-")
-            close = difflib.get_close_matches(word, flags, n=1) or difflib.get_close_matches(f"--{word.lstrip('-')}", flags, n=1)
-        hint = f" Did you mean {close[0]}?" if close else ""
+            hint = did_you_mean(f"--{word.lstrip('-')}", flags)
         self.exit(2, f"error: {message}.{hint}\n       {self.prog} --help lists all flags.\n")
 
 

@@ -9,10 +9,10 @@ from vlm.calibration import Scores
 from vlm.classifier import VLMClassifier
 from vlm.data import Sample, Split, balanced_positions
 from vlm.evaluation import score_split
+from vlm.reliability import STANDARD_ERRORS
 
 PICTURES = 64
 GRAY = (128, 128, 128)
-STANDARD_ERRORS = 2
 
 
 def check_pictures(classifier: VLMClassifier, split: Split, scores: Scores, batch_size: int = 8, seed: int = 0) -> dict[str, Any]:

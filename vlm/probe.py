@@ -20,7 +20,7 @@ from vlm.data import Data, Sample, Split
 from vlm.errors import is_out_of_memory
 from vlm.families.base import Family
 from vlm.features import FeatureCache
-from vlm.reliability import accuracy_interval
+from vlm.reliability import STANDARD_ERRORS, accuracy_interval
 from vlm.tracking import Bar, note
 
 BATCH_SIZE = 16
@@ -123,7 +123,7 @@ def compare(found: dict[str, Any], accuracy: float, pictures: int) -> str | None
     ahead = theirs - accuracy
     if ahead <= WORSE + 1e-9:
         return None
-    if ahead <= 2 * ((theirs * (1 - theirs) + accuracy * (1 - accuracy)) / pictures) ** 0.5:
+    if ahead <= STANDARD_ERRORS * ((theirs * (1 - theirs) + accuracy * (1 - accuracy)) / pictures) ** 0.5:
         return f"the probe is {100 * ahead:.1f} points ahead, which may be chance: {pictures} test pictures are too few to tell."
     return (
         f"the probe is {100 * ahead:.1f} points ahead: a linear classifier on the vision features alone does better than the VLM. Train "

@@ -12,6 +12,7 @@ from vlm.metrics import SMALLEST_LOG_PROBABILITY
 BINS = 15
 RESAMPLES = 1000
 LEVEL = 0.95  # of the intervals
+STANDARD_ERRORS = 2  # of a difference of accuracies, within which it may be chance
 ELEMENTS_AT_ONCE = 2**21  # of one block of resamples
 
 Interval = list[float]  # value, lower end, upper end

@@ -1,7 +1,6 @@
 """Any labeled source of pictures -> rows of (picture, label) by split. Nothing is decoded here, and labels stay as they are."""
 
 import csv
-import difflib
 import io
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from vlm.config import Settings
-from vlm.errors import UsageError, reason
+from vlm.errors import UsageError, did_you_mean, reason
 from vlm.formats import reasoning_of
 from vlm.hub import check_dataset_reachable, looks_like_path
 from vlm.pictures import is_picture, visible_files
@@ -121,8 +120,7 @@ def choose_column(
     if given is not None:
         if given in columns:
             return given
-        close = difflib.get_close_matches(given, columns, n=1) or [name for name in columns if name.lower() == given.lower()]
-        raise UsageError(f"{flag} {given}: no such column. {there}" + (f" Did you mean {close[0]}?" if close else ""))
+        raise UsageError(f"{flag} {given}: no such column. {there}{did_you_mean(given, columns)}")
     candidates = typed or columns
     for name in names:
         for column in candidates:
