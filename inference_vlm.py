@@ -114,7 +114,7 @@ def print_results(results: dict[str, dict[str, Any]], explain: bool) -> None:
     print(format_table(rows, headers=("picture", "prediction", "confidence", "next")))
     if explain:
         for path, result in results.items():
-            print(f"\n{path}\n{result.get('full_response', '(not read)')}")
+            print(f"\n{path}\n{'(abstained)' if result.get('abstained') else result.get('full_response', '(not read)')}")
     sys.stdout.flush()  # before what is said of errors
 
 

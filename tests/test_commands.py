@@ -119,6 +119,7 @@ def test_results_json_tells_the_whole_story(mars_run, results):
         "pictures",
         "timings",
         "device",
+        "image_size",
         "versions",
         "settings",
         "history",

@@ -171,21 +171,21 @@ def test_what_a_family_cannot_do_is_said_in_a_line(model, flag, message, folder_
 @pytest.mark.parametrize(
     ("model", "edge", "tokens", "line"),
     [
-        ("smolvlm", 200, 16, "image size 256 of 512 px (auto: 95% of the pictures are at most 200 px): 16 picture tokens instead of 64, "),
+        ("smolvlm", 200, 16, "256 of 512 px (auto: 95% of the pictures are at most 200 px): 16 picture tokens instead of 64, "),
         ("smolvlm", 255, 16, "instead of 64, about 25% of the vision work."),
-        ("smolvlm", 300, 25, "image size 320 of 512 px"),
-        ("smolvlm", 2000, 64, "image size 512 px, as published (auto: 95% of the pictures are at most 2000 px): 64 picture tokens."),
+        ("smolvlm", 300, 25, "320 of 512 px"),
+        ("smolvlm", 2000, 64, "512 px, as published (auto: 95% of the pictures are at most 2000 px): 64 picture tokens."),
         ("smolvlm 2.2B", 64, 25, "25 picture tokens instead of 81, about 31% of"),
-        ("llava dinov2", 8, 1, "image size 14 of 28 px"),
-        ("llava clip", 8, 4, "image size 28 px, as published"),
-        ("onevision", 8, None, "image size 28 px, as published"),
+        ("llava dinov2", 8, 1, "14 of 28 px"),
+        ("llava clip", 8, 4, "28 px, as published"),
+        ("onevision", 8, None, "28 px, as published"),
         ("qwen", 8, 4, "at most 200,704 pixels: up to 256 picture tokens"),
-        ("phi3", 8, 313, "image size 336 px, to which Phi-3.5-vision is fixed"),
+        ("phi3", 8, 313, "336 px, to which Phi-3.5-vision is fixed"),
     ],
 )  # fmt: skip
 def test_auto_says_what_it_takes_and_what_that_costs(model, edge, tokens, line, folder_of):
     family = auto(folder_of(model), edge)
-    assert line in family.size_line(ImageSize(edge, auto=True))
+    assert line in family.size_text(ImageSize(edge, auto=True))
     if tokens:
         assert tokens_of(family) == tokens
 

@@ -310,6 +310,9 @@ def test_the_settings_are_those_that_were_used():
     assert sections.used_settings(results) == {"tune": "full", "device": "cuda", "dtype": "bfloat16", "epochs": 0}, "0 is no False"
     assert sections.used_settings({"settings": given | {"tune": "lora"}})["lora_rank"] == 16, "and of older results what there is"
     assert sections.used_settings({"settings": given})["device"] == "auto"
+    taken = {"settings": given | {"image_size": "auto"}, "image_size": "84 of 168 px"}
+    assert sections.used_settings(taken)["image_size"] == "84 of 168 px", "what auto came to"
+    assert sections.used_settings(taken | {"image_size": None})["image_size"] == "auto"
 
 
 def test_words_of_the_page_are_said_once_and_explained(tmp_path):

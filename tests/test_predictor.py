@@ -152,7 +152,7 @@ def test_a_model_that_abstains_gives_none_with_its_probabilities(demo_run, loade
     results = batch(abstaining, paths)
     assert sum("abstained" in result for result in results.values()) == COUNT // 2
     for path, result in results.items():
-        left_out = {"prediction": None, "abstained": True} if plain[path]["confidence"] < threshold else {}
+        left_out = {"prediction": None, "abstained": True, "full_response": ""} if plain[path]["confidence"] < threshold else {}
         assert result == plain[path] | left_out
         assert single(abstaining, path) == (result["prediction"], pytest.approx(result["confidence"], abs=1e-5), result["full_response"])
     assert batch(load_model_and_metadata(tmp_path / "model", device="cpu", abstain_below=0), paths) == plain, "0 switches it off"

@@ -77,7 +77,8 @@ def predict_single_image(
 
     Returns:
         prediction: the most probable class, or None where the model abstains. confidence: the probability of the most probable class
-        within the label set, calibrated, 0 to 1. full_response: a text whose answer is that class (see `vlm.reasoning.explain`).
+        within the label set, calibrated, 0 to 1. full_response: a text whose answer is the prediction (see `vlm.reasoning.explain`); empty
+        where there is none.
 
     Raises:
         UnreadablePicture: the picture cannot be decoded. RunError: the model gives no numbers.
@@ -115,8 +116,8 @@ def predict_batch(
     Returns:
         For each path, in the order given: prediction (str), confidence (0 to 1, within the label set), probabilities ({class:
         probability}, calibrated, they add up to 1), error_bound (0 to 0.0001: how much a probability can be wrong at most) and
-        full_response (str). Where the model abstains, prediction is None and abstained True; for a file that cannot be read: error
-        (str), prediction None.
+        full_response (str). Where the model abstains, prediction is None, abstained True and full_response empty; for a file that
+        cannot be read: error (str), prediction None.
     """
     _check_same_model(model, processor, metadata)
     if isinstance(image_paths, str | Path):
@@ -186,9 +187,10 @@ def _predict(model: VLMClassifier, batch: dict[str, Any], explain: bool, toleran
     found = classify(model, batch, tolerance)
     probabilities = model.calibration.log_probabilities(found.scores, found.openings).exp()
     predictions = probabilities.argmax(-1).tolist()
-    texts = explain_predictions(model, found, predictions) if explain else [""] * len(predictions)
+    abstained = [model.calibration.abstains(confidence) for confidence in probabilities.amax(-1).tolist()]
+    texts = explain_predictions(model, found, predictions) if explain and not all(abstained) else [""] * len(predictions)
     results: list[dict[str, Any]] = []
-    for row, best, bound, text in zip(probabilities, predictions, found.unexplored.tolist(), texts, strict=True):
+    for row, best, bound, text, without in zip(probabilities, predictions, found.unexplored.tolist(), texts, abstained, strict=True):
         if row.isnan().any():
             results.append({"prediction": None, "error": "the model's scores are no numbers: try --dtype float32"})
             continue
@@ -199,8 +201,8 @@ def _predict(model: VLMClassifier, batch: dict[str, Any], explain: bool, toleran
             "error_bound": bound,
             "full_response": text,
         }
-        if model.calibration.abstains(result["confidence"]):
-            result |= {"prediction": None, "abstained": True}
+        if without:
+            result |= {"prediction": None, "abstained": True, "full_response": ""}  # no text answers where the prediction does not
         results.append(result)
     return results
 

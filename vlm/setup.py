@@ -90,8 +90,9 @@ def set_up(settings: Settings) -> Run:
     fit_to_memory(folder, settings, dtype, accelerator.device, texts, accelerator.num_processes, partial(_least, accelerator))
     pictures = settings.picture_options(data.edge)
     family = load_family(folder, dtype, accelerator.device, pictures, settings.bits)
-    if "image_size" in pictures:
-        note(family.size_line(pictures["image_size"]) + "\n")
+    image_size = family.size_text(pictures["image_size"]) if "image_size" in pictures else None
+    if image_size:
+        note(f"image size: {image_size}\n")
     prepare_tuning(family, settings)
     if settings.gradient_checkpointing:
         family.checkpoint_layers()
@@ -116,7 +117,7 @@ def set_up(settings: Settings) -> Run:
     groups = parameter_groups(classifier, settings.weight_decay, settings.learning_rate, settings.connector_learning_rate)
     optimizer = torch.optim.AdamW(groups, fused=accelerator.device.type in ("cpu", "cuda"))
     model, optimizer = accelerator.prepare(classifier, optimizer)
-    metadata = _metadata(settings, data, classifier, revision)
+    metadata = _metadata(settings, data, classifier, revision) | {"image_size": image_size}
     return Run(settings, accelerator, dtype, data, folder, classifier, model, optimizer, metadata, workers)
 
 

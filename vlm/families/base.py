@@ -23,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from vlm.config import ImageSize
 from vlm.errors import UsageError
 from vlm.families.encoded import CONNECTED_FEATURES, TOWER_FEATURES, EncodedPictures, Rendered
-from vlm.families.sizes import size_line
+from vlm.families.sizes import size_text
 from vlm.prompts import Prompts
 from vlm.quantization import forget_quantizer, loading_options
 from vlm.responses import scored_ids
@@ -151,12 +151,12 @@ class Family:
         """Pixels of a picture's edge, as it is processed and as published; None where pictures keep sizes of their own."""
         return None
 
-    def size_line(self, wish: ImageSize) -> str:
+    def size_text(self, wish: ImageSize) -> str:
         """What `--image-size` came to and what it costs, for people."""
         if self.edges is None:
-            return f"image size: as {self.title} takes it."
+            return f"as {self.title} takes it."
         loads = [self.picture_load(image_size=ImageSize(edge)) for edge in self.edges]
-        return size_line(wish, *self.edges, *loads)
+        return size_text(wish, *self.edges, *loads)
 
     def picture_load(self, **pictures: Any) -> tuple[int, int]:
         """Patches that the vision tower reads of the largest picture, and the tokens that it becomes; of the configuration alone.

@@ -186,8 +186,8 @@ class GenericFamily(Family):
     def edges(self) -> tuple[int, int] | None:
         return (squares.edge_of(self.processor.image_processor), self._published_edge) if self._published_edge else None
 
-    def size_line(self, wish: ImageSize) -> str:
-        return super().size_line(wish) if self.edges else "image size: as the model's processor makes it."
+    def size_text(self, wish: ImageSize) -> str:
+        return super().size_text(wish) if self.edges else "as the model's processor makes it."
 
     def _set_size(self, wish: ImageSize) -> None:
         """Have the processor make pictures of this size, where the tower takes them: tried on a picture.

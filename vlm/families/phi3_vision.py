@@ -169,9 +169,9 @@ class Phi3VisionFamily(Family):
 
     # Pictures
 
-    def size_line(self, wish: ImageSize) -> str:
+    def size_text(self, wish: ImageSize) -> str:
         crops, load = self.processor.image_processor.num_crops, self.picture_load(num_crops=self.processor.image_processor.num_crops)
-        return f"image size {TILE} px, to which {self.title} is fixed, with --num-crops {crops}: up to {load[1]} picture tokens."
+        return f"{TILE} px, to which {self.title} is fixed, with --num-crops {crops}: up to {load[1]} picture tokens."
 
     def picture_load(self, num_crops: int = 1, image_size: ImageSize | None = None) -> tuple[int, int]:
         _check_size(image_size)

@@ -143,10 +143,10 @@ class Qwen2VLFamily(Family):
 
     # Pictures
 
-    def size_line(self, wish: ImageSize) -> str:
+    def size_text(self, wish: ImageSize) -> str:
         most = self.processor.image_processor.size["longest_edge"]
         tokens = most // (self.processor.image_processor.patch_size * self.processor.image_processor.merge_size) ** 2
-        return f"image size: that of the pictures, at most {most:,} pixels: up to {tokens} picture tokens."
+        return f"that of the pictures, at most {most:,} pixels: up to {tokens} picture tokens."
 
     def picture_load(
         self, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS, image_size: ImageSize | None = None

@@ -37,12 +37,12 @@ def pick_size(wish: ImageSize | None, unit: int, published: int, title: str, enl
     )
 
 
-def size_line(wish: ImageSize, edge: int, published: int, load: tuple[int, int], published_load: tuple[int, int]) -> str:
+def size_text(wish: ImageSize, edge: int, published: int, load: tuple[int, int], published_load: tuple[int, int]) -> str:
     """The choice and its cost, for people. load: patches and tokens of a picture, of `picture_load`."""
     why = f" (auto: 95% of the pictures are at most {wish.pixels} px)" if wish.auto else ""
     if edge == published:
-        return f"image size {edge} px, as published{why}: {load[1]} picture tokens."
+        return f"{edge} px, as published{why}: {load[1]} picture tokens."
     return (
-        f"image size {edge} of {published} px{why}: {load[1]} picture tokens instead of {published_load[1]}, "
+        f"{edge} of {published} px{why}: {load[1]} picture tokens instead of {published_load[1]}, "
         f"about {load[0] / published_load[0]:.0%} of the vision work."
     )

@@ -255,10 +255,12 @@ def settings(content: Content) -> Markup | None:
 
 
 def used_settings(results: dict[str, Any]) -> dict[str, Any]:
-    """The settings that had a part in the result: with the device and number format that were taken, without what was off."""
+    """The settings that had a part in the result: with the device, number format and picture size that were taken, without what was off."""
     given = results.get("settings", {})
     device = results.get("device") or {}
     taken = {"device": device["type"], "dtype": device["dtype"]} if device else {}
+    if results.get("image_size"):
+        taken["image_size"] = results["image_size"]
     lora = given.get("tune", "lora") == "lora"
     return {
         name: taken.get(name, value)
