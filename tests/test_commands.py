@@ -234,8 +234,8 @@ def test_a_model_of_the_hub_is_tuned_from_the_cache_alone(tiny_model, tmp_path):
 
 
 def test_two_processes_train_as_one_with_twice_the_batch(tmp_path):
-    """25 pictures in steps of 8: in the last step one process has a picture, and the other has none."""
-    flags = ["--demo", "--max-samples", 25, "--epochs", 1, "--device", "cpu", "--learning-rate", 1e-3]
+    """25 pictures in steps of 8: in the last step one process has a picture, and the other has none. Classes have 2 or 3 each."""
+    flags = ["--demo", "--max-samples", 25, "--epochs", 1, "--device", "cpu", "--learning-rate", 1e-3, "--class-balance"]
     result = run("run_vlm_training.sh", *flags, "--batch-size", 4, "--output-dir", tmp_path / "two", VLM_PROCESSES=2)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("One sample as the model sees it") == 1, "only one of them speaks"

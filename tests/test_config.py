@@ -105,6 +105,17 @@ def test_resume_takes_the_saved_settings_and_refuses_others():
         resolve({"resume": True, "epochs": 6}, saved)
 
 
+def test_resume_may_change_how_the_model_abstains():
+    saved = resolve({"demo": True, "target_precision": 0.95}).to_json()
+    settings = resolve({"resume": True, "abstain_below": 0.5}, saved)
+    assert (settings.abstain_below, settings.target_precision) == (0.5, None)
+    assert resolve({"resume": True}, saved).target_precision == 0.95
+    back = resolve({"resume": True, "target_precision": 0.9}, settings.to_json())
+    assert (back.abstain_below, back.target_precision) == (None, 0.9)
+    with pytest.raises(UsageError, match="exclude each other"):
+        resolve({"resume": True, "target_precision": 0.9, "abstain_below": 0.5}, saved)
+
+
 def test_help_loads_nothing_heavy():
     code = (
         "import sys, train_vlm, inference_vlm\n"

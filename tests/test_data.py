@@ -211,4 +211,5 @@ def test_shots_are_so_many_of_each_class_by_the_seed(tmp_path):
 def test_a_class_with_fewer_pictures_than_shots_is_named(tmp_path):
     folder = pictures(tmp_path, {"a": 20, "b": 40, "c": 5})
     refuse(r"--shots 4: train has fewer pictures of c \(3\)\. Expected at least 4", folder, shots=4)
+    refuse(r"--shots 3: train has fewer pictures of .* after --max-samples 6\. Expected at least 3", folder, shots=3, max_samples=6)
     refuse("--shots 0: expected a whole number of at least 1", folder, shots=0)

@@ -304,3 +304,18 @@ def test_the_objective_counts_the_nodes_of_the_tree(folder):
         for name in ("response", "posterior", "both")
     }
     assert needs["response"] < needs["both"] < needs["posterior"]
+
+
+def test_the_plain_forward_keeps_whole_rows_for_each_class(folder):
+    family, texts = outline(read_config(folder)), Texts(classes=100, response=40)
+
+    def needed(objective: str | None) -> float:
+        settings = resolve({} if objective is None else {"objective": objective})
+        return estimate(family, settings, torch.float32, "cpu", texts).activations - memory.LIBRARIES
+
+    shared = needed("both")
+    family.shares_prefix = False
+    plain = needed("response")
+    assert needed(None) == pytest.approx(2 * plain, rel=0.01), "the usual objective: the response's row and one for all classes"
+    assert needed("both") == pytest.approx(101 * plain, rel=0.01) and needed("both") > shared
+    assert needed("posterior") == pytest.approx(100 * plain, rel=0.01)

@@ -10,7 +10,7 @@ from family_checks import parted
 from test_training import gradients_of_first_step, picture_folder
 from tiny import NAMES, batch_of, full_row_logits, random_picture, save_tiny_model, tiny_classifier, tiny_prompts
 
-from vlm import tree_rows
+from vlm import plain, tree_rows
 from vlm.batching import vlm_collate_fn
 from vlm.classifier import VLMClassifier
 from vlm.config import BOTH, POSTERIOR, RESPONSE, Settings
@@ -18,7 +18,7 @@ from vlm.data import Sample
 from vlm.errors import UsageError
 from vlm.families import load_family
 from vlm.label_tree import build_label_tree
-from vlm.objective import Objective, balanced_weights
+from vlm.objective import Objective, balanced_weights, usual_objective
 from vlm.prompts import build_prompts
 from vlm.resolve import resolve
 from vlm.setup import set_up
@@ -124,6 +124,31 @@ def test_the_posterior_is_what_scoring_says(folder):
     assert 0 < len(classifier.objective.rows) < whole / 4, "both should run few nodes only"
     torch.testing.assert_close(losses[1].loss, losses[0].loss, rtol=1e-9, atol=0)
     assert losses[0].tokens == losses[1].tokens and losses[0].posterior is None
+
+
+@pytest.mark.parametrize(("names", "forwards"), [(["cat", "dog", "x"], 1), (NAMES, 2)])
+def test_the_plain_forward_runs_once_for_texts_that_differ_in_their_last_token(folder, monkeypatch, names, forwards):
+    classifier = tiny_classifier(folder, torch.float64, names).eval()
+    classifier.objective = objective_of(classifier, BOTH)
+    batch = batch_of(classifier, [0, 2], with_response=False)
+    begin = [row[:length].tolist() for row, length in zip(batch["input_ids"], batch["prompts"], strict=True)]
+    alone = [
+        vlm_collate_fn([Sample(random_picture(i), c, "")], classifier.family, classifier.rendered, False) for i, c in enumerate([0, 2])
+    ]
+    expected = [parted_scores(classifier, one, prompt) for one, prompt in zip(alone, begin, strict=True)]
+    calls = []
+
+    def full_logits(ids, mask, response, inputs):
+        calls.append(1)
+        inputs = {name: tensor.unsqueeze(1) for name, tensor in inputs.items()}
+        return classifier.model(input_ids=ids, attention_mask=mask.long(), **inputs, use_cache=False).logits
+
+    monkeypatch.setattr(classifier.family, "full_logits", full_logits)
+    torch.testing.assert_close(plain.scores_in_training(classifier, batch), torch.stack(expected), rtol=1e-9, atol=1e-9)
+    stems = {tuple(ids[: apart - 1]) for ids, apart in zip(classifier.rendered.scored_ids, classifier.tree.parted, strict=True)}
+    assert len(calls) == len(stems) == forwards
+    usual = usual_objective(classifier.tree, len(classifier.rendered.opening_ids), shares_prefix=False)
+    assert usual == (BOTH if forwards == 1 else RESPONSE)
 
 
 def test_no_class_may_share_a_token_with_another():

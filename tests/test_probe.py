@@ -15,6 +15,7 @@ from vlm.data import Data, Sample, Split
 from vlm.families import load_family
 from vlm.features import fill_cache
 from vlm.probe import compare, pooled_features, probe
+from vlm.reliability import may_be_chance
 from vlm.resolve import resolve
 from vlm.sources import Rows
 from vlm.tuning import prepare_tuning
@@ -74,7 +75,7 @@ def family(tmp_path, monkeypatch):
 
 
 def test_the_figures_are_those_of_a_plain_logistic_regression(family, data):
-    found = probe(family, data)
+    found, right = probe(family, data)
     features = [pooled_features(family, [split[i] for i in range(len(split))]) for split in (data.train, data.validation, data.test)]
     scaler = StandardScaler().fit(features[0])
     train, validation, test = map(scaler.transform, features)
@@ -85,6 +86,7 @@ def test_the_figures_are_those_of_a_plain_logistic_regression(family, data):
     best = max(accuracies, key=lambda strength: (accuracies[strength][0], -strength))
     assert found["C"] == best and found["features"] == train.shape[1] == 16
     assert (found["validation_accuracy"], found["accuracy"][0]) == pytest.approx(accuracies[best])
+    assert right.mean() == found["accuracy"][0] and right.shape == (len(data.test),)
     value, low, high = found["accuracy"]
     assert 0 <= low <= value <= high <= 1 and value > 0.6, "dark and bright are easy to tell apart"
 
@@ -108,14 +110,14 @@ def test_the_fits_are_counted_and_run_on_one_thread(family, data, monkeypatch, c
 
 
 def test_features_of_the_cache_are_used_and_give_the_same(family, data, monkeypatch):
-    expected = probe(family, data)
+    expected, right = probe(family, data)
     cache = fill_cache(family, (data.train, data.validation), limit_gb=1)
     seen = []
     encode = family.encode_pictures
     monkeypatch.setattr(family, "encode_pictures", lambda pictures: seen.extend(pictures) or encode(pictures))
-    found = probe(family, data, cache)
+    found, again = probe(family, data, cache)
     assert len(seen) == len(data.test), "those of the test split alone are not in the cache"
-    assert found | {"seconds": 0} == expected | {"seconds": 0}
+    assert found | {"seconds": 0} == expected | {"seconds": 0} and (right == again).all()
 
 
 def test_a_tower_without_features_of_its_own_is_left_out_with_a_note(family, data, monkeypatch, capsys):
@@ -131,8 +133,19 @@ def test_a_tower_without_features_of_its_own_is_left_out_with_a_note(family, dat
 
 
 def test_a_vlm_more_than_two_points_below_is_warned_about():
-    found = {"accuracy": [0.9, 0.8, 0.95]}
-    assert compare(found, 0.95, 10_000) is None and compare(found, 0.88, 10_000) is None
-    assert "the probe is 2.1 points ahead: a linear classifier" in compare(found, 0.879, 10_000)
-    assert compare(found, 0.8, 40) == "the probe is 10.0 points ahead, which may be chance: 40 test pictures are too few to tell."
-    assert "may be chance" not in compare(found, 0.8, 400)
+    def right(count: int, of: int) -> np.ndarray:
+        return np.arange(of) < count
+
+    assert compare(right(900, 1000), right(950, 1000)) is None and compare(right(900, 1000), right(880, 1000)) is None
+    assert "the probe is 2.1 points ahead: a linear classifier" in compare(right(900, 1000), right(879, 1000))
+    few = "the probe is 10.0 points ahead, which may be chance: 40 test pictures are too few to tell."
+    assert compare(right(36, 40), right(32, 40)) == few
+
+
+def test_what_may_be_chance_is_told_picture_by_picture():
+    """The same two accuracies, 0.912 and 0.857 of 251: mistakes on the same pictures tell more than those on others."""
+    theirs, alike, apart = np.arange(251) < 229, np.arange(251) < 215, np.arange(251) >= 36
+    assert theirs.sum() == 229 and alike.sum() == apart.sum() == 215
+    assert "may be chance" not in compare(theirs, alike) and "may be chance" in compare(theirs, apart)
+    assert may_be_chance(alike, theirs) and may_be_chance(alike, alike), "not ahead at all"
+    assert [may_be_chance(np.full(n, True), np.full(n, False)) for n in (1, 5, 6, 20)] == [True, True, False, False]

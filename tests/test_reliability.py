@@ -65,7 +65,7 @@ def test_the_intervals_are_those_of_a_bootstrap_by_a_loop():
     for _ in range(400):
         picked = [int(rng.integers(150)) for _ in range(150)]
         samples.append(slow_figures(log_probabilities[picked], labels[picked]))
-    for name in ("accuracy", "nll", "brier"):
+    for name in ("nll", "brier"):
         low, high = np.quantile([sample[name] for sample in samples], [0.025, 0.975])
         np.testing.assert_allclose(found[name][1:], [low, high], atol=0.2 * (high - low), err_msg=name)
     value, (below, above) = found["ece"][0], np.quantile([sample["ece"] for sample in samples], [0.025, 0.975])
@@ -88,9 +88,9 @@ def test_the_same_seed_gives_the_same_intervals_whatever_the_confidences(monkeyp
     assert before["accuracy"] == after["accuracy"] and before["nll"] != after["nll"]
     monkeypatch.setattr("vlm.reliability.ELEMENTS_AT_ONCE", 1)
     blocks = reliability_figures(log_probabilities, labels, resamples=50, seed=5)
-    assert blocks["accuracy"][0] == before["accuracy"][0]
-    _, correct = confidence_and_correctness(log_probabilities, labels)
-    assert accuracy_interval(correct, 50, seed=5) == blocks["accuracy"]
+    assert blocks["nll"] != reliability_figures(log_probabilities, labels, resamples=50, seed=6)["nll"]
+    monkeypatch.undo()
+    assert blocks == reliability_figures(log_probabilities, labels, resamples=50, seed=5), "in blocks or at once"
 
 
 @pytest.mark.parametrize("right", [True, False])
@@ -101,6 +101,24 @@ def test_few_pictures_that_are_all_right_or_all_wrong_prove_little(right):
     assert figures["accuracy"] == [float(right), *wilson_interval(8 * right, 8)] == accuracy_interval(np.array([right] * 8))
     assert figures["accuracy"][2] - figures["accuracy"][1] > 0.3
     assert figures["ece"][1] <= figures["ece"][0] <= figures["ece"][2] <= 1
+
+
+def test_one_mistake_more_lowers_both_ends():
+    ends = [accuracy_interval(np.arange(20) < right)[1:] for right in range(21)]
+    assert ends == sorted(ends) and sorted(high for _, high in ends) == [high for _, high in ends]
+    assert accuracy_interval(np.arange(269) < 264) == [264 / 269, *wilson_interval(264, 269)]
+
+
+def test_equal_confidences_do_not_make_an_error_of_the_order():
+    """Sorted by class, one bin would hold pictures that are all right, and the next one none."""
+    right = np.arange(3000) < 1500
+    confidence = np.full(3000, 0.5)
+    assert calibration_error(confidence, right) < 0.06 and calibration_error(confidence, ~right) < 0.06
+    assert max(abs(accuracy - 0.5) for _, accuracy, _ in reliability_bins(confidence, right)) < 0.15
+    figures = reliability_figures(np.log(np.full((3000, 2), 0.5)), (~right).astype(int).tolist(), resamples=50)
+    assert figures["ece"][0] < 0.06 and figures["ece"][1] < 0.03
+    two = np.where(np.arange(3000) % 2, 0.4, 0.8)
+    assert calibration_error(two, np.random.default_rng(0).random(3000) < two) < 0.06
 
 
 def test_an_interval_of_the_error_ends_at_1():

@@ -46,7 +46,10 @@ def calibrate(classifier: VLMClassifier, validation: Split, settings: Settings, 
         note(remark)
     classifier.calibration = replace(calibration, abstain_below=threshold)
     fitted = {"score": calibration.score, "scores": compared, "temperature": calibration.temperature, "bias": calibration.bias}
-    result = {"method": settings.calibration if is_calibrated(fitted) else "none", **fitted, "remarks": remarks}
+    method = settings.calibration if is_calibrated(fitted) else "none"
+    if method == "bias" and calibration.bias is None:
+        method = "temperature"
+    result = {"method": method, **fitted, "remarks": remarks}
     if threshold is not None or target is not None:
         known = None if threshold is None else coverage_and_accuracy(*measured, threshold)
         result["abstention"] = {"below": threshold, "target_precision": target, "validation": known}
@@ -69,8 +72,8 @@ def add_test_figures(fitted: dict[str, Any], calibration: Calibration, scores: S
     return result
 
 
-def probe_beside(run: Run, classifier: VLMClassifier, cache: FeatureCache | None, accuracy: float) -> dict[str, Any] | None:
-    """The probe on the vision tower as the training found it, compared with the VLM's test accuracy; None where it was not asked for."""
+def probe_beside(run: Run, classifier: VLMClassifier, cache: FeatureCache | None, scores: Scores) -> dict[str, Any] | None:
+    """The probe on the vision tower as the training found it, compared with the VLM's scores of test; None where it was not asked for."""
     if not run.settings.probe:
         return None
     family, tower = classifier.family, "frozen"
@@ -78,10 +81,12 @@ def probe_beside(run: Run, classifier: VLMClassifier, cache: FeatureCache | None
         family = load_family(run.folder, run.dtype, run.accelerator.device, run.settings.picture_options(run.data.edge))
         family.render(classifier.prompts)  # some processors encode pictures within the conversation
         tower = "random weights" if run.settings.demo else "before the training"
-    found = probe(family, run.data, cache, run.settings.seed)
-    if found is None:
+    result = probe(family, run.data, cache)
+    if result is None:
         return None
-    warning = compare(found, accuracy, len(run.data.test))
+    found, theirs = result
+    _, ours = confidence_and_correctness(classifier.calibration.log_probabilities(*scores).numpy(), run.data.test.labels)
+    warning = compare(theirs, ours)
     if warning:
         note(warning)
     return {**found, "tower": tower, "warning": warning}

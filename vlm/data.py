@@ -141,7 +141,8 @@ def load_data(settings: Settings) -> Data:
             splits[role] = splits[role].take(positions)
     skipped, edges = _drop_unreadable(splits, names, cut=missing)
     if settings.shots is not None:
-        splits["train"] = _few(splits["train"], settings.shots, names, [settings.seed, 3])
+        bounded = "" if settings.max_samples is None else f" after --max-samples {settings.max_samples}"
+        splits["train"] = _few(splits["train"], settings.shots, names, [settings.seed, 3], bounded)
         origins["train"] += f", {settings.shots} of each class"
     if source.reasoning_column and not any(splits["train"].reasonings):
         raise UsageError(f"--reasoning-column {source.reasoning_column}: no training picture has a text there. Name another column.")
@@ -219,8 +220,11 @@ def balanced_positions(labels: Sequence[int], most: int, seed: list[int]) -> lis
     return sorted(order[np.argsort(turn, kind="stable")[:most]].tolist())
 
 
-def _few(split: Split, shots: int, names: list[str], seed: list[int]) -> Split:
+def _few(split: Split, shots: int, names: list[str], seed: list[int], bounded: str) -> Split:
     """So many samples of each class, drawn at random, in the order of the split.
+
+    Args:
+        bounded: in words, what has bounded the split before.
 
     Raises:
         UsageError: a class has fewer.
@@ -228,7 +232,9 @@ def _few(split: Split, shots: int, names: list[str], seed: list[int]) -> Split:
     counts = np.bincount(split.labels, minlength=len(names))
     small = [f"{name} ({count})" for name, count in zip(names, counts, strict=True) if count < shots]
     if small:
-        raise UsageError(f"--shots {shots}: train has fewer pictures of {', '.join(small)}. Expected at least {shots} of each class.")
+        raise UsageError(
+            f"--shots {shots}: train has fewer pictures of {', '.join(small)}{bounded}. Expected at least {shots} of each class."
+        )
     return split.take(balanced_positions(split.labels, shots * len(names), seed))
 
 

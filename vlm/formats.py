@@ -9,10 +9,15 @@ LAYOUTS = {
     "answer-first": "Answer: {answer}\nReasoning: {reasoning}",
     "answer-only": "Answer: {answer}",
 }
-ANSWER = re.compile(r"answer[ \t]*:", re.IGNORECASE)
 ANSWER_LINE = re.compile(r"^[ \t]*answer[ \t]*:", re.IGNORECASE | re.MULTILINE)
 REASONING = re.compile(r"reasoning[ \t]*:", re.IGNORECASE)
-ANY_REASONING = re.compile(r"(reasoning|reasons?|explanation|rationale|justification|why)[ \t]*:", re.IGNORECASE)  # in a user's template
+# What a user's template may call them, at the beginning of a line, behind "1." or "- **", or anywhere.
+_WORDS = r"(?:reasoning|reasons?|explanations?|rationale|justification|why|observations?|description|analysis|thoughts?|thinking|evidence)"
+_LINE = r"^[^\w\n]*(?:\d+[.)][^\w\n]*)?"
+LABELED_LINES = tuple(re.compile(rf"{_LINE}(?:\w+ )?{word}\W{{0,3}}:", re.I | re.M) for word in ("answer", _WORDS))
+LABELS = tuple(re.compile(rf"{word}[ \t]*:", re.I) for word in ("answer", _WORDS))
+NEGATED = re.compile(r"\b(?:do not|don't|never|without|no)\b(?: \w+){0,2} (?:expla|reason|describ|justif)\w*", re.I)
+MENTION = re.compile(r"reason|expla|why|because|descri|justif|rational|observ|analy|think|thought|step by step", re.I)
 
 
 def lay_out(response_format: str, reasoning: str, answer: str) -> str:
@@ -23,15 +28,18 @@ def lay_out(response_format: str, reasoning: str, answer: str) -> str:
 def stated_format(template: str | None) -> str | None:
     """The format that a question template asks for, or None where it asks for none.
 
-    "Reasoning:", or a word like it, and "Answer:" state an order. "Answer:" alone states that there is no reasoning, if no word of it is
-    found at all.
+    "Reasoning:", or a word like it, and "Answer:" state an order: the last ones that begin a line, else the first ones anywhere. "Answer:"
+    alone states that there is no reasoning, if no word of it is found at all but to exclude it.
     """
-    answer, reasoning = ANSWER.search(template or ""), ANY_REASONING.search(template or "")
-    if answer and reasoning:
-        return "answer-first" if answer.start() < reasoning.start() else "reasoning-first"
-    if answer and not re.search("reason|expla|why|because|describ", template or "", re.IGNORECASE):
-        return "answer-only"
-    return None
+    template = template or ""
+    on_lines = [[found.start() for found in label.finditer(template)] for label in LABELED_LINES]
+    if all(on_lines):
+        answer, reasoning = (places[-1] for places in on_lines)
+        return "answer-first" if answer < reasoning else "reasoning-first"
+    answers, reasonings = ([found.start() for found in label.finditer(template)] for label in LABELS)
+    if answers and reasonings:
+        return "answer-first" if answers[0] < reasonings[0] else "reasoning-first"
+    return "answer-only" if answers and not MENTION.search(NEGATED.sub("", template)) else None
 
 
 def choose_format(given: str | None, template: str | None) -> str:

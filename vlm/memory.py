@@ -194,6 +194,11 @@ def _activations(family: Family, settings: Settings, size: int, device: str, tex
     patches, tokens = _picture_load(family, settings, texts)
     response = 0 if settings.objective == POSTERIOR else texts.response
     nodes = {RESPONSE: 0, POSTERIOR: texts.response * texts.classes, BOTH: texts.classes}[settings.objective or BOTH]  # about, and at most
+    logits_of = response
+    if not family.shares_prefix:  # whole rows and their logits: one for the response, and at most one for each class (see vlm/plain.py)
+        batch *= {None: 2, RESPONSE: 1, POSTERIOR: texts.classes, BOTH: 1 + texts.classes}[settings.objective]
+        texts, nodes, response = replace(texts, question=texts.prefix + texts.question, prefix=0), 0, texts.response
+        logits_of = tokens + texts.question + response
     row = tokens + texts.question + response + nodes
     keys = texts.prefix + row
     prefix = 0 if settings.tune == "connector" else texts.prefix
@@ -214,7 +219,7 @@ def _activations(family: Family, settings: Settings, size: int, device: str, tex
     connector = sum(m.in_features + m.out_features for m in family.connector.modules() if isinstance(m, nn.Linear))
     connector = 0 if settings.freeze_connector else connector
     vocabulary = family.model.get_output_embeddings().weight
-    predicted = batch * response * vocabulary.shape[0] + min(batch * nodes * vocabulary.shape[0], LOGITS_AT_ONCE)
+    predicted = batch * logits_of * vocabulary.shape[0] + min(batch * nodes * vocabulary.shape[0], LOGITS_AT_ONCE)
     logits = 3 * predicted * FLOAT32  # logits, their softmax, its gradient
     head = vocabulary.numel() * FLOAT32 if full else 0  # its new gradient, beside the one it is added to
     attended += prefix * block.count * block.keys * size

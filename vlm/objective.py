@@ -73,9 +73,12 @@ class Objective(nn.Module):
         return losses.sum() if self.weights is None else (losses * self.weights[labels]).sum()
 
 
-def usual_objective(tree: LabelTree, opening: int) -> str:
-    """What is minimized where nobody asked for another objective: both, unless its nodes of the label tree would cost too much."""
-    return BOTH if len(TreeRows(tree, opening, whole=False)) <= FEW_NODES else RESPONSE
+def usual_objective(tree: LabelTree, opening: int, shares_prefix: bool = True) -> str:
+    """What is minimized where nobody asked for another objective: both, unless its nodes of the label tree would cost too much.
+
+    In the plain forward every node that is run takes a pass over the whole sequence, and none takes one pass for all classes.
+    """
+    return BOTH if len(TreeRows(tree, opening, whole=False)) <= (FEW_NODES if shares_prefix else 0) else RESPONSE
 
 
 def balanced_weights(labels: Sequence[int], classes: int) -> tuple[float, ...]:

@@ -9,7 +9,7 @@ from vlm.calibration import Scores
 from vlm.classifier import VLMClassifier
 from vlm.data import Sample, Split, balanced_positions
 from vlm.evaluation import score_split
-from vlm.reliability import STANDARD_ERRORS
+from vlm.reliability import may_be_chance
 
 PICTURES = 64
 GRAY = (128, 128, 128)
@@ -27,7 +27,7 @@ def check_pictures(classifier: VLMClassifier, split: Split, scores: Scores, batc
     Returns:
         pictures: how many. accuracy: with their own pictures. shuffled: with the picture of a sample of another class, far below chance
         in a good model (None where there is one class only). gray. chance: what the same answer to all could reach. warning: None or, where
-        the accuracy is not more than 2 standard errors of the paired difference above both others, a sentence that says so.
+        the accuracy cannot be told from either other (see `may_be_chance`), a sentence that says so.
     """
     chosen = np.array(balanced_positions(split.labels, PICTURES, [seed, 3]))
     labels = np.array(split.labels)[chosen]
@@ -46,7 +46,9 @@ def check_pictures(classifier: VLMClassifier, split: Split, scores: Scores, batc
         "warning": None,
     }
     close = [
-        name for name, other, used in (("exchanged", shuffled, exchanged), ("gray", gray, slice(None))) if _is_close(right, other, used)
+        name
+        for name, other, used in (("exchanged", shuffled, exchanged), ("gray", gray, np.ones_like(right)))
+        if used.any() and may_be_chance(right[used], other[used])
     ]
     if close:
         result["warning"] = (
@@ -75,12 +77,6 @@ def _gray_predictions(classifier: VLMClassifier, sizes: list[tuple[int, int]], b
     predictions = classifier.calibration.log_probabilities(*scores).argmax(1).tolist()
     found = dict(zip(different, predictions, strict=True))
     return np.array([found[size] for size in sizes])
-
-
-def _is_close(right: np.ndarray, other: np.ndarray, used: Any) -> bool:
-    """Whether the paired difference is within the noise of so few pictures."""
-    difference = right[used].astype(float) - other[used]
-    return bool(len(difference)) and difference.mean() <= STANDARD_ERRORS * difference.std() / np.sqrt(len(difference))
 
 
 def _percent(result: dict[str, Any], name: str) -> str:

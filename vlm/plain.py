@@ -54,7 +54,7 @@ def log_probabilities(logits: Tensor, row: list[int], count: int) -> Tensor:
     """Log-probability of the last `count` tokens of a row, from its (K, V) logits."""
     end = len(row)
     predicted = logits[end - count - 1 : end - 1].log_softmax(-1)
-    return predicted.gather(1, torch.tensor(row[end - count :], device=logits.device).unsqueeze(1)).sum()
+    return predicted.gather(1, torch.tensor(row[end - count :], dtype=torch.long, device=logits.device).unsqueeze(1)).sum()
 
 
 @torch.no_grad()
@@ -87,17 +87,23 @@ def scores_in_training(classifier: Any, batch: dict[str, Any]) -> Tensor:
 
 
 def scores(classifier: Any, prompts: list[list[int]], begun: list[int], responses: list[list[int]], pixels: dict[str, Tensor]) -> Tensor:
-    """(B, number of responses) log-probability of each response behind each prompt.
+    """(B, number of responses) log-probability of each response behind each prompt. Those that differ in their last token alone take one
+    forward.
 
     Args:
         begun: how many tokens at the end of each prompt are the response already.
     """
-    columns = []
-    for response in responses:
-        rows = [prompt + response for prompt in prompts]
-        logits = run(classifier, rows, [count + len(response) for count in begun], pixels)
-        columns.append(torch.stack([log_probabilities(logits[i], row, len(response)) for i, row in enumerate(rows)]))
-    return torch.stack(columns, dim=1)
+    stems: dict[tuple[int, ...], list[int]] = {}
+    for number, response in enumerate(responses):
+        stems.setdefault(tuple(response[:-1]), []).append(number)
+    columns: dict[int, Tensor] = {}
+    for stem, numbers in stems.items():
+        rows = [prompt + list(stem) for prompt in prompts]
+        logits = run(classifier, rows, [count + len(stem) for count in begun], pixels)
+        last = torch.tensor([responses[number][-1] for number in numbers], device=logits.device)
+        found = [log_probabilities(logits[i], row, len(stem)) + logits[i, len(row) - 1].log_softmax(-1)[last] for i, row in enumerate(rows)]
+        columns |= dict(zip(numbers, torch.stack(found).unbind(1), strict=True))
+    return torch.stack([columns[number] for number in range(len(responses))], dim=1)
 
 
 @torch.no_grad()

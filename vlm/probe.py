@@ -20,7 +20,7 @@ from vlm.data import Data, Sample, Split
 from vlm.errors import is_out_of_memory
 from vlm.families.base import Family
 from vlm.features import FeatureCache
-from vlm.reliability import STANDARD_ERRORS, accuracy_interval
+from vlm.reliability import accuracy_interval, may_be_chance
 from vlm.tracking import Bar, note
 
 BATCH_SIZE = 16
@@ -29,7 +29,7 @@ ITERATIONS = 300
 WORSE = 0.02  # accuracy by which the VLM may be below without a warning
 
 
-def probe(family: Family, data: Data, cache: FeatureCache | None = None, seed: int = 0) -> dict[str, Any] | None:
+def probe(family: Family, data: Data, cache: FeatureCache | None = None) -> tuple[dict[str, Any], np.ndarray] | None:
     """Fit a logistic regression on standardized, mean-pooled features, on the same splits.
 
     How strongly it is regularized is chosen by the accuracy on validation, the stronger of equal ones.
@@ -38,8 +38,8 @@ def probe(family: Family, data: Data, cache: FeatureCache | None = None, seed: i
         family: the model whose vision tower is probed. cache: features of the same tower, used for the pictures that are in it.
 
     Returns:
-        accuracy: that on test, with its 95% interval. validation_accuracy. C: as chosen. features: how many a picture. seconds.
-        None, with a note, where the tower does not hand over its features.
+        accuracy: that on test, with its 95% interval; validation_accuracy; C: as chosen; features: how many a picture; seconds. And (N,)
+        bool, which test pictures are right. None, with a note, where the tower does not hand over its features.
     """
     started = time.monotonic()
     was_training = family.model.training
@@ -57,13 +57,14 @@ def probe(family: Family, data: Data, cache: FeatureCache | None = None, seed: i
     family.model.train(was_training)
     strength, model, best_accuracy = _fit(train, data.train.labels, validation, data.validation.labels)
     correct = model.predict(test) == np.array(data.test.labels)
-    return {
-        "accuracy": accuracy_interval(correct, seed=seed),
+    found = {
+        "accuracy": accuracy_interval(correct),
         "validation_accuracy": best_accuracy,
         "C": strength,
         "features": train.shape[1],
         "seconds": round(time.monotonic() - started, 2),
     }
+    return found, correct
 
 
 def _fit(train: np.ndarray, labels: list[int], validation: np.ndarray, truth: list[int]) -> tuple[float, Pipeline, float]:
@@ -114,17 +115,17 @@ def _features_of(family: Family, split: Split, cache: FeatureCache | None, bar: 
     return np.concatenate(parts)
 
 
-def compare(found: dict[str, Any], accuracy: float, pictures: int) -> str | None:
+def compare(theirs: np.ndarray, ours: np.ndarray) -> str | None:
     """A warning where the VLM's test accuracy is more than 2 points below the probe's, which says so where that may be chance.
 
-    Chance: within two standard errors of a difference of two shares of so many pictures.
+    Args:
+        theirs, ours: (N,) bool, which pictures are right by the probe and by the VLM.
     """
-    theirs = found["accuracy"][0]
-    ahead = theirs - accuracy
+    ahead = theirs.mean() - ours.mean()
     if ahead <= WORSE + 1e-9:
         return None
-    if ahead <= STANDARD_ERRORS * ((theirs * (1 - theirs) + accuracy * (1 - accuracy)) / pictures) ** 0.5:
-        return f"the probe is {100 * ahead:.1f} points ahead, which may be chance: {pictures} test pictures are too few to tell."
+    if may_be_chance(theirs, ours):
+        return f"the probe is {100 * ahead:.1f} points ahead, which may be chance: {len(ours)} test pictures are too few to tell."
     return (
         f"the probe is {100 * ahead:.1f} points ahead: a linear classifier on the vision features alone does better than the VLM. Train "
         "longer, try another --learning-rate or --tune, or use the classifier."

@@ -6,13 +6,13 @@ N = pictures, C = classes, R = resamples.
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from scipy.stats import binomtest
 
 from vlm.metrics import SMALLEST_LOG_PROBABILITY
 
 BINS = 15
 RESAMPLES = 1000
 LEVEL = 0.95  # of the intervals
-STANDARD_ERRORS = 2  # of a difference of accuracies, within which it may be chance
 ELEMENTS_AT_ONCE = 2**21  # of one block of resamples
 
 Interval = list[float]  # value, lower end, upper end
@@ -26,12 +26,12 @@ def confidence_and_correctness(log_probabilities: np.ndarray, labels: Sequence[i
 def reliability_figures(
     log_probabilities: np.ndarray, labels: Sequence[int], resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, Interval]:
-    """Figures with their 95% intervals by the bootstrap over pictures (Efron & Tibshirani 1993).
+    """Figures with their 95% intervals: Wilson's for the accuracy, the others by the bootstrap over pictures (Efron & Tibshirani 1993).
 
-    The intervals of the means are percentile ones, of an accuracy of 0 or 1 Wilson's. That of the ECE is the basic one (Davison & Hinkley
-    1997, section 5.2), cut at 0 and 1:
-    a resample holds pictures several times, which adds to its ECE, so that a percentile interval would lie too high. It is widened to
-    the value where that would lie outside.
+    A bootstrap interval of a share near 1 is too narrow (that of 0.98 of 269 pictures is a 90% one), and that of a share of 1 has no width.
+    Those of NLL and Brier score are percentile ones. That of the ECE is the basic one (Davison & Hinkley 1997, section 5.2), cut at 0
+    and 1: a resample holds pictures several times, which adds to its ECE, so that a percentile interval would lie too high. It is
+    widened to the value where that would lie outside.
 
     Args:
         log_probabilities: (N, C) finite or -inf, each row sums to 1 after exp.
@@ -45,10 +45,8 @@ def reliability_figures(
     confidence, correct = confidence_and_correctness(log_probabilities, labels)
     truth = log_probabilities[np.arange(len(labels)), labels]
     probabilities = np.exp(log_probabilities)
-    values = np.stack(
-        [correct, -np.maximum(truth, SMALLEST_LOG_PROBABILITY), (probabilities**2).sum(axis=1) - 2 * np.exp(truth) + 1], axis=1
-    )
-    order = np.argsort(confidence, kind="stable")
+    values = np.stack([-np.maximum(truth, SMALLEST_LOG_PROBABILITY), (probabilities**2).sum(axis=1) - 2 * np.exp(truth) + 1], axis=1)
+    order = _by_confidence(confidence)
     gaps, rank = (confidence - correct)[order], np.argsort(order)
     means, errors = [], []
     for drawn in _resamples(len(labels), resamples, seed):
@@ -56,11 +54,11 @@ def reliability_figures(
         errors.append(_binned_error(gaps[np.sort(rank[drawn], axis=1)]))
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(np.concatenate(means), [tail, 1 - tail], axis=0)
-    result = {name: [float(values[:, i].mean()), float(low[i]), float(high[i])] for i, name in enumerate(("accuracy", "nll", "brier"))}
+    result = {name: [float(values[:, i].mean()), float(low[i]), float(high[i])] for i, name in enumerate(("nll", "brier"))}
     ece = float(_binned_error(gaps[None])[0])
     below, above = np.quantile(np.concatenate(errors), [tail, 1 - tail])
-    result["accuracy"] = _widened(result["accuracy"], len(labels))
-    return result | {"ece": [ece, max(0.0, min(ece, float(2 * ece - above))), min(1.0, max(ece, float(2 * ece - below)))]}
+    interval = [ece, max(0.0, min(ece, float(2 * ece - above))), min(1.0, max(ece, float(2 * ece - below)))]
+    return {"accuracy": accuracy_interval(correct), **result, "ece": interval}
 
 
 def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
@@ -69,27 +67,29 @@ def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
 
     Bins of equal width (Guo et al. 2017) would leave nearly all pictures of a good model in the last one.
     """
-    order = np.argsort(confidence, kind="stable")
+    order = _by_confidence(confidence)
     return float(_binned_error((confidence - correct)[order][None])[0])
 
 
 def reliability_bins(confidence: np.ndarray, correct: np.ndarray) -> list[list[float]]:
     """[mean confidence, accuracy, pictures] of each of the bins of `calibration_error`, from the least confident on."""
-    order = np.argsort(confidence, kind="stable")
+    order = _by_confidence(confidence)
     return [[float(confidence[part].mean()), float(correct[part].mean()), len(part)] for part in np.split(order, _starts(len(order))[1:])]
 
 
-def accuracy_interval(correct: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
-    """Accuracy with its percentile interval, from (N,) bool."""
-    means = np.concatenate([correct[drawn].mean(axis=1) for drawn in _resamples(len(correct), resamples, seed)])
-    tail = (1 - LEVEL) / 2
-    return _widened([float(correct.mean()), *map(float, np.quantile(means, [tail, 1 - tail]))], len(correct))
+def accuracy_interval(correct: np.ndarray) -> Interval:
+    """Accuracy with Wilson's interval, from (N,) bool."""
+    return [float(correct.mean()), *wilson_interval(int(correct.sum()), len(correct))]
 
 
-def _widened(accuracy: Interval, count: int) -> Interval:
-    """The interval of an accuracy; where all or none are right, every resample is like that, and Wilson's interval takes its place."""
-    value = accuracy[0]
-    return accuracy if 0 < value < 1 else [value, *wilson_interval(round(value * count), count)]
+def may_be_chance(better: np.ndarray, other: np.ndarray) -> bool:
+    """Whether `better` is not ahead of `other`, or not by what the exact test of McNemar (1947) at 5% tells from chance.
+
+    Args:
+        better, other: (N,) bool, which of the same pictures each has right.
+    """
+    gained, lost = int((better & ~other).sum()), int((other & ~better).sum())
+    return gained <= lost or bool(binomtest(gained, gained + lost).pvalue > 1 - LEVEL)
 
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
@@ -107,6 +107,13 @@ def _resamples(count: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
     rows = max(1, ELEMENTS_AT_ONCE // count)
     for start in range(0, resamples, rows):
         yield rng.integers(0, count, (min(rows, resamples - start), count), dtype=np.int32)
+
+
+def _by_confidence(confidence: np.ndarray) -> np.ndarray:
+    """(N,) positions from the least confident picture on. Equal ones are mixed: a split is often sorted by class, and bins of pictures that
+    are all right, or all wrong, would make an error that is none."""
+    mixed = np.random.default_rng(0).permutation(len(confidence))
+    return mixed[np.argsort(confidence[mixed], kind="stable")]
 
 
 def _starts(count: int) -> np.ndarray:

@@ -58,6 +58,9 @@ def resolve(given: dict[str, Any], saved: dict[str, Any] | None = None) -> Setti
         names = {item.name for item in dataclasses.fields(Settings)}
         names -= {"resume", "overwrite", "debug"}  # what was asked of the earlier start alone
         merged = {k: v for k, v in saved.items() if k in names} | given
+        for one, other in (("abstain_below", "target_precision"), ("target_precision", "abstain_below")):
+            if one in given and other not in given:  # both say when to abstain, and the new one counts
+                merged[other] = None
     elif given.get("demo"):
         merged = DEMO_DEFAULTS | given
     else:

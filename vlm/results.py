@@ -54,7 +54,7 @@ def finish(run: Run, progress: Progress, metrics: Sequence[Callable[..., Any]]) 
         **({"alignment": progress.alignment} if progress.alignment else {}),
         "texts": check_texts(classifier, data.test, settings.eval_batch_size),
         "picture_check": check_pictures(classifier, data.test, scores, settings.eval_batch_size, settings.seed),
-        "probe": probe_beside(run, classifier, cache, test["accuracy"]),
+        "probe": probe_beside(run, classifier, cache, scores),
         **_of_the_run(run, progress, seconds),
     }
     if results["picture_check"]["warning"]:

@@ -102,7 +102,7 @@ def set_up(settings: Settings) -> Run:
     if settings.reasoning_column:
         prompts = replace(prompts, reasoning_tokens=longest_reasoning(data.train, family))
     classifier = VLMClassifier(family, prompts)
-    settings.objective = settings.objective or usual_objective(classifier.tree, len(classifier.rendered.opening_ids))
+    settings.objective = settings.objective or usual_objective(classifier.tree, len(classifier.rendered.opening_ids), family.shares_prefix)
     classifier.objective = build_objective(settings, classifier, data.train.labels)
     note(format_table(_settings_rows(settings, classifier, reason, dtype, accelerator.num_processes)) + "\n")
     preflight(classifier, data.train[0])
