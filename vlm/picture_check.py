@@ -27,7 +27,7 @@ def check_pictures(classifier: VLMClassifier, split: Split, scores: Scores, batc
     Returns:
         pictures: how many. accuracy: with their own pictures. shuffled: with the picture of a sample of another class, far below chance
         in a good model (None where there is one class only). gray. chance: what the same answer to all could reach. warning: None or, where
-        the accuracy cannot be told from either other (see `may_be_chance`), a sentence that says so.
+        the accuracy cannot be told from one of these two (see `may_be_chance`), a sentence that says so.
     """
     chosen = np.array(balanced_positions(split.labels, PICTURES, [seed, 3]))
     labels = np.array(split.labels)[chosen]

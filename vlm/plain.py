@@ -70,7 +70,7 @@ def score_opening(classifier: Any, batch: dict[str, Any]) -> Tensor:
 
 @torch.no_grad()
 def score(classifier: Any, batch: dict[str, Any], classes: range | None = None) -> Tensor:
-    """(B, C) log-probability of each class's scored text, by one forward a class, of a batch made without responses."""
+    """(B, C) log-probability of each class's scored text, by `scores`, of a batch made without responses."""
     responses = [classifier.rendered.scored_ids[c] for c in classes or range(len(classifier.class_names))]
     return scores(classifier, whole_rows(classifier, batch), begun_responses(batch), responses, batch["pixels"])
 

@@ -117,7 +117,7 @@ def set_up(settings: Settings) -> Run:
     groups = parameter_groups(classifier, settings.weight_decay, settings.learning_rate, settings.connector_learning_rate)
     optimizer = torch.optim.AdamW(groups, fused=accelerator.device.type in ("cpu", "cuda"))
     model, optimizer = accelerator.prepare(classifier, optimizer)
-    metadata = _metadata(settings, data, classifier, revision) | {"image_size": image_size}
+    metadata = _metadata(settings, data, classifier, revision, image_size)
     return Run(settings, accelerator, dtype, data, folder, classifier, model, optimizer, metadata, workers)
 
 
@@ -235,7 +235,7 @@ def render_sample(classifier: VLMClassifier, ids: Sequence[int], targets: Sequen
     return "  | " + "".join(text).replace("\n", "\n  | ")
 
 
-def _metadata(settings: Settings, data: Data, classifier: VLMClassifier, revision: str | None) -> dict[str, Any]:
+def _metadata(settings: Settings, data: Data, classifier: VLMClassifier, revision: str | None, image_size: str | None) -> dict[str, Any]:
     """What the model folder tells inference, and people."""
     return {
         "format_version": 1,
@@ -247,6 +247,7 @@ def _metadata(settings: Settings, data: Data, classifier: VLMClassifier, revisio
         "prompts": classifier.prompts.to_json(),
         "dataset": data.source,
         "settings": settings.to_json(),
+        "image_size": image_size,
         "versions": {"vlm": vlm.__version__, "python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
