@@ -14,6 +14,7 @@ from torch import nn
 
 from vlm import alignment
 from vlm.alignment import align, is_random, name_embeddings, nearest_name_accuracy, needs_alignment
+from vlm.config import Settings
 from vlm.data import Split
 from vlm.demo import build_model, build_processor
 from vlm.errors import Stopped
@@ -23,6 +24,7 @@ from vlm.sources import Rows
 from vlm.training import fit
 
 TEXT = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+SETTINGS = Settings(epochs=1)
 COLORS = [(250, 20, 20), (20, 250, 20), (20, 20, 250)]
 
 
@@ -105,7 +107,7 @@ def test_pictures_come_to_lie_next_to_the_names_of_their_classes(folder, monkeyp
     found = []
     for _ in range(2):
         family = load(folder, tune="connector").family
-        assert needs_alignment(family)
+        assert needs_alignment(family, SETTINGS)
         cache = fill_cache(family, [train, validation], limit_gb=1)
         before = {name: tensor.clone() for name, tensor in family.model.state_dict().items()}
         at_first = nearest_name_accuracy(family, name_embeddings(family, names), validation, cache)
@@ -123,7 +125,7 @@ def test_a_model_of_random_words_has_nothing_to_learn_from(folder):
     family = load(folder).family
     with torch.no_grad():
         family.model.get_input_embeddings().weight.normal_()
-    assert not needs_alignment(family)
+    assert not needs_alignment(family, SETTINGS)
 
 
 def settings(folder, pictures, output, **more):
@@ -131,13 +133,14 @@ def settings(folder, pictures, output, **more):
     return resolve(flags | {"gradient_accumulation_steps": 1} | more)
 
 
-def test_a_run_aligns_once_says_so_and_resumes_to_the_same_weights(folder, picture_folder, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_run_aligns_once_says_so_and_resumes_to_the_same_weights(folder, picture_folder, tmp_path, monkeypatch, capsys, frozen):
     monkeypatch.setattr(alignment, "STEPS", 30)
-    results = fit(settings(folder, picture_folder, tmp_path / "whole"))
+    results = fit(settings(folder, picture_folder, tmp_path / "whole", freeze_connector=frozen))
     assert "the connector was never trained" in capsys.readouterr().err
     assert results["alignment"]["steps"] == 30 and 0 <= results["alignment"]["validation_accuracy"] <= 1
     with pytest.raises(Stopped):
-        fit(settings(folder, picture_folder, tmp_path / "parts"), lambda: True)
+        fit(settings(folder, picture_folder, tmp_path / "parts", freeze_connector=frozen), lambda: True)
     saved = json.loads((tmp_path / "parts" / "training_metadata.json").read_text())["settings"]
     capsys.readouterr()
     again = fit(resolve({"resume": True, "output_dir": str(tmp_path / "parts")}, saved))
@@ -145,6 +148,20 @@ def test_a_run_aligns_once_says_so_and_resumes_to_the_same_weights(folder, pictu
     assert again["alignment"]["validation_accuracy"] == results["alignment"]["validation_accuracy"]
     whole, parts = (load_file(tmp_path / name / "final_model" / "model.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    connector = connector_of(folder), connector_of(tmp_path / "whole" / "final_model")
+    assert not any(torch.equal(a, b) for a, b in zip(*connector, strict=True) if a.ndim > 1), "aligned, where it is frozen afterwards too"
+
+
+def test_a_frozen_connector_stays_as_it_was_aligned(folder, picture_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(alignment, "STEPS", 30)
+    for name, rate in (("slow", 1e-5), ("fast", 1e-3)):
+        fit(settings(folder, picture_folder, tmp_path / name, freeze_connector=True, learning_rate=rate))
+    slow, fast = (connector_of(tmp_path / name / "final_model") for name in ("slow", "fast"))
+    assert all(torch.equal(a, b) for a, b in zip(slow, fast, strict=True))
+
+
+def connector_of(folder):
+    return [p.detach() for p in load(folder).family.connector.parameters()]
 
 
 def test_two_processes_go_on_from_the_same_connector(folder, picture_folder, tmp_path):
@@ -167,7 +184,7 @@ def test_two_processes_go_on_from_the_same_connector(folder, picture_folder, tmp
         ({"no_alignment": True}, None),
         ({"tune": "full"}, None),
         ({"epochs": 0}, None),
-        ({"freeze_connector": True}, "--freeze-connector leaves it so"),
+        ({"freeze_connector": True, "no_feature_cache": True}, "--freeze-connector leaves it so"),
         ({"no_feature_cache": True}, "if vision features were kept"),
     ],
 )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from vlm.batching import encode
+from vlm.config import Settings
 from vlm.data import Split
 from vlm.families.base import Family
 from vlm.features import FeatureCache
@@ -56,8 +57,10 @@ def largest_singular_value(matrix: Tensor) -> Tensor:
     return (matrix @ vector).norm()
 
 
-def needs_alignment(family: Family) -> bool:
-    """Whether the connector is random, and the embeddings of words, which it would learn, are not."""
+def needs_alignment(family: Family, settings: Settings) -> bool:
+    """Whether the connector is random, the embeddings of words, which it would learn, are not, and the settings leave it to us."""
+    if settings.no_alignment or settings.tune == "full" or not settings.epochs:
+        return False
     return is_random(family.connector) and not is_random(family.model.get_input_embeddings())
 
 
@@ -70,10 +73,12 @@ def align(
     seed: int = 0,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> dict[str, Any]:
-    """Train the connector alone on the names of the classes. The same arguments give the same weights.
+    """Train the connector alone on the names of the classes, whether it is frozen afterwards or not.
+
+    The same arguments give the same weights.
 
     Args:
-        family: its connector is trainable. cache: the features of all pictures, from before the connector.
+        cache: the features of all pictures, from before the connector.
         autocast: the number format of a forward pass. It is entered for each anew, since it remembers the weights of its first one.
 
     Returns:
@@ -81,7 +86,9 @@ def align(
     """
     started = time.monotonic()
     names = name_embeddings(family, class_names)
-    weights = [p for p in family.connector.parameters() if p.requires_grad]
+    weights = list(family.connector.parameters())
+    trained_later = [p.requires_grad for p in weights]
+    family.connector.requires_grad_(True)
     optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, STEPS, pct_start=0.05, cycle_momentum=False)
     batches = _batches(len(train), torch.Generator().manual_seed(seed))
@@ -96,6 +103,8 @@ def align(
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
             bar.update(len(chosen))
+    for weight, trained in zip(weights, trained_later, strict=True):
+        weight.requires_grad_(trained)
     with autocast():
         accuracy = nearest_name_accuracy(family, names, validation, cache)
     return {"seconds": round(time.monotonic() - started, 2), "steps": STEPS, "validation_accuracy": accuracy}

@@ -16,7 +16,7 @@ from vlm.classifier import VLMClassifier
 from vlm.errors import RunError, UsageError
 from vlm.output import DEMO_MODEL, METADATA, STATE
 from vlm.tracking import replacing
-from vlm.tuning import merged_state_dict, trained_parameters
+from vlm.tuning import merged_state_dict
 
 
 @dataclass
@@ -132,17 +132,17 @@ def _is_where_it_started(folder: Path, metadata: dict[str, Any]) -> bool:
 
 def save_state(
     output: Path,
-    model: nn.Module,
+    learned: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     settings: dict[str, Any],
     fingerprint: dict[str, Any],
     scaler: dict[str, Any] | None,
 ) -> None:
-    """Save what a resumed run needs: trained weights, optimizer, progress, settings. The rest is a function of seed and step."""
+    """Save what a resumed run needs: learned weights by name, optimizer, progress, settings. The rest is a function of seed and step."""
 
     def write(new: Path) -> None:
-        save_file({name: p.detach().contiguous() for name, p in trained_parameters(model).items()}, new / "trained.safetensors")
+        save_file({name: p.detach().contiguous() for name, p in learned.items()}, new / "trained.safetensors")
         states = optimizer.state_dict()["state"]
         tensors = {f"{index}.{name}": value.contiguous() for index, state in states.items() for name, value in state.items()}
         save_file(tensors, new / "optimizer.safetensors")
@@ -159,18 +159,17 @@ def read_state(output: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def load_state(output: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def load_state(output: Path, learned: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
     """Put saved weights and optimizer state back in place.
 
     Raises:
         RunError: the state does not fit the model.
     """
     saved = load_file(output / STATE / "trained.safetensors")
-    trained = trained_parameters(model)
-    if saved.keys() != trained.keys() or any(saved[name].shape != p.shape for name, p in trained.items()):
+    if saved.keys() != learned.keys() or any(saved[name].shape != p.shape for name, p in learned.items()):
         raise RunError(f"the state in {output / STATE} does not fit this model: start anew with --overwrite.")
     with torch.no_grad():
-        for name, parameter in trained.items():
+        for name, parameter in learned.items():
             parameter.copy_(saved[name])
     states: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in load_file(output / STATE / "optimizer.safetensors").items():

@@ -62,7 +62,7 @@ class Settings:
         choices=("lora", "full", "connector"),
     )  # fmt: skip
     freeze_connector: bool = _flag(
-        False, "model", "with --tune lora: leave the connector as it is; the features behind it are kept, which is faster and smaller"
+        False, "model", "with --tune lora: train LoRA alone; the features behind the connector are kept, which is faster and smaller"
     )
     lora_rank: int = _flag(16, "model", "rank of the LoRA matrices (default: 16)")
     lora_alpha: float = _flag(32.0, "model", "LoRA scale; the update is multiplied by alpha / rank (default: 32)")

@@ -15,6 +15,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import nn
 
 import vlm
+from vlm.alignment import needs_alignment
 from vlm.batching import IGNORED, vlm_collate_fn
 from vlm.checkpoint import usual_modes
 from vlm.classifier import VLMClassifier
@@ -35,7 +36,7 @@ from vlm.quantization import check_quantization
 from vlm.report import format_table
 from vlm.responses import longest_reasoning
 from vlm.tracking import note
-from vlm.tuning import parameter_groups, prepare_tuning
+from vlm.tuning import parameter_groups, prepare_tuning, trained_parameters
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "safetensors", "scikit-learn", "pillow")
 SHOWN_SETTINGS = (
@@ -49,7 +50,8 @@ PRECISIONS = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"
 @dataclass
 class Run:
     """A run that can start. folder: the model as it was before. model: the classifier as the training calls it, wrapped where there are
-    several processes.
+    several processes. aligns: whether its connector learns the names of the classes first. learned: the parameters that are not as in
+    `folder` afterwards, by name.
     """
 
     settings: Settings
@@ -60,6 +62,8 @@ class Run:
     classifier: VLMClassifier
     model: nn.Module
     optimizer: Any
+    aligns: bool
+    learned: dict[str, nn.Parameter]
     metadata: dict[str, Any]
     workers: int
 
@@ -93,7 +97,8 @@ def set_up(settings: Settings) -> Run:
     image_size = family.size_text(pictures["image_size"]) if "image_size" in pictures else None
     if image_size:
         note(f"image size: {image_size}\n")
-    prepare_tuning(family, settings)
+    aligns = needs_alignment(family, settings)
+    prepare_tuning(family, settings, aligns)
     if settings.gradient_checkpointing:
         family.checkpoint_layers()
     if settings.compile:
@@ -114,11 +119,14 @@ def set_up(settings: Settings) -> Run:
         with accelerator.local_main_process_first():  # the others of this machine find what the first one has computed
             splits = (data.train, data.validation, data.test) if settings.epochs else (data.validation, data.test)
             classifier.feature_cache = fill_cache(family, splits, settings.cache_size, settings.cache_dtype, workers)
+    learned = trained_parameters(classifier)
+    if settings.freeze_connector:  # one that is aligned was trainable until here, so that the features are those before it
+        family.connector.requires_grad_(False)
     groups = parameter_groups(classifier, settings.weight_decay, settings.learning_rate, settings.connector_learning_rate)
     optimizer = torch.optim.AdamW(groups, fused=accelerator.device.type in ("cpu", "cuda"))
     model, optimizer = accelerator.prepare(classifier, optimizer)
     metadata = _metadata(settings, data, classifier, revision, image_size)
-    return Run(settings, accelerator, dtype, data, folder, classifier, model, optimizer, metadata, workers)
+    return Run(settings, accelerator, dtype, data, folder, classifier, model, optimizer, aligns, learned, metadata, workers)
 
 
 def _least(accelerator: Accelerator, number: int) -> int:

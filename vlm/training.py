@@ -17,7 +17,7 @@ from accelerate.utils import broadcast, gather_object, send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vlm.alignment import align, needs_alignment
+from vlm.alignment import align
 from vlm.calibration import Scores
 from vlm.checkpoint import METADATA, Progress, load_state, read_state, save_model_folder, save_state, write_json
 from vlm.config import Settings
@@ -92,7 +92,7 @@ class Trainer:
                     "where the other stopped. Make them equal, or start anew with --overwrite."
                 )
         self.progress = Progress(**state["progress"])
-        load_state(self.run.output, self.run.classifier, self.run.optimizer)
+        load_state(self.run.output, self.run.learned, self.run.optimizer)
         if state["scaler"] and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         note(f"going on after step {self.progress.step} of {self.total_steps}.")
@@ -249,13 +249,11 @@ class Trainer:
     def _align_connector(self) -> None:
         """Before the first step, teach a connector that was never trained the names of the classes (see vlm/alignment.py)."""
         settings, classifier, data = self.settings, self.run.classifier, self.run.data
-        if settings.no_alignment or settings.tune == "full" or not needs_alignment(classifier.family):
-            return
-        if settings.freeze_connector:
-            note("warning: the connector was never trained, and --freeze-connector leaves it so: the model can hardly see.")
+        if not self.run.aligns:
             return
         if classifier.feature_cache is None:
-            note("the connector was never trained. It would learn the names of the classes first if vision features were kept.")
+            hardly = ", and --freeze-connector leaves it so: the model can hardly see" if settings.freeze_connector else ""
+            note(f"the connector was never trained{hardly}. It would learn the names of the classes first if vision features were kept.")
             return
         note("the connector was never trained: it learns the names of the classes first (--no-alignment leaves it as it is).")
         pictures = data.train, data.validation, classifier.feature_cache
@@ -290,7 +288,7 @@ class Trainer:
             scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
             save_state(
                 self.run.output,
-                self.run.classifier,
+                self.run.learned,
                 self.run.optimizer,
                 self.progress,
                 self.settings.to_json(),

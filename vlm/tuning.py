@@ -13,8 +13,11 @@ from vlm.lora import join_products
 ADAPTER = "default"
 
 
-def prepare_tuning(family: Family, settings: Settings) -> None:
+def prepare_tuning(family: Family, settings: Settings, aligns: bool = False) -> None:
     """Freeze and unfreeze the parts, add LoRA, and keep what is trained in float32 whatever the number format of the rest.
+
+    Args:
+        aligns: whether the connector learns something before the training, and so is no frozen one yet (see vlm/alignment.py).
 
     LoRA (Hu et al. 2021) is put on every linear layer of the language model, in place: the modules keep their names.
     """
@@ -28,7 +31,7 @@ def prepare_tuning(family: Family, settings: Settings) -> None:
         )
         inject_adapter_in_model(config, model, adapter_name=ADAPTER)
         join_products(model, ADAPTER)
-    if settings.tune in ("lora", "connector") and not settings.freeze_connector:
+    if settings.tune in ("lora", "connector") and (aligns or not settings.freeze_connector):
         family.connector.requires_grad_(True)
     for parameter in model.parameters():
         if parameter.requires_grad:
