@@ -39,3 +39,23 @@ def tiny_model(tmp_path_factory):
     from tiny import save_tiny_model
 
     return save_tiny_model(tmp_path_factory.mktemp("tiny_model"))
+
+
+@pytest.fixture(scope="session")
+def halves(tmp_path_factory):
+    """A folder with a model of two halves, whose connector was never trained. Only to be read."""
+    from halves import save_halves
+
+    folder = tmp_path_factory.mktemp("halves")
+    save_halves(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def color_folder(tmp_path_factory):
+    """An image folder of three classes with 12 pictures each. Only to be read."""
+    from halves import save_pictures
+
+    folder = tmp_path_factory.mktemp("colors")
+    save_pictures(folder)
+    return folder

@@ -2,75 +2,23 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from commands import run, train
 from feature_checks import load
-from PIL import Image
+from halves import CLASSES, connector_of, settings, split, stand_out
 from safetensors.torch import load_file
-from tiny import NAMES, VISION, tiny_prompts
 from torch import nn
 
 from vlm import alignment
-from vlm.alignment import align, is_random, name_embeddings, nearest_name_accuracy, needs_alignment
+from vlm.alignment import align, is_random, nearest_name_accuracy, needs_alignment
 from vlm.config import Settings
-from vlm.data import Split
-from vlm.demo import build_model, build_processor
 from vlm.errors import Stopped
 from vlm.features import fill_cache
 from vlm.resolve import resolve
-from vlm.sources import Rows
 from vlm.training import fit
 
-TEXT = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
 SETTINGS = Settings(epochs=1)
-COLORS = [(250, 20, 20), (20, 250, 20), (20, 20, 250)]
-
-
-def stand_out(matrix):
-    """As after a training: one direction has far more than its share."""
-    with torch.no_grad():
-        matrix += 3 * matrix.std() * torch.outer(torch.randn(matrix.shape[0]), torch.randn(matrix.shape[1]))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A model with words that were trained and a connector that was not."""
-    folder = tmp_path_factory.mktemp("halves")
-    prompts = tiny_prompts()
-    processor = build_processor(16, 4, 2, corpus=[prompts.system, prompts.question, *prompts.responses])
-    torch.manual_seed(0)
-    model = build_model(processor, VISION, TEXT, 16, 4, 2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 0.1)
-    stand_out(model.get_input_embeddings().weight)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
-
-
-def picture(label, number):
-    noise = np.random.default_rng(100 * label + number).normal(0, 30, (16, 16, 3))
-    return Image.fromarray(np.clip(noise + COLORS[label], 0, 255).astype(np.uint8))
-
-
-def split(each, start=0):
-    labels = [label for label in range(3) for _ in range(each)]
-    pictures = [picture(label, start + i) for label in range(3) for i in range(each)]
-    return Split(Rows(pictures, labels, [f"{i}.png" for i in range(len(labels))]), range(len(labels)), labels)
-
-
-@pytest.fixture(scope="module")
-def picture_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("colors")
-    for label, name in enumerate(NAMES[:3]):
-        (folder / name).mkdir()
-        for i in range(12):
-            picture(label, i).save(folder / name / f"{i}.png")
-    return folder
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (600, 400), (64, 3000), (80, 3, 8, 8)])
@@ -101,46 +49,42 @@ def test_one_trained_matrix_is_enough():
     assert not is_random(part)
 
 
-def test_pictures_come_to_lie_next_to_the_names_of_their_classes(folder, monkeypatch, tmp_path):
+def test_pictures_come_to_lie_next_to_the_names_of_their_classes(halves, monkeypatch, tmp_path):
     monkeypatch.setenv("VLM_CACHE", str(tmp_path))
-    names, train, validation = NAMES[:3], split(8), split(6, start=100)
+    names, train, validation = CLASSES, split(8), split(6, start=100)
     found = []
     for _ in range(2):
-        family = load(folder, tune="connector").family
+        family = load(halves, tune="connector").family
         assert needs_alignment(family, SETTINGS)
         cache = fill_cache(family, [train, validation], limit_gb=1)
         before = {name: tensor.clone() for name, tensor in family.model.state_dict().items()}
-        at_first = nearest_name_accuracy(family, name_embeddings(family, names), validation, cache)
-        result = align(family, names, train, validation, cache, seed=3)
+        at_first = nearest_name_accuracy(family, names, validation, cache)
+        align(family, names, train, cache, seed=3)
         after = family.model.state_dict()
         changed = {name for name in before if not torch.equal(before[name], after[name])}
         assert changed and all("connector" in name for name in changed)
         assert all(p.grad is None for p in family.model.parameters())
-        found.append((at_first, result["validation_accuracy"], after))
+        found.append((at_first, nearest_name_accuracy(family, names, validation, cache), after))
     assert found[0][0] < 0.7 and found[0][1] == 1.0
     assert all(torch.equal(found[0][2][name], found[1][2][name]) for name in found[0][2]), "the same seed gives the same weights"
 
 
-def test_a_model_of_random_words_has_nothing_to_learn_from(folder):
-    family = load(folder).family
+def test_a_model_of_random_words_has_nothing_to_learn_from(halves):
+    family = load(halves).family
     with torch.no_grad():
         family.model.get_input_embeddings().weight.normal_()
     assert not needs_alignment(family, SETTINGS)
 
 
-def settings(folder, pictures, output, **more):
-    flags = {"model": str(folder), "dataset": str(pictures), "epochs": 1, "batch_size": 4, "output_dir": str(output)}
-    return resolve(flags | {"gradient_accumulation_steps": 1} | more)
-
-
-@pytest.mark.parametrize("frozen", [False, True])
-def test_a_run_aligns_once_says_so_and_resumes_to_the_same_weights(folder, picture_folder, tmp_path, monkeypatch, capsys, frozen):
+@pytest.mark.parametrize("more", [{}, {"connector_learning_rate": 1e-3}, {"tune": "connector"}])
+def test_a_run_aligns_once_says_so_and_resumes_to_the_same_weights(halves, color_folder, tmp_path, monkeypatch, capsys, more):
     monkeypatch.setattr(alignment, "STEPS", 30)
-    results = fit(settings(folder, picture_folder, tmp_path / "whole", freeze_connector=frozen))
+    results = fit(settings(halves, color_folder, tmp_path / "whole", **more))
     assert "the connector was never trained" in capsys.readouterr().err
+    assert results["alignment"]["folds"] == (0 if more else 5)
     assert results["alignment"]["steps"] == 30 and 0 <= results["alignment"]["validation_accuracy"] <= 1
     with pytest.raises(Stopped):
-        fit(settings(folder, picture_folder, tmp_path / "parts", freeze_connector=frozen), lambda: True)
+        fit(settings(halves, color_folder, tmp_path / "parts", **more), lambda: True)
     saved = json.loads((tmp_path / "parts" / "training_metadata.json").read_text())["settings"]
     capsys.readouterr()
     again = fit(resolve({"resume": True, "output_dir": str(tmp_path / "parts")}, saved))
@@ -148,25 +92,29 @@ def test_a_run_aligns_once_says_so_and_resumes_to_the_same_weights(folder, pictu
     assert again["alignment"]["validation_accuracy"] == results["alignment"]["validation_accuracy"]
     whole, parts = (load_file(tmp_path / name / "final_model" / "model.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    connector = connector_of(folder), connector_of(tmp_path / "whole" / "final_model")
-    assert not any(torch.equal(a, b) for a, b in zip(*connector, strict=True) if a.ndim > 1), "aligned, where it is frozen afterwards too"
+    connector = connector_of(halves), connector_of(tmp_path / "whole" / "final_model")
+    assert not any(torch.equal(a, b) for a, b in zip(*connector, strict=True) if a.ndim > 1)
 
 
-def test_a_frozen_connector_stays_as_it_was_aligned(folder, picture_folder, tmp_path, monkeypatch):
+def test_with_lora_the_connector_stays_as_it_was_aligned(halves, color_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(alignment, "STEPS", 30)
     for name, rate in (("slow", 1e-5), ("fast", 1e-3)):
-        fit(settings(folder, picture_folder, tmp_path / name, freeze_connector=True, learning_rate=rate))
+        fit(settings(halves, color_folder, tmp_path / name, learning_rate=rate))
     slow, fast = (connector_of(tmp_path / name / "final_model") for name in ("slow", "fast"))
     assert all(torch.equal(a, b) for a, b in zip(slow, fast, strict=True))
 
 
-def connector_of(folder):
-    return [p.detach() for p in load(folder).family.connector.parameters()]
+def test_with_a_rate_of_its_own_it_goes_on_learning(halves, color_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(alignment, "STEPS", 30)
+    for name, rate in (("slow", 1e-5), ("fast", 1e-3)):
+        fit(settings(halves, color_folder, tmp_path / name, connector_learning_rate=rate))
+    slow, fast = (connector_of(tmp_path / name / "final_model") for name in ("slow", "fast"))
+    assert not any(torch.equal(a, b) for a, b in zip(slow, fast, strict=True) if a.ndim > 1)
 
 
-def test_two_processes_go_on_from_the_same_connector(folder, picture_folder, tmp_path):
+def test_two_processes_go_on_from_the_same_connector(halves, color_folder, tmp_path):
     """Else their gradients would be of different models: the loss is that of one process with twice the batch."""
-    flags = ["--model", folder, "--dataset", picture_folder, "--epochs", 1, "--gradient-accumulation-steps", 4, "--device", "cpu"]
+    flags = ["--model", halves, "--dataset", color_folder, "--epochs", 1, "--gradient-accumulation-steps", 4, "--device", "cpu"]
     done = run("run_vlm_training.sh", *flags, "--output-dir", tmp_path / "two", VLM_PROCESSES=2)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("it learns the names") == 1, "only one of them speaks"
@@ -188,8 +136,8 @@ def test_two_processes_go_on_from_the_same_connector(folder, picture_folder, tmp
         ({"no_feature_cache": True}, "if vision features were kept"),
     ],
 )
-def test_a_run_that_cannot_or_should_not_align_does_not(folder, picture_folder, tmp_path, capsys, more, said):
-    results = fit(settings(folder, picture_folder, tmp_path / "out", **more))
+def test_a_run_that_cannot_or_should_not_align_does_not(halves, color_folder, tmp_path, capsys, more, said):
+    results = fit(settings(halves, color_folder, tmp_path / "out", **more))
     error = capsys.readouterr().err
     assert "alignment" not in results and "learns the names" not in error
     assert said in error if said else "never trained" not in error

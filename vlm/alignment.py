@@ -8,7 +8,6 @@ becomes most like the embedding of its class's name among those of all classes. 
 B = pictures, C = classes, D = width of the language model.
 """
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -30,6 +29,8 @@ POWERS = 30  # iterations, after which a value that is a tenth above all others 
 STEPS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 400, 32, 1e-3, 0.01
 SHARPNESS = 8.0  # of the softmax over squared distances, whose unit is the mean squared distance of the names from their middle
 MOST_CHECKED = 512  # validation pictures
+
+Autocast = Callable[[], AbstractContextManager[Any]]
 
 
 @torch.no_grad()
@@ -68,11 +69,11 @@ def align(
     family: Family,
     class_names: Sequence[str],
     train: Split,
-    validation: Split,
     cache: FeatureCache,
     seed: int = 0,
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-) -> dict[str, Any]:
+    autocast: Autocast = nullcontext,
+    title: str = "aligning the connector",
+) -> None:
     """Train the connector alone on the names of the classes, whether it is frozen afterwards or not.
 
     The same arguments give the same weights.
@@ -80,11 +81,7 @@ def align(
     Args:
         cache: the features of all pictures, from before the connector.
         autocast: the number format of a forward pass. It is entered for each anew, since it remembers the weights of its first one.
-
-    Returns:
-        seconds; steps; validation_accuracy: the share of validation pictures (of up to 512) that are nearest to the name of their class.
     """
-    started = time.monotonic()
     names = name_embeddings(family, class_names)
     weights = list(family.connector.parameters())
     trained_later = [p.requires_grad for p in weights]
@@ -92,7 +89,7 @@ def align(
     optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, STEPS, pct_start=0.05, cycle_momentum=False)
     batches = _batches(len(train), torch.Generator().manual_seed(seed))
-    with Bar(STEPS * BATCH_SIZE, "aligning the connector") as bar:
+    with Bar(STEPS * BATCH_SIZE, title) as bar:
         for _ in range(STEPS):
             chosen = next(batches)
             with autocast():
@@ -105,9 +102,6 @@ def align(
             bar.update(len(chosen))
     for weight, trained in zip(weights, trained_later, strict=True):
         weight.requires_grad_(trained)
-    with autocast():
-        accuracy = nearest_name_accuracy(family, names, validation, cache)
-    return {"seconds": round(time.monotonic() - started, 2), "steps": STEPS, "validation_accuracy": accuracy}
 
 
 @torch.no_grad()
@@ -135,8 +129,9 @@ def similarities(pictures: Tensor, names: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def nearest_name_accuracy(family: Family, names: Tensor, split: Split, cache: FeatureCache) -> float:
+def nearest_name_accuracy(family: Family, class_names: Sequence[str], split: Split, cache: FeatureCache) -> float:
     """Share of pictures, of up to 512 spread over the split, whose mean token is nearest to the name of their class."""
+    names = name_embeddings(family, class_names)
     chosen = torch.linspace(0, len(split) - 1, min(MOST_CHECKED, len(split))).long().tolist()
     found: list[int] = []
     for start in range(0, len(chosen), BATCH_SIZE):

@@ -137,9 +137,13 @@ class VLMClassifier(nn.Module):
         self._kept_prefix = self.inference_cache = None  # the weights are about to change, or have changed
         return super().train(mode)
 
-    def collate(self, with_response: bool) -> Callable[[Sequence[Sample]], dict[str, Any]]:
-        """`vlm_collate_fn` for this model's pictures and conversation, for a loader with any number of processes."""
-        family, cache = self.family.without_weights(), self.feature_cache
+    def collate(self, with_response: bool, cache: Any = None) -> Callable[[Sequence[Sample]], dict[str, Any]]:
+        """`vlm_collate_fn` for this model's pictures and conversation, for a loader with any number of processes.
+
+        Args:
+            cache: a `FeatureCache` in the place of `feature_cache`.
+        """
+        family, cache = self.family.without_weights(), cache or self.feature_cache
         return partial(vlm_collate_fn, family=family, rendered=self.rendered, with_response=with_response, cache=cache)
 
     # Training

@@ -53,12 +53,13 @@ class FeatureCache:
         halved: float32 features are kept as float16, half the size. They come back as float32, with a relative difference of at most
             2^-11; a picture with a feature that float16 cannot hold is kept as it is.
         limit_gb: the largest size of all that is kept, in 10^9 bytes.
+        connectors: all that features come from, where it is not the family's alone.
     """
 
-    def __init__(self, family: Family, connected: bool, halved: bool, limit_gb: float):
+    def __init__(self, family: Family, connected: bool, halved: bool, limit_gb: float, connectors: Sequence[nn.Module] = ()):
         self.connected = connected
         self.halved = halved
-        self.folder = cache_root() / fingerprint(family, connected, halved)
+        self.folder = cache_root() / fingerprint(family, connected, halved, connectors)
         self.limit_gb = limit_gb
         self.room = 0.0  # bytes that may be written before the folders are looked at again
         self.full = False
@@ -163,10 +164,10 @@ class FeatureCache:
         return self.folder / f"{key}.safetensors"
 
 
-def fingerprint(family: Family, connected: bool, halved: bool) -> str:
+def fingerprint(family: Family, connected: bool, halved: bool, connectors: Sequence[nn.Module] = ()) -> str:
     """What the features depend on beside the picture: weights, picture processing, number format, program."""
     content = hashlib.sha256(f"{FORMAT} {transformers.__version__} {type(family).__name__} {connected} {halved}".encode())
-    for part in (family.vision, family.connector) if connected else (family.vision,):
+    for part in (family.vision, *(connectors or [family.connector])) if connected else (family.vision,):
         _add_weights(content, part)
     images = family.processor.image_processor
     settings = images.to_dict() if hasattr(images, "to_dict") else vars(images)

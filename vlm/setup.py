@@ -1,5 +1,6 @@
 """From settings to a run that can start: device, data, model, what is trained, and a look at one sample."""
 
+import copy
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from vlm.batching import IGNORED, vlm_collate_fn
 from vlm.checkpoint import usual_modes
 from vlm.classifier import VLMClassifier
 from vlm.config import PICTURES_PER_STEP, Settings
+from vlm.cross_fit import FOLDS, can_cross_fit
 from vlm.data import Data, Sample, load_data
 from vlm.demo import MODEL_NAME, build_demo_model
 from vlm.device import check_compiler, pick_device, pick_dtype, pick_threads, share_of_cores
@@ -50,8 +52,8 @@ PRECISIONS = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"
 @dataclass
 class Run:
     """A run that can start. folder: the model as it was before. model: the classifier as the training calls it, wrapped where there are
-    several processes. aligns: whether its connector learns the names of the classes first. learned: the parameters that are not as in
-    `folder` afterwards, by name.
+    several processes. aligns: whether its connector learns the names of the classes first. fold_connectors: none, or one for each fold
+    (see vlm/cross_fit.py). learned: the parameters that will not be as in `folder`, by name.
     """
 
     settings: Settings
@@ -63,6 +65,7 @@ class Run:
     model: nn.Module
     optimizer: Any
     aligns: bool
+    fold_connectors: nn.ModuleList
     learned: dict[str, nn.Parameter]
     metadata: dict[str, Any]
     workers: int
@@ -119,14 +122,29 @@ def set_up(settings: Settings) -> Run:
         with accelerator.local_main_process_first():  # the others of this machine find what the first one has computed
             splits = (data.train, data.validation, data.test) if settings.epochs else (data.validation, data.test)
             classifier.feature_cache = fill_cache(family, splits, settings.cache_size, settings.cache_dtype, workers)
+    aligns = aligns and _can_align(settings, classifier)
     learned = trained_parameters(classifier)
     if settings.freeze_connector:  # one that is aligned was trainable until here, so that the features are those before it
         family.connector.requires_grad_(False)
+    cross_fits = aligns and settings.freeze_connector and can_cross_fit(data.train.labels)
+    folds = nn.ModuleList(copy.deepcopy(family.connector) for _ in range(FOLDS if cross_fits else 0))
+    learned |= {f"fold_connectors.{name}": parameter for name, parameter in folds.named_parameters()}
     groups = parameter_groups(classifier, settings.weight_decay, settings.learning_rate, settings.connector_learning_rate)
     optimizer = torch.optim.AdamW(groups, fused=accelerator.device.type in ("cpu", "cuda"))
     model, optimizer = accelerator.prepare(classifier, optimizer)
     metadata = _metadata(settings, data, classifier, revision, image_size)
-    return Run(settings, accelerator, dtype, data, folder, classifier, model, optimizer, aligns, learned, metadata, workers)
+    return Run(settings, accelerator, dtype, data, folder, classifier, model, optimizer, aligns, folds, learned, metadata, workers)
+
+
+def _can_align(settings: Settings, classifier: VLMClassifier) -> bool:
+    """Whether a random connector can learn the names of the classes; with LoRA it is frozen then, unless it has a rate of its own."""
+    if classifier.feature_cache is None:
+        hardly = ", and --freeze-connector leaves it so: the model can hardly see" if settings.freeze_connector else ""
+        note(f"the connector was never trained{hardly}. It would learn the names of the classes first if vision features were kept.")
+        return False
+    if settings.tune == "lora" and settings.connector_learning_rate == settings.learning_rate:
+        settings.freeze_connector = True
+    return True
 
 
 def _least(accelerator: Accelerator, number: int) -> int:
@@ -164,6 +182,8 @@ def _settings_rows(settings: Settings, classifier: VLMClassifier, device: str, d
         ("trained parameters", f"{trained:,} of {every:,} ({trained / every:.1%})"),
     ]
     shown = {name: "each epoch" if getattr(settings, name) is None else str(getattr(settings, name)) for name in SHOWN_SETTINGS}
+    if settings.connector_learning_rate == settings.learning_rate:  # so it is where the connector is frozen, too
+        del shown["connector_learning_rate"]
     if settings.batch_size == 1:
         shown["batch_size"] += f" (with --batch-size {PICTURES_PER_STEP} a step is faster; it needs more memory)"
     rows += [(name.replace("_", " "), value) for name, value in shown.items()]

@@ -17,13 +17,16 @@ from accelerate.utils import broadcast, gather_object, send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vlm.alignment import align
+from vlm import alignment
+from vlm.alignment import align, nearest_name_accuracy
 from vlm.calibration import Scores
 from vlm.checkpoint import METADATA, Progress, load_state, read_state, save_model_folder, save_state, write_json
 from vlm.config import Settings
+from vlm.cross_fit import align_folds, out_of_fold_cache
 from vlm.data import Split
 from vlm.errors import RunError, Stopped, UsageError
 from vlm.evaluation import metrics_of_scores, score_split
+from vlm.features import FeatureCache
 from vlm.metrics import load_metric
 from vlm.order import Step, epoch_plan
 from vlm.output import output_folder
@@ -78,6 +81,7 @@ class Trainer:
         self.log: RunLog | None = None
         self.losses: list[Tensor] = []
         self.last_save = time.monotonic()
+        self.training_cache: FeatureCache | None = None  # what the training reads in the place of the classifier's cache
 
     def resume(self) -> None:
         """Go on from the newest saved state; without one the run starts from the beginning."""
@@ -120,7 +124,7 @@ class Trainer:
                     write_json(self.run.output / METADATA, self.run.metadata)  # from here on there is a run to go on with
                 if not settings.epochs:
                     self._evaluate()
-                elif not self.progress.step:
+                else:
                     with bar.paused():
                         self._align_connector()
                 for epoch in range(self.progress.epoch, settings.epochs):
@@ -174,7 +178,7 @@ class Trainer:
         loader = DataLoader(
             self.run.data.train,
             batch_sampler=[batch for step in plan for batch in step.batches],
-            collate_fn=self.run.classifier.collate(with_response=self.run.classifier.objective.has_response),
+            collate_fn=self.run.classifier.collate(self.run.classifier.objective.has_response, self.training_cache),
             num_workers=self.run.workers,
             pin_memory=self.accelerator.device.type == "cuda",
             generator=torch.Generator(),  # the default would draw from the global one, and shift dropout after a resume
@@ -247,21 +251,39 @@ class Trainer:
                 save_model_folder(self.run.output / "best_model", self.run.classifier, metadata, self.run.dtype)
 
     def _align_connector(self) -> None:
-        """Before the first step, teach a connector that was never trained the names of the classes (see vlm/alignment.py)."""
-        settings, classifier, data = self.settings, self.run.classifier, self.run.data
-        if not self.run.aligns:
+        """Before the first step, teach a connector that was never trained the names of the classes (vlm/alignment.py, vlm/cross_fit.py)."""
+        run, family, train = self.run, self.run.classifier.family, self.run.data.train
+        if not run.aligns:
             return
-        if classifier.feature_cache is None:
-            hardly = ", and --freeze-connector leaves it so: the model can hardly see" if settings.freeze_connector else ""
-            note(f"the connector was never trained{hardly}. It would learn the names of the classes first if vision features were kept.")
-            return
-        note("the connector was never trained: it learns the names of the classes first (--no-alignment leaves it as it is).")
-        pictures = data.train, data.validation, classifier.feature_cache
-        found = align(classifier.family, classifier.class_names, *pictures, settings.seed, self.accelerator.autocast)
-        for parameter in classifier.family.connector.parameters():  # several processes go on from the same numbers
-            parameter.data.copy_(broadcast(parameter.data))
-        note(f"{found['validation_accuracy']:.1%} of the validation pictures are nearest to the name of their class.")
-        self.progress.alignment = found
+        cache = run.classifier.feature_cache
+        if not self.progress.step:  # else the saved state held what was learned
+            self.progress.alignment = self._align(cache)
+        if run.fold_connectors:
+            with self.accelerator.local_main_process_first():
+                how = self.settings.seed, self.accelerator.autocast
+                self.training_cache = out_of_fold_cache(family, train, cache, run.fold_connectors, *how)
+
+    def _align(self, cache: FeatureCache) -> dict[str, Any]:
+        """Align the connector and those of the folds.
+
+        Returns:
+            seconds; steps of each; folds; validation_accuracy: the share of validation pictures (of up to 512) that are nearest to the
+            name of their class.
+        """
+        started = time.monotonic()
+        run, family, names = self.run, self.run.classifier.family, self.run.classifier.class_names
+        then = "and is frozen then; --connector-learning-rate trains it on" if self.settings.freeze_connector else "then goes on"
+        note(f"the connector was never trained: it learns the names of the classes first, {then} (--no-alignment leaves it as it is).")
+        how = self.settings.seed, self.accelerator.autocast
+        align_folds(family, names, run.data.train, cache, run.fold_connectors, *how)
+        align(family, names, run.data.train, cache, *how)
+        for parameter in (*family.connector.parameters(), *run.fold_connectors.parameters()):
+            parameter.data.copy_(broadcast(parameter.data))  # several processes go on from the same numbers
+        with self.accelerator.autocast():
+            accuracy = nearest_name_accuracy(family, names, run.data.validation, cache)
+        note(f"{accuracy:.1%} of the validation pictures are nearest to the name of their class.")
+        seconds = round(time.monotonic() - started, 2)
+        return {"seconds": seconds, "steps": alignment.STEPS, "folds": len(run.fold_connectors), "validation_accuracy": accuracy}
 
     def _test_untouched(self) -> None:
         """Metrics of the model as it is before the first step, on the test split, for comparison."""

@@ -1,0 +1,65 @@
+"""A small model put together of two halves, and pictures to train it on: what the tests of its first stage have in common."""
+
+import numpy as np
+import torch
+from feature_checks import load
+from PIL import Image
+from tiny import NAMES, VISION, tiny_prompts
+
+from vlm.data import Split
+from vlm.demo import build_model, build_processor
+from vlm.resolve import resolve
+from vlm.sources import Rows
+
+CLASSES = NAMES[:3]
+TEXT = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+COLORS = [(250, 20, 20), (20, 250, 20), (20, 20, 250)]
+
+
+def stand_out(matrix):
+    """As after a training: one direction has far more than its share."""
+    with torch.no_grad():
+        matrix += 3 * matrix.std() * torch.outer(torch.randn(matrix.shape[0]), torch.randn(matrix.shape[1]))
+
+
+def save_halves(folder):
+    """A model with words that were trained and a connector that was not."""
+    prompts = tiny_prompts()
+    processor = build_processor(16, 4, 2, corpus=[prompts.system, prompts.question, *prompts.responses])
+    torch.manual_seed(0)
+    model = build_model(processor, VISION, TEXT, 16, 4, 2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.1)
+    stand_out(model.get_input_embeddings().weight)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def picture(label, number):
+    noise = np.random.default_rng(100 * label + number).normal(0, 30, (16, 16, 3))
+    return Image.fromarray(np.clip(noise + COLORS[label], 0, 255).astype(np.uint8))
+
+
+def split(each, start=0):
+    labels = [label for label in range(3) for _ in range(each)]
+    pictures = [picture(label, start + i) for label in range(3) for i in range(each)]
+    return Split(Rows(pictures, labels, [f"{i}.png" for i in range(len(labels))]), range(len(labels)), labels)
+
+
+def save_pictures(folder):
+    """A folder of 12 pictures a class."""
+    for label, name in enumerate(CLASSES):
+        (folder / name).mkdir()
+        for i in range(12):
+            picture(label, i).save(folder / name / f"{i}.png")
+
+
+def settings(folder, pictures, output, **more):
+    flags = {"model": str(folder), "dataset": str(pictures), "epochs": 1, "batch_size": 4, "output_dir": str(output)}
+    return resolve(flags | {"gradient_accumulation_steps": 1} | more)
+
+
+def connector_of(folder):
+    return [p.detach() for p in load(folder).family.connector.parameters()]

@@ -1,0 +1,135 @@
+"""Training pictures reach the language model through a connector that was not aligned on them."""
+
+import copy
+
+import pytest
+import torch
+from feature_checks import MODELS, load
+from feature_checks import split as mixed_split
+from halves import CLASSES, settings, split
+from torch import nn
+
+from vlm import alignment
+from vlm.alignment import align
+from vlm.batching import encode
+from vlm.cross_fit import FOLDS, align_folds, can_cross_fit, connector_of, folds_of, out_of_fold_cache
+from vlm.data import Split
+from vlm.families.encoded import CONNECTED_FEATURES, TOWER_FEATURES
+from vlm.features import fill_cache
+from vlm.setup import set_up
+from vlm.sources import Rows
+from vlm.training import Trainer
+
+
+def with_keys(labels, keys):
+    return Split(Rows([None] * len(labels), labels, keys), range(len(labels)), labels, keys)
+
+
+@pytest.fixture
+def small(halves, tmp_path, monkeypatch):
+    """The family, its training pictures, and the cache of their features."""
+    monkeypatch.setenv("VLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(alignment, "STEPS", 30)
+    family, train = load(halves).family, split(5)
+    return family, train, fill_cache(family, [train], limit_gb=1)
+
+
+def drawn(family, seed=0):
+    """A connector for each fold, all different."""
+    torch.manual_seed(seed)
+    connectors = nn.ModuleList(copy.deepcopy(family.connector) for _ in range(FOLDS))
+    for parameter in connectors.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return connectors
+
+
+def test_each_fold_has_its_share_of_every_class_and_equal_pictures_lie_in_one():
+    labels = [0] * 10 + [1] * 15 + [1]
+    keys = [f"{i}" for i in range(25)] + ["24"]
+    folds = folds_of(with_keys(labels, keys), seed=1)
+    assert len(folds) == 25
+    for label, each in ((0, 2), (1, 3)):
+        of_class = [folds[key] for key in dict.fromkeys(key for key, one in zip(keys, labels, strict=True) if one == label)]
+        assert sorted(of_class) == sorted(list(range(FOLDS)) * each)
+    assert folds == folds_of(with_keys(labels, keys), seed=1) != folds_of(with_keys(labels, keys), seed=2)
+
+
+@pytest.mark.parametrize(("each", "possible"), [(4, False), (5, True), (6_399, True), (6_400, False)])
+def test_it_needs_a_picture_of_each_class_in_each_fold_and_an_alignment_that_sees_pictures_again(each, possible):
+    assert can_cross_fit([0] * each + [1] * each) == possible
+
+
+def test_each_connector_is_the_one_aligned_on_the_pictures_of_the_other_folds(small):
+    family, train, cache = small
+    before = copy.deepcopy(family.connector.state_dict())
+    connectors = nn.ModuleList(copy.deepcopy(family.connector) for _ in range(FOLDS))
+    align_folds(family, CLASSES, train, cache, connectors, seed=3)
+    assert all(torch.equal(before[name], tensor) for name, tensor in family.connector.state_dict().items())
+    folds = folds_of(train, 3)
+    for k, connector in enumerate(connectors):
+        family.connector.load_state_dict(before)
+        align(family, CLASSES, train.take([i for i in range(len(train)) if folds[train.keys[i]] != k]), cache, seed=3)
+        assert all(torch.equal(a, b) for a, b in zip(family.connector.parameters(), connector.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_features_are_those_behind_the_connector_of_the_pictures_fold(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLM_CACHE", str(tmp_path / "cache"))
+    build, options = MODELS[name]
+    build(tmp_path / "model")
+    family, train = load(tmp_path / "model", options).family, mixed_split()
+    cache, connectors = fill_cache(family, [train], limit_gb=1), drawn(family)
+    own = copy.deepcopy(family.connector.state_dict())
+    found = out_of_fold_cache(family, train, cache, connectors, seed=1)
+    assert all(torch.equal(own[key], tensor) for key, tensor in family.connector.state_dict().items())
+    for i, key in enumerate(train.keys):
+        features = found.encode([key]).inputs
+        assert TOWER_FEATURES not in features
+        with connector_of(family, connectors[folds_of(train, 1)[key]]), torch.no_grad():
+            expected = family.picture_features(encode([train[i]], family, cache).inputs)
+        torch.testing.assert_close(features[CONNECTED_FEATURES], expected, rtol=1e-5, atol=1e-6)
+        others = [c for k, c in enumerate(connectors) if k != folds_of(train, 1)[key]]
+        with connector_of(family, others[0]), torch.no_grad():
+            assert not torch.allclose(features[CONNECTED_FEATURES], family.picture_features(encode([train[i]], family, cache).inputs))
+
+
+def test_other_connectors_have_other_features_and_the_same_ones_are_not_computed_again(small, monkeypatch):
+    family, train, cache = small
+    first = out_of_fold_cache(family, train, cache, drawn(family, 0), seed=1)
+    assert out_of_fold_cache(family, train, cache, drawn(family, 1), seed=1).folder != first.folder
+    monkeypatch.setattr(type(first), "add", lambda *_: pytest.fail("computed again"))
+    assert out_of_fold_cache(family, train, cache, drawn(family, 0), seed=1).folder == first.folder
+
+
+def test_features_that_find_no_room_are_done_without(small, capsys):
+    family, train, cache = small
+    own = copy.deepcopy(family.connector.state_dict())
+    cache.limit_gb = 1e-9
+    assert out_of_fold_cache(family, train, cache, drawn(family), seed=1) is None
+    assert "not kept" in capsys.readouterr().err
+    assert all(torch.equal(own[name], tensor) for name, tensor in family.connector.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("more", "folds"),
+    [
+        ({}, FOLDS),
+        ({"freeze_connector": True}, FOLDS),
+        ({"shots": 4}, 0),
+        ({"connector_learning_rate": 1e-3}, 0),
+        ({"tune": "connector"}, 0),
+    ],
+)
+def test_lora_is_trained_on_these_features_and_tested_on_those_of_the_whole_connector(
+    halves, color_folder, tmp_path, monkeypatch, more, folds
+):
+    monkeypatch.setattr(alignment, "STEPS", 30)
+    run = set_up(settings(halves, color_folder, tmp_path / "out", **more))
+    trainer = Trainer(run)
+    trainer._align_connector()
+    assert len(run.fold_connectors) == folds
+    pixels = next(trainer._batches(trainer._plan(0)))["pixels"]
+    assert (CONNECTED_FEATURES in pixels) == bool(folds) and (TOWER_FEATURES in pixels) != bool(folds)
+    assert TOWER_FEATURES in run.classifier.collate(with_response=False)([run.data.validation[0]])["pixels"]
+    trains_connector = any(p.requires_grad for p in run.classifier.family.connector.parameters())
+    assert trains_connector == (more.get("tune") == "connector" or "connector_learning_rate" in more)
