@@ -137,14 +137,11 @@ def set_up(settings: Settings) -> Run:
 
 
 def _can_align(settings: Settings, classifier: VLMClassifier) -> bool:
-    """Whether a random connector can learn the names of the classes; with LoRA it is frozen then, unless it has a rate of its own."""
+    """Whether a random connector can learn the names of the classes."""
     if classifier.feature_cache is None:
         hardly = ", and --freeze-connector leaves it so: the model can hardly see" if settings.freeze_connector else ""
         note(f"the connector was never trained{hardly}. It would learn the names of the classes first if vision features were kept.")
-        return False
-    if settings.tune == "lora" and settings.connector_learning_rate == settings.learning_rate:
-        settings.freeze_connector = True
-    return True
+    return classifier.feature_cache is not None
 
 
 def _least(accelerator: Accelerator, number: int) -> int:

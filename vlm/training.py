@@ -17,7 +17,6 @@ from accelerate.utils import broadcast, gather_object, send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vlm import alignment
 from vlm.alignment import align, nearest_name_accuracy
 from vlm.calibration import Scores
 from vlm.checkpoint import METADATA, Progress, load_state, read_state, save_model_folder, save_state, write_json
@@ -267,13 +266,12 @@ class Trainer:
         """Align the connector and those of the folds.
 
         Returns:
-            seconds; steps of each; folds; validation_accuracy: the share of validation pictures (of up to 512) that are nearest to the
+            seconds; folds; validation_accuracy: the share of validation pictures (of up to 512) that are nearest to the
             name of their class.
         """
         started = time.monotonic()
         run, family, names = self.run, self.run.classifier.family, self.run.classifier.class_names
-        then = "and is frozen then; --connector-learning-rate trains it on" if self.settings.freeze_connector else "then goes on"
-        note(f"the connector was never trained: it learns the names of the classes first, {then} (--no-alignment leaves it as it is).")
+        note("the connector was never trained: it learns the names of the classes first (--no-alignment leaves it as it is).")
         how = self.settings.seed, self.accelerator.autocast
         align_folds(family, names, run.data.train, cache, run.fold_connectors, *how)
         align(family, names, run.data.train, cache, *how)
@@ -283,7 +281,7 @@ class Trainer:
             accuracy = nearest_name_accuracy(family, names, run.data.validation, cache)
         note(f"{accuracy:.1%} of the validation pictures are nearest to the name of their class.")
         seconds = round(time.monotonic() - started, 2)
-        return {"seconds": seconds, "steps": alignment.STEPS, "folds": len(run.fold_connectors), "validation_accuracy": accuracy}
+        return {"seconds": seconds, "folds": len(run.fold_connectors), "validation_accuracy": accuracy}
 
     def _test_untouched(self) -> None:
         """Metrics of the model as it is before the first step, on the test split, for comparison."""
