@@ -30,6 +30,11 @@ def can_cross_fit(labels: Sequence[int]) -> bool:
     return min(Counter(labels).values(), default=0) >= FOLDS and len(labels) < STEPS * BATCH_SIZE
 
 
+def copy_for_folds(connector: nn.Module, labels: Sequence[int]) -> nn.ModuleList:
+    """A connector for each fold, to be aligned; none where the labels do not allow it."""
+    return nn.ModuleList(copy.deepcopy(connector) for _ in range(FOLDS if can_cross_fit(labels) else 0))
+
+
 def folds_of(split: Split, seed: int) -> dict[str, int]:
     """The fold of each picture, by its key: at random, of each class as many in each fold. Equal pictures share one."""
     folds: dict[str, int] = {}

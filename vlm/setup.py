@@ -1,6 +1,5 @@
 """From settings to a run that can start: device, data, model, what is trained, and a look at one sample."""
 
-import copy
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from vlm.batching import IGNORED, vlm_collate_fn
 from vlm.checkpoint import usual_modes
 from vlm.classifier import VLMClassifier
 from vlm.config import PICTURES_PER_STEP, Settings
-from vlm.cross_fit import FOLDS, can_cross_fit
+from vlm.cross_fit import copy_for_folds
 from vlm.data import Data, Sample, load_data
 from vlm.demo import MODEL_NAME, build_demo_model
 from vlm.device import check_compiler, pick_device, pick_dtype, pick_threads, share_of_cores
@@ -126,8 +125,7 @@ def set_up(settings: Settings) -> Run:
     learned = trained_parameters(classifier)
     if settings.freeze_connector:  # one that is aligned was trainable until here, so that the features are those before it
         family.connector.requires_grad_(False)
-    cross_fits = aligns and settings.freeze_connector and can_cross_fit(data.train.labels)
-    folds = nn.ModuleList(copy.deepcopy(family.connector) for _ in range(FOLDS if cross_fits else 0))
+    folds = copy_for_folds(family.connector, data.train.labels) if aligns and settings.freeze_connector else nn.ModuleList()
     learned |= {f"fold_connectors.{name}": parameter for name, parameter in folds.named_parameters()}
     groups = parameter_groups(classifier, settings.weight_decay, settings.learning_rate, settings.connector_learning_rate)
     optimizer = torch.optim.AdamW(groups, fused=accelerator.device.type in ("cpu", "cuda"))
