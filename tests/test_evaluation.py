@@ -9,6 +9,7 @@ from vlm.batching import IGNORED
 from vlm.calibration import Scores
 from vlm.data import Split
 from vlm.evaluation import check_texts, explanations, score_split
+from vlm.evaluation_mode import evaluation_mode
 from vlm.prompts import parse_answer
 from vlm.sources import Rows
 
@@ -69,6 +70,11 @@ def test_evaluation_leaves_the_mode_as_it_was(classifier, split):
     for mode in (True, False):
         classifier.train(mode)
         score_split(classifier, split, indices=[0])
+        explanations(classifier, split, [0], [0])
+        assert classifier.training is mode
+        with pytest.raises(ZeroDivisionError), evaluation_mode(classifier):
+            assert not classifier.training
+            raise ZeroDivisionError
         assert classifier.training is mode
 
 

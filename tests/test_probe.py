@@ -124,12 +124,14 @@ def test_a_tower_without_features_of_its_own_is_left_out_with_a_note(family, dat
     def fail(inputs):
         raise IndexError("nothing reached the connector")
 
+    family.model.train()
     monkeypatch.setattr(family, "vision_features", fail)
-    assert probe(family, data) is None
+    assert probe(family, data) is None and family.model.training, "the mode stays as it was"
     assert "no probe: this model's vision tower hands over no features of its own (IndexError)" in capsys.readouterr().err
     monkeypatch.setattr(family, "vision_features", lambda inputs: (_ for _ in ()).throw(MemoryError()))
     with pytest.raises(MemoryError):
         probe(family, data)
+    assert family.model.training
 
 
 def test_a_vlm_more_than_two_points_below_is_warned_about():

@@ -25,6 +25,7 @@ from vlm.calibration import Calibration
 from vlm.config import RESPONSE
 from vlm.data import Sample
 from vlm.errors import UsageError
+from vlm.evaluation_mode import evaluation_mode
 from vlm.families.base import Family
 from vlm.label_tree import LabelTree, Search, build_label_tree
 from vlm.objective import Objective
@@ -107,18 +108,16 @@ class VLMClassifier(nn.Module):
 
     def _check_shared_prefix(self) -> None:
         """Hold the shared prefix and the label tree against the plain forward; where they differ, do without them."""
-        was_training = self.training
-        self.eval()
         picture = Image.effect_noise((64, 48), 80).convert("RGB")
         batch = send_to_device(self.collate(with_response=False)([Sample(picture, 0, "a picture of noise")]), self.device)
         some = range(min(3, len(self.class_names)))
         try:
-            difference = (self.score(self.read(batch))[:, : len(some)] - plain.score(self, batch, some)).abs()
+            with evaluation_mode(self):
+                difference = (self.score(self.read(batch))[:, : len(some)] - plain.score(self, batch, some)).abs()
             worst = float(difference.max())
             reason = f"the log-probabilities of the responses differ by {worst:.1e}"
         except Exception as error:
             worst, reason = float("inf"), f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        self.train(was_training)
         if not worst <= (CHECK_TOLERANCE if self.model.dtype in (torch.float32, torch.float64) else HALF_TOLERANCE):
             note(f"the shared prefix does not fit this model ({reason}): falling back to the plain forward, which is slower and as exact.")
             self.family.shares_prefix = False

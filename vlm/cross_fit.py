@@ -19,6 +19,7 @@ from torch import nn
 
 from vlm.alignment import BATCH_SIZE, STEPS, Autocast, align
 from vlm.data import Split
+from vlm.evaluation_mode import evaluation_mode
 from vlm.families.base import Family
 from vlm.features import PICTURES_AT_ONCE, FeatureCache
 
@@ -79,18 +80,13 @@ def out_of_fold_cache(
     found = FeatureCache(family, True, cache.halved, cache.limit_gb, connectors)
     folds = folds_of(train, seed)
     missing = sorted((fold, key) for key, fold in folds.items() if not found.use(key))
-    was_training = family.model.training
-    family.model.eval()
-    try:
-        for k, connector in enumerate(connectors):
-            keys = [key for fold, key in missing if fold == k]
-            with connector_of(family, connector), autocast():
-                for start in range(0, len(keys), PICTURES_AT_ONCE):
-                    pictures = {key: cache.encode([key]) for key in keys[start : start + PICTURES_AT_ONCE]}
-                    if not found.add(family, {key: one for key, one in pictures.items() if one}, len(keys) - start - len(pictures)):
-                        return None
-    finally:
-        family.model.train(was_training)
+    for k, connector in enumerate(connectors):
+        keys = [key for fold, key in missing if fold == k]
+        with evaluation_mode(family.model), connector_of(family, connector), autocast():
+            for start in range(0, len(keys), PICTURES_AT_ONCE):
+                pictures = {key: cache.encode([key]) for key in keys[start : start + PICTURES_AT_ONCE]}
+                if not found.add(family, {key: one for key, one in pictures.items() if one}, len(keys) - start - len(pictures)):
+                    return None
     return found
 
 

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Subset
 from vlm.calibration import Scores
 from vlm.classifier import VLMClassifier
 from vlm.data import Split
+from vlm.evaluation_mode import evaluation_mode
 from vlm.formats import reasoning_of
 from vlm.metrics import classification_metrics, user_metrics
 from vlm.prompts import parse_answer
@@ -42,17 +43,12 @@ def score_split(
     loader = DataLoader(
         samples, batch_size, collate_fn=classifier.collate(with_response=False), num_workers=workers, generator=torch.Generator()
     )
-    was_training = classifier.training
-    classifier.eval()
-    try:
-        with torch.no_grad():
-            parts = []
-            for batch in progress(loader, len(samples), description, count=_pictures):
-                labels = batch["labels"].tolist()
-                found = classify(classifier, send_to_device(batch, classifier.device), tolerance, labels=labels)
-                parts.append((found.scores.cpu(), found.openings.cpu()))
-    finally:
-        classifier.train(was_training)
+    parts = []
+    with evaluation_mode(classifier), torch.no_grad():
+        for batch in progress(loader, len(samples), description, count=_pictures):
+            labels = batch["labels"].tolist()
+            found = classify(classifier, send_to_device(batch, classifier.device), tolerance, labels=labels)
+            parts.append((found.scores.cpu(), found.openings.cpu()))
     return Scores(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
@@ -108,16 +104,16 @@ def check_texts(classifier: VLMClassifier, split: Split, batch_size: int = 8, co
     """
     chosen = np.linspace(0, len(split) - 1, min(count, len(split))).astype(int).tolist()
     loader = DataLoader(Subset(split, chosen), batch_size, collate_fn=classifier.collate(with_response=False), generator=torch.Generator())
-    classifier.eval()
     prompts = classifier.prompts
     predictions, free, constrained = [], [], []
-    for batch in progress(loader, len(chosen), "writing texts", count=_pictures):
-        batch = send_to_device(batch, classifier.device)
-        found = classify(classifier, batch)
-        best = classifier.calibration.log_probabilities(found.scores, found.openings).argmax(-1).tolist()
-        predictions += [classifier.class_names[i] for i in best]
-        free += write_freely(classifier, found.reading) if found.texts is None else found.texts
-        constrained += explain(classifier, found, best)
+    with evaluation_mode(classifier):
+        for batch in progress(loader, len(chosen), "writing texts", count=_pictures):
+            batch = send_to_device(batch, classifier.device)
+            found = classify(classifier, batch)
+            best = classifier.calibration.log_probabilities(found.scores, found.openings).argmax(-1).tolist()
+            predictions += [classifier.class_names[i] for i in best]
+            free += write_freely(classifier, found.reading) if found.texts is None else found.texts
+            constrained += explain(classifier, found, best)
     answers, explained = (
         [parse_answer(text, prompts.class_names, prompts.response_format) for text in texts] for texts in (free, constrained)
     )
@@ -139,10 +135,10 @@ def explanations(classifier: VLMClassifier, split: Split, indices: Sequence[int]
             change places by rounding.
     """
     loader = DataLoader(Subset(split, indices), batch_size, collate_fn=classifier.collate(with_response=False), generator=torch.Generator())
-    classifier.eval()
-    texts = []
-    for batch in progress(loader, len(indices), "writing explanations", count=_pictures):
-        batch = send_to_device(batch, classifier.device)
-        found = classify(classifier, batch)
-        texts += explain(classifier, found, list(answers[len(texts) : len(texts) + _pictures(batch)]))
+    texts: list[str] = []
+    with evaluation_mode(classifier):
+        for batch in progress(loader, len(indices), "writing explanations", count=_pictures):
+            batch = send_to_device(batch, classifier.device)
+            found = classify(classifier, batch)
+            texts += explain(classifier, found, list(answers[len(texts) : len(texts) + _pictures(batch)]))
     return texts

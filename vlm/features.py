@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from vlm.data import Sample, Split
+from vlm.evaluation_mode import evaluation_mode
 from vlm.families.base import Family
 from vlm.families.encoded import CONNECTED_FEATURES, TOWER_FEATURES, EncodedPictures, beside_pictures
 from vlm.tracking import Bar, note, replacing
@@ -230,18 +231,13 @@ def fill_cache(
             split.keys[i] = key = split[i].key
             if key not in missing and not cache.use(key):
                 missing[key] = split, i
-    was_training = family.model.training
-    family.model.eval()
-    try:
-        left = len(missing)
-        with Bar(left, "vision features") as bar:
-            for pictures in _batches(family, _Places(list(missing.values())), workers):
-                left -= len(pictures)
-                if not cache.add(family, pictures, left):
-                    return None
-                bar.update(len(pictures))
-    finally:
-        family.model.train(was_training)
+    left = len(missing)
+    with evaluation_mode(family.model), Bar(left, "vision features") as bar:
+        for pictures in _batches(family, _Places(list(missing.values())), workers):
+            left -= len(pictures)
+            if not cache.add(family, pictures, left):
+                return None
+            bar.update(len(pictures))
     return cache
 
 

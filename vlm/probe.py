@@ -18,6 +18,7 @@ from threadpoolctl import threadpool_limits
 from vlm.batching import encode
 from vlm.data import Data, Sample, Split
 from vlm.errors import is_out_of_memory
+from vlm.evaluation_mode import evaluation_mode
 from vlm.families.base import Family
 from vlm.features import FeatureCache
 from vlm.reliability import accuracy_interval, may_be_chance
@@ -42,19 +43,17 @@ def probe(family: Family, data: Data, cache: FeatureCache | None = None) -> tupl
         bool, which test pictures are right. None, with a note, where the tower does not hand over its features.
     """
     started = time.monotonic()
-    was_training = family.model.training
-    family.model.eval()
-    try:
-        pooled_features(family, [data.train[0]], cache)
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        note(f"no probe: this model's vision tower hands over no features of its own ({type(error).__name__}).")
-        return None
-    splits = (data.train, data.validation, data.test)
-    with Bar(sum(map(len, splits)), "features of the probe") as bar:
-        train, validation, test = (_features_of(family, split, cache, bar) for split in splits)
-    family.model.train(was_training)
+    with evaluation_mode(family.model):
+        try:
+            pooled_features(family, [data.train[0]], cache)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            note(f"no probe: this model's vision tower hands over no features of its own ({type(error).__name__}).")
+            return None
+        splits = (data.train, data.validation, data.test)
+        with Bar(sum(map(len, splits)), "features of the probe") as bar:
+            train, validation, test = (_features_of(family, split, cache, bar) for split in splits)
     strength, model, best_accuracy = _fit(train, data.train.labels, validation, data.validation.labels)
     correct = model.predict(test) == np.array(data.test.labels)
     found = {
