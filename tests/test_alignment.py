@@ -1,6 +1,8 @@
 """A connector that was never trained is known by its weights, and learns the names of the classes before the training."""
 
+import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from halves import CLASSES, connector_of, settings, split, stand_out
 from safetensors.torch import load_file
 from torch import nn
 
-from vlm import alignment
+from vlm import alignment, results, setup, training
 from vlm.alignment import align, is_random, nearest_name_accuracy, needs_alignment
 from vlm.config import Settings
 from vlm.errors import Stopped
@@ -79,17 +81,17 @@ def test_a_model_of_random_words_has_nothing_to_learn_from(halves):
 @pytest.mark.parametrize("more", [{}, {"freeze_connector": True}])
 def test_a_run_aligns_once_says_so_and_resumes_to_the_same_weights(halves, color_folder, tmp_path, monkeypatch, capsys, more):
     monkeypatch.setattr(alignment, "STEPS", 30)
-    results = fit(settings(halves, color_folder, tmp_path / "whole", **more))
+    found = fit(settings(halves, color_folder, tmp_path / "whole", **more))
     assert "the connector was never trained" in capsys.readouterr().err
-    assert results["alignment"]["folds"] == (5 if more else 0)
-    assert 0 <= results["alignment"]["validation_accuracy"] <= 1
+    assert found["alignment"]["folds"] == (5 if more else 0)
+    assert 0 <= found["alignment"]["validation_accuracy"] <= 1
     with pytest.raises(Stopped):
         fit(settings(halves, color_folder, tmp_path / "parts", **more), lambda: True)
     saved = json.loads((tmp_path / "parts" / "training_metadata.json").read_text())["settings"]
     capsys.readouterr()
     again = fit(resolve({"resume": True, "output_dir": str(tmp_path / "parts")}, saved))
     assert "learns the names" not in capsys.readouterr().err
-    assert again["alignment"]["validation_accuracy"] == results["alignment"]["validation_accuracy"]
+    assert again["alignment"]["validation_accuracy"] == found["alignment"]["validation_accuracy"]
     whole, parts = (load_file(tmp_path / name / "final_model" / "model.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     connector = connector_of(halves), connector_of(tmp_path / "whole" / "final_model")
@@ -122,7 +124,7 @@ def test_two_processes_go_on_from_the_same_connector(halves, color_folder, tmp_p
     one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
     assert two["settings"]["batch_size"] == 2, "found by each, and agreed upon"
     assert one["alignment"]["validation_accuracy"] == two["alignment"]["validation_accuracy"]
-    losses = [[entry["loss"] for entry in results["history"]] for results in (one, two)]
+    losses = [[entry["loss"] for entry in each["history"]] for each in (one, two)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
@@ -137,7 +139,34 @@ def test_two_processes_go_on_from_the_same_connector(halves, color_folder, tmp_p
     ],
 )
 def test_a_run_that_cannot_or_should_not_align_does_not(halves, color_folder, tmp_path, capsys, more, said):
-    results = fit(settings(halves, color_folder, tmp_path / "out", **more))
+    found = fit(settings(halves, color_folder, tmp_path / "out", **more))
     error = capsys.readouterr().err
-    assert "alignment" not in results and "learns the names" not in error
+    assert "alignment" not in found and "learns the names" not in error
     assert said in error if said else "never trained" not in error
+
+
+def test_all_processes_align_or_none_does(halves, color_folder, tmp_path, monkeypatch, capsys):
+    """One whose machine cannot keep features would leave the others waiting."""
+    monkeypatch.setattr(setup, "least", lambda accelerator, number: 0)
+    run = setup.set_up(settings(halves, color_folder, tmp_path / "out", batch_size=4))
+    assert run.classifier.feature_cache is not None and not run.aligns
+    assert "if vision features were kept" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [{}, {"freeze_connector": True}, {"tune": "full"}])
+def test_nothing_of_the_trained_model_is_left_while_the_best_one_is_tested(halves, color_folder, tmp_path, monkeypatch, more):
+    monkeypatch.setattr(alignment, "STEPS", 30)
+    kept, loading = [], results.load_model_and_metadata
+
+    def load_best(*args, **options):
+        gc.collect()
+        assert kept and all(weight() is None for weight in kept)
+        return loading(*args, **options)
+
+    def finish(run, *rest):
+        kept.extend(weakref.ref(weight) for weight in run.learned.values())
+        return results.finish(run, *rest)
+
+    monkeypatch.setattr(results, "load_model_and_metadata", load_best)
+    monkeypatch.setattr(training, "finish", finish)
+    fit(settings(halves, color_folder, tmp_path / "out", **more))

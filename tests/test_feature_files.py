@@ -122,7 +122,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch, c
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("VLM_CACHE", str(tmp_path / "file"))
     assert fill_cache(classifier.family, [split()], limit_gb=1) is None
-    assert "computed anew each time" in capsys.readouterr().err
+    assert "vision features cannot be kept in" in capsys.readouterr().err
 
 
 def test_two_runs_fill_the_same_cache_at_once(tmp_path, root):

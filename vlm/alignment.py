@@ -27,6 +27,7 @@ SMALLEST_SIDE = 64  # of a matrix that says whether it is random
 LARGEST_EXCESS = 1.1  # of its largest singular value over that of a random one; trained ones have 1.9 and more (docs/experiments.md)
 POWERS = 30  # iterations, after which a value that is a tenth above all others is known to a few percent
 STEPS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 400, 32, 1e-3, 0.01
+SCALE = 1024.0  # of the loss: in float16 the gradients of single tokens would be too small, and Adam takes the same steps
 SHARPNESS = 8.0  # of the softmax over squared distances, whose unit is the mean squared distance of the names from their middle
 MOST_CHECKED = 512  # validation pictures
 
@@ -95,7 +96,7 @@ def align(
             with autocast():
                 logits = similarities(pooled(family, train, chosen, cache), names)
             labels = torch.tensor([train.labels[i] for i in chosen], device=logits.device)
-            cross_entropy(logits, labels).backward()
+            (SCALE * cross_entropy(logits, labels)).backward()
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
@@ -125,7 +126,9 @@ def pooled(family: Family, split: Split, positions: Sequence[int], cache: Featur
 def similarities(pictures: Tensor, names: Tensor) -> Tensor:
     """(B, C) logits: squared distances, negative, in units of those of the names from their middle."""
     unit = (names - names.mean(0)).square().sum(-1).mean()
-    return -SHARPNESS * (pictures.unsqueeze(1) - names).square().sum(-1) / unit
+    with torch.autocast(pictures.device.type, enabled=False):
+        products = pictures @ names.T  # the differences themselves would be (B, C, D)
+    return -SHARPNESS * (pictures.square().sum(-1, keepdim=True) - 2 * products + names.square().sum(-1)) / unit
 
 
 @torch.no_grad()

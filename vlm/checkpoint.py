@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from vlm.classifier import VLMClassifier
 from vlm.errors import RunError, UsageError
@@ -23,8 +22,8 @@ from vlm.tuning import merged_state_dict
 class Progress:
     """Where a run stands. epoch and step_in_epoch: what comes next. step: optimizer steps done. seconds: of training so far.
 
-    zero_shot: the test metrics of the model before the first step, where they were asked for. alignment: what `align` gave, where the
-    connector was never trained.
+    zero_shot: the test metrics of the model before the first step, where they were asked for. alignment: see vlm/first_stage.py, where
+    the connector was never trained.
     """
 
     epoch: int = 0
@@ -132,7 +131,7 @@ def _is_where_it_started(folder: Path, metadata: dict[str, Any]) -> bool:
 
 def save_state(
     output: Path,
-    learned: dict[str, nn.Parameter],
+    learned: dict[str, torch.Tensor],
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     settings: dict[str, Any],
@@ -159,7 +158,7 @@ def read_state(output: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def load_state(output: Path, learned: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+def load_state(output: Path, learned: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
     """Put saved weights and optimizer state back in place.
 
     Raises:

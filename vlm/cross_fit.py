@@ -9,31 +9,49 @@ Predictors that feed others should be fitted on other data than theirs, as in st
 doi 10.1016/S0893-6080(05)80023-1). Figures: docs/experiments.md.
 """
 
-import copy
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vlm.alignment import BATCH_SIZE, STEPS, Autocast, align
 from vlm.data import Split
 from vlm.evaluation_mode import evaluation_mode
 from vlm.families.base import Family
 from vlm.features import PICTURES_AT_ONCE, FeatureCache
+from vlm.tracking import note
 
 FOLDS = 5
 
-
-def can_cross_fit(labels: Sequence[int]) -> bool:
-    """Whether each fold has pictures of each class, and the alignment sees pictures again, without which it cannot know them."""
-    return min(Counter(labels).values(), default=0) >= FOLDS and len(labels) < STEPS * BATCH_SIZE
+Weights = dict[str, Tensor]  # of a connector
 
 
-def copy_for_folds(connector: nn.Module, labels: Sequence[int]) -> nn.ModuleList:
-    """A connector for each fold, to be aligned; none where the labels do not allow it."""
-    return nn.ModuleList(copy.deepcopy(connector) for _ in range(FOLDS if can_cross_fit(labels) else 0))
+def can_cross_fit(train: Split) -> bool:
+    """Whether each fold has pictures of each class, and the alignment sees pictures again, without which it cannot know them.
+
+    Args:
+        train: knows the key of each of its pictures.
+    """
+    different = Counter(dict(zip(train.keys, train.labels, strict=True)).values())
+    return min(different[label] for label in set(train.labels)) >= FOLDS and len(train) < STEPS * BATCH_SIZE
+
+
+def weights_for_folds(connector: nn.Module, train: Split) -> list[Weights]:
+    """The weights of a connector for each fold, to be aligned; none where the pictures do not allow it, with a note."""
+    if can_cross_fit(train):
+        return [_copy(connector) for _ in range(FOLDS)]
+    note(
+        f"LoRA is trained on pictures that the connector was aligned on: cross-fitting takes {FOLDS} different pictures of each class, and "
+        f"fewer than {STEPS * BATCH_SIZE:,} in all."
+    )
+    return []
+
+
+def _copy(connector: nn.Module) -> Weights:
+    return {name: weight.clone() for name, weight in connector.state_dict().items()}
 
 
 def folds_of(split: Split, seed: int) -> dict[str, int]:
@@ -52,49 +70,58 @@ def align_folds(
     class_names: Sequence[str],
     train: Split,
     cache: FeatureCache,
-    connectors: nn.ModuleList,
+    connectors: Sequence[Weights],
     seed: int = 0,
     autocast: Autocast = nullcontext,
 ) -> None:
     """Align a connector for each fold on the pictures of the others.
 
     Args:
-        connectors: as many as folds, equal to the family's, which stays as it is.
+        connectors: for each fold those of the family's connector, which stays as it is.
     """
     folds = folds_of(train, seed)
     for k, connector in enumerate(connectors):
         others = train.take([i for i, key in enumerate(train.keys) if folds[key] != k])
         with connector_of(family, connector):
             align(family, class_names, others, cache, seed, autocast, f"aligning the connector without fold {k + 1} of {FOLDS}")
-            connector.load_state_dict(family.connector.state_dict())
+            for name, weight in family.connector.state_dict().items():
+                connector[name].copy_(weight)  # in place: a saved state holds these very tensors
 
 
 def out_of_fold_cache(
-    family: Family, train: Split, cache: FeatureCache, connectors: nn.ModuleList, seed: int = 0, autocast: Autocast = nullcontext
+    family: Family,
+    train: Split,
+    cache: FeatureCache,
+    connectors: Sequence[Weights],
+    root: Path,
+    seed: int = 0,
+    autocast: Autocast = nullcontext,
 ) -> FeatureCache | None:
     """The features of the training pictures behind the connectors of their folds; None where they cannot be kept.
 
     Args:
-        cache: the features before the connector. connectors, seed: those of `align_folds`.
+        cache: the features before the connector. connectors, seed: those of `align_folds`. root: the folder that they are kept in.
     """
-    found = FeatureCache(family, True, cache.halved, cache.limit_gb, connectors)
+    found = FeatureCache(family, True, cache.halved, cache.limit_gb, connectors, root)
     folds = folds_of(train, seed)
     missing = sorted((fold, key) for key, fold in folds.items() if not found.use(key))
+    left = len(missing)
     for k, connector in enumerate(connectors):
         keys = [key for fold, key in missing if fold == k]
         with evaluation_mode(family.model), connector_of(family, connector), autocast():
             for start in range(0, len(keys), PICTURES_AT_ONCE):
                 pictures = {key: cache.encode([key]) for key in keys[start : start + PICTURES_AT_ONCE]}
-                if not found.add(family, {key: one for key, one in pictures.items() if one}, len(keys) - start - len(pictures)):
+                left -= len(pictures)
+                if not found.add(family, {key: one for key, one in pictures.items() if one}, left):
                     return None
     return found
 
 
 @contextmanager
-def connector_of(family: Family, connector: nn.Module) -> Iterator[None]:
+def connector_of(family: Family, weights: Weights) -> Iterator[None]:
     """The family with the weights of another connector."""
-    own = copy.deepcopy(family.connector.state_dict())
-    family.connector.load_state_dict(connector.state_dict())
+    own = _copy(family.connector)
+    family.connector.load_state_dict(weights)
     try:
         yield
     finally:

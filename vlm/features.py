@@ -54,13 +54,22 @@ class FeatureCache:
         halved: float32 features are kept as float16, half the size. They come back as float32, with a relative difference of at most
             2^-11; a picture with a feature that float16 cannot hold is kept as it is.
         limit_gb: the largest size of all that is kept, in 10^9 bytes.
-        connectors: all that features come from, where it is not the family's alone.
+        connectors: the weights of all that features come from, where it is not the family's connector alone.
+        root: the folder of all folders of features, where it is not that of the user.
     """
 
-    def __init__(self, family: Family, connected: bool, halved: bool, limit_gb: float, connectors: Sequence[nn.Module] = ()):
+    def __init__(
+        self,
+        family: Family,
+        connected: bool,
+        halved: bool,
+        limit_gb: float,
+        connectors: Sequence[dict[str, Tensor]] = (),
+        root: Path | None = None,
+    ):
         self.connected = connected
         self.halved = halved
-        self.folder = cache_root() / fingerprint(family, connected, halved, connectors)
+        self.folder = (root or cache_root()) / fingerprint(family, connected, halved, connectors)
         self.limit_gb = limit_gb
         self.room = 0.0  # bytes that may be written before the folders are looked at again
         self.full = False
@@ -126,7 +135,7 @@ class FeatureCache:
                 count = f"{wanted / 1e9:.1f} GB for {len(pictures) + to_come} pictures"
                 note(
                     f"vision features would take {count}, more than --cache-size {self.limit_gb:g}: not kept. Smaller: a smaller "
-                    "--image-size, --cache-dtype float16, --freeze-connector."
+                    f"--image-size, --cache-dtype float16{'' if self.connected else ', --freeze-connector'}."
                 )
                 return False
             for key, entry in entries.items():
@@ -134,7 +143,7 @@ class FeatureCache:
                     save_file(entry, new)
         except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a disk that is full
             reason = getattr(error, "strerror", None) or str(error)
-            note(f"vision features cannot be kept in {self.folder} ({reason}): they are computed anew each time.")
+            note(f"vision features cannot be kept in {self.folder} ({reason}).")
             self.full = True
         self.room -= size
         return not self.full
@@ -165,19 +174,20 @@ class FeatureCache:
         return self.folder / f"{key}.safetensors"
 
 
-def fingerprint(family: Family, connected: bool, halved: bool, connectors: Sequence[nn.Module] = ()) -> str:
+def fingerprint(family: Family, connected: bool, halved: bool, connectors: Sequence[dict[str, Tensor]] = ()) -> str:
     """What the features depend on beside the picture: weights, picture processing, number format, program."""
     content = hashlib.sha256(f"{FORMAT} {transformers.__version__} {type(family).__name__} {connected} {halved}".encode())
-    for part in (family.vision, *(connectors or [family.connector])) if connected else (family.vision,):
-        _add_weights(content, part)
+    _add_weights(content, family.vision.state_dict())
+    for weights in (connectors or [family.connector.state_dict()]) if connected else ():
+        _add_weights(content, weights)
     images = family.processor.image_processor
     settings = images.to_dict() if hasattr(images, "to_dict") else vars(images)
     content.update(json.dumps([settings, _vision_settings(family.model.config.to_dict())], sort_keys=True, default=str).encode())
     return content.hexdigest()[:32]
 
 
-def _add_weights(content: Any, part: nn.Module) -> None:
-    for name, tensor in sorted(part.state_dict().items()):
+def _add_weights(content: Any, weights: dict[str, Tensor]) -> None:
+    for name, tensor in sorted(weights.items()):
         content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         content.update(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
 

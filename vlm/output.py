@@ -13,12 +13,13 @@ from vlm.tracking import is_main_process
 METADATA = "training_metadata.json"
 RESULTS = "results.json"
 STATE = "resume_state"
+FOLD_FEATURES = "fold_features"  # while a run trains on pictures behind the connectors of folds (vlm/cross_fit.py)
 DEMO_PICTURES = "demo_pictures"
 DEMO_MODEL = "demo_model"
 # Everything a run writes, which is what --overwrite deletes.
 WRITTEN = (
-    "best_model", "final_model", DEMO_MODEL, DEMO_PICTURES, STATE, "wandb", METADATA, RESULTS, "log.jsonl", "training_curves.png",
-    "confusion_matrix.png", "reliability.png", "report.html",
+    "best_model", "final_model", DEMO_MODEL, DEMO_PICTURES, STATE, FOLD_FEATURES, "wandb", METADATA, RESULTS, "log.jsonl",
+    "training_curves.png", "confusion_matrix.png", "reliability.png", "report.html",
 )  # fmt: skip
 
 

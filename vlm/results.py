@@ -34,7 +34,8 @@ def finish(run: Run, progress: Progress, metrics: Sequence[Callable[..., Any]]) 
     """
     settings, output, data = run.settings, run.output, run.data
     cache = run.classifier.feature_cache
-    run.model, run.optimizer, run.classifier = None, None, None  # make room for the model that is loaded
+    # Make room for the model that is loaded.
+    run.model = run.optimizer = run.classifier = run.learned = run.fold_connectors = None
     run.accelerator.free_memory()
     classifier, _, metadata = load_model_and_metadata(output / "best_model", device=run.accelerator.device.type, dtype=_name(run))
     if cache and cache.fits(classifier.family):  # unless the frozen weights are saved in another number format

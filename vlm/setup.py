@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
-from torch import nn
+from torch import Tensor, nn
 
 import vlm
 from vlm.alignment import needs_alignment
@@ -20,7 +20,7 @@ from vlm.batching import IGNORED, vlm_collate_fn
 from vlm.checkpoint import usual_modes
 from vlm.classifier import VLMClassifier
 from vlm.config import PICTURES_PER_STEP, Settings
-from vlm.cross_fit import copy_for_folds
+from vlm.cross_fit import Weights, weights_for_folds
 from vlm.data import Data, Sample, load_data
 from vlm.demo import MODEL_NAME, build_demo_model
 from vlm.device import check_compiler, pick_device, pick_dtype, pick_threads, share_of_cores
@@ -51,8 +51,8 @@ PRECISIONS = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"
 @dataclass
 class Run:
     """A run that can start. folder: the model as it was before. model: the classifier as the training calls it, wrapped where there are
-    several processes. aligns: whether its connector learns the names of the classes first. fold_connectors: none, or one for each fold
-    (see vlm/cross_fit.py). learned: the parameters that will not be as in `folder`, by name.
+    several processes. aligns: whether its connector learns the names of the classes first. fold_connectors: none, or those of
+    each fold (see vlm/cross_fit.py). learned: the weights that will not be as in `folder`, by name.
     """
 
     settings: Settings
@@ -64,8 +64,8 @@ class Run:
     model: nn.Module
     optimizer: Any
     aligns: bool
-    fold_connectors: nn.ModuleList
-    learned: dict[str, nn.Parameter]
+    fold_connectors: list[Weights]
+    learned: dict[str, Tensor]
     metadata: dict[str, Any]
     workers: int
 
@@ -93,7 +93,7 @@ def set_up(settings: Settings) -> Run:
     prompts = build_prompts(settings, data.class_names)
     folder, revision = _find_model(settings, data.class_names, accelerator)
     texts = Texts.of(prompts, [text for text in data.train.reasonings if text], data.edge)
-    fit_to_memory(folder, settings, dtype, accelerator.device, texts, accelerator.num_processes, partial(_least, accelerator))
+    fit_to_memory(folder, settings, dtype, accelerator.device, texts, accelerator.num_processes, partial(least, accelerator))
     pictures = settings.picture_options(data.edge)
     family = load_family(folder, dtype, accelerator.device, pictures, settings.bits)
     image_size = family.size_text(pictures["image_size"]) if "image_size" in pictures else None
@@ -121,12 +121,12 @@ def set_up(settings: Settings) -> Run:
         with accelerator.local_main_process_first():  # the others of this machine find what the first one has computed
             splits = (data.train, data.validation, data.test) if settings.epochs else (data.validation, data.test)
             classifier.feature_cache = fill_cache(family, splits, settings.cache_size, settings.cache_dtype, workers)
-    aligns = aligns and _can_align(settings, classifier)
-    learned = trained_parameters(classifier)
+    aligns = aligns and _can_align(settings, accelerator, classifier)
+    learned: dict[str, Tensor] = dict(trained_parameters(classifier))
     if settings.freeze_connector:  # one that is aligned was trainable until here, so that the features are those before it
         family.connector.requires_grad_(False)
-    folds = copy_for_folds(family.connector, data.train.labels) if aligns and settings.freeze_connector else nn.ModuleList()
-    learned |= {f"fold_connectors.{name}": parameter for name, parameter in folds.named_parameters()}
+    folds = weights_for_folds(family.connector, data.train) if aligns and settings.freeze_connector else []
+    learned |= {f"fold_connectors.{k}.{name}": weight for k, weights in enumerate(folds) for name, weight in weights.items()}
     groups = parameter_groups(classifier, settings.weight_decay, settings.learning_rate, settings.connector_learning_rate)
     optimizer = torch.optim.AdamW(groups, fused=accelerator.device.type in ("cpu", "cuda"))
     model, optimizer = accelerator.prepare(classifier, optimizer)
@@ -134,15 +134,16 @@ def set_up(settings: Settings) -> Run:
     return Run(settings, accelerator, dtype, data, folder, classifier, model, optimizer, aligns, folds, learned, metadata, workers)
 
 
-def _can_align(settings: Settings, classifier: VLMClassifier) -> bool:
-    """Whether a random connector can learn the names of the classes."""
-    if classifier.feature_cache is None:
+def _can_align(settings: Settings, accelerator: Accelerator, classifier: VLMClassifier) -> bool:
+    """Whether a random connector can learn the names of the classes: in all processes, or in none."""
+    kept = bool(least(accelerator, int(classifier.feature_cache is not None)))
+    if not kept:
         hardly = ", and --freeze-connector leaves it so: the model can hardly see" if settings.freeze_connector else ""
         note(f"the connector was never trained{hardly}. It would learn the names of the classes first if vision features were kept.")
-    return classifier.feature_cache is not None
+    return kept
 
 
-def _least(accelerator: Accelerator, number: int) -> int:
+def least(accelerator: Accelerator, number: int) -> int:
     """The smallest of a number that each process has."""
     return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).min())
 

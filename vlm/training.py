@@ -13,19 +13,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast, gather_object, send_to_device
+from accelerate.utils import gather_object, send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vlm.alignment import align, nearest_name_accuracy
 from vlm.calibration import Scores
 from vlm.checkpoint import METADATA, Progress, load_state, read_state, save_model_folder, save_state, write_json
 from vlm.config import Settings
-from vlm.cross_fit import align_folds, out_of_fold_cache
 from vlm.data import Split
 from vlm.errors import RunError, Stopped, UsageError
 from vlm.evaluation import metrics_of_scores, score_split
 from vlm.features import FeatureCache
+from vlm.first_stage import first_stage, forget_features
 from vlm.metrics import load_metric
 from vlm.order import Step, epoch_plan
 from vlm.output import output_folder
@@ -89,9 +88,10 @@ class Trainer:
             note("no state was saved yet: starting from the beginning.")
             return
         for name, value in self._fingerprint().items():
-            if state["fingerprint"][name] != value:
+            before = state["fingerprint"].get(name, value)
+            if before != value:
                 raise UsageError(
-                    f"--resume: the interrupted run had {state['fingerprint'][name]} {name}, this one has {value}, so it would not go on "
+                    f"--resume: the interrupted run had {before} {name}, this one has {value}, so it would not go on "
                     "where the other stopped. Make them equal, or start anew with --overwrite."
                 )
         self.progress = Progress(**state["progress"])
@@ -101,8 +101,12 @@ class Trainer:
         note(f"going on after step {self.progress.step} of {self.total_steps}.")
 
     def _fingerprint(self) -> dict[str, Any]:
-        """What the order of the samples depends on beside the settings."""
-        return {"processes": self.accelerator.num_processes, "training pictures": len(self.run.data.train)}
+        """What the order of the samples, and how they are seen, depend on beside the settings."""
+        return {
+            "processes": self.accelerator.num_processes,
+            "training pictures": len(self.run.data.train),
+            "connectors of folds (which need vision features to be kept, see --cache-size)": len(self.run.fold_connectors),
+        }
 
     def train(self) -> None:
         """All epochs that are left, then the final model."""
@@ -118,16 +122,16 @@ class Trainer:
                 if settings.zero_shot and self.progress.zero_shot is None:
                     with bar.paused():
                         self._test_untouched()
+                with bar.paused():
+                    self.training_cache = first_stage(self.run, self.progress)
                 self.enter(TRAINING if settings.epochs else TESTING)
                 if self.accelerator.is_main_process:
                     write_json(self.run.output / METADATA, self.run.metadata)  # from here on there is a run to go on with
                 if not settings.epochs:
                     self._evaluate()
-                else:
-                    with bar.paused():
-                        self._align_connector()
                 for epoch in range(self.progress.epoch, settings.epochs):
                     self._epoch(epoch, bar)
+                forget_features(self.run)
                 self.enter(TESTING)
             if self.accelerator.is_main_process:
                 save_model_folder(self.run.output / "final_model", self.run.classifier, self.run.metadata, self.run.dtype)
@@ -248,40 +252,6 @@ class Trainer:
             if self.accelerator.is_main_process:
                 metadata = self.run.metadata | {"validation": {"step": p.step, "accuracy": metrics["accuracy"], "loss": loss}}
                 save_model_folder(self.run.output / "best_model", self.run.classifier, metadata, self.run.dtype)
-
-    def _align_connector(self) -> None:
-        """Before the first step, teach a connector that was never trained the names of the classes (vlm/alignment.py, vlm/cross_fit.py)."""
-        run, family, train = self.run, self.run.classifier.family, self.run.data.train
-        if not run.aligns:
-            return
-        cache = run.classifier.feature_cache
-        if not self.progress.step:  # else the saved state held what was learned
-            self.progress.alignment = self._align(cache)
-        if run.fold_connectors:
-            with self.accelerator.local_main_process_first():
-                how = self.settings.seed, self.accelerator.autocast
-                self.training_cache = out_of_fold_cache(family, train, cache, run.fold_connectors, *how)
-
-    def _align(self, cache: FeatureCache) -> dict[str, Any]:
-        """Align the connector and those of the folds.
-
-        Returns:
-            seconds; folds; validation_accuracy: the share of validation pictures (of up to 512) that are nearest to the
-            name of their class.
-        """
-        started = time.monotonic()
-        run, family, names = self.run, self.run.classifier.family, self.run.classifier.class_names
-        note("the connector was never trained: it learns the names of the classes first (--no-alignment leaves it as it is).")
-        how = self.settings.seed, self.accelerator.autocast
-        align_folds(family, names, run.data.train, cache, run.fold_connectors, *how)
-        align(family, names, run.data.train, cache, *how)
-        for parameter in (*family.connector.parameters(), *run.fold_connectors.parameters()):
-            parameter.data.copy_(broadcast(parameter.data))  # several processes go on from the same numbers
-        with self.accelerator.autocast():
-            accuracy = nearest_name_accuracy(family, names, run.data.validation, cache)
-        note(f"{accuracy:.1%} of the validation pictures are nearest to the name of their class.")
-        seconds = round(time.monotonic() - started, 2)
-        return {"seconds": seconds, "folds": len(run.fold_connectors), "validation_accuracy": accuracy}
 
     def _test_untouched(self) -> None:
         """Metrics of the model as it is before the first step, on the test split, for comparison."""
