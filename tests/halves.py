@@ -1,5 +1,7 @@
 """A small model put together of two halves, and pictures to train it on: what the tests of its first stage have in common."""
 
+import json
+
 import numpy as np
 import torch
 from feature_checks import load
@@ -8,6 +10,7 @@ from tiny import NAMES, VISION, tiny_prompts
 
 from vlm.data import Split
 from vlm.demo import build_model, build_processor
+from vlm.output import METADATA
 from vlm.resolve import resolve
 from vlm.sources import Rows
 
@@ -59,6 +62,12 @@ def save_pictures(folder):
 def settings(folder, pictures, output, **more):
     flags = {"model": str(folder), "dataset": str(pictures), "epochs": 1, "batch_size": 4, "output_dir": str(output)}
     return resolve(flags | {"gradient_accumulation_steps": 1} | more)
+
+
+def resumed(output, **more):
+    """The settings of a run that goes on."""
+    saved = json.loads((output / METADATA).read_text())["settings"]
+    return resolve({"resume": True, "output_dir": str(output)} | more, saved)
 
 
 def connector_of(folder):

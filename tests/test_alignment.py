@@ -8,7 +8,7 @@ import pytest
 import torch
 from commands import run, train
 from feature_checks import load
-from halves import CLASSES, connector_of, settings, split, stand_out
+from halves import CLASSES, connector_of, resumed, settings, split, stand_out
 from safetensors.torch import load_file
 from torch import nn
 
@@ -17,7 +17,6 @@ from vlm.alignment import align, is_random, nearest_name_accuracy, needs_alignme
 from vlm.config import Settings
 from vlm.errors import Stopped
 from vlm.features import fill_cache
-from vlm.resolve import resolve
 from vlm.training import fit
 
 SETTINGS = Settings(epochs=1)
@@ -87,9 +86,8 @@ def test_a_run_aligns_once_says_so_and_resumes_to_the_same_weights(halves, color
     assert 0 <= found["alignment"]["validation_accuracy"] <= 1
     with pytest.raises(Stopped):
         fit(settings(halves, color_folder, tmp_path / "parts", **more), lambda: True)
-    saved = json.loads((tmp_path / "parts" / "training_metadata.json").read_text())["settings"]
     capsys.readouterr()
-    again = fit(resolve({"resume": True, "output_dir": str(tmp_path / "parts")}, saved))
+    again = fit(resumed(tmp_path / "parts"))
     assert "learns the names" not in capsys.readouterr().err
     assert again["alignment"]["validation_accuracy"] == found["alignment"]["validation_accuracy"]
     whole, parts = (load_file(tmp_path / name / "final_model" / "model.safetensors") for name in ("whole", "parts"))

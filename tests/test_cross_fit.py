@@ -1,13 +1,12 @@
 """Training pictures reach the language model through a connector that was not aligned on them."""
 
 import copy
-import json
 
 import pytest
 import torch
 from feature_checks import MODELS, load
 from feature_checks import split as mixed_split
-from halves import CLASSES, settings, split
+from halves import CLASSES, resumed, settings, split
 
 from vlm import alignment, training
 from vlm import first_stage as first_stage_module
@@ -19,8 +18,7 @@ from vlm.errors import RunError, Stopped, UsageError
 from vlm.families.encoded import CONNECTED_FEATURES, TOWER_FEATURES
 from vlm.features import fill_cache
 from vlm.first_stage import first_stage
-from vlm.output import FOLD_FEATURES, METADATA, STATE
-from vlm.resolve import resolve
+from vlm.output import FOLD_FEATURES, STATE
 from vlm.setup import set_up
 from vlm.sources import Rows
 from vlm.training import Trainer, fit
@@ -158,15 +156,14 @@ def test_features_of_folds_are_there_while_they_are_needed(halves, color_folder,
     with pytest.raises(Stopped):
         fit(settings(halves, color_folder, output, freeze_connector=True), lambda: True)
     kept = list((output / FOLD_FEATURES).glob("*/*"))
-    saved = json.loads((output / METADATA).read_text())["settings"]
     monkeypatch.setattr(training, "finish", lambda run, *_: {"folds": len(run.fold_connectors)})
-    assert kept and fit(resolve({"resume": True, "output_dir": str(output)}, saved)) == {"folds": FOLDS}
+    assert kept and fit(resumed(output)) == {"folds": FOLDS}
     assert not (output / FOLD_FEATURES).exists() and (output / STATE).exists()
     monkeypatch.setattr(first_stage_module, "out_of_fold_cache", lambda *_: pytest.fail("nothing is left to be trained"))
-    assert fit(resolve({"resume": True, "output_dir": str(output)}, saved)) == {"folds": FOLDS}
+    assert fit(resumed(output)) == {"folds": FOLDS}
 
 
-def test_a_run_whose_features_of_folds_find_no_room_ends_with_what_to_do(halves, color_folder, tmp_path, monkeypatch, capsys):
+def test_a_run_whose_features_of_folds_find_no_room_ends_with_what_to_do(halves, color_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(alignment, "STEPS", 30)
     monkeypatch.setattr(first_stage_module, "out_of_fold_cache", lambda *_: None)
     with pytest.raises(RunError, match="make room, give a larger --cache-size, or train the connector too"):
@@ -178,7 +175,6 @@ def test_a_resumed_run_that_cannot_keep_features_leaves_the_state_as_it_is(halve
     output = tmp_path / "out"
     with pytest.raises(Stopped):
         fit(settings(halves, color_folder, output, freeze_connector=True), lambda: True)
-    saved = json.loads((output / METADATA).read_text())["settings"]
     with pytest.raises(UsageError, match="had 5 connectors of folds .*--cache-size.*this one has 0"):
-        fit(resolve({"resume": True, "no_feature_cache": True, "output_dir": str(output)}, saved))
-    assert fit(resolve({"resume": True, "no_feature_cache": False, "output_dir": str(output)}, saved))["alignment"]["folds"] == FOLDS
+        fit(resumed(output, no_feature_cache=True))
+    assert fit(resumed(output, no_feature_cache=False))["alignment"]["folds"] == FOLDS
