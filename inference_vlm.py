@@ -14,22 +14,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm.errors import RunError, UsageError, exit_code
-from vlm.flags import Parser
-from vlm.threads import wait_politely
+from vlm.common.errors import RunError, UsageError, exit_code
+from vlm.config.flags import Parser
+from vlm.machine.threads import wait_politely
 
 if TYPE_CHECKING:
-    from vlm.predictor import load_model_and_metadata, predict_batch, predict_single_image
+    from vlm.inference.predictor import load_model_and_metadata, predict_batch, predict_single_image
 
 __all__ = ["load_model_and_metadata", "main", "predict_batch", "predict_single_image"]
 
 
 def __getattr__(name: str) -> Any:
-    """The functions of `vlm.predictor`, loaded with torch when they are asked for, so that `--help` answers at once."""
+    """The functions of `vlm.inference.predictor`, loaded with torch when they are asked for, so that `--help` answers at once."""
     if name in ("load_model_and_metadata", "predict_batch", "predict_single_image"):
-        import vlm.predictor
+        import vlm.inference.predictor
 
-        return getattr(vlm.predictor, name)
+        return getattr(vlm.inference.predictor, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -70,9 +70,9 @@ def predict(args: argparse.Namespace) -> None:
     wait_politely()
     import torch
 
-    from vlm.device import pick_threads
-    from vlm.pictures import find_pictures
-    from vlm.predictor import load_model_and_metadata, predict_batch
+    from vlm.data.images import find_pictures
+    from vlm.inference.predictor import load_model_and_metadata, predict_batch
+    from vlm.machine.device import pick_threads
 
     torch.set_num_threads(pick_threads(args.threads))
     paths = find_pictures(args.images)
@@ -99,7 +99,7 @@ def check_output(path: Path) -> None:
 
 def print_results(results: dict[str, dict[str, Any]], explain: bool) -> None:
     """Print a table to stdout: path, prediction, confidence, the runner-up (the two best, if abstained), and the text if asked for."""
-    from vlm.report import format_table
+    from vlm.report.figures import format_table
 
     rows = []
     for path, result in results.items():
@@ -120,7 +120,7 @@ def print_results(results: dict[str, dict[str, Any]], explain: bool) -> None:
 
 def write_results(path: Path, results: dict[str, dict[str, Any]]) -> None:
     """Write one row a picture, whole or not at all: CSV with a column a class, or JSON lines."""
-    from vlm.tracking import replacing
+    from vlm.common.progress import replacing
 
     try:
         with replacing(path) as new, new.open("w", encoding="utf-8", newline="") as file:

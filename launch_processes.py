@@ -3,7 +3,7 @@
 import os
 import sys
 
-# accelerate sets it to 1 where it is not set. Each process takes its share of the cores then (vlm/device.py).
+# accelerate sets it to 1 where it is not set. Each process takes its share of the cores then (vlm/machine/device.py).
 os.environ.setdefault("VLM_OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", ""))
 os.environ.setdefault("LOGLEVEL", "CRITICAL")  # of torch's launcher, which would print many lines behind the error that says why
 

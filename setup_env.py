@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vlm.requirements import examine
+from vlm.machine.requirements import examine
 
 ROOT = Path(__file__).resolve().parent
 OWN = ROOT / ".venv"

@@ -28,7 +28,7 @@ def main():
     if sys.version_info < (3, 11):  # noqa: UP036 (the point is to say so where the rest cannot even be read)
         sys.exit("failure  Python {}.{}\n         cure: use Python 3.11 or newer".format(*sys.version_info[:2]))
 
-    from vlm.doctor import CHECKS, examine_machine, training
+    from vlm.machine.doctor import CHECKS, examine_machine, training
 
     color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     training_check = None if arguments.quick else partial(training, debug=arguments.debug)

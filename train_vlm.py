@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm.errors import UsageError, exit_code
-from vlm.flags import parse_arguments
-from vlm.resolve import resolve
-from vlm.threads import wait_politely
+from vlm.common.errors import UsageError, exit_code
+from vlm.config.flags import parse_arguments
+from vlm.config.resolve import resolve
+from vlm.machine.threads import wait_politely
 
 if TYPE_CHECKING:
-    from vlm.batching import vlm_collate_fn
-    from vlm.evaluation import evaluate_vlm_model
+    from vlm.classifier.batching import vlm_collate_fn
+    from vlm.evaluation.evaluate import evaluate_vlm_model
 
 __all__ = ["evaluate_vlm_model", "main", "vlm_collate_fn"]
 
@@ -25,11 +25,11 @@ __all__ = ["evaluate_vlm_model", "main", "vlm_collate_fn"]
 def __getattr__(name: str) -> Any:
     """`from train_vlm import vlm_collate_fn, evaluate_vlm_model`, without loading torch for `--help`."""
     if name == "vlm_collate_fn":
-        from vlm.batching import vlm_collate_fn
+        from vlm.classifier.batching import vlm_collate_fn
 
         return vlm_collate_fn
     if name == "evaluate_vlm_model":
-        from vlm.evaluation import evaluate_vlm_model
+        from vlm.evaluation.evaluate import evaluate_vlm_model
 
         return evaluate_vlm_model
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -44,18 +44,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train(given: dict[str, Any]) -> None:
     """Train with the flags that were given, by field name of `Settings`."""
     if given.get("list_models"):
-        from vlm.registry import list_models
+        from vlm.machine.registry import list_models
 
         return list_models(resolve(given))
     settings = resolve(given, saved_settings(Path(given.get("output_dir", "vlm_results"))) if given.get("resume") else None)
-    from vlm.output import check_output
-    from vlm.stopping import StopSignals
+    from vlm.training.output import check_output
+    from vlm.training.stopping import StopSignals
 
     check_output(settings)
     signals = StopSignals(settings.output_dir)
     signals.listen()  # before the heavy imports, which take seconds
     wait_politely()
-    from vlm.training import fit
+    from vlm.training.loop import fit
 
     fit(settings, signals.should_stop, signals.enter)
 

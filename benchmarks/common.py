@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 sys.path.insert(0, str(ROOT))
 
-from vlm.threads import wait_politely
+from vlm.machine.threads import wait_politely
 
 wait_politely()
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -33,8 +33,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from report import figures
 
-from vlm.device import pick_threads
-from vlm.report import format_table
+from vlm.machine.device import pick_threads
+from vlm.report.figures import format_table
 
 ROUNDS, QUICK_ROUNDS, TINY_ROUNDS = 5, 3, 1
 MIB = 2**20

@@ -18,7 +18,7 @@ import torch
 import workload
 from classify_vs_generate import predict
 
-from vlm.predictor import predict_batch
+from vlm.inference.predictor import predict_batch
 
 SERIES = {
     "full": {"pictures": [4, 8, 16, 32], "classes": [5, 20, 50, 100], "prefix": [100, 200, 400, 800], "batch": [1, 2, 4, 8]},

@@ -21,12 +21,12 @@ import workload
 from torch import Tensor, nn
 from train_vs_trl import BATCH_SIZES
 
-from vlm.batching import IGNORED
-from vlm.classifier import LossOutput, Reading, Scored, VLMClassifier
-from vlm.data import Sample
-from vlm.pictures import open_picture
-from vlm.prefix import expand, in_front
-from vlm.tuning import trained_parameters
+from vlm.classifier.batching import IGNORED
+from vlm.classifier.classifier import LossOutput, Reading, Scored, VLMClassifier
+from vlm.classifier.prefix import expand, in_front
+from vlm.data.images import open_picture
+from vlm.data.splits import Sample
+from vlm.training.tuning import trained_parameters
 
 TOLERANCE = 1e-4  # of loss and update, relative; of probabilities, absolute and three times that, as the search may leave out 1e-4
 FUSED = "fused optimizer"

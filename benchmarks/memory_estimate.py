@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What `vlm/memory.py` computes against what a process really takes: the peak of its resident memory, above what it had before loading.
+"""What `vlm/machine/memory.py` computes against what a process really takes: the peak of its resident memory, above what it had before loading.
 
 python benchmarks/memory_estimate.py --json memory_estimate.json
 
@@ -22,17 +22,17 @@ from PIL import Image
 from shapes import shape
 from workload import build
 
-from vlm.checkpoint import save_model_folder
-from vlm.classifier import VLMClassifier
-from vlm.config import RESPONSE, TUNING_DEFAULTS
-from vlm.data import Sample
-from vlm.evaluation import score_split
+from vlm.classifier.classifier import VLMClassifier
+from vlm.config.resolve import resolve
+from vlm.config.settings import RESPONSE, TUNING_DEFAULTS
+from vlm.conversation.prompts import build_prompts
+from vlm.data.splits import Sample
+from vlm.evaluation.evaluate import score_split
 from vlm.families import load_family, outline, read_config
-from vlm.memory import Texts, estimate
-from vlm.prompts import build_prompts
-from vlm.report import format_table
-from vlm.resolve import resolve
-from vlm.tuning import parameter_groups, prepare_tuning
+from vlm.inference.model_folder import save_model_folder
+from vlm.machine.memory import Texts, estimate
+from vlm.report.figures import format_table
+from vlm.training.tuning import parameter_groups, prepare_tuning
 
 NAMES = ["crater", "dune", "ridge", "slope", "plain", "cliff", "gully", "mound", "rough terrain", "smooth terrain"]
 

@@ -23,8 +23,8 @@ from typing import Any
 
 import common
 
-from vlm.config import BOTH, POSTERIOR, RESPONSE
-from vlm.formats import LAYOUTS
+from vlm.config.formats import LAYOUTS
+from vlm.config.settings import BOTH, POSTERIOR, RESPONSE
 
 TUNES = {
     "lora": ["--tune", "lora"],

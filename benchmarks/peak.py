@@ -20,9 +20,9 @@ import workload
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from train_vs_trl import BATCH_SIZES
 
-from vlm.classifier import VLMClassifier
-from vlm.data import Sample
-from vlm.pictures import open_picture
+from vlm.classifier.classifier import VLMClassifier
+from vlm.data.images import open_picture
+from vlm.data.splits import Sample
 
 SIDE = {"full": 3072, "quick": 2048, "tiny": 256}  # of the square matrices
 GOAL = (0.80, 0.70)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""From pictures to pixels: transformers' image processors against PIL and torch alone (`vlm/families/resizing.py`).
+"""From pictures to pixels: transformers' image processors against PIL and torch alone (`vlm/families/images/resizing.py`).
 
 python benchmarks/resize.py --output resize.json
 
@@ -26,7 +26,7 @@ from PIL import Image
 from transformers import Idefics3ImageProcessorPil, Qwen2VLImageProcessorPil
 
 from vlm.families import idefics3, qwen2_vl
-from vlm.families.resizing import TOLERANCE, native_patches, one_tile
+from vlm.families.images.resizing import TOLERANCE, native_patches, one_tile
 
 LONGEST = (64, 512, 1024, 3000)  # pixels; three quarters of it in the other direction
 

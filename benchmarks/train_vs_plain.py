@@ -18,11 +18,11 @@ import workload
 from torch import Tensor
 from train_vs_trl import BATCH_SIZES, add_options, cases, row
 
-from vlm.batching import IGNORED, vlm_collate_fn
-from vlm.config import Settings
-from vlm.data import Sample
+from vlm.classifier.batching import IGNORED, vlm_collate_fn
+from vlm.config.settings import Settings
+from vlm.data.splits import Sample
 from vlm.families.encoded import Rendered
-from vlm.tuning import prepare_tuning, trained_parameters
+from vlm.training.tuning import prepare_tuning, trained_parameters
 
 PLAIN_GOALS = {"lora": (5, 4), "connector": (5, 4)}
 

@@ -19,11 +19,11 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from vlm.batching import IGNORED
-from vlm.config import Settings
-from vlm.data import Split
-from vlm.device import DTYPES
-from vlm.prompts import Prompts
+from vlm.classifier.batching import IGNORED
+from vlm.config.settings import Settings
+from vlm.conversation.prompts import Prompts
+from vlm.data.splits import Split
+from vlm.machine.device import DTYPES
 
 Examined = tuple[list[int], float, dict[str, Tensor]]  # what `OurTraining.examine` gives
 

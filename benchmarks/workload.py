@@ -24,21 +24,21 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vlm.classifier import VLMClassifier
-from vlm.config import RESPONSE, Settings
-from vlm.data import Sample, Split, load_data
-from vlm.demo import CHAT_TEMPLATE, build_model, build_processor
-from vlm.device import DTYPES
+from vlm.classifier.classifier import VLMClassifier
+from vlm.config.resolve import resolve
+from vlm.config.settings import RESPONSE, Settings
+from vlm.conversation.prompts import Prompts, build_prompts
+from vlm.data.order import Step
+from vlm.data.splits import Sample, Split, load_data
 from vlm.families import load_family
 from vlm.families.base import Family
+from vlm.families.demo import CHAT_TEMPLATE, build_model, build_processor
 from vlm.families.encoded import TOWER_FEATURES
-from vlm.features import open_cache
-from vlm.order import Step
-from vlm.prompts import Prompts, build_prompts
-from vlm.resolve import resolve
-from vlm.setup import set_up
-from vlm.training import Trainer
-from vlm.tuning import trained_parameters
+from vlm.families.features import open_cache
+from vlm.machine.device import DTYPES
+from vlm.training.loop import Trainer
+from vlm.training.setup import set_up
+from vlm.training.tuning import trained_parameters
 
 CACHE_GB = 20.0
 PEAK_STEPS, SURE, LARGEST_LOGIT = 1000, 0.998, 30.0

@@ -11,21 +11,21 @@ import torch
 from tiny import NAMES, random_picture, tiny_prompts
 from torch import Tensor
 
-from vlm.batching import IGNORED, batch_without_picture
-from vlm.checkpoint import save_model_folder
-from vlm.classifier import VLMClassifier
-from vlm.config import Settings
-from vlm.data import Sample
+from vlm.classifier.batching import IGNORED, batch_without_picture
+from vlm.classifier.classifier import VLMClassifier
+from vlm.classifier.objective import Objective
+from vlm.classifier.reasoning import classify, explain, go_on
+from vlm.config.formats import reasoning_of
+from vlm.config.resolve import resolve
+from vlm.config.settings import Settings
+from vlm.conversation.prompts import Prompts, build_prompts, parse_answer
+from vlm.conversation.responses import before_answer, before_reasoning, response_of
+from vlm.data.splits import Sample
+from vlm.evaluation.score_choice import measure_prior
 from vlm.families import load_family
-from vlm.formats import reasoning_of
-from vlm.objective import Objective
-from vlm.predictor import load_model_and_metadata
-from vlm.prompts import Prompts, build_prompts, parse_answer
-from vlm.reasoning import classify, explain, go_on
-from vlm.resolve import resolve
-from vlm.responses import before_answer, before_reasoning, response_of
-from vlm.score_choice import measure_prior
-from vlm.tuning import parameter_groups, prepare_tuning
+from vlm.inference.model_folder import save_model_folder
+from vlm.inference.predictor import load_model_and_metadata
+from vlm.training.tuning import parameter_groups, prepare_tuning
 
 SIZES = ((40, 28), (20, 60), (33, 33))  # unequal, so that families with a varying number of picture tokens are tested
 

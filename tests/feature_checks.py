@@ -6,12 +6,12 @@ import test_family_generic
 import torch
 from tiny import random_picture, save_tiny_model, tiny_prompts
 
-from vlm.classifier import VLMClassifier
-from vlm.data import Split
+from vlm.classifier.classifier import VLMClassifier
+from vlm.config.resolve import resolve
+from vlm.data.sources import Rows
+from vlm.data.splits import Split
 from vlm.families import load_family
-from vlm.resolve import resolve
-from vlm.sources import Rows
-from vlm.tuning import prepare_tuning
+from vlm.training.tuning import prepare_tuning
 
 LABELS = [0, 1, 2, 3]
 # How each is built, and with which settings about pictures: what makes a picture several rows of pixels, in unequal numbers.

@@ -8,11 +8,11 @@ from feature_checks import load
 from PIL import Image
 from tiny import NAMES, VISION, tiny_prompts
 
-from vlm.data import Split
-from vlm.demo import build_model, build_processor
-from vlm.output import METADATA
-from vlm.resolve import resolve
-from vlm.sources import Rows
+from vlm.config.resolve import resolve
+from vlm.data.sources import Rows
+from vlm.data.splits import Split
+from vlm.families.demo import build_model, build_processor
+from vlm.training.output import METADATA
 
 CLASSES = NAMES[:3]
 TEXT = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}

@@ -9,7 +9,7 @@ from huggingface_hub import save_torch_state_dict
 from tiny import tiny_prompts
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from vlm.families.phi3_vision_model import Phi3VConfig, Phi3VForCausalLM
+from vlm.families.phi3.model import Phi3VConfig, Phi3VForCausalLM
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{'<|' + message['role'] + '|>' + '\n' + message['content'] + '<|end|>\n' }}{% endfor %}"

@@ -12,12 +12,12 @@ from halves import CLASSES, connector_of, resumed, settings, split, stand_out
 from safetensors.torch import load_file
 from torch import nn
 
-from vlm import alignment, results, setup, training
-from vlm.alignment import align, is_random, nearest_name_accuracy, needs_alignment
-from vlm.config import Settings
-from vlm.errors import Stopped
-from vlm.features import fill_cache
-from vlm.training import fit
+from vlm.common.errors import Stopped
+from vlm.config.settings import Settings
+from vlm.families.features import fill_cache
+from vlm.training.alignment import align, is_random, nearest_name_accuracy, needs_alignment
+from vlm.training.loop import alignment, fit, results, setup
+from vlm.training import loop as training
 
 SETTINGS = Settings(epochs=1)
 

@@ -15,8 +15,8 @@ from PIL import Image
 from test_data import draw, pictures
 from test_sources import table
 
-from vlm.data import load_data
-from vlm.resolve import resolve
+from vlm.config.resolve import resolve
+from vlm.data.splits import load_data
 
 CLASSES = {"cat": 4, "dog": 4}
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import tiny_prompts
 
-from vlm.calibration import (
+from vlm.classifier.calibration import (
     COLDEST,
     HOTTEST,
     MIN_PICTURES,

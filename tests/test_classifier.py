@@ -7,12 +7,12 @@ import pytest
 import torch
 from tiny import NAMES, batch_of, full_row_logits, random_picture, samples, save_tiny_model, tiny_classifier
 
-from vlm import scoring
-from vlm.batching import IGNORED, vlm_collate_fn
-from vlm.calibration import Calibration
-from vlm.data import Sample
-from vlm.errors import UsageError
-from vlm.prompts import Prompts
+from vlm.classifier.batching import IGNORED, vlm_collate_fn
+from vlm.classifier.calibration import Calibration
+from vlm.classifier import search as scoring
+from vlm.common.errors import UsageError
+from vlm.conversation.prompts import Prompts
+from vlm.data.splits import Sample
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_scores_in_small_blocks_of_logits_are_the_same(folder, monkeypatch):
     classifier = tiny_classifier(folder).eval()
     reading = classifier.read(batch_of(classifier, [0, 1], with_response=False))
     whole = classifier.score(reading)
-    monkeypatch.setattr("vlm.scoring.LOGITS_AT_ONCE", 1)
+    monkeypatch.setattr("vlm.classifier.search.LOGITS_AT_ONCE", 1)
     torch.testing.assert_close(classifier.score(reading), whole, rtol=1e-6, atol=1e-5)
 
 

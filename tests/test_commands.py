@@ -185,8 +185,8 @@ print(json.dumps({"logits": list(model(**inputs).logits.shape), "text": text.str
 
 def test_the_model_folder_works_in_transformers_without_this_program(mars_run, tmp_path):
     from inference_vlm import load_model_and_metadata
-    from vlm.data import Sample
-    from vlm.pictures import open_picture
+    from vlm.data.images import open_picture
+    from vlm.data.splits import Sample
 
     output, picture = mars_run[0] / "vlm_results", tmp_path / "a.png"
     Image.radial_gradient("L").save(picture)

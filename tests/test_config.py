@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from vlm.config import Settings
-from vlm.errors import UsageError
-from vlm.flags import build_parser, parse_arguments
-from vlm.resolve import resolve, set_batch_size
+from vlm.common.errors import UsageError
+from vlm.config.flags import build_parser, parse_arguments
+from vlm.config.resolve import resolve, set_batch_size
+from vlm.config.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 

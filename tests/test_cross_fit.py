@@ -8,20 +8,20 @@ from feature_checks import MODELS, load
 from feature_checks import split as mixed_split
 from halves import CLASSES, resumed, settings, split
 
-from vlm import alignment, training
-from vlm import first_stage as first_stage_module
-from vlm.alignment import align
-from vlm.batching import encode
-from vlm.cross_fit import FOLDS, align_folds, can_cross_fit, connector_of, folds_of, out_of_fold_cache, weights_for_folds
-from vlm.data import Split
-from vlm.errors import RunError, Stopped, UsageError
+from vlm.classifier.batching import encode
+from vlm.common.errors import RunError, Stopped, UsageError
+from vlm.data.sources import Rows
+from vlm.data.splits import Split
 from vlm.families.encoded import CONNECTED_FEATURES, TOWER_FEATURES
-from vlm.features import fill_cache
-from vlm.first_stage import first_stage
-from vlm.output import FOLD_FEATURES, STATE
-from vlm.setup import set_up
-from vlm.sources import Rows
-from vlm.training import Trainer, fit
+from vlm.families.features import fill_cache
+from vlm.training.alignment import align
+from vlm.training.cross_fit import FOLDS, align_folds, can_cross_fit, connector_of, folds_of, out_of_fold_cache, weights_for_folds
+from vlm.training.first_stage import first_stage
+from vlm.training.loop import Trainer, alignment, fit
+from vlm.training.loop import first_stage as first_stage_module
+from vlm.training import loop as training
+from vlm.training.output import FOLD_FEATURES, STATE
+from vlm.training.setup import set_up
 
 
 def with_keys(labels, keys):

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm.data import Data, load_data
-from vlm.errors import UsageError
-from vlm.resolve import resolve
+from vlm.common.errors import UsageError
+from vlm.config.resolve import resolve
+from vlm.data.splits import Data, load_data
 
 ROLES = ("train", "validation", "test")
 

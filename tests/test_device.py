@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from vlm import device
-from vlm.device import pick_device, pick_dtype
-from vlm.errors import UsageError, is_out_of_memory
+from vlm.common.errors import UsageError, is_out_of_memory
+from vlm.machine import device
+from vlm.machine.device import pick_device, pick_dtype
 
 
 def machine(monkeypatch, cuda=False, mps=False, capability=(9, 0)):

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from vlm import doctor
-from vlm.config import DEFAULT_DATASET, DEFAULT_MODEL
-from vlm.doctor import FAILURE, OK, WARNING, Finding
+from vlm.config.settings import DEFAULT_DATASET, DEFAULT_MODEL
+from vlm.machine import doctor
+from vlm.machine.doctor import FAILURE, OK, WARNING, Finding
 
 ROOT = Path(__file__).resolve().parent.parent
 

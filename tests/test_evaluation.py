@@ -5,13 +5,13 @@ import torch
 from tiny import random_picture, save_tiny_model, tiny_classifier
 
 from train_vlm import evaluate_vlm_model, vlm_collate_fn
-from vlm.batching import IGNORED
-from vlm.calibration import Scores
-from vlm.data import Split
-from vlm.evaluation import check_texts, explanations, score_split
-from vlm.evaluation_mode import evaluation_mode
-from vlm.prompts import parse_answer
-from vlm.sources import Rows
+from vlm.classifier.batching import IGNORED
+from vlm.classifier.calibration import Scores
+from vlm.common.modes import evaluation_mode
+from vlm.conversation.prompts import parse_answer
+from vlm.data.sources import Rows
+from vlm.data.splits import Split
+from vlm.evaluation.evaluate import check_texts, explanations, score_split
 
 LABELS = [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3]
 
@@ -97,7 +97,7 @@ def test_free_texts_are_counted_by_answer_and_reasoning(classifier, split, monke
     prediction = classifier.class_names[int(score_split(classifier, split, indices=[0]).sums[0].argmax())]
     assert prediction not in ("cat", "catfish"), "or the texts above would say something else"
     monkeypatch.setattr(
-        "vlm.evaluation.write_freely", lambda classifier, reading: [text.format(prediction, prediction)] * len(reading.states)
+        "vlm.evaluation.evaluate.write_freely", lambda classifier, reading: [text.format(prediction, prediction)] * len(reading.states)
     )
     same = split.take([0, 0, 0])
     expected = {"texts": 3, "invalid": invalid, "agree_with_prediction": agrees, "reasoning_names_answer": named, "explanations_agree": 3}

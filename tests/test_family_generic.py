@@ -256,7 +256,7 @@ class TestPaliGemma(Generic):
 def test_models_that_cannot_be_used_are_refused_in_one_line(tmp_path, config, message):
     import json
 
-    from vlm.errors import UsageError
+    from vlm.common.errors import UsageError
     from vlm.families import load_family
 
     (tmp_path / "config.json").write_text(json.dumps(config))

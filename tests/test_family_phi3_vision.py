@@ -10,16 +10,16 @@ from safetensors import safe_open
 from tiny import NAMES, random_picture, tiny_prompts
 from transformers import Phi3ForCausalLM
 
-from vlm.batching import vlm_collate_fn
-from vlm.classifier import VLMClassifier
-from vlm.data import Sample
-from vlm.errors import UsageError
+from vlm.classifier.batching import vlm_collate_fn
+from vlm.classifier.classifier import VLMClassifier
+from vlm.common.errors import UsageError
+from vlm.config.resolve import resolve
+from vlm.conversation.prompts import Prompts
+from vlm.data.splits import Sample
 from vlm.families import load_family
-from vlm.families.phi3_vision_model import Phi3VConfig, Phi3VForCausalLM
-from vlm.features import FeatureCache
-from vlm.prompts import Prompts
-from vlm.resolve import resolve
-from vlm.tuning import ADAPTER, merged_state_dict, prepare_tuning
+from vlm.families.features import FeatureCache
+from vlm.families.phi3.model import Phi3VConfig, Phi3VForCausalLM
+from vlm.training.tuning import ADAPTER, merged_state_dict, prepare_tuning
 
 CPU = torch.device("cpu")
 

@@ -12,12 +12,12 @@ from tiny import random_picture, tiny_prompts
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
-from vlm.checkpoint import save_model_folder
-from vlm.errors import UsageError
+from vlm.common.errors import UsageError
+from vlm.config.resolve import resolve
 from vlm.families import load_family
 from vlm.families.qwen2_vl import PatchLinear
-from vlm.resolve import resolve
-from vlm.tuning import prepare_tuning, trained_parameters
+from vlm.inference.model_folder import save_model_folder
+from vlm.training.tuning import prepare_tuning, trained_parameters
 
 CPU = torch.device("cpu")
 

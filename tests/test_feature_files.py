@@ -16,9 +16,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from inference_vlm import load_model_and_metadata, predict_batch
-from vlm import features
+from vlm.families import features
 from vlm.families.base import Family
-from vlm.features import FeatureCache, cache_root, fill_cache, make_room
+from vlm.families.features import FeatureCache, cache_root, fill_cache, make_room
 
 OLD, NEW = 2 * 86400, 60  # seconds since a file was used
 
@@ -67,7 +67,7 @@ def test_features_that_turn_out_larger_than_the_first_ones_are_not_kept(tmp_path
     sizes = [file.stat().st_size for file in root.glob("*/*")]
     for file in root.glob("*/*"):
         file.unlink()
-    monkeypatch.setattr("vlm.features.PICTURES_AT_ONCE", 1)
+    monkeypatch.setattr("vlm.families.features.PICTURES_AT_ONCE", 1)
     assert min(sizes) * 3 < 0.9 * sum(sizes)
     assert fill_cache(classifier.family, [split()], limit_gb=0.9 * sum(sizes) / 1e9) is None
     assert "not kept" in capsys.readouterr().err

@@ -12,12 +12,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
-from vlm import data, features
-from vlm.checkpoint import save_model_folder
-from vlm.data import Split
-from vlm.evaluation import score_split
+from vlm.data.splits import Split
+from vlm.data import splits as data
+from vlm.evaluation.evaluate import score_split
+from vlm.families import features
 from vlm.families.encoded import CONNECTED_FEATURES, TOWER_FEATURES
-from vlm.features import cache_root, fill_cache, fingerprint, open_cache
+from vlm.families.features import cache_root, fill_cache, fingerprint, open_cache
+from vlm.inference.model_folder import save_model_folder
 
 
 @pytest.fixture(autouse=True)

@@ -7,11 +7,11 @@ import torch
 from tiny import NAMES, batch_of, save_tiny_model, tiny_classifier
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vlm.config import BOTH, RESPONSE
+from vlm.classifier.objective import Objective
+from vlm.config.resolve import resolve
+from vlm.config.settings import BOTH, RESPONSE
 from vlm.families.encoded import TOWER_FEATURES
-from vlm.objective import Objective
-from vlm.resolve import resolve
-from vlm.tuning import parameter_groups, prepare_tuning
+from vlm.training.tuning import parameter_groups, prepare_tuning
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ import huggingface_hub.constants
 import pytest
 from fake_hub import COMMIT, FakeHub, serving
 
-from vlm import hub as vlm_hub
-from vlm.errors import RunError, UsageError
-from vlm.hub import check_dataset_reachable, looks_like_path, model_folder
+from vlm.common.errors import RunError, UsageError
+from vlm.data.hub import check_dataset_reachable, looks_like_path, model_folder
+from vlm.data import hub as vlm_hub
 
 MODEL = {"config.json": "{}", "model.safetensors": b"weights", "tokenizer.json": "{}", "chat_template.jinja": ""}
 

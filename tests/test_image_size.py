@@ -12,15 +12,15 @@ from test_picture_options import CPU, at_inference, trained
 from tiny import NAMES, random_picture, save_tiny_model, tiny_prompts
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 
-from vlm.batching import vlm_collate_fn
-from vlm.classifier import VLMClassifier
-from vlm.config import ImageSize
-from vlm.data import Sample, load_data
-from vlm.errors import UsageError
+from vlm.classifier.batching import vlm_collate_fn
+from vlm.classifier.classifier import VLMClassifier
+from vlm.common.errors import UsageError
+from vlm.config.resolve import resolve
+from vlm.config.settings import ImageSize
+from vlm.data.splits import Sample, load_data
 from vlm.families import load_family
 from vlm.families.generic import processor_class
-from vlm.families.sizes import pick_size
-from vlm.resolve import resolve
+from vlm.families.images.sizes import pick_size
 
 SAVE = {
     "smolvlm": save_smolvlm,

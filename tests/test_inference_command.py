@@ -157,7 +157,7 @@ def test_no_picture_at_all_is_wrong_usage(infer):
 
 
 def test_the_traceback_is_there_with_debug(infer, tmp_path):
-    from vlm.errors import UsageError
+    from vlm.common.errors import UsageError
 
     with pytest.raises(UsageError, match="is not there"):
         infer(tmp_path / "missing.png", "--debug")

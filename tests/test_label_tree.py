@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from vlm.calibration import Calibration
-from vlm.label_tree import ROOT, Search, build_label_tree
+from vlm.classifier.calibration import Calibration
+from vlm.classifier.label_tree import ROOT, Search, build_label_tree
 
 END = 99
 

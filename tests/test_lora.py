@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from vlm import lora
-from vlm.lora import join_products
+from vlm.training.loop import lora
+from vlm.training.lora import join_products
 
 
 def layers(dropout=0.0, bias=True, dtype=torch.float64):

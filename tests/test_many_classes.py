@@ -5,11 +5,11 @@ import pytest
 import torch
 from tiny import batch_of, full_row_logits, save_tiny_model
 
-from vlm import scoring
-from vlm.classifier import VLMClassifier
-from vlm.config import Settings
+from vlm.classifier.classifier import VLMClassifier
+from vlm.classifier import search as scoring
+from vlm.config.settings import Settings
+from vlm.conversation.prompts import build_prompts
 from vlm.families import load_family
-from vlm.prompts import build_prompts
 
 CLASSES, SURE = 1000, 700
 

@@ -14,14 +14,14 @@ import torch
 from commands import ROOT, train
 from tiny import NAMES, batch_of, save_tiny_model, tiny_classifier, tiny_prompts
 
-from vlm import memory
-from vlm.classifier import VLMClassifier
-from vlm.config import RESPONSE, TUNING_DEFAULTS
-from vlm.demo import build_model, build_processor
+from vlm.classifier.classifier import VLMClassifier
+from vlm.config.resolve import resolve
+from vlm.config.settings import RESPONSE, TUNING_DEFAULTS
 from vlm.families import load_family, outline, read_config
-from vlm.memory import GIB, Need, Texts, estimate, fit_to_memory, free_memory
-from vlm.resolve import resolve
-from vlm.tuning import parameter_groups, prepare_tuning, trained_parameters
+from vlm.families.demo import build_model, build_processor
+from vlm.machine import memory
+from vlm.machine.memory import GIB, Need, Texts, estimate, fit_to_memory, free_memory
+from vlm.training.tuning import parameter_groups, prepare_tuning, trained_parameters
 
 CPU = torch.device("cpu")
 TIE = {"smolvlm": save_tiny_model, "tied": lambda folder: save_tiny_model(folder, tie=True)}
@@ -151,7 +151,7 @@ def test_what_makes_a_run_larger_makes_the_estimate_larger():
 
 
 def read_config_of(name: str) -> dict:
-    from vlm.registry import MODELS
+    from vlm.machine.registry import MODELS
 
     return MODELS[name]
 

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from vlm.errors import RunError, UsageError
-from vlm.metrics import classification_metrics, load_metric, user_metrics
+from vlm.common.errors import RunError, UsageError
+from vlm.evaluation.metrics import classification_metrics, load_metric, user_metrics
 
 NAMES = ["a", "b", "absent"]
 LABELS = [0, 0, 0, 1]

@@ -10,19 +10,18 @@ from family_checks import parted
 from test_training import gradients_of_first_step, picture_folder
 from tiny import NAMES, batch_of, full_row_logits, random_picture, save_tiny_model, tiny_classifier, tiny_prompts
 
-from vlm import plain, tree_rows
-from vlm.batching import vlm_collate_fn
-from vlm.classifier import VLMClassifier
-from vlm.config import BOTH, POSTERIOR, RESPONSE, Settings
-from vlm.data import Sample
-from vlm.errors import UsageError
+from vlm.classifier.batching import vlm_collate_fn
+from vlm.classifier.classifier import VLMClassifier, plain, tree_rows
+from vlm.classifier.label_tree import build_label_tree
+from vlm.classifier.objective import Objective, balanced_weights, usual_objective
+from vlm.classifier.tree_rows import TreeRows
+from vlm.common.errors import UsageError
+from vlm.config.resolve import resolve
+from vlm.config.settings import BOTH, POSTERIOR, RESPONSE, Settings
+from vlm.conversation.prompts import build_prompts
+from vlm.data.splits import Sample
 from vlm.families import load_family
-from vlm.label_tree import build_label_tree
-from vlm.objective import Objective, balanced_weights, usual_objective
-from vlm.prompts import build_prompts
-from vlm.resolve import resolve
-from vlm.setup import set_up
-from vlm.tree_rows import TreeRows
+from vlm.training.setup import set_up
 
 LABELS = [0, 5, 6, 3]
 
@@ -232,7 +231,7 @@ def test_a_step_does_not_depend_on_how_it_is_cut(sources, tmp_path, flags):
 def test_without_a_wish_the_cost_decides(sources, folder, tmp_path, monkeypatch, expected):
     nodes = len(objective_of(tiny_classifier(folder, torch.float32), BOTH).rows)
     assert nodes, "or nothing is compared with the bound"
-    monkeypatch.setattr("vlm.objective.FEW_NODES", nodes if expected == BOTH else nodes - 1)
+    monkeypatch.setattr("vlm.classifier.objective.FEW_NODES", nodes if expected == BOTH else nodes - 1)
     model, pictures = sources
     run = set_up(resolve({"model": str(model), "dataset": str(pictures), "output_dir": str(tmp_path)}))
     assert run.settings.objective == run.metadata["settings"]["objective"] == run.classifier.objective.name == expected

@@ -7,9 +7,9 @@ import sys
 import pytest
 from commands import ROOT, names_in, train
 
-from vlm.errors import UsageError
-from vlm.output import METADATA, RESULTS, check_output, output_folder
-from vlm.resolve import resolve
+from vlm.common.errors import UsageError
+from vlm.config.resolve import resolve
+from vlm.training.output import METADATA, RESULTS, check_output, output_folder
 
 
 def settings(output, **more):
@@ -84,7 +84,7 @@ def test_a_login_that_fails_is_no_interrupted_run(tmp_path, monkeypatch, capsys)
     def fail(*arguments, **options):
         raise UsageError("--use-wandb: user is not logged in")
 
-    monkeypatch.setattr("vlm.tracking._start_wandb", fail)
+    monkeypatch.setattr("vlm.common.progress._start_wandb", fail)
     for name in ("there", "new"):
         assert train(*flags, tmp_path / name) == 2
         assert "user is not logged in" in capsys.readouterr().err

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tiny import random_picture
+from vlm.report.page.markup import VOID, shorten
 
-from vlm.data import Data, Split
-from vlm.metrics import classification_metrics
-from vlm.page import SECTIONS, Prediction, content, matrix, sections, shown_pictures, top, write_page
-from vlm.page.markup import VOID, shorten
-from vlm.sources import Rows
+from vlm.data.sources import Rows
+from vlm.data.splits import Data, Split
+from vlm.evaluation.metrics import classification_metrics
+from vlm.report.page import SECTIONS, Prediction, content, matrix, sections, shown_pictures, top, write_page
 
 EVIL = "<b>&\"'</td><script src=http://x.example>"
 NAMES = ["cat", EVIL, "猫"]

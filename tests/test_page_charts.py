@@ -2,9 +2,8 @@
 
 import numpy as np
 import pytest
-
-from vlm.page.charts import MOST_POINTS, Axis, Line, axis_around, line_chart
-from vlm.page.markup import Markup, class_name, element
+from vlm.report.page.charts import MOST_POINTS, Axis, Line, axis_around, line_chart
+from vlm.report.page.markup import Markup, class_name, element
 
 
 def test_only_markup_is_not_escaped():

@@ -10,7 +10,7 @@ from PIL import Image
 from tiny import random_picture
 
 from vlm.families import load_family
-from vlm.families.phi3_vision_pictures import CLIP_MEAN, CLIP_STD, Phi3VisionImages, fit_to_tiles
+from vlm.families.phi3.images import CLIP_MEAN, CLIP_STD, Phi3VisionImages, fit_to_tiles
 
 
 @pytest.fixture(scope="module")

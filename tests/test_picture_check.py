@@ -5,12 +5,12 @@ import pytest
 import torch
 from tiny import random_picture, save_tiny_model, tiny_classifier
 
-from vlm import picture_check
-from vlm.calibration import Scores
-from vlm.data import Sample, Split, balanced_positions
-from vlm.evaluation import score_split
-from vlm.picture_check import check_pictures, other_class_partners
-from vlm.sources import Rows
+from vlm.classifier.calibration import Scores
+from vlm.data.sources import Rows
+from vlm.data.splits import Sample, Split, balanced_positions
+from vlm.evaluation import image_check as picture_check
+from vlm.evaluation.evaluate import score_split
+from vlm.evaluation.image_check import check_pictures, other_class_partners
 
 COUNT = 30
 

@@ -8,13 +8,13 @@ from commands import train
 from hub_layout_qwen2_vl import save_published
 from tiny import NAMES, random_picture, save_tiny_model, tiny_prompts
 
-from vlm.checkpoint import save_model_folder
-from vlm.classifier import VLMClassifier
-from vlm.errors import UsageError
+from vlm.classifier.classifier import VLMClassifier
+from vlm.common.errors import UsageError
+from vlm.config.flags import parse_arguments
+from vlm.config.resolve import resolve
 from vlm.families import load_family
-from vlm.flags import parse_arguments
-from vlm.predictor import load_model_and_metadata
-from vlm.resolve import resolve
+from vlm.inference.model_folder import save_model_folder
+from vlm.inference.predictor import load_model_and_metadata
 
 CPU = torch.device("cpu")
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm.errors import UsageError
-from vlm.pictures import UnreadablePicture, find_pictures, open_picture
+from vlm.common.errors import UsageError
+from vlm.data.images import UnreadablePicture, find_pictures, open_picture
 
 RAMP = np.array([[0, 100], [200, 255]], dtype=np.uint8)
 

@@ -10,11 +10,11 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from inference_vlm import load_model_and_metadata, predict_batch, predict_single_image
-from vlm.calibration import Calibration
-from vlm.data import Sample
-from vlm.errors import UsageError
-from vlm.evaluation import score_split
-from vlm.pictures import UnreadablePicture
+from vlm.classifier.calibration import Calibration
+from vlm.common.errors import UsageError
+from vlm.data.images import UnreadablePicture
+from vlm.data.splits import Sample
+from vlm.evaluation.evaluate import score_split
 
 COUNT = 7
 
@@ -196,7 +196,7 @@ def test_a_batch_size_of_zero_is_refused(loaded, paths):
 
 
 def test_the_progress_bar_counts_pictures_and_can_be_switched_off(loaded, paths, capsys, monkeypatch):
-    monkeypatch.setattr("vlm.tracking.SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr("vlm.common.progress.SECONDS_BETWEEN_LINES", 0)
     batch(loaded, paths, batch_size=3, explain=False, show_progress=True)
     out, err = capsys.readouterr()
     assert out == "" and [line.split()[1] for line in err.splitlines()] == ["3/7", "6/7", "7/7"]

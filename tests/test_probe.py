@@ -10,15 +10,15 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_info, threadpool_limits
 from tiny import random_picture, save_tiny_model, tiny_prompts
 
-from vlm import probe as module
-from vlm.data import Data, Sample, Split
+from vlm.config.resolve import resolve
+from vlm.data.sources import Rows
+from vlm.data.splits import Data, Sample, Split
+from vlm.evaluation import probe as module
+from vlm.evaluation.probe import compare, pooled_features, probe
+from vlm.evaluation.reliability import may_be_chance
 from vlm.families import load_family
-from vlm.features import fill_cache
-from vlm.probe import compare, pooled_features, probe
-from vlm.reliability import may_be_chance
-from vlm.resolve import resolve
-from vlm.sources import Rows
-from vlm.tuning import prepare_tuning
+from vlm.families.features import fill_cache
+from vlm.training.tuning import prepare_tuning
 
 GENERIC = {
     "llava_onevision": test_family_generic.TestLlavaOnevision,
@@ -101,7 +101,7 @@ def test_the_fits_are_counted_and_run_on_one_thread(family, data, monkeypatch, c
         return fit(self, *arguments)
 
     monkeypatch.setattr(LogisticRegression, "fit", watched)
-    monkeypatch.setattr("vlm.tracking.SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr("vlm.common.progress.SECONDS_BETWEEN_LINES", 0)
     with threadpool_limits(2):
         probe(family, data)
     assert threads and set(threads) == {1}

@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from vlm.config import Settings
-from vlm.errors import UsageError
-from vlm.formats import LAYOUTS, reasoning_of, stated_format
-from vlm.prompts import Prompts, build_prompts, parse_answer
-from vlm.resolve import resolve
+from vlm.common.errors import UsageError
+from vlm.config.formats import LAYOUTS, reasoning_of, stated_format
+from vlm.config.resolve import resolve
+from vlm.config.settings import Settings
+from vlm.conversation.prompts import Prompts, build_prompts, parse_answer
 
 NAMES = ["cat", "catfish", "cat fish"]
 

@@ -14,15 +14,14 @@ from peft.utils.integrations import dequantize_module_weight
 from tiny import NAMES, random_picture, samples, save_tiny_model, tiny_prompts
 from transformers import AutoModelForImageTextToText
 
-from vlm import quantization
-from vlm.checkpoint import save_model_folder
-from vlm.classifier import VLMClassifier
-from vlm.errors import UsageError
-from vlm.families import load_family
-from vlm.predictor import load_model_and_metadata
-from vlm.quantization import check_quantization, loading_options
-from vlm.resolve import resolve
-from vlm.tuning import parameter_groups, prepare_tuning
+from vlm.classifier.classifier import VLMClassifier
+from vlm.common.errors import UsageError
+from vlm.config.resolve import resolve
+from vlm.families import load_family, quantization
+from vlm.families.quantization import check_quantization, loading_options
+from vlm.inference.model_folder import save_model_folder
+from vlm.inference.predictor import load_model_and_metadata
+from vlm.training.tuning import parameter_groups, prepare_tuning
 
 CPU = torch.device("cpu")
 installed = importlib.util.find_spec("bitsandbytes") is not None

@@ -18,13 +18,13 @@ from typing import NamedTuple
 
 import pytest
 
-from vlm.config import TUNING_DEFAULTS
-from vlm.flags import parse_arguments
-from vlm.formats import LAYOUTS
-from vlm.metrics import load_metric
-from vlm.output import check_output
-from vlm.prompts import QUESTION, REASONING, SYSTEM
-from vlm.resolve import resolve
+from vlm.config.flags import parse_arguments
+from vlm.config.formats import LAYOUTS
+from vlm.config.resolve import resolve
+from vlm.config.settings import TUNING_DEFAULTS
+from vlm.conversation.prompts import QUESTION, REASONING, SYSTEM
+from vlm.evaluation.metrics import load_metric
+from vlm.training.output import check_output
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -12,20 +12,20 @@ from safetensors.torch import load_file
 from tiny import NAMES, full_row_logits, random_picture, samples, save_tiny_model
 
 from inference_vlm import load_model_and_metadata, predict_batch, predict_single_image
-from vlm.batching import IGNORED, vlm_collate_fn
-from vlm.classifier import VLMClassifier
-from vlm.config import Settings
-from vlm.data import Split
-from vlm.errors import UsageError
-from vlm.evaluation import evaluate_vlm_model, score_split
+from vlm.classifier.batching import IGNORED, vlm_collate_fn
+from vlm.classifier.classifier import VLMClassifier
+from vlm.classifier.reasoning import classify, explain, names_class, write_freely
+from vlm.common.errors import UsageError
+from vlm.config.formats import LAYOUTS, reasoning_of
+from vlm.config.resolve import resolve
+from vlm.config.settings import Settings
+from vlm.conversation.prompts import build_prompts, parse_answer
+from vlm.conversation.responses import before_reasoning, response_lengths
+from vlm.data.sources import Rows
+from vlm.data.splits import Split
+from vlm.evaluation.evaluate import evaluate_vlm_model, score_split
 from vlm.families import load_family
-from vlm.formats import LAYOUTS, reasoning_of
-from vlm.prompts import build_prompts, parse_answer
-from vlm.reasoning import classify, explain, names_class, write_freely
-from vlm.resolve import resolve
-from vlm.responses import before_reasoning, response_lengths
-from vlm.setup import set_up
-from vlm.sources import Rows
+from vlm.training.setup import set_up
 
 FREE = ("reasoning-first", "answer-first")
 TEXTS = ["Bright, with a dark edge.", None, "Round (50%).\nNo edge.", "x"]
@@ -209,7 +209,7 @@ def test_training_on_a_column_of_texts(folder, table, tmp_path, capsys, response
 
 
 def test_the_loss_of_a_step_is_the_mean_over_the_tokens_of_its_own_texts(folder, table, tmp_path):
-    from vlm.training import Trainer
+    from vlm.training.loop import Trainer
 
     flags = {"model": str(folder), "dataset": str(table), "reasoning_column": "why", "tune": "full", "output_dir": str(tmp_path)}
     run = set_up(resolve(flags | {"batch_size": 2, "gradient_accumulation_steps": 4, "objective": "both"}))

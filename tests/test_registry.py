@@ -10,13 +10,13 @@ import pytest
 import torch
 from commands import ROOT, run, train
 
-from vlm import registry
-from vlm.config import DEFAULT_MODEL, TUNING_DEFAULTS, ImageSize
+from vlm.config.resolve import resolve
+from vlm.config.settings import DEFAULT_MODEL, TUNING_DEFAULTS, ImageSize
 from vlm.families import outline
-from vlm.memory import GIB, Texts, estimate
-from vlm.registry import MODELS, count_parameters, model_table
-from vlm.report import format_table
-from vlm.resolve import resolve
+from vlm.machine import registry
+from vlm.machine.memory import GIB, Texts, estimate
+from vlm.machine.registry import MODELS, count_parameters, model_table
+from vlm.report.figures import format_table
 
 DOCUMENT = ROOT / "docs/models.md"
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vlm.reliability import (
+from vlm.evaluation.reliability import (
     BINS,
     accuracy_interval,
     calibration_error,
@@ -86,7 +86,7 @@ def test_the_same_seed_gives_the_same_intervals_whatever_the_confidences(monkeyp
     sharper = drawn(100, sharpness=3.0)[0]
     before, after = (reliability_figures(values, labels, seed=5) for values in (log_probabilities, sharper))
     assert before["accuracy"] == after["accuracy"] and before["nll"] != after["nll"]
-    monkeypatch.setattr("vlm.reliability.ELEMENTS_AT_ONCE", 1)
+    monkeypatch.setattr("vlm.evaluation.reliability.ELEMENTS_AT_ONCE", 1)
     blocks = reliability_figures(log_probabilities, labels, resamples=50, seed=5)
     assert blocks["nll"] != reliability_figures(log_probabilities, labels, resamples=50, seed=6)["nll"]
     monkeypatch.undo()

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm import report
-from vlm.metrics import classification_metrics
-from vlm.report import confusion_matrix, format_table, per_class_table, reliability_diagram, training_curves
+from vlm.evaluation.metrics import classification_metrics
+from vlm.report.figures import confusion_matrix, format_table, per_class_table, reliability_diagram, training_curves
+from vlm.report import figures as report
 
 
 @pytest.fixture(autouse=True)
@@ -153,9 +153,9 @@ def test_a_picture_that_cannot_be_drawn_leaves_the_old_one(tmp_path, monkeypatch
 
 def test_the_backend_of_a_notebook_is_left_alone(tmp_path):
     draw = f"report.training_curves([], {str(tmp_path / 'x.png')!r})"
-    code = f"import sys; from vlm import report; {draw}; print('matplotlib.pyplot' in sys.modules)"
+    code = f"import sys; from vlm.report import figures as report; {draw}; print('matplotlib.pyplot' in sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(report.__file__).parents[1], timeout=60, check=True
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(report.__file__).parents[2], timeout=60, check=True
     )
     assert done.stdout.strip() == "False"
 

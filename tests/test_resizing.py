@@ -13,7 +13,7 @@ from tiny import save_tiny_model
 from transformers import AutoImageProcessor
 
 from vlm.families import idefics3, load_family, qwen2_vl
-from vlm.families.resizing import TOLERANCE
+from vlm.families.images.resizing import TOLERANCE
 
 SHAPES = [(1, 1), (3, 500), (28, 28), (64, 48), (47, 63), (300, 301), (700, 90), (1200, 1600)]
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vlm.checkpoint import STATE, read_state
-from vlm.errors import Stopped, UsageError
-from vlm.resolve import resolve
-from vlm.training import fit
+from vlm.common.errors import Stopped, UsageError
+from vlm.config.resolve import resolve
+from vlm.inference.model_folder import STATE, read_state
+from vlm.training.loop import fit
 
 # 40 pictures in steps of 8: 5 steps an epoch.
 FLAGS = {"demo": True, "max_samples": 40, "epochs": 2, "batch_size": 4, "gradient_accumulation_steps": 2, "eval_batch_size": 40}

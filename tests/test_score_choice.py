@@ -8,12 +8,13 @@ import pytest
 import torch
 from tiny import batch_of, tiny_classifier
 
-from vlm import assessment, score_choice
-from vlm.assessment import calibrate
-from vlm.calibration import MIN_PICTURES, Calibration, Scores, fit_temperature
-from vlm.predictor import load_model_and_metadata, predict_batch
-from vlm.resolve import resolve
-from vlm.score_choice import better_score, choose_score, measure_prior
+from vlm.classifier.calibration import MIN_PICTURES, Calibration, Scores, fit_temperature
+from vlm.config.resolve import resolve
+from vlm.evaluation.calibrate import calibrate
+from vlm.evaluation.evaluate import calibrate as assessment
+from vlm.evaluation.evaluate import score_choice
+from vlm.evaluation.score_choice import better_score, choose_score, measure_prior
+from vlm.inference.predictor import load_model_and_metadata, predict_batch
 
 COUNT = 300
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from tiny import samples, save_tiny_model, tiny_classifier
 
-from vlm.errors import UsageError
-from vlm.features import cache_root
-from vlm.resolve import resolve
-from vlm.setup import _settings_rows, preflight
+from vlm.common.errors import UsageError
+from vlm.config.resolve import resolve
+from vlm.families.features import cache_root
+from vlm.training.setup import _settings_rows, preflight
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ import torch
 from commands import PATIENCE, TRACEBACK, command, names_in, surroundings, train
 from safetensors.torch import load_file
 
-from vlm.classifier import LossOutput, VLMClassifier
-from vlm.errors import Stopped
-from vlm.stopping import TESTING, TRAINING, StopSignals
-from vlm.training import Trainer
+from vlm.classifier.classifier import LossOutput, VLMClassifier
+from vlm.common.errors import Stopped
+from vlm.training.loop import Trainer
+from vlm.training.stopping import TESTING, TRAINING, StopSignals
 
 # 20 pictures in steps of 2: 10 steps an epoch.
 FLAGS = ["--demo", "--max-samples", 20, "--epochs", 8, "--batch-size", 2, "--eval-batch-size", 20, "--device", "cpu"]
@@ -105,7 +105,7 @@ def send_from(monkeypatch, place):
     monkeypatch.setattr(place, lambda *arguments, **options: os.kill(os.getpid(), signal.SIGTERM))
 
 
-@pytest.mark.parametrize("place", ["vlm.setup.preflight", "vlm.training.Trainer._test_untouched"])
+@pytest.mark.parametrize("place", ["vlm.training.setup.preflight", "vlm.training.loop.Trainer._test_untouched"])
 def test_before_the_first_step_it_ends_at_once_and_leaves_no_run(tmp_path, monkeypatch, capsys, place):
     (tmp_path / "there").mkdir()
     send_from(monkeypatch, place)
@@ -118,7 +118,7 @@ def test_before_the_first_step_it_ends_at_once_and_leaves_no_run(tmp_path, monke
 
 def test_during_the_final_test_it_ends_at_once_and_can_be_tested_later(tmp_path, unbroken, monkeypatch, capsys):
     with monkeypatch.context() as patched:
-        send_from(patched, "vlm.training.finish")
+        send_from(patched, "vlm.training.loop.finish")
         assert train(*FLAGS, "--output-dir", tmp_path) == 130
     err = capsys.readouterr().err
     assert err.endswith(f"stopped after the training; go on with the test by --resume --output-dir {tmp_path}\n")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vlm.summary import summary_rows
+from vlm.report.summary import summary_rows
 
 
 def results_of(**changes):

@@ -9,9 +9,9 @@ import sys
 import numpy as np
 import pytest
 
-from vlm import tracking
-from vlm.errors import UsageError
-from vlm.tracking import Bar, RunLog, note, progress, read_log, replacing
+from vlm.common import progress as tracking
+from vlm.common.errors import UsageError
+from vlm.common.progress import Bar, RunLog, note, progress, read_log, replacing
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import pytest
 import torch
 from tiny import NAMES, random_picture, save_tiny_model
 
-from vlm.evaluation import score_split
-from vlm.resolve import resolve
-from vlm.setup import set_up
-from vlm.training import Trainer, learning_rate_at, step_seed
+from vlm.config.resolve import resolve
+from vlm.evaluation.evaluate import score_split
+from vlm.training.loop import Trainer, learning_rate_at, step_seed
+from vlm.training.setup import set_up
 
 
 def picture_folder(folder, names, each):
@@ -84,9 +84,9 @@ def test_the_bar_counts_the_time_of_the_training_alone(sources, tmp_path, monkey
         away.append(10_000)
         return score_split(*arguments, **options)
 
-    monkeypatch.setattr("vlm.training.score_split", slow)
-    monkeypatch.setattr("vlm.tracking.monotonic", lambda: time.monotonic() + sum(away))
-    monkeypatch.setattr("vlm.tracking.SECONDS_WORTH_A_LAST_LINE", 0.0)
+    monkeypatch.setattr("vlm.training.loop.score_split", slow)
+    monkeypatch.setattr("vlm.common.progress.monotonic", lambda: time.monotonic() + sum(away))
+    monkeypatch.setattr("vlm.common.progress.SECONDS_WORTH_A_LAST_LINE", 0.0)
     flags = {"model": str(model), "dataset": str(pictures), "epochs": 2, "zero_shot": True, "output_dir": str(tmp_path)}
     Trainer(set_up(resolve(flags)), lambda: False).train()
     assert len(away) == 3

@@ -5,12 +5,12 @@ import torch
 from tiny import batch_of, save_tiny_model, tiny_classifier
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from vlm.checkpoint import save_model_folder
-from vlm.classifier import VLMClassifier
+from vlm.classifier.classifier import VLMClassifier
+from vlm.config.resolve import resolve
 from vlm.families import load_family
-from vlm.predictor import load_model_and_metadata
-from vlm.resolve import resolve
-from vlm.tuning import merged_state_dict, parameter_groups, prepare_tuning, trained_parameters
+from vlm.inference.model_folder import save_model_folder
+from vlm.inference.predictor import load_model_and_metadata
+from vlm.training.tuning import merged_state_dict, parameter_groups, prepare_tuning, trained_parameters
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])

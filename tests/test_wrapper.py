@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MARS = json.loads((ROOT / "tests" / "data" / "mars.json").read_text())
-SCRIPTS = ["run_vlm_training.sh", "run_tests.sh", "setup_env.sh", "setup_env.py", "vlm/__init__.py", "vlm/requirements.py"]
+SCRIPTS = ["run_vlm_training.sh", "run_tests.sh", "setup_env.sh", "setup_env.py", "vlm/__init__.py", "vlm/machine/requirements.py"]
 FAKE_TRAINING = """
 import json, os, sys
 print(json.dumps({"arguments": sys.argv[1:], "environment": dict(os.environ), "folder": os.getcwd(), "prefix": sys.prefix}))

@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vlm.batching import vlm_collate_fn
-from vlm.classifier import VLMClassifier
-from vlm.config import Settings
-from vlm.data import Sample
-from vlm.demo import build_model, build_processor
+from vlm.classifier.batching import vlm_collate_fn
+from vlm.classifier.classifier import VLMClassifier
+from vlm.config.settings import Settings
+from vlm.conversation.prompts import Prompts, build_prompts
+from vlm.data.splits import Sample
 from vlm.families import load_family
-from vlm.prompts import Prompts, build_prompts
+from vlm.families.demo import build_model, build_processor
 
 NAMES = ["cat", "catfish", "cat fish", "Straße", "x", "très long nom de classe", "猫"]
 VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

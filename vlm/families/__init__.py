@@ -12,11 +12,11 @@ import transformers
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from vlm.errors import UsageError
+from vlm.common.errors import UsageError
 from vlm.families.base import Family
 from vlm.families.generic import GenericFamily
 from vlm.families.idefics3 import Idefics3Family
-from vlm.families.phi3_vision import Phi3VisionFamily
+from vlm.families.phi3.family import Phi3VisionFamily
 from vlm.families.qwen2_vl import Qwen2VLFamily, Qwen25VLFamily
 
 FAMILIES: tuple[type[Family], ...] = (Idefics3Family, Qwen2VLFamily, Qwen25VLFamily, Phi3VisionFamily)
@@ -32,7 +32,7 @@ def load_family(
             the family's `picture_defaults` stand for the rest, whatever the folder says: published folders are made for documents
             and ask for thousands of tokens. The processor that is saved with the model holds these values. Inference passes None,
             which keeps them.
-        bits: 4 or 8 for a quantized language model (see vlm/quantization.py).
+        bits: 4 or 8 for a quantized language model (see vlm/families/quantization.py).
 
     Raises:
         UsageError: the folder holds no model that this program can train, or its family does not know one of the options.

@@ -20,13 +20,13 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConf
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from vlm.config import ImageSize
-from vlm.errors import UsageError
+from vlm.common.errors import UsageError
+from vlm.config.settings import ImageSize
+from vlm.conversation.prompts import Prompts
+from vlm.conversation.responses import scored_ids
 from vlm.families.encoded import CONNECTED_FEATURES, TOWER_FEATURES, EncodedPictures, Rendered
-from vlm.families.sizes import size_text
-from vlm.prompts import Prompts
-from vlm.quantization import forget_quantizer, loading_options
-from vlm.responses import scored_ids
+from vlm.families.images.sizes import size_text
+from vlm.families.quantization import forget_quantizer, loading_options
 
 COMPILATIONS = 4  # of a block: for rows and prefix, with and without gradients
 

@@ -5,8 +5,8 @@ from functools import cached_property
 
 from torch import Tensor
 
-from vlm.prompts import Prompts
-from vlm.responses import common_start
+from vlm.conversation.prompts import Prompts
+from vlm.conversation.responses import common_start
 
 # Names of cached features among a batch's pixels: before and behind the connector.
 TOWER_FEATURES, CONNECTED_FEATURES = "tower_features", "connected_features"
@@ -19,7 +19,7 @@ class Rendered:
     prefix_ids: list[int]
     question_ids: list[int]
     response_ids: list[list[int]]  # one a class, each ending in the end-of-turn token
-    scored_ids: list[list[int]]  # one a class, what its log-probability is taken of (see vlm/responses.py)
+    scored_ids: list[list[int]]  # one a class, what its log-probability is taken of (see vlm/conversation/responses.py)
     max_length: int  # longest row that the model can read
     prompts: Prompts  # what was rendered
 

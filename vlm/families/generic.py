@@ -1,7 +1,7 @@
 """Any other image-text-to-text model that transformers knows, driven by its processor and chat template.
 
 Nothing is assumed of a model but `forward`. Where it has a language model that takes embeddings and a cache, the shared prefix is
-used, after a check against the plain forward at start (`vlm/classifier.py`); else everything goes through the plain forward.
+used, after a check against the plain forward at start (`vlm/classifier/classifier.py`); else everything goes through the plain forward.
 
 B = batch, K = tokens of a whole sequence, D = width, V = vocabulary.
 """
@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-from vlm.config import ImageSize
-from vlm.errors import UsageError
-from vlm.families import squares
+from vlm.common.errors import UsageError
+from vlm.common.progress import note
+from vlm.config.settings import ImageSize
+from vlm.conversation.prompts import Prompts
 from vlm.families.base import Family
 from vlm.families.encoded import CONNECTED_FEATURES, TOWER_FEATURES, EncodedPictures, Rendered
-from vlm.families.sizes import pick_size
-from vlm.prompts import Prompts
-from vlm.tracking import note
+from vlm.families.images import squares
+from vlm.families.images.sizes import pick_size
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")
 VISION_NAMES = ("vision_tower", "vision_model", "visual", "vision_encoder", "image_tower")

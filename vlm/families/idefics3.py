@@ -8,11 +8,11 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, PreTrainedConfig
 
-from vlm.config import ImageSize
+from vlm.config.settings import ImageSize
 from vlm.families.base import Family
 from vlm.families.encoded import EncodedPictures
-from vlm.families.resizing import equals, one_tile
-from vlm.families.sizes import pick_size
+from vlm.families.images.resizing import equals, one_tile
+from vlm.families.images.sizes import pick_size
 
 PATCHES_AT_ONCE = 2048  # of the vision tower on a CPU: 25 MB of its widest values, which memory that was used before has room for
 PUBLISHED_TILES = 4  # the width to which pictures are enlarged before they are split, in tiles, in SmolVLM of every size

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor
 from transformers.vision_utils import get_vision_window_index
 
-from vlm.config import ImageSize
-from vlm.errors import UsageError
+from vlm.common.errors import UsageError
+from vlm.config.settings import ImageSize
 from vlm.families.base import Family
 from vlm.families.encoded import EncodedPictures
-from vlm.families.resizing import equals, native_patches
+from vlm.families.images.resizing import equals, native_patches
 
 MIN_PIXELS = 4 * 28 * 28  # as published
 MAX_PIXELS = 256 * 28 * 28  # 448 x 448: 256 picture tokens, where the published 16384 * 28 * 28 runs out of memory

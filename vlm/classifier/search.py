@@ -1,0 +1,179 @@
+"""The label tree run through a model: the nodes that the searches of a batch ask for, in passes of bounded size.
+
+B = pictures whose search goes on, N = nodes of one pass, A = nodes of earlier passes that are still in the cache, K = tokens of prompt and
+opening, R = nodes of a pass over all pictures, D = width, V = vocabulary.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlm.classifier.label_tree import LabelTree, Search
+from vlm.classifier.prefix import expand
+
+TOLERANCE = 1e-4  # how much a probability may be wrong at most
+PROVEN = 1  # the prediction; of the others those with more than the tolerance are proven anyway
+NODES_AT_ONCE = 2048  # of all pictures in one pass
+PASS_COST = 80  # nodes on a CPU: what a pass costs beside its nodes (docs/experiments.md); elsewhere far more, so NODES_AT_ONCE
+NODES_KEPT = 4096  # of all pictures, between passes; above, those that no open branch goes through are dropped
+LOGITS_AT_ONCE = 2**25  # elements of one block of logits: 128 MiB in float32
+
+
+def run_searches(classifier: Any, reading: Any, searches: Sequence[Search]) -> None:
+    """Run all searches to their end.
+
+    Args:
+        classifier: a `VLMClassifier`; reading: what its `read` returned, left as it is. searches: one a picture.
+    """
+    _record_opening(classifier, reading, searches)
+    state = _State(classifier, reading)
+    for number in itertools.count(1):
+        room = max(1, NODES_AT_ONCE // max(1, len(state.pictures)))
+        chosen = [searches[picture].next(room) for picture in state.pictures]
+        going_on = [i for i, segments in enumerate(chosen) if segments]
+        if not going_on:
+            return
+        if len(going_on) < len(chosen):
+            state.keep_pictures(going_on)
+        active = [searches[picture] for picture in state.pictures]
+        segments = [chosen[i] for i in going_on]
+        if _all_at_once(active, segments, room, number * _pass_cost(reading.states.device)):
+            segments = [search.rest() for search in active]
+        nodes = [[node for segment in some for node in segment] for some in segments]
+        hidden = state.run(nodes)
+        _record(classifier, active, nodes, hidden)
+        for search, some in zip(active, segments, strict=True):
+            for segment in some:
+                search.visited(segment)
+        state.drop_finished(active)
+
+
+def _pass_cost(device: torch.device) -> int:
+    return PASS_COST if device.type == "cpu" else NODES_AT_ONCE
+
+
+def _all_at_once(searches: Sequence[Search], segments: Sequence[Sequence[Sequence[int]]], room: int, spare: int) -> bool:
+    """Whether to visit all that is left, in place of the segments that the searches want.
+
+    What is wanted may be enough, or more passes may have to follow; that is known only afterwards. So the nodes that a visit of all runs in
+    addition, over the batch with its padding, may cost as much as the passes up to and with this one cost beside their nodes. Whichever
+    of the two ways would have been the better one, about twice its cost is the most that is paid.
+
+    Args:
+        room: nodes a picture in one pass. spare: the fixed costs of these passes, in nodes.
+    """
+    whole = max(search.left for search in searches)
+    wanted = max(sum(map(len, some)) for some in segments)
+    certain = all(search.tolerance == 0 for search in searches)  # all will be visited in any case
+    return whole <= room and (certain or len(searches) * (whole - wanted) <= spare)
+
+
+def _record_opening(classifier: Any, reading: Any, searches: Sequence[Search]) -> None:
+    """What the states of prompt and opening predict: the first nodes, then those behind each node of the opening."""
+    opening = list(range(reading.states.shape[1] - 1))  # the first nodes of a tree with one beginning
+    predicting = [-1, *opening]
+    _record(classifier, searches, [predicting] * len(searches), reading.states)
+    for search in searches:
+        search.begin(opening)
+
+
+def _record(classifier: Any, searches: Sequence[Search], nodes: Sequence[Sequence[int]], hidden: Tensor) -> None:
+    """Tell the searches the log-probabilities of all children of some nodes (-1: the prompt).
+
+    Args:
+        nodes: for each picture. hidden: (B, N, D) their states, padded.
+    """
+    tree = classifier.tree
+    rows = [(i, n) for i, some in enumerate(nodes) for n in range(len(some))]
+    below = [tree.first if nodes[i][n] < 0 else tree.children[nodes[i][n]] for i, n in rows]
+    row_of = np.repeat(np.arange(len(rows)), [len(some) for some in below])
+    flat = np.concatenate(below).astype(int)
+    states = hidden[tuple(torch.tensor(rows, device=hidden.device).T)]
+    values = np.empty(len(flat))
+    for block in _blocks(len(rows), classifier.family.vocabulary):
+        here = np.flatnonzero((row_of >= block.start) & (row_of < block.stop))
+        logits = classifier.family.logits(states[block])
+        row, token = (torch.from_numpy(x).to(logits.device) for x in (row_of[here] - block.start, tree.tokens[flat[here]]))
+        values[here] = (logits[row, token] - logits.logsumexp(-1)[row]).double().cpu().numpy()
+    picture_of = np.array([i for i, _ in rows])[row_of]
+    for i, search in enumerate(searches):
+        own = picture_of == i
+        search.record(flat[own], values[own])
+
+
+def _blocks(rows: int, vocabulary: int) -> Iterator[slice]:
+    step = max(1, LOGITS_AT_ONCE // vocabulary)
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+class _State:
+    """The cache behind which nodes are run, and which node stands where in it.
+
+    pictures: (B) numbers of the pictures that it holds. nodes: (B, A) node of each token behind the prompt, -1 at padding.
+    """
+
+    def __init__(self, classifier: Any, reading: Any):
+        self.family = classifier.family
+        self.tree: LabelTree = classifier.tree
+        self.pictures = list(range(len(reading.states)))
+        self.cache = expand(reading.cache, len(self.pictures))
+        self.seen = reading.seen_opening
+        self.next_position = reading.next_position
+        self.nodes = np.empty((len(self.pictures), 0), dtype=int)
+
+    def run(self, nodes: Sequence[Sequence[int]]) -> Tensor:
+        """(B, N, D) states of nodes of each picture, whose ancestors are in the cache or among them."""
+        new = _pad(nodes)
+        tokens = np.where(new >= 0, self.tree.tokens[new], 0)
+        depths = np.where(new >= 0, self.tree.depths[new], 0)
+        self.nodes = np.concatenate([self.nodes, new], axis=1)
+        device = self.seen.device
+        tree_part = torch.from_numpy(self.tree.sees(new, self.nodes)).to(device)
+        allowed = torch.cat([self.seen.unsqueeze(1).expand(-1, new.shape[1], -1), tree_part], dim=-1).unsqueeze(1)
+        positions = self.family.text_positions(self.next_position.unsqueeze(1) + torch.from_numpy(depths).to(device))
+        embeddings = self.family.embed(torch.from_numpy(tokens).to(device))
+        return self.family.run_language(embeddings, positions, self.cache, allowed)
+
+    def keep_pictures(self, which: Sequence[int]) -> None:
+        """Go on with some of the pictures."""
+        index = torch.tensor(which, device=self.seen.device)
+        self.pictures = [self.pictures[i] for i in which]
+        self.nodes, self.seen, self.next_position = self.nodes[which], self.seen[index], self.next_position[index]
+        for layer in self.cache.layers:
+            layer.keys, layer.values = layer.keys[index], layer.values[index]
+
+    def drop_finished(self, searches: Sequence[Search]) -> None:
+        """Where the cache has grown large, keep only the nodes that an open branch goes through."""
+        if self.nodes.size <= NODES_KEPT:
+            return
+        places = []
+        for own, search in zip(self.nodes, searches, strict=True):
+            open_nodes = np.array(sorted(search.open), dtype=int)
+            needed = self.tree.sees(open_nodes, own).any(0) if len(open_nodes) else np.zeros(len(own), dtype=bool)
+            places.append(np.flatnonzero(needed).tolist())
+        kept = _pad(places)
+        prompt = self.seen.shape[1]
+        self.nodes = np.where(kept >= 0, np.take_along_axis(self.nodes, np.maximum(kept, 0), axis=1), -1)
+        index = torch.from_numpy(np.maximum(kept, 0)).to(self.seen.device)[:, None, :, None]
+        for layer in self.cache.layers:
+            layer.keys, layer.values = (_gather(tensor, index, prompt) for tensor in (layer.keys, layer.values))
+
+
+def _gather(tensor: Tensor, index: Tensor, prompt: int) -> Tensor:
+    """(B, heads, K + A, width) -> the first K places and those of the rest that (B, 1, A', 1) names."""
+    rest = tensor[:, :, prompt:]
+    kept = rest.gather(2, index.expand(-1, tensor.shape[1], -1, tensor.shape[3]))
+    return torch.cat([tensor[:, :, :prompt], kept], dim=2)
+
+
+def _pad(rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """Rows of unequal length -> (B, longest), padded with -1."""
+    result = np.full((len(rows), max(map(len, rows))), -1)
+    for row, values in zip(result, rows, strict=True):
+        row[: len(values)] = values
+    return result

@@ -1,0 +1,83 @@
+"""The command line of `train_vlm.py`: one flag for each field of `Settings`. Nothing heavy is imported here."""
+
+import argparse
+import dataclasses
+import types
+from collections.abc import Sequence
+from typing import Any, NoReturn, get_args
+
+from vlm.common.errors import did_you_mean
+from vlm.config.settings import Settings
+
+UNRECOGNIZED = "unrecognized arguments: "  # how argparse begins what it says of a flag that it does not know
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in a line or two what is wrong with a command line, and which flag may have been meant; all flags are in `--help` alone."""
+
+    def error(self, message: str) -> NoReturn:
+        hint = ""
+        if message.startswith(UNRECOGNIZED):
+            flags = [option for action in self._actions for option in action.option_strings]
+            word = message.removeprefix(UNRECOGNIZED).split()[0].partition("=")[0].replace("_", "-")
+            hint = did_you_mean(f"--{word.lstrip('-')}", flags)
+        self.exit(2, f"error: {message}.{hint}\n       {self.prog} --help lists all flags.\n")
+
+
+def build_parser() -> Parser:
+    """The parser of `train_vlm.py`, made from the fields of `Settings`."""
+    parser = Parser(
+        prog="train_vlm.py",
+        description="Train a small vision-language model to classify pictures.",
+        epilog="Example: python train_vlm.py --demo",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    groups: dict[str, Any] = {}
+    for item in dataclasses.fields(Settings):
+        details = dict(item.metadata)
+        name = details.pop("group")
+        group = groups.setdefault(name, parser if name == "help" else parser.add_argument_group(name))
+        kind = _value_type(item)
+        if kind is bool:
+            details["action"] = "store_true"
+        else:
+            details["type"] = kind
+            if "choices" not in details:
+                details.setdefault("metavar", {int: "N", float: "X"}.get(kind, "TEXT"))
+        group.add_argument("--" + item.name.replace("_", "-"), **details)
+    return parser
+
+
+def _value_type(item: dataclasses.Field) -> type:
+    """The type of one value of a field: `list[str] | None` -> `str`."""
+    kind = item.type
+    if isinstance(kind, types.UnionType):
+        kind = next(k for k in get_args(kind) if k is not type(None))
+    return str if getattr(kind, "__origin__", None) is list else kind
+
+
+def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
+    """The flags that were given, by field name. Wrong usage ends the program with exit code 2.
+
+    `--image_column` is accepted for `--image-column`.
+    """
+    parser = build_parser()
+    known = {option for action in parser._actions for option in action.option_strings}
+    spelled = []
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        hyphenated = flag.replace("_", "-")
+        spelled.append(hyphenated + equals + value if hyphenated in known else argument)
+    given = vars(parser.parse_args(spelled))
+    if "class_names" in given:
+        given["class_names"] = split_names(given["class_names"])
+    return given
+
+
+def split_names(words: list[str]) -> list[str]:
+    """Class names as typed: several words are taken as they are; one string is split at commas, or else at spaces."""
+    if len(words) > 1:
+        return [word.strip(", ") for word in words]
+    separator = "," if "," in words[0] else None
+    return [name.strip() for name in words[0].split(separator) if name.strip()]

@@ -1,0 +1,147 @@
+"""The words: class names and instructions -> one conversation, a class -> its response, a text -> a class or None.
+
+Training and inference both come here, so that they cannot ask differently.
+"""
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vlm.common.errors import UsageError, reason
+from vlm.config.formats import DEFAULT_FORMAT, choose_format, lay_out
+from vlm.config.settings import Settings
+
+SYSTEM = "You are an expert in {task_description}. Every image belongs to exactly one of these classes: {classes}"
+QUESTION = "Please classify this image for the {task_description} task. Strictly use this format:\n"
+SHOWN_REASONING, SHOWN_ANSWER = "[what you see in the image]", "[one class name]"  # what the question shows of a response
+REASONING = "Looking at this image, I can see {description}. Based on the visual features, this appears to be {class}."
+DESCRIPTION = "features of {class}"
+CLOSING_PUNCTUATION = ".!?,;:"
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Everything that is said to the model and everything it may answer.
+
+    system: text before the picture, the same for every sample. question: text after it. class_names and responses: one
+    entry a class, in the order of the labels. response_format: the order of reasoning and answer (see vlm/config/formats.py).
+    reasoning_tokens: the most that the model writes of a reasoning of its own, trained on texts of the data set; 0: there are none,
+    each class has one response. question_first: the question stands before the picture, where it is the same for every sample, too.
+    """
+
+    system: str
+    question: str
+    class_names: tuple[str, ...]
+    responses: tuple[str, ...]
+    response_format: str = DEFAULT_FORMAT
+    reasoning_tokens: int = 0
+    question_first: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """A later field is left out where it has no part in the conversation: the digest of an older one stays as it was."""
+        values = asdict(self)
+        return values if self.question_first else {name: value for name, value in values.items() if name != "question_first"}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Prompts":
+        """Of the JSON of this or an earlier version."""
+        texts = {name: tuple(values[name]) for name in ("class_names", "responses")}
+        return cls(**values | texts)
+
+    @property
+    def free(self) -> bool:
+        """Whether the model was trained on reasonings of the pictures' own."""
+        return self.reasoning_tokens > 0
+
+    @property
+    def answer_first(self) -> bool:
+        """Whether a text begins with its answer."""
+        return self.response_format != "reasoning-first"
+
+    def response(self, label: int, reasoning: str | None = None) -> str:
+        """What a picture of a class is answered with: its own reasoning laid out, or, without one, the response of the class."""
+        return lay_out(self.response_format, reasoning, self.class_names[label]) if reasoning else self.responses[label]
+
+    def messages(self) -> list[dict[str, Any]]:
+        """The conversation up to the model's turn, with list content, which every chat template understands."""
+        user = [{"type": "image"}, {"type": "text", "text": self.question}]
+        if self.question_first:
+            user = [{"type": "text", "text": self.question + "\n"}, {"type": "image"}]
+        return [{"role": "system", "content": [{"type": "text", "text": self.system}]}, {"role": "user", "content": user}]
+
+
+def build_prompts(settings: Settings, class_names: list[str]) -> Prompts:
+    """Render the conversation and the response of each class.
+
+    Raises:
+        UsageError: the file of class descriptions is unreadable or names a class that is not there.
+    """
+    response_format = choose_format(settings.response_format, settings.prompt_template)
+    template = lay_out(response_format, REASONING, "{class}")
+    question = settings.prompt_template or QUESTION + lay_out(response_format, SHOWN_REASONING, SHOWN_ANSWER)
+    descriptions = read_descriptions(settings.class_descriptions, class_names) if settings.class_descriptions else {}
+    system = settings.system_instructions or SYSTEM
+    if descriptions:  # the list begins on a line of its own: no blank is left before it
+        system, question = (text.replace(" {classes}", "{classes}") for text in (system, question))
+    values = {"classes": _class_list(class_names, descriptions), "task_description": settings.task_description}
+    responses = []
+    for name in class_names:
+        description = descriptions.get(name) or fill(DESCRIPTION, {"class": name})
+        responses.append(fill(template, {"description": description.rstrip(" ."), "class": name}))
+    return Prompts(
+        system=fill(system, values),
+        question=fill(question, values),
+        class_names=tuple(class_names),
+        responses=tuple(responses),
+        response_format=response_format,
+        question_first=settings.question_first,
+    )
+
+
+def fill(template: str, values: dict[str, str]) -> str:
+    """Replace `{key}` for the keys in `values`, in one pass; every other brace is left alone."""
+    pattern = "|".join(re.escape("{" + key + "}") for key in values)
+    return re.sub(pattern, lambda found: values[found[0][1:-1]], template)
+
+
+def _class_list(class_names: list[str], descriptions: dict[str, str]) -> str:
+    if not descriptions:
+        return ", ".join(class_names)
+    return "".join(f"\n- {name}: {descriptions[name]}" if name in descriptions else f"\n- {name}" for name in class_names)
+
+
+def read_descriptions(path: str, class_names: list[str]) -> dict[str, str]:
+    """Read a JSON file of class name -> description; classes may be left out."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--class-descriptions {path}: not a readable JSON file ({reason(error)}).") from error
+    if not isinstance(values, dict) or not all(isinstance(text, str) for text in values.values()):
+        raise UsageError(f'--class-descriptions {path}: expected a JSON object of texts, such as {{"{class_names[0]}": "..."}}.')
+    unknown = sorted(set(values) - set(class_names))
+    if unknown:
+        raise UsageError(f"--class-descriptions {path} describes {', '.join(unknown)}; the classes are {', '.join(class_names)}.")
+    return values
+
+
+def parse_answer(text: str, class_names: list[str] | tuple[str, ...], response_format: str = DEFAULT_FORMAT) -> str | None:
+    """The class that a text answers with, or None.
+
+    What stands on the line of the last "Answer:" (of the first one, in a format that begins with the answer) has to be a class name, after
+    trimming case, white space and closing punctuation. A name inside a longer text does not count: "cat or dog" is no answer, and
+    "catfish" is not "cat".
+    """
+    found = re.findall(r"answer\s*:[ \t]*([^\n]*)", text, flags=re.IGNORECASE)
+    if not found:
+        return None
+    answer = found[-1 if response_format == "reasoning-first" else 0].strip()
+    if answer in class_names:
+        return answer
+    matches = [name for name in class_names if _trimmed(name) == _trimmed(answer)]
+    return matches[0] if len(matches) == 1 else None
+
+
+def _trimmed(text: str) -> str:
+    return text.strip().rstrip(CLOSING_PUNCTUATION).strip().casefold()

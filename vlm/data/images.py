@@ -1,0 +1,155 @@
+"""Any picture -> an upright RGB picture, or `UnreadablePicture` with the reason in one line."""
+
+import hashlib
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from vlm.common.errors import UsageError, reason
+
+# Files with these endings are taken for pictures when a folder is searched.
+PICTURE_ENDINGS = {
+    ".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp",
+}  # fmt: skip
+
+
+class UnreadablePicture(ValueError):
+    """A picture that cannot be used. The message is one line: its name and why."""
+
+
+def open_picture(source: Any, name: str | None = None) -> Image.Image:
+    """Read and decode one picture.
+
+    The first frame of an animation is taken, the EXIF orientation is applied, and transparent parts are put over white.
+    Pictures with more than 8 bits a channel (16-bit, 32-bit, floating point) have no fixed white point: they are
+    stretched linearly from their own smallest to their own largest value; a picture of one single value becomes black.
+
+    Args:
+        source: a path, the bytes of a file, a PIL picture of any mode (taken at the frame it is at), or an array HxW, HxWx1,
+            HxWx3 or HxWx4 (RGBA) of booleans, uint8, floats in 0..1, or wider numbers (stretched as above).
+        name: what to call the picture in the error; default: the path.
+
+    Returns:
+        An RGB picture that is loaded and holds no file open.
+
+    Raises:
+        UnreadablePicture: no such file, not a picture, truncated, damaged, or larger than `PIL.Image.MAX_IMAGE_PIXELS`.
+    """
+    try:
+        return _read(source)
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged files make the decoders raise almost anything
+        raise UnreadablePicture(f"{name or _name_of(source)}: {_reason(error)}") from error
+
+
+def picture_key(picture: Image.Image) -> str:
+    """What an RGB picture is known by: a hash (SHA-256) of its size and pixels, so that equal pictures have one key."""
+    content = hashlib.sha256(f"{picture.width}x{picture.height}".encode())
+    content.update(picture.tobytes())
+    return content.hexdigest()
+
+
+def find_pictures(paths: Sequence[str | Path]) -> list[Path]:
+    """Files as they are, folders searched for pictures anywhere below them, sorted by path, hidden ones left out.
+
+    A path that is not there is kept among others, to be reported as a picture that cannot be read.
+
+    Raises:
+        UsageError: not one of the paths is there, or a folder has no picture.
+    """
+    found: list[Path] = []
+    if not any(map(os.path.exists, paths)):
+        others = ", nor is any of the others" if len(paths) > 1 else ""
+        raise UsageError(f"{paths[0]} is not there{others}: expected a picture file or a folder of pictures.")
+    for path in map(Path, paths):
+        pictures = [path / file for file in visible_files(path) if is_picture(file)] if path.is_dir() else [path]
+        if not pictures:
+            raise UsageError(f"{path} holds no picture; these endings are taken for one: {' '.join(sorted(PICTURE_ENDINGS))}.")
+        found += pictures
+    return found
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file is a picture by its ending."""
+    return path.suffix.lower() in PICTURE_ENDINGS
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """All files below a folder that are not hidden, relative to it, sorted. Links to folders are followed."""
+    files = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [Path(place, name).relative_to(folder) for name in names if not name.startswith(".")]
+    return sorted(files)
+
+
+def _read(source: Any) -> Image.Image:
+    if source is None:
+        raise ValueError("there is no picture")
+    if isinstance(source, np.ndarray):
+        return _to_rgb(_from_array(source))
+    if isinstance(source, Image.Image):
+        return _to_rgb(source)
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes | bytearray | memoryview) else Path(source)) as image:
+        limit = Image.MAX_IMAGE_PIXELS  # PIL itself refuses only what is twice as large
+        if limit and image.width * image.height > limit:
+            raise ValueError(f"{image.width}x{image.height} is more than the {limit} pixels that are safe to decode")
+        return _to_rgb(image)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    try:
+        image = ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF data are no reason to lose a picture
+        image = image.copy()
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = Image.fromarray(_stretch(np.asarray(image)))
+    elif image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return image.convert("RGB")
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if not array.size or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
+        raise ValueError(f"an array of shape {array.shape}; expected HxW, HxWx1, HxWx3 or HxWx4")
+    if array.dtype == bool:
+        array = array.astype(np.uint8) * 255
+    elif np.issubdtype(array.dtype, np.floating) and array.min() >= 0 and array.max() <= 1:
+        array = (array * 255).round().astype(np.uint8)
+    elif array.dtype != np.uint8:
+        if array.ndim == 3 and array.shape[2] == 4:
+            raise ValueError(f"an array with an alpha channel of {array.dtype}; expected uint8, or floats in 0..1")
+        array = _stretch(array)
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _stretch(values: np.ndarray) -> np.ndarray:
+    """Numbers of any kind -> uint8, from the smallest finite value (0) to the largest (255)."""
+    values = values.astype(np.float64)
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        raise ValueError("not one of its values is a number")
+    low, high = finite.min(), finite.max()
+    values = (values - low) * (255 / (high - low) if high > low else 0)
+    return np.nan_to_num(values, nan=0, posinf=255, neginf=0).round().astype(np.uint8)
+
+
+def _name_of(source: Any) -> str:
+    return str(source) if isinstance(source, str | Path) else f"a picture given as {type(source).__name__}"
+
+
+def _reason(error: Exception) -> str:
+    """Why a picture could not be read, in a few words without line breaks."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not a picture, or damaged, or of an unknown format"
+    return reason(error)

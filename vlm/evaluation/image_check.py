@@ -1,0 +1,83 @@
+"""Does the picture matter? A few test pictures again, with another picture than their own, and with a gray one. N = pictures."""
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vlm.classifier.calibration import Scores
+from vlm.classifier.classifier import VLMClassifier
+from vlm.data.splits import Sample, Split, balanced_positions
+from vlm.evaluation.evaluate import score_split
+from vlm.evaluation.reliability import may_be_chance
+
+PICTURES = 64
+GRAY = (128, 128, 128)
+
+
+def check_pictures(classifier: VLMClassifier, split: Split, scores: Scores, batch_size: int = 8, seed: int = 0) -> dict[str, Any]:
+    """Accuracy on at most 64 pictures, of the classes in turn: as they are, exchanged, and gray.
+
+    All samples have the same texts, so what the model says of a picture under another label is what it has said of it already: the
+    exchange takes no forward pass. A gray picture is scored once for each size that occurs.
+
+    Args:
+        scores: of the whole split, as from `score_split`.
+
+    Returns:
+        pictures: how many. accuracy: with their own pictures. shuffled: with the picture of a sample of another class, far below chance
+        in a good model (None where there is one class only). gray. chance: what the same answer to all could reach. warning: None or, where
+        the accuracy cannot be told from one of these two (see `may_be_chance`), a sentence that says so.
+    """
+    chosen = np.array(balanced_positions(split.labels, PICTURES, [seed, 3]))
+    labels = np.array(split.labels)[chosen]
+    predictions = classifier.calibration.log_probabilities(*scores).argmax(1).numpy()[chosen]
+    right = predictions == labels
+    partners = other_class_partners(labels, np.random.default_rng([seed, 4]))
+    exchanged = labels[partners] != labels
+    gray = _gray_predictions(classifier, [split[i].image.size for i in chosen], batch_size) == labels
+    shuffled = predictions[partners] == labels
+    result = {
+        "pictures": len(chosen),
+        "accuracy": float(right.mean()),
+        "shuffled": float(shuffled[exchanged].mean()) if exchanged.any() else None,
+        "gray": float(gray.mean()),
+        "chance": float(np.bincount(labels).max() / len(labels)),
+        "warning": None,
+    }
+    close = [
+        name
+        for name, other, used in (("exchanged", shuffled, exchanged), ("gray", gray, np.ones_like(right)))
+        if used.any() and may_be_chance(right[used], other[used])
+    ]
+    if close:
+        result["warning"] = (
+            f"nothing shows that the picture matters: of {len(chosen)} test pictures {result['accuracy']:.0%} are right, which cannot be "
+            f"told from the accuracy with {' and with '.join(close)} pictures ({', '.join(_percent(result, name) for name in close)})."
+        )
+    return result
+
+
+def other_class_partners(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(N,) for each sample another one, each used once, at random and of another class unless one class has more than half of all."""
+    classes, numbers = np.unique(labels, return_inverse=True)
+    order = rng.permutation(len(labels))
+    order = order[np.argsort(rng.permutation(len(classes))[numbers][order], kind="stable")]
+    largest = np.bincount(numbers).max()
+    shift = rng.integers(largest, max(largest, len(labels) - largest) + 1)  # past the end of one's own class, and not around to it again
+    partners = np.empty_like(order)
+    partners[order] = np.roll(order, -shift)
+    return partners
+
+
+def _gray_predictions(classifier: VLMClassifier, sizes: list[tuple[int, int]], batch_size: int) -> np.ndarray:
+    different = sorted(set(sizes))
+    pictures = [Sample(Image.new("RGB", size, GRAY), 0, f"a gray picture of {size[0]} x {size[1]}") for size in different]
+    scores = score_split(classifier, pictures, batch_size, description="gray pictures")
+    predictions = classifier.calibration.log_probabilities(*scores).argmax(1).tolist()
+    found = dict(zip(different, predictions, strict=True))
+    return np.array([found[size] for size in sizes])
+
+
+def _percent(result: dict[str, Any], name: str) -> str:
+    return f"{result['shuffled' if name == 'exchanged' else name]:.0%}"

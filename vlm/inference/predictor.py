@@ -1,0 +1,217 @@
+"""A model folder -> predictions: one by one or in batches. C = classes."""
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from accelerate.utils import send_to_device
+from PIL import Image
+
+from vlm.classifier.calibration import Calibration
+from vlm.classifier.classifier import VLMClassifier
+from vlm.classifier.reasoning import classify
+from vlm.classifier.reasoning import explain as explain_predictions
+from vlm.classifier.search import TOLERANCE
+from vlm.common.errors import RunError, UsageError
+from vlm.common.progress import Bar
+from vlm.config.settings import CACHE_GB
+from vlm.conversation.prompts import Prompts
+from vlm.data.images import UnreadablePicture, open_picture
+from vlm.data.splits import Sample
+from vlm.families import load_family
+from vlm.families.features import FeatureCache, open_cache
+from vlm.inference.model_folder import read_metadata, recover
+from vlm.machine.device import pick_device, pick_dtype
+from vlm.machine.memory import largest_batch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def load_model_and_metadata(
+    model_dir: str | Path = "vlm_results/best_model", device: str = "auto", dtype: str = "auto", abstain_below: float | None = None
+) -> tuple[VLMClassifier, Any, dict[str, Any]]:
+    """Load what `train_vlm.py` saved.
+
+    Args:
+        model_dir: folder with the weights; `training_metadata.json` lies in it or beside it.
+        device: auto, cpu, cuda or mps. dtype: auto, float32, bfloat16 or float16.
+        abstain_below: a prediction whose confidence is smaller is None; default: as stored with the model; 0 switches it off.
+
+    Returns:
+        model: a `VLMClassifier` in evaluation mode, with its calibration; `model.model` is the transformers model. processor: that of
+            transformers.
+        metadata: the content of `training_metadata.json`.
+
+    Raises:
+        UsageError: the folder is not there or holds no trained classifier.
+    """
+    folder = Path(model_dir).expanduser()
+    recover(folder)
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder: train a model first (./run_vlm_training.sh --demo), or name its folder.")
+    metadata = read_metadata(folder)
+    chosen, _ = pick_device(device)
+    family = load_family(folder, pick_dtype(dtype, chosen), chosen)
+    classifier = VLMClassifier(family, Prompts.from_json(metadata["prompts"])).eval()
+    classifier.calibration = Calibration.from_metadata(metadata, classifier.prompts)
+    if abstain_below is not None:
+        classifier.calibration = replace(classifier.calibration, abstain_below=abstain_below)
+    return classifier, family.processor, metadata
+
+
+def predict_single_image(
+    model: VLMClassifier, processor: Any, image: str | Path | Image.Image | np.ndarray, metadata: dict[str, Any], explain: bool = True
+) -> tuple[str | None, float, str]:
+    """Classify one picture.
+
+    Args:
+        model, processor, metadata: what `load_model_and_metadata` returned.
+        image: path, PIL picture, or array (HxW, HxWx1, HxWx3 or HxWx4).
+        explain: give the text; without it `full_response` is empty, and nothing is written but what scoring needs.
+
+    Returns:
+        prediction: the most probable class, or None where the model abstains. confidence: the probability of the most probable class
+        within the label set, calibrated, 0 to 1. full_response: a text whose answer is the prediction (see `vlm.classifier.reasoning.explain`); empty
+        where there is none.
+
+    Raises:
+        UnreadablePicture: the picture cannot be decoded. RunError: the model gives no numbers.
+    """
+    _check_same_model(model, processor, metadata)
+    batch = model.collate(with_response=False)([Sample(open_picture(image), 0, "picture")])
+    result = _predict(model, batch, explain)[0]
+    if "error" in result:
+        raise RunError(result["error"])
+    return result["prediction"], result["confidence"], result["full_response"]
+
+
+def predict_batch(
+    model: VLMClassifier,
+    processor: Any,
+    image_paths: Iterable[str | Path],
+    metadata: dict[str, Any],
+    batch_size: int | None = None,
+    explain: bool = True,
+    show_progress: bool = True,
+    exhaustive: bool = False,
+    feature_cache: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """Classify many picture files, with a progress bar on stderr.
+
+    Args:
+        image_paths: files; a file that is named twice is classified once.
+        batch_size: pictures in one forward pass; default: as many as the free memory has room for, up to 16 on the CPU and 128 on a GPU.
+        explain: give the texts; without it `full_response` is empty, and nothing is written but what scoring needs.
+        exhaustive: score every class to the end. Without it, classes that are too improbable to matter are left out early, and a
+            probability may be wrong by `error_bound`.
+        feature_cache: look the pictures' vision features up in the cache and add those that are missing (see `_cache_of`): the next
+            call on the same pictures skips the vision tower.
+
+    Returns:
+        For each path, in the order given: prediction (str), confidence (0 to 1, within the label set), probabilities ({class:
+        probability}, calibrated, they add up to 1), error_bound (0 to 0.0001: how much a probability can be wrong at most) and
+        full_response (str). Where the model abstains, prediction is None, abstained True and full_response empty; for a file that
+        cannot be read: error (str), prediction None.
+    """
+    _check_same_model(model, processor, metadata)
+    if isinstance(image_paths, str | Path):
+        raise TypeError(f"image_paths is one path ({image_paths}): pass a list of paths, or use predict_single_image.")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, expected at least 1")
+    batch_size = batch_size or largest_batch(model, metadata.get("settings", {}))
+    paths = list(dict.fromkeys(str(path) for path in image_paths))
+    results: dict[str, dict[str, Any]] = {}
+    if feature_cache and model.inference_cache is None:  # once for all calls: the weights are hashed for it
+        model.inference_cache = _cache_of(model, metadata)
+    model.feature_cache = model.inference_cache if feature_cache else None
+    chunks = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
+    prepared = (map if feature_cache else _ahead)(partial(_prepare, model), chunks)  # the cache runs the vision tower, one thread at a time
+    try:
+        with Bar(len(paths), "classifying", enabled=show_progress) as bar:
+            for chunk, (batch, errors) in zip(chunks, prepared, strict=True):
+                predictions = iter(_predict(model, batch, explain, 0.0 if exhaustive else TOLERANCE) if batch else ())
+                results |= {path: errors.get(path) or next(predictions) for path in chunk}
+                bar.update(len(chunk))
+    finally:
+        model.feature_cache = None
+    return results
+
+
+def _cache_of(model: VLMClassifier, metadata: dict[str, Any]) -> FeatureCache | None:
+    """The cache for a trained model, with the size and number format of its training.
+
+    Features before the connector where the cache has a folder for this vision tower, as it has after a training unless that had
+    --freeze-connector; else behind the connector, where they are fewer.
+    """
+    settings = metadata.get("settings", {})
+    options = settings.get("cache_dtype", "float32"), settings.get("cache_size", CACHE_GB)
+    before = open_cache(model.family, False, *options)
+    return before if before is None or before.folder.is_dir() else open_cache(model.family, True, *options)
+
+
+def _ahead(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """`map` in a thread that is one item ahead: pictures are decoded and resized while the model is busy with the ones before."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        waiting: list[Future[Result]] = []
+        for item in items:
+            waiting.append(thread.submit(work, item))
+            if len(waiting) > 1:
+                yield waiting.pop(0).result()
+        yield from (future.result() for future in waiting)
+
+
+def _prepare(model: VLMClassifier, paths: list[str]) -> tuple[dict[str, Any] | None, dict[str, dict[str, Any]]]:
+    """The batch of the pictures that can be read, None where there is none, and the results of the others."""
+    samples, errors = [], {}
+    for path in paths:
+        try:
+            samples.append(Sample(open_picture(path), 0, path))
+        except UnreadablePicture as error:
+            errors[path] = {"prediction": None, "error": str(error)}
+    if model.feature_cache:
+        model.feature_cache.add_missing(model.family, samples)
+    return model.collate(with_response=False)(samples) if samples else None, errors
+
+
+@torch.no_grad()
+def _predict(model: VLMClassifier, batch: dict[str, Any], explain: bool, tolerance: float = TOLERANCE) -> list[dict[str, Any]]:
+    if model.training:
+        model.eval()
+    batch = send_to_device(batch, model.device)
+    found = classify(model, batch, tolerance)
+    probabilities = model.calibration.log_probabilities(found.scores, found.openings).exp()
+    predictions = probabilities.argmax(-1).tolist()
+    abstained = [model.calibration.abstains(confidence) for confidence in probabilities.amax(-1).tolist()]
+    texts = explain_predictions(model, found, predictions) if explain and not all(abstained) else [""] * len(predictions)
+    results: list[dict[str, Any]] = []
+    for row, best, bound, text, without in zip(probabilities, predictions, found.unexplored.tolist(), texts, abstained, strict=True):
+        if row.isnan().any():
+            results.append({"prediction": None, "error": "the model's scores are no numbers: try --dtype float32"})
+            continue
+        result = {
+            "prediction": model.class_names[best],
+            "confidence": float(row[best]),
+            "probabilities": dict(zip(model.class_names, row.tolist(), strict=True)),
+            "error_bound": bound,
+            "full_response": text,
+        }
+        if without:
+            result |= {"prediction": None, "abstained": True, "full_response": ""}  # no text answers where the prediction does not
+        results.append(result)
+    return results
+
+
+def _check_same_model(model: VLMClassifier, processor: Any, metadata: dict[str, Any]) -> None:
+    """The three belong together: a processor or class list of another model would give wrong answers without a word."""
+    if not isinstance(model, VLMClassifier):
+        raise TypeError(f"model is a {type(model).__name__}: pass the three values that load_model_and_metadata returned.")
+    if processor is not model.family.processor or tuple(metadata["class_names"]) != model.class_names:
+        raise ValueError(
+            "model, processor and metadata belong to different models: pass the three that one load_model_and_metadata returned."
+        )

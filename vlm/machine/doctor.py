@@ -1,0 +1,300 @@
+"""What `test_vlm_setup.py` checks: whether this machine can train, and the cure for each thing in the way.
+
+A check is a function that yields findings. Packages are imported inside the checks, since they may be missing or broken.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from vlm.config.settings import DEFAULT_DATASET, DEFAULT_MODEL, Settings
+from vlm.machine.requirements import examine
+
+ROOT = Path(__file__).resolve().parents[2]
+REQUIREMENTS = ROOT / "requirements.txt"
+OK, WARNING, FAILURE = "ok", "warning", "failure"
+COLORS = {OK: "\033[32m", WARNING: "\033[33m", FAILURE: "\033[31m"}
+GIB = 2**30
+# Estimates for the default model, 0.5 billion weights: 2 GB in float32 and twice that while a model is saved; activations; PyTorch.
+MEMORY_GIB = 6
+OUTPUT_GIB = 7  # best_model, final_model, the state to resume from, and one more copy while one of them is written
+DOWNLOADS_GIB = 4  # the model and the data set
+LEAST_GIB = 0.5  # not even the demo has enough
+HUB_SECONDS = 3
+TRAINING_SECONDS = 600
+
+
+class Finding(NamedTuple):
+    """One line of the report. level: OK, WARNING or FAILURE; cure: what to do about it."""
+
+    level: str
+    text: str
+    cure: str = ""
+
+
+Check = Callable[[], Iterator[Finding]]
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def examine_machine(
+    checks: Sequence[Check], last: Check | None, write: Callable[[str], object] = print, color: bool = False, debug: bool = False
+) -> int:
+    """Run the checks, write a line for each finding, and return the exit code: 0 this machine can train, 1 it cannot.
+
+    `last` is left out after a failure, since it would only fail for the same reason. With `debug` an error in a check is raised.
+    """
+    levels = []
+
+    def show(finding: Finding) -> None:
+        levels.append(finding.level)
+        write(_line(finding, color))
+
+    for check in checks:
+        for finding in _findings(check, debug):
+            show(finding)
+    if last and FAILURE in levels:
+        show(Finding(WARNING, "training: not tried", "repair the failures first"))
+    elif last:
+        for finding in _findings(last, debug):
+            show(finding)
+    failures, warnings = levels.count(FAILURE), levels.count(WARNING)
+    counts = ", ".join(f"{n} {word}{'s' * (n > 1)}" for n, word in ((failures, FAILURE), (warnings, WARNING)) if n)
+    write(f"\nThis machine {'cannot train yet' if failures else 'can train'}{counts and ': '}{counts}.")
+    return 1 if failures else 0
+
+
+def _findings(check: Check, debug: bool) -> Iterator[Finding]:
+    """What a check finds; a check that breaks is a finding too."""
+    try:
+        yield from check()
+    except Exception as error:
+        if debug:
+            raise
+        name = getattr(check, "__name__", "check")
+        yield Finding(FAILURE, f"{name}: {type(error).__name__}: {_last_line(str(error))}", "--debug shows the traceback")
+
+
+def _line(finding: Finding, color: bool) -> str:
+    level = finding.level.ljust(9)
+    if color:
+        level = f"{COLORS[finding.level]}{level}\033[0m"
+    cure = f"\n{'':9}cure: {finding.cure}" if finding.cure else ""
+    return f"{level}{finding.text}{cure}"
+
+
+def _last_line(text: str) -> str:
+    """The line that says what went wrong: the last one, but for a hint."""
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("hint:")]
+    return lines[-1] if lines else "no message"
+
+
+def python(version: tuple[int, ...] = sys.version_info[:3]) -> Iterator[Finding]:
+    """The version of Python, and where it is."""
+    text = f"Python {'.'.join(map(str, version))} at {sys.executable}"
+    if version < (3, 11):
+        yield Finding(FAILURE, text, "install Python 3.11 or newer")
+    elif version >= (3, 15):
+        yield Finding(WARNING, f"{text}: newer than the packages may be", "use Python 3.11 to 3.14")
+    else:
+        yield Finding(OK, text)
+
+
+def packages(requirements: Path = REQUIREMENTS) -> Iterator[Finding]:
+    """Each package that is required: whether it is installed, in a version that fits."""
+    for package in examine(requirements):
+        if package.fits:
+            yield Finding(OK, f"{package.name} {package.found}")
+        else:
+            found = f"{package.found} is installed" if package.found else "not installed"
+            yield Finding(FAILURE, f"{package.name}: {found}, {package.wanted} is needed", _pip("install", "-r", str(requirements)))
+
+
+def _pip(*words: str) -> str:
+    return shlex.join([sys.executable, "-m", "pip", *words])
+
+
+def transformers(load: Callable[[str], object] = importlib.import_module) -> Iterator[Finding]:
+    """Whether transformers can be used: it comes in many parts, and another package may break some."""
+    try:
+        library = load("transformers")
+        for name in ("AutoModelForImageTextToText", "AutoProcessor", "Idefics3ForConditionalGeneration", "Idefics3Processor"):
+            getattr(library, name)
+    except Exception as error:
+        text = f"transformers cannot be imported: {type(error).__name__}: {_last_line(str(error))}"
+        if _installed("torchvision"):
+            yield Finding(FAILURE, f"{text} (often a torchvision that does not match torch)", _pip("uninstall", "torchvision"))
+        else:
+            yield Finding(FAILURE, text, _pip("install", "--force-reinstall", "-r", str(REQUIREMENTS)))
+    else:
+        yield Finding(OK, "transformers can be imported")
+
+
+def _installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def device() -> Iterator[Finding]:
+    """The device that `--device auto` takes, whether it computes, and in which number format."""
+    import psutil
+    import torch
+
+    from vlm.machine.device import pick_device, pick_dtype
+
+    found, text = pick_device("auto")
+    torch.ones(2, 2, device=found).matmul(torch.ones(2, 2, device=found)).sum().item()
+    dtype = str(pick_dtype("auto", found)).removeprefix("torch.")
+    yield Finding(OK, f"device: {text}, computing in {dtype}; {psutil.cpu_count(logical=False) or os.cpu_count()} physical CPU cores")
+    if found.type == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        yield _enough("GPU memory", free, total, MEMORY_GIB, "a smaller --model, or --tune connector")
+    elif shutil.which("nvidia-smi"):
+        yield Finding(
+            WARNING,
+            f"device: there is an NVIDIA driver, but PyTorch {torch.__version__} finds no GPU",
+            "choose a CUDA build of PyTorch that fits the driver at https://pytorch.org/get-started/locally, or renew the driver",
+        )
+
+
+def _enough(name: str, free: float, total: float, wanted_gib: float, cure: str, least_gib: float = 0.0) -> Finding:
+    """free, total: bytes; wanted_gib: what the default model needs."""
+    text = f"{name}: {free / GIB:.1f} of {total / GIB:.1f} GiB free"
+    if free >= wanted_gib * GIB:
+        return Finding(OK, text)
+    level = FAILURE if free < least_gib * GIB else WARNING
+    return Finding(level, f"{text}; the default model needs about {wanted_gib} GiB", cure)
+
+
+def memory(limit_file: Path = Path("/sys/fs/cgroup/memory.max")) -> Iterator[Finding]:
+    """Free memory of the machine, or of the container if that has a limit."""
+    import psutil
+
+    machine = psutil.virtual_memory()
+    limit = limit_file.read_text().strip() if limit_file.exists() else "max"
+    total = min(machine.total, int(limit)) if limit.isdigit() else machine.total
+    cure = "close other programs, or take a smaller model: --model HuggingFaceTB/SmolVLM-256M-Instruct"
+    yield _enough("memory", min(machine.available, total), total, MEMORY_GIB, cure, LEAST_GIB)
+
+
+def disk(output: Path | None = None, usage: Callable[[Path], tuple[int, int, int]] = shutil.disk_usage) -> Iterator[Finding]:
+    """Free space where the results go, and where the hub's files are kept."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    places = (
+        ("results", output or Path(Settings().output_dir), OUTPUT_GIB, "free some space, or --output-dir on another disk"),
+        ("downloads", Path(HF_HUB_CACHE), DOWNLOADS_GIB, "free some space, or set HF_HOME to a folder on another disk"),
+    )
+    for name, folder, wanted, cure in places:
+        total, _, free = usage(_existing(folder))
+        yield _enough(f"disk for {name} ({folder.absolute()})", free, total, wanted, cure, LEAST_GIB)
+
+
+def vision_features() -> Iterator[Finding]:
+    """Where the features of pictures are kept, and how large they are and may become."""
+    from vlm.families.features import cache_root
+
+    folder = cache_root()
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    yield Finding(OK, f"vision features ({folder}): {size / 1e9:.1f} GB, and never more than --cache-size {Settings().cache_size:g}")
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    folder = folder.absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    return folder
+
+
+def output_folder(output: Path | None = None) -> Iterator[Finding]:
+    """Whether the results can be written."""
+    output = output or Path(Settings().output_dir)
+    try:
+        with tempfile.TemporaryFile(dir=_existing(output)):
+            yield Finding(OK, f"results can be written to {output.absolute()}")
+    except OSError as error:
+        yield Finding(FAILURE, f"results cannot be written to {output.absolute()}: {error.strerror}", "give another folder by --output-dir")
+
+
+def hub(run: Run = subprocess.run) -> Iterator[Finding]:
+    """Whether the hub can be reached, and what of the default model and data is in the cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    missing = _why_unreachable(run)
+    if missing:
+        cure = "check the network and HTTPS_PROXY; --demo, local data and what is in the cache work without the hub"
+        yield Finding(WARNING, f"hub: cannot be reached ({missing})", cure)
+    else:
+        yield Finding(OK, "hub: can be reached")
+    config = try_to_load_from_cache(DEFAULT_MODEL, "config.json")
+    cached_model = isinstance(config, str) and any(Path(config).parent.glob("*.safetensors"))
+    cached_data = isinstance(try_to_load_from_cache(DEFAULT_DATASET, "README.md", repo_type="dataset"), str)
+    for kind, name, cached in (("model", DEFAULT_MODEL, cached_model), ("dataset", DEFAULT_DATASET, cached_data)):
+        if cached:
+            yield Finding(OK, f"default {kind} {name}: in the cache")
+        elif missing:
+            yield Finding(
+                WARNING, f"default {kind} {name}: not in the cache", f"train once with the hub in reach, or give --{kind} a folder"
+            )
+        else:
+            yield Finding(OK, f"default {kind} {name}: not in the cache yet; the first run downloads it")
+
+
+def _why_unreachable(run: Run) -> str:
+    """ "" if the hub answers. Asked in a process of its own, since the look-up of a name cannot be given a time limit."""
+    ask = f"from huggingface_hub import HfApi; HfApi().model_info({DEFAULT_MODEL!r}, timeout={HUB_SECONDS})"
+    try:
+        result = run([sys.executable, "-c", ask], capture_output=True, text=True, timeout=HUB_SECONDS + 5)
+    except subprocess.TimeoutExpired:
+        return f"no answer within {HUB_SECONDS + 5} seconds"
+    return re.sub(r"^[\w.]+: ", "", _last_line(result.stderr)) if result.returncode else ""  # without the name of the exception
+
+
+def training(run: Run = subprocess.run, root: Path = ROOT, debug: bool = False) -> Iterator[Finding]:
+    """Train the demo on a few pictures, save, load and predict, as a user would. With `debug` all that it prints is shown."""
+    with tempfile.TemporaryDirectory(prefix="vlm_check_") as name:
+        folder = Path(name)
+        picture, table = folder / "digit.png", folder / "predictions.jsonl"
+        _draw_digit(picture)
+        model = folder / "run" / "best_model"
+        train = ["train_vlm.py", "--demo", "--max-samples", "100", "--epochs", "1", "--output-dir", str(folder / "run")]
+        predict = ["inference_vlm.py", "--model-dir", str(model), str(picture), "--output", str(table)]
+        for what, (script, *flags) in (("train and save", train), ("load and predict", predict)):
+            start = time.monotonic()
+            problem = _try([sys.executable, str(root / script), *flags], run, folder, debug)
+            if problem:
+                again = "python test_vlm_setup.py --debug shows all that it printed"
+                yield Finding(FAILURE, f"{what}: {problem}", again)
+                return
+            yield Finding(OK, f"{what}: {time.monotonic() - start:.0f} s")
+        answer = json.loads(table.read_text(encoding="utf-8").splitlines()[0])
+        if answer.get("prediction") is None:
+            yield Finding(FAILURE, f"load and predict: no prediction in {answer}", "report this: it is a mistake in the program")
+
+
+def _try(command: list[str], run: Run, folder: Path, debug: bool) -> str:
+    """ "" if the command worked, else what went wrong. What it prints is kept from the report, unless `debug`."""
+    try:
+        result = run(command, cwd=folder, text=True, timeout=TRAINING_SECONDS, capture_output=not debug)
+    except subprocess.TimeoutExpired:
+        return f"not done after {TRAINING_SECONDS} seconds"
+    return f"exit code {result.returncode}: {_last_line(result.stderr or '')}" if result.returncode else ""
+
+
+def _draw_digit(path: Path) -> None:
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    Image.fromarray((load_digits().images[0] * 255 / 16).astype("uint8")).save(path)
+
+
+CHECKS: tuple[Check, ...] = (python, packages, transformers, device, memory, disk, vision_features, output_folder, hub)

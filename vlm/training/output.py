@@ -1,0 +1,92 @@
+"""The output folder: what a run writes there, and that no other run is lost in it. Light: it is looked at before torch is imported."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from vlm.common.errors import UsageError
+from vlm.common.progress import is_main_process
+from vlm.config.settings import Settings
+
+METADATA = "training_metadata.json"
+RESULTS = "results.json"
+STATE = "resume_state"
+FOLD_FEATURES = "fold_features"  # while a run trains on pictures behind the connectors of folds (vlm/training/cross_fit.py)
+DEMO_PICTURES = "demo_pictures"
+DEMO_MODEL = "demo_model"
+# Everything a run writes, which is what --overwrite deletes.
+WRITTEN = (
+    "best_model", "final_model", DEMO_MODEL, DEMO_PICTURES, STATE, FOLD_FEATURES, "wandb", METADATA, RESULTS, "log.jsonl",
+    "training_curves.png", "confusion_matrix.png", "reliability.png", "report.html",
+)  # fmt: skip
+
+
+def check_output(settings: Settings) -> None:
+    """See that no earlier run would be lost, and that the next one does not take this one's pictures for a class.
+
+    Raises:
+        UsageError: the folder holds a run that is neither resumed nor overwritten, or lies in the folder of the pictures.
+    """
+    output = Path(settings.output_dir)
+    if settings.dataset and Path(settings.dataset).is_dir() and output.resolve().is_relative_to(Path(settings.dataset).resolve()):
+        raise UsageError(
+            f"--output-dir {output} is in the folder of --dataset {settings.dataset}: the results would be taken for a class of pictures. "
+            "Choose a folder beside it."
+        )
+    if settings.overwrite:
+        return
+    if (output / RESULTS).exists():
+        todo = (
+            "there is nothing to resume; start anew with --overwrite"
+            if settings.resume
+            else "choose another --output-dir, or --overwrite it"
+        )
+        raise UsageError(f"{output} holds a finished run: {todo}.")
+    if (output / METADATA).exists() and not settings.resume:
+        raise UsageError(f"{output} holds an interrupted run: go on with --resume, or delete it with --overwrite.")
+
+
+@contextmanager
+def output_folder(settings: Settings) -> Iterator[None]:
+    """Make the output folder. Where the block ends in an error before the run has begun, which `METADATA` says, it is taken away again.
+
+    Only what was not there before is taken away. Does nothing but check on processes other than the main one.
+
+    Raises:
+        UsageError: the folder cannot be written, or holds a run that is neither resumed nor overwritten.
+    """
+    check_output(settings)
+    if not is_main_process():
+        yield
+        return
+    output = Path(settings.output_dir)
+    made = [folder for folder in (output, *output.parents) if not folder.exists()]
+    try:
+        _make(output)
+        if settings.overwrite:
+            _clear(output)
+        yield
+    except BaseException:
+        if made and output.is_dir() and not (output / METADATA).exists():
+            _clear(output)
+            with suppress(OSError):  # not empty: somebody else has put something there
+                for folder in made:
+                    folder.rmdir()
+        raise
+
+
+def _make(output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise UsageError(f"--output-dir {output} cannot be written ({error.strerror}): choose another folder.") from error
+
+
+def _clear(output: Path) -> None:
+    for name in WRITTEN:
+        path = output / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

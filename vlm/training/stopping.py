@@ -1,0 +1,58 @@
+"""What Ctrl-C and SIGTERM do to a run: save and stop where there is something to save, else end it at once."""
+
+import signal
+import sys
+from typing import Any
+
+from vlm.common.errors import Stopped
+
+TRAINING, TESTING = "training", "testing"  # what `Trainer` enters; before these nothing of the run is worth keeping
+
+
+class StopSignals:
+    """The wish to stop, from Ctrl-C or SIGTERM, which clusters send.
+
+    During the training the first signal asks the run to save and stop after the step, and the second ends it at once. Before the first
+    step and behind the last one there is nothing to save, so the first signal ends it.
+
+    Args:
+        output: the output folder, to say how to go on.
+    """
+
+    def __init__(self, output: str) -> None:
+        self.output = output
+        self.asked = False
+        self.phase = ""
+
+    def listen(self) -> None:
+        """Handle the signals from here on."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def should_stop(self) -> bool:
+        """Whether the run was asked to stop after the step."""
+        return self.asked
+
+    def enter(self, phase: str) -> None:
+        """Say what the run does from now on; a wish that came too late for the phase before is fulfilled here.
+
+        Raises:
+            Stopped: the training is over, and the run was asked to stop.
+        """
+        self.phase = phase
+        if self.asked and phase == TESTING:
+            raise self._stopped()
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.asked:
+            signal.signal(number, signal.SIG_DFL)
+            raise KeyboardInterrupt
+        self.asked = True
+        if self.phase != TRAINING:
+            raise self._stopped()
+        print("\nstopping after this step; once more to stop at once.", file=sys.stderr)
+
+    def _stopped(self) -> Stopped:
+        if self.phase == TESTING:
+            return Stopped(f"stopped after the training; go on with the test by --resume --output-dir {self.output}")
+        return Stopped("stopped before the first step.")

@@ -1,0 +1,78 @@
+"""What is trained: all weights, the connector, or LoRA on the language model with or without the connector; and how it is merged."""
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+
+from vlm.config.settings import Settings
+from vlm.families.base import Family
+from vlm.training.lora import join_products
+
+ADAPTER = "default"
+
+
+def prepare_tuning(family: Family, settings: Settings, aligns: bool = False) -> None:
+    """Freeze and unfreeze the parts, add LoRA, and keep what is trained in float32 whatever the number format of the rest.
+
+    Args:
+        aligns: whether the connector learns something before the training, and so is no frozen one yet (see vlm/training/alignment.py).
+
+    LoRA (Hu et al. 2021) is put on every linear layer of the language model, in place: the modules keep their names.
+    """
+    model = family.model
+    model.requires_grad_(settings.tune == "full")
+    if settings.tune == "lora":
+        targets = family.linear_layers(language=True)
+        torch.manual_seed(settings.seed)  # the matrices start at random
+        config = LoraConfig(
+            r=settings.lora_rank, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout, target_modules=targets, bias="none"
+        )
+        inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+        join_products(model, ADAPTER)
+    if settings.tune in ("lora", "connector") and (aligns or not settings.freeze_connector):
+        family.connector.requires_grad_(True)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float() if parameter.dtype in (torch.bfloat16, torch.float16) else parameter.data
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def merged_state_dict(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights on the CPU with LoRA merged, under the names they had before LoRA, quantized ones as plain ones.
+
+    Merging into the model and taking it back out would change the weights by rounding, and a resumed run with them.
+    """
+    state = {}
+    for name, tensor in model.state_dict().items():
+        layer, _, part = name.partition(".base_layer.")
+        if ".lora_" not in name and part in ("", "bias"):  # the other parts are the weight, which follows, and how it is quantized
+            kind = dtype if tensor.is_floating_point() else tensor.dtype
+            state[f"{layer}.{part}" if part else name] = tensor.detach().to("cpu", kind)
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            update = module.get_delta_weight(ADAPTER)
+            weight = dequantize_module_weight(module.get_base_layer())
+            state[f"{name}.weight"] = (weight.to(update.dtype) + update).detach().to("cpu", dtype)
+    return state
+
+
+def parameter_groups(classifier: nn.Module, weight_decay: float, learning_rate: float, connector_learning_rate: float) -> list[dict]:
+    """AdamW groups: matrices are decayed, biases and norms are not; the connector may have a peak learning rate of its own.
+
+    Each group keeps its peak as `peak_lr`, from which the schedule is computed.
+    """
+    inside = {id(p) for p in classifier.family.connector.parameters()}
+    groups = []
+    for connector, peak in ((False, learning_rate), (True, connector_learning_rate)):
+        part = [p for p in trained_parameters(classifier).values() if (id(p) in inside) == connector]
+        for matrices, decay in ((True, weight_decay), (False, 0.0)):
+            some = [p for p in part if (p.ndim >= 2) == matrices]
+            if some:
+                groups.append({"params": some, "weight_decay": decay, "lr": peak, "peak_lr": peak})
+    return groups
