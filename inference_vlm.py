@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Classify pictures with a trained model, from the command line or a notebook.
+"""Classify images with a trained model, from the command line or a notebook.
 
-python inference_vlm.py --model-dir vlm_results/best_model picture.png folder/
+python inference_vlm.py --model-dir vlm_results/best_model image.png folder/
 from inference_vlm import load_model_and_metadata, predict_single_image, predict_batch
 """
 
@@ -25,7 +25,8 @@ __all__ = ["load_model_and_metadata", "main", "predict_batch", "predict_single_i
 
 
 def __getattr__(name: str) -> Any:
-    """The functions of `vlm.inference.predictor`, loaded with torch when they are asked for, so that `--help` answers at once."""
+    """The functions of `vlm.inference.predictor`, loaded with torch when they are asked for, so that `--help` answers
+    at once."""
     if name in ("load_model_and_metadata", "predict_batch", "predict_single_image"):
         import vlm.inference.predictor
 
@@ -34,17 +35,34 @@ def __getattr__(name: str) -> Any:
 
 
 def build_parser() -> Parser:
-    parser = Parser(description="Classify pictures with a model that train_vlm.py has trained.")
-    parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="picture files, or folders that are searched for them")
-    parser.add_argument("--model-dir", default="vlm_results/best_model", metavar="FOLDER", help="default: vlm_results/best_model")
-    parser.add_argument("--output", metavar="FILE", help="write all probabilities to FILE.csv or FILE.jsonl instead of a table")
-    parser.add_argument("--explain", action="store_true", help="show a text for each picture too, whose answer is the prediction")
+    parser = Parser(description="Classify images with a model that train_vlm.py has trained.")
     parser.add_argument(
-        "--abstain-below", type=float, metavar="P", help="no prediction below this confidence; 0: always one (default: as trained)"
+        "images", nargs="+", metavar="IMAGE_OR_FOLDER", help="image files, or folders that are searched for them"
     )
-    parser.add_argument("--batch-size", type=int, metavar="N", help="pictures in one forward pass (default: by the free memory)")
-    parser.add_argument("--exhaustive-scoring", action="store_true", help="score every class to the end, however improbable (slower)")
-    parser.add_argument("--feature-cache", action="store_true", help="keep the vision features of the pictures for the next time")
+    parser.add_argument(
+        "--model-dir", default="vlm_results/best_model", metavar="FOLDER", help="default: vlm_results/best_model"
+    )
+    parser.add_argument(
+        "--output", metavar="FILE", help="write all probabilities to FILE.csv or FILE.jsonl instead of a table"
+    )
+    parser.add_argument(
+        "--explain", action="store_true", help="show a text for each image too, whose answer is the prediction"
+    )
+    parser.add_argument(
+        "--abstain-below",
+        type=float,
+        metavar="P",
+        help="no prediction below this confidence; 0: always one (default: as trained)",
+    )
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", help="images in one forward pass (default: by the free memory)"
+    )
+    parser.add_argument(
+        "--exhaustive-scoring", action="store_true", help="score every class to the end, however improbable (slower)"
+    )
+    parser.add_argument(
+        "--feature-cache", action="store_true", help="keep the vision features of the images for the next time"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="threads of the CPU (default: its physical cores)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
@@ -53,7 +71,7 @@ def build_parser() -> Parser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code, 1 if any picture could not be read."""
+    """Run the command line; returns the exit code, 1 if any image could not be read."""
     args = build_parser().parse_args(arguments)
     return exit_code(lambda: predict(args), debug=args.debug)
 
@@ -70,12 +88,12 @@ def predict(args: argparse.Namespace) -> None:
     wait_politely()
     import torch
 
-    from vlm.data.images import find_pictures
+    from vlm.data.images import find_images
     from vlm.inference.predictor import load_model_and_metadata, predict_batch
     from vlm.machine.device import pick_threads
 
     torch.set_num_threads(pick_threads(args.threads))
-    paths = find_pictures(args.images)
+    paths = find_images(args.images)
     model, processor, metadata = load_model_and_metadata(args.model_dir, args.device, args.dtype, args.abstain_below)
     options = {"exhaustive": args.exhaustive_scoring, "feature_cache": args.feature_cache}
     results = predict_batch(model, processor, paths, metadata, args.batch_size, args.explain, **options)
@@ -86,7 +104,7 @@ def predict(args: argparse.Namespace) -> None:
     failed = [path for path, result in results.items() if "error" in result]
     if failed:
         others = "; the others are classified" if len(failed) < len(results) else ""
-        raise RunError(f"{len(failed)} of {len(results)} pictures could not be read, such as {failed[0]}{others}.")
+        raise RunError(f"{len(failed)} of {len(results)} images could not be read, such as {failed[0]}{others}.")
 
 
 def check_output(path: Path) -> None:
@@ -98,7 +116,8 @@ def check_output(path: Path) -> None:
 
 
 def print_results(results: dict[str, dict[str, Any]], explain: bool) -> None:
-    """Print a table to stdout: path, prediction, confidence, the runner-up (the two best, if abstained), and the text if asked for."""
+    """Print a table to stdout: path, prediction, confidence, the runner-up (the two best, if abstained), and the text
+    if asked for."""
     from vlm.report.figures import format_table
 
     rows = []
@@ -106,26 +125,32 @@ def print_results(results: dict[str, dict[str, Any]], explain: bool) -> None:
         if "error" in result:
             rows.append((path, "-", "-", f"error: {result['error']}"))
             continue
-        first, second = (f"{name} {p:.4f}" for name, p in sorted(result["probabilities"].items(), key=lambda item: -item[1])[:2])
+        first, second = (
+            f"{name} {p:.4f}" for name, p in sorted(result["probabilities"].items(), key=lambda item: -item[1])[:2]
+        )
         if result.get("abstained"):
             rows.append((path, "(abstained)", f"{result['confidence']:.4f}", f"{first}, {second}"))
         else:
             rows.append((path, result["prediction"], f"{result['confidence']:.4f}", second))
-    print(format_table(rows, headers=("picture", "prediction", "confidence", "next")))
+    print(format_table(rows, headers=("image", "prediction", "confidence", "next")))
     if explain:
         for path, result in results.items():
-            print(f"\n{path}\n{'(abstained)' if result.get('abstained') else result.get('full_response', '(not read)')}")
+            print(
+                f"\n{path}\n{'(abstained)' if result.get('abstained') else result.get('full_response', '(not read)')}"
+            )
     sys.stdout.flush()  # before what is said of errors
 
 
 def write_results(path: Path, results: dict[str, dict[str, Any]]) -> None:
-    """Write one row a picture, whole or not at all: CSV with a column a class, or JSON lines."""
+    """Write one row an image, whole or not at all: CSV with a column a class, or JSON lines."""
     from vlm.common.progress import replacing
 
     try:
         with replacing(path) as new, new.open("w", encoding="utf-8", newline="") as file:
             if path.suffix.lower() == ".jsonl":
-                file.writelines(json.dumps({"path": name, **result}, ensure_ascii=False) + "\n" for name, result in results.items())
+                file.writelines(
+                    json.dumps({"path": name, **result}, ensure_ascii=False) + "\n" for name, result in results.items()
+                )
             else:
                 _write_csv(file, results)
     except OSError as error:

@@ -24,7 +24,8 @@ from vlm.machine.requirements import examine
 ROOT = Path(__file__).resolve().parent
 OWN = ROOT / ".venv"
 OWN_PYTHON = OWN / "bin" / "python"
-# Checksums of what is installed, one a line, or INTERRUPTED while somebody is at work. A .venv without this file is the user's.
+# Checksums of what is installed, one a line, or INTERRUPTED while somebody is at work. A .venv without this file is the
+# user's.
 STATE = OWN / "vlm-setup"
 INTERRUPTED = "interrupted"
 REQUIREMENTS, CONSTRAINTS = ROOT / "requirements.txt", ROOT / "constraints.txt"
@@ -42,7 +43,9 @@ def main(arguments: list[str]) -> int:
         return 130
     except (OSError, subprocess.CalledProcessError) as error:
         say(f"error: the set-up failed: {error}")
-        say("Repair this and start again, or activate a virtual environment of your own first: it is used instead of .venv.")
+        say(
+            "Repair this and start again, or activate a virtual environment of your own first: it is used instead of .venv."
+        )
         return 1
 
 
@@ -51,7 +54,8 @@ def say(text: str) -> None:
 
 
 def prepare_own(requirements: Path) -> int:
-    """Make .venv ready; at once if it is. Whoever comes while another start is at it waits, and then has nothing to do."""
+    """Make .venv ready; at once if it is. Whoever comes while another start is at it waits, and then has nothing to
+    do."""
     wanted = checksum(requirements)
     if is_ready(wanted):
         return 0
@@ -65,7 +69,9 @@ def prepare_own(requirements: Path) -> int:
         STATE.write_text(INTERRUPTED)
         if not pip_install(OWN_PYTHON, requirements, "-c", str(CONSTRAINTS)):
             STATE.write_text("\n".join(before))
-            say("error: the packages could not be installed; pip says why above. Check the network and the free space, then start again.")
+            say(
+                "error: the packages could not be installed; pip says why above. Check the network and the free space, then start again."
+            )
             return 1
         STATE.write_text("\n".join({wanted, checksum(REQUIREMENTS)}))
         say("The set-up is done.")
@@ -75,7 +81,9 @@ def prepare_own(requirements: Path) -> int:
 def checksum(requirements: Path) -> str:
     """Stands for all that decides what is installed: the requirement files and the version of Python."""
     files = {REQUIREMENTS, requirements, CONSTRAINTS}
-    return hashlib.sha256(b"\0".join([python_version().encode(), *(file.read_bytes() for file in sorted(files))])).hexdigest()
+    return hashlib.sha256(
+        b"\0".join([python_version().encode(), *(file.read_bytes() for file in sorted(files))])
+    ).hexdigest()
 
 
 def python_version() -> str:
@@ -123,7 +131,9 @@ def prepare_users(requirements: Path, may_install: bool) -> int:
     missing = [package for package in examine(requirements) if not package.fits]
     if not missing:
         return 0
-    names = ", ".join(f"{package.name} (found {package.found})" if package.found else package.name for package in missing)
+    names = ", ".join(
+        f"{package.name} (found {package.found})" if package.found else package.name for package in missing
+    )
     if not may_install:
         say(f"error: {sys.executable} lacks what {requirements.name} asks for: {names}. Install it with:")
         say("  " + shlex.join([sys.executable, "-m", "pip", "install", "-r", str(requirements)]))
@@ -132,15 +142,28 @@ def prepare_users(requirements: Path, may_install: bool) -> int:
     with one_at_a_time():
         if pip_install(Path(sys.executable), requirements):
             return 0
-    say("error: the packages could not be installed; see above. An environment without pip gets it by: python -m ensurepip")
+    say(
+        "error: the packages could not be installed; see above. An environment without pip gets it by: python -m ensurepip"
+    )
     return 1
 
 
 def pip_install(python: Path, requirements: Path, *more: str) -> bool:
-    """Whether pip could install a requirement file. Its messages go to stderr; where nobody watches, only the important ones."""
+    """Whether pip could install a requirement file. Its messages go to stderr; where nobody watches, only the important
+    ones."""
     quiet = [] if sys.stderr.isatty() else ["--quiet"]
     say(f"Installing what {requirements.name} asks for. From nothing that is about 2 GB and takes a few minutes.")
-    command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", *quiet, "-r", str(requirements), *more]
+    command = [
+        str(python),
+        "-m",
+        "pip",
+        "install",
+        "--disable-pip-version-check",
+        *quiet,
+        "-r",
+        str(requirements),
+        *more,
+    ]
     return subprocess.run(command, stdout=sys.stderr, close_fds=False).returncode == 0
 
 

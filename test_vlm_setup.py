@@ -19,7 +19,9 @@ OWN = Path(__file__).resolve().parent / ".venv"
 def main():
     parser = argparse.ArgumentParser(description="Check whether this machine can train.", allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="leave out the one-minute training")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error, and all that the training prints")
+    parser.add_argument(
+        "--debug", action="store_true", help="show the traceback of an error, and all that the training prints"
+    )
     arguments = parser.parse_args()
     no_environment = sys.prefix == sys.base_prefix and "CONDA_PREFIX" not in os.environ
     if no_environment and (OWN / "vlm-setup").exists() and (OWN / "bin" / "python").exists():

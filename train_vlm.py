@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Train a small vision-language model to classify pictures.
+"""Train a small vision-language model to classify images.
 
 python train_vlm.py --demo
-python train_vlm.py --model HuggingFaceTB/SmolVLM-256M-Instruct --dataset my_pictures/
+python train_vlm.py --model HuggingFaceTB/SmolVLM-256M-Instruct --dataset my_images/
 """
 
 import sys
@@ -47,7 +47,9 @@ def train(given: dict[str, Any]) -> None:
         from vlm.machine.registry import list_models
 
         return list_models(resolve(given))
-    settings = resolve(given, saved_settings(Path(given.get("output_dir", "vlm_results"))) if given.get("resume") else None)
+    settings = resolve(
+        given, saved_settings(Path(given.get("output_dir", "vlm_results"))) if given.get("resume") else None
+    )
     from vlm.training.output import check_output
     from vlm.training.stopping import StopSignals
 

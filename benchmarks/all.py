@@ -24,9 +24,15 @@ EVERYDAY = ("startup", "train_vs_trl", "classify_vs_generate")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a sixth of the model")
-    parser.add_argument("--folder", type=Path, help="where the JSON files go (default: benchmarks/results; --quick: results_quick)")
     parser.add_argument(
-        "--only", nargs="+", choices=NAMES, metavar="NAME", help=f"these benchmarks (default: all; --quick: {', '.join(EVERYDAY)})"
+        "--folder", type=Path, help="where the JSON files go (default: benchmarks/results; --quick: results_quick)"
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=NAMES,
+        metavar="NAME",
+        help=f"these benchmarks (default: all; --quick: {', '.join(EVERYDAY)})",
     )
     parser.add_argument("--report", action="store_true", help="write the tables with --quick too")
     options = parser.parse_args()

@@ -3,11 +3,12 @@
 
 python benchmarks/classify_vs_generate.py --output benchmarks/results/classify_vs_generate.json
 
-Both read the same picture files in one batch: `predict_batch` gives the probability of every class, `generate()` 40 greedy tokens of a
-response of 43. Ours runs at native size, at 256 pixels, and with cached vision features; the text at native size. The weights are peaked
-(trained until they are sure of one class's response, see `workload.peak`), as a fine-tuned model is of an easy picture, or random: the
-worst case for a search of the label tree, which has to visit all of it.
-In the same run the probabilities are compared with one plain forward a class, and the text with the program's own.
+Both read the same image files in one batch: `predict_batch` gives the probability of every class, `generate()` 40
+greedy tokens of a response of 43. Ours runs at native size, at 256 pixels, and with cached vision features; the text at
+native size. The weights are peaked (trained until they are sure of one class's response, see `workload.peak`), as a
+fine-tuned model is of an easy image, or random: the worst case for a search of the label tree, which has to visit all
+of it. In the same run the probabilities are compared with one plain forward a class, and the text with the program's
+own.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from train_vs_plain import plain_batch
 
 from vlm.classifier.classifier import VLMClassifier
 from vlm.config.settings import ImageSize
-from vlm.data.images import open_picture
+from vlm.data.images import open_image
 from vlm.data.splits import Sample
 from vlm.inference.predictor import predict_batch
 
@@ -46,8 +47,10 @@ def predict(classifier: VLMClassifier, files: list[Path], cached: bool = False) 
 @torch.no_grad()
 def generate(classifier: VLMClassifier, files: list[Path]) -> list[str]:
     """The texts by transformers' generation from the same files."""
-    samples = [Sample(open_picture(file), 0, str(file)) for file in files]
-    batch = plain_batch(classifier.family, classifier.rendered, samples, with_response=False)  # rows of one length: no padding
+    samples = [Sample(open_image(file), 0, str(file)) for file in files]
+    batch = plain_batch(
+        classifier.family, classifier.rendered, samples, with_response=False
+    )  # rows of one length: no padding
     ids = classifier.model.generate(**batch, max_new_tokens=NEW_TOKENS, do_sample=False)
     return [classifier.family.decode(row) for row in ids[:, batch["input_ids"].shape[1] :].tolist()]
 
@@ -66,25 +69,27 @@ def largest_error(classifier: VLMClassifier, file: Path, cached: bool) -> float:
     probabilities = predict(classifier, [file], cached)[str(file)]["probabilities"]
     names = sorted(probabilities, key=lambda name: -probabilities[name])[:COMPARED]
     ours = torch.tensor([probabilities[name] for name in names], dtype=torch.float64)
-    sample = Sample(open_picture(file), 0, str(file))
-    plain = torch.stack([plain_log_probability(classifier, sample, classifier.class_names.index(name)) for name in names]).double()
+    sample = Sample(open_image(file), 0, str(file))
+    plain = torch.stack(
+        [plain_log_probability(classifier, sample, classifier.class_names.index(name)) for name in names]
+    ).double()
     return float((ours / ours[0] - (plain - plain[0]).exp()).abs().max())
 
 
 def same_texts(classifier: VLMClassifier, files: list[Path]) -> bool:
     """Whether the program's own text begins as the generated one."""
-    batch = classifier.collate(with_response=False)([Sample(open_picture(file), 0, str(file)) for file in files])
+    batch = classifier.collate(with_response=False)([Sample(open_image(file), 0, str(file)) for file in files])
     return classifier.write(classifier.read(batch), NEW_TOKENS) == generate(classifier, files)
 
 
 def top_probability(classifier: VLMClassifier, files: list[Path]) -> float:
-    """How sure the model is of these pictures, on average."""
+    """How sure the model is of these images, on average."""
     return statistics.mean(max(result["probabilities"].values()) for result in predict(classifier, files).values())
 
 
 def compare(options: argparse.Namespace, classes: int, peaked: bool) -> list[dict[str, Any]]:
     """One row for each way of ours, against generation at native size."""
-    files = workload.picture_files(options, options.batch_size)
+    files = workload.image_files(options, options.batch_size)
     native = workload.classifier(options, classes, peaked)
     ways = {"native": native, "cached features": native}
     if options.size != "tiny":
@@ -93,17 +98,20 @@ def compare(options: argparse.Namespace, classes: int, peaked: bool) -> list[dic
     equal = same_texts(native, files[:1])
     most = {name: top_probability(way, files) for name, way in ways.items()}
     sides = {"generate": lambda: generate(native, files)}
-    sides |= {name: (lambda way=way, cached=name == "cached features": predict(way, files, cached)) for name, way in ways.items()}
+    sides |= {
+        name: (lambda way=way, cached=name == "cached features": predict(way, files, cached))
+        for name, way in ways.items()
+    }
     seconds = common.take_turns(sides, options.rounds)
     return [
         {
             **common.ratio(seconds["generate"], seconds[name]),
             "classes": classes,
             "weights": "peaked" if peaked else "random",
-            "picture": name,
+            "image": name,
             "ours s": statistics.median(seconds[name]),
             "generate s": statistics.median(seconds["generate"]),
-            "pictures/s": len(files) / statistics.median(seconds[name]),
+            "images/s": len(files) / statistics.median(seconds[name]),
             "top probability": most[name],
             "probability differs": f"{errors[name]:.1e}",
             "same text": equal,
@@ -116,9 +124,12 @@ def compare(options: argparse.Namespace, classes: int, peaked: bool) -> list[dic
 def main() -> int:
     parser = common.parser(__doc__)
     parser.add_argument("--classes", type=int, nargs="+", metavar="N", help="up to 100 (default: 15 100; --quick: 15)")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="pictures (default: 8; --quick: 2)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="images (default: 8; --quick: 2)")
     parser.add_argument(
-        "--weights", nargs="+", choices=("peaked", "random"), help="(default: both, random for the fewest classes alone; --quick: peaked)"
+        "--weights",
+        nargs="+",
+        choices=("peaked", "random"),
+        help="(default: both, random for the fewest classes alone; --quick: peaked)",
     )
     options = common.start(parser.parse_args())
     quick = options.size == "quick"
@@ -129,7 +140,12 @@ def main() -> int:
         for weights in options.weights or ("peaked", "random")[: 1 if quick or classes > min(counts) else 2]:
             rows += compare(options, classes, weights == "peaked")
     return common.report(
-        options, rows, all(row["agrees"] for row in rows), goals=GOALS, new_tokens=NEW_TOKENS, batch_size=options.batch_size
+        options,
+        rows,
+        all(row["agrees"] for row in rows),
+        goals=GOALS,
+        new_tokens=NEW_TOKENS,
+        batch_size=options.batch_size,
     )
 
 

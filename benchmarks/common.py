@@ -1,6 +1,7 @@
 """What the benchmarks share: options, turns, medians, the machine, and results as JSON.
 
-Importing it finds the program in the folder above and sets how threads wait, before torch is imported: both sides have the same.
+Importing it finds the program in the folder above and sets how threads wait, before torch is imported: both sides have
+the same.
 """
 
 import argparse
@@ -44,17 +45,36 @@ def parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
     """The options that every benchmark has. `defaults` replaces some of theirs."""
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--output", type=Path, metavar="FILE.json", help="write the figures to this file")
-    result.add_argument("--rounds", type=int, help=f"turns of each side, after one to warm up (default: {ROUNDS}; --quick: {QUICK_ROUNDS})")
-    result.add_argument("--threads", type=int, help="CPU threads of both sides (default: the program's, physical cores)")
-    result.add_argument("--question-first", action="store_true", help="on all sides the question before the picture")
+    result.add_argument(
+        "--rounds",
+        type=int,
+        help=f"turns of each side, after one to warm up (default: {ROUNDS}; --quick: {QUICK_ROUNDS})",
+    )
+    result.add_argument(
+        "--threads", type=int, help="CPU threads of both sides (default: the program's, physical cores)"
+    )
+    result.add_argument("--question-first", action="store_true", help="on all sides the question before the image")
     size = result.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_const", dest="size", const="quick", help="a sixth of the model: 5 + 2 layers of 30 + 12")
-    size.add_argument("--tiny", action="store_const", dest="size", const="tiny", help="a model without any use but to test the benchmark")
+    size.add_argument(
+        "--quick",
+        action="store_const",
+        dest="size",
+        const="quick",
+        help="a sixth of the model: 5 + 2 layers of 30 + 12",
+    )
+    size.add_argument(
+        "--tiny",
+        action="store_const",
+        dest="size",
+        const="tiny",
+        help="a model without any use but to test the benchmark",
+    )
     result.add_argument(
         "--cache", type=Path, default=Path(tempfile.gettempdir()) / "vlm_benchmarks", metavar="FOLDER",
         help="where models and features are kept between benchmarks (default: %(default)s)",
     )  # fmt: skip
-    # What no option of most benchmarks changes: SmolVLM-256M in float32 on the CPU, pictures read by the process itself, once an epoch.
+    # What no option of most benchmarks changes: SmolVLM-256M in float32 on the CPU, images read by the process itself,
+    # once an epoch.
     result.set_defaults(size="full", shape="256M", device="cpu", dtype="float32", workers=None, repeats=1, **defaults)
     return result
 
@@ -108,7 +128,8 @@ def take_turns(sides: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int
 
 @contextmanager
 def small_heap() -> Iterator[None]:
-    """Python's garbage collector looks at new objects only inside: a side does not pay for the other's, and `gc.collect` is quick."""
+    """Python's garbage collector looks at new objects only inside: a side does not pay for the other's, and
+    `gc.collect` is quick."""
     gc.collect()
     gc.freeze()
     try:
@@ -118,14 +139,17 @@ def small_heap() -> Iterator[None]:
 
 
 def ratio(others: list[float], ours: list[float]) -> dict[str, float]:
-    """How many times as long the others take: the median of the rounds' ratios, each of neighbors in time, with smallest and largest."""
+    """How many times as long the others take: the median of the rounds' ratios, each of neighbors in time, with
+    smallest and largest."""
     ratios = [theirs / own for theirs, own in zip(others, ours, strict=True)]
     return {"ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
 
 
 def exponent(sizes: Iterable[float], values: Iterable[float]) -> float:
     """The k of values ~ sizes^k: the slope of a line through their logarithms."""
-    return statistics.linear_regression([float(torch.tensor(x).log()) for x in sizes], [float(torch.tensor(y).log()) for y in values]).slope
+    return statistics.linear_regression(
+        [float(torch.tensor(x).log()) for x in sizes], [float(torch.tensor(y).log()) for y in values]
+    ).slope
 
 
 # Memory (of a process: Linux)
@@ -138,7 +162,7 @@ def resident() -> dict[str, int]:
 
 
 def forget_peak() -> None:
-    """Count the most memory anew, without what the allocator keeps of the phase before."""
+    """Count the most memory again, without what the allocator keeps of the phase before."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
@@ -163,7 +187,9 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     if cpuinfo.is_file():
         text = cpuinfo.read_text()
         names = re.findall(r"model name\s*:\s*(.+)", text)
-        instructions = [name for name in ("avx2", "avx512f", "amx_tile") if re.search(rf"^flags.*\b{name}\b", text, re.MULTILINE)]
+        instructions = [
+            name for name in ("avx2", "avx512f", "amx_tile") if re.search(rf"^flags.*\b{name}\b", text, re.MULTILINE)
+        ]
         model = f"{names[0] if names else model} ({', '.join(instructions) or platform.machine()})"
     return {
         "cpu": model,
@@ -188,7 +214,9 @@ def report(options: argparse.Namespace, rows: list[dict[str, Any]], correct: boo
     arguments = [a.replace(f"{ROOT}{os.sep}", "") for a in sys.argv[1:] if a not in ("--cache", str(options.cache))]
     where = machine(options.device)
     chips = ", ".join(where[name] for name in ("gpu", "cpu") if name in where)
-    print(f"{chips}, {where['threads']} threads, load {where['load']}, torch {where['torch']}, {figures(rows, options.rounds)}\n")
+    print(
+        f"{chips}, {where['threads']} threads, load {where['load']}, torch {where['torch']}, {figures(rows, options.rounds)}\n"
+    )
     print(format_table([list(row.values()) for row in rows], list(rows[0])))
     if not correct:
         print("\nA check failed: the sides do not compute the same.", file=sys.stderr)

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""How time and memory grow with pictures, classes, prefix length and batch: the exponent k of cost ~ size^k.
+"""How time and memory grow with images, classes, prefix length and batch: the exponent k of cost ~ size^k.
 
 python benchmarks/growth.py --output benchmarks/results/growth.json
 
-The sizes of a series take turns. The exponent is the slope of a line through the logarithms: 1 is proportional, 0 does not grow.
-Memory is the peak of the resident memory above what the process had before the call. Linux only.
+The sizes of a series take turns. The exponent is the slope of a line through the logarithms: 1 is proportional, 0 does
+not grow. Memory is the peak of the resident memory above what the process had before the call. Linux only.
 """
 
 import argparse
@@ -21,16 +21,21 @@ from classify_vs_generate import predict
 from vlm.inference.predictor import predict_batch
 
 SERIES = {
-    "full": {"pictures": [4, 8, 16, 32], "classes": [5, 20, 50, 100], "prefix": [100, 200, 400, 800], "batch": [1, 2, 4, 8]},
-    "quick": {"pictures": [2, 4, 8], "classes": [5, 20, 80], "prefix": [100, 300, 900], "batch": [1, 2, 4]},
-    "tiny": {"pictures": [2, 4], "classes": [2, 10], "prefix": [30, 90], "batch": [1, 2]},
+    "full": {
+        "images": [4, 8, 16, 32],
+        "classes": [5, 20, 50, 100],
+        "prefix": [100, 200, 400, 800],
+        "batch": [1, 2, 4, 8],
+    },
+    "quick": {"images": [2, 4, 8], "classes": [5, 20, 80], "prefix": [100, 300, 900], "batch": [1, 2, 4]},
+    "tiny": {"images": [2, 4], "classes": [2, 10], "prefix": [30, 90], "batch": [1, 2]},
 }
 
 
-def predicting(options: argparse.Namespace, pictures: int, classes: int, tokens: int | None = None) -> Callable[[], Any]:
-    """Classifying so many new pictures, at most 4 in one pass, each time with the prefix read anew."""
+def predicting(options: argparse.Namespace, images: int, classes: int, tokens: int | None = None) -> Callable[[], Any]:
+    """Classifying so many new images, at most 4 in one pass, each time with the prefix read again."""
     classifier = workload.classifier(options, classes, tokens=tokens)
-    files = workload.picture_files(options, pictures)
+    files = workload.image_files(options, images)
     metadata = {"class_names": list(classifier.class_names), "prompts": classifier.prompts.to_json()}
 
     def work() -> None:
@@ -41,7 +46,7 @@ def predicting(options: argparse.Namespace, pictures: int, classes: int, tokens:
 
 
 def predicting_at_once(options: argparse.Namespace, batch: int) -> Callable[[], Any]:
-    classifier, files = workload.classifier(options, 15), workload.picture_files(options, batch)
+    classifier, files = workload.classifier(options, 15), workload.image_files(options, batch)
     return lambda: predict(classifier, files)
 
 
@@ -55,7 +60,7 @@ def training_with_prefix(options: argparse.Namespace, tokens: int) -> Callable[[
 
 
 WORKS: dict[str, tuple[str, Callable[[argparse.Namespace, int], Callable[[], Any]]]] = {
-    "classify, by pictures": ("pictures", lambda options, n: predicting(options, n, 15)),
+    "classify, by images": ("images", lambda options, n: predicting(options, n, 15)),
     "classify, by classes": ("classes", lambda options, n: predicting(options, 2, n)),
     "classify, by prefix tokens": ("prefix", lambda options, n: predicting(options, 2, 15, n)),
     "classify, by batch": ("batch", predicting_at_once),
@@ -93,7 +98,9 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
 
 def main() -> int:
     parser = common.parser(__doc__)
-    parser.add_argument("--works", nargs="+", choices=list(WORKS), metavar="WORK", help="which ones (default: all; --quick: two)")
+    parser.add_argument(
+        "--works", nargs="+", choices=list(WORKS), metavar="WORK", help="which ones (default: all; --quick: two)"
+    )
     options = common.start(parser.parse_args())
     works = options.works or (QUICK_WORKS if options.size == "quick" else list(WORKS))
     torch.manual_seed(0)

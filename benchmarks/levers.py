@@ -3,8 +3,9 @@
 
 python benchmarks/levers.py --output benchmarks/results/levers.json
 
-Every lever is exact, so that loss or probabilities, or for the optimizer the update of the weights, are compared in the same run. To add
-one: a function in `TRAINING` or `SCORING` that switches it off in the object it is given, as a context manager.
+Every lever is exact, so that loss or probabilities, or for the optimizer the update of the weights, are compared in the
+same run. To add one: a function in `TRAINING` or `SCORING` that switches it off in the object it is given, as a context
+manager.
 """
 
 import argparse
@@ -24,11 +25,12 @@ from train_vs_trl import BATCH_SIZES
 from vlm.classifier.batching import IGNORED
 from vlm.classifier.classifier import LossOutput, Reading, Scored, VLMClassifier
 from vlm.classifier.prefix import expand, in_front
-from vlm.data.images import open_picture
+from vlm.data.images import open_image
 from vlm.data.splits import Sample
 from vlm.training.tuning import trained_parameters
 
-TOLERANCE = 1e-4  # of loss and update, relative; of probabilities, absolute and three times that, as the search may leave out 1e-4
+# of loss and update, relative; of probabilities, absolute and three times that, as the search may leave out 1e-4
+TOLERANCE = 1e-4
 FUSED = "fused optimizer"
 Lever = Callable[[Any], Any]
 
@@ -50,7 +52,7 @@ def _embeddings(classifier: VLMClassifier, batch: dict[str, Any]) -> tuple[Tenso
     prefix = torch.tensor([classifier.rendered.prefix_ids]).expand(len(rows), -1)
     ids = torch.cat([prefix, rows], dim=1)
     places = (ids == family.image_token_id).unsqueeze(-1)
-    embeddings = family.embed(ids).masked_scatter(places, family.picture_features(batch["pixels"]))
+    embeddings = family.embed(ids).masked_scatter(places, family.image_features(batch["pixels"]))
     return embeddings, torch.cat([torch.full_like(prefix, IGNORED), batch["targets"]], dim=1)
 
 
@@ -63,7 +65,9 @@ def without_shared_prefix(ours: workload.OurTraining) -> Any:
         hidden = classifier.family.run_language(embeddings, torch.arange(embeddings.shape[1]).unsqueeze(0))
         in_loss = targets[:, 1:] != IGNORED
         logits = classifier.family.logits(hidden[:, :-1][in_loss])
-        return LossOutput(nn.functional.cross_entropy(logits, targets[:, 1:][in_loss], reduction="sum"), int(in_loss.sum()))
+        return LossOutput(
+            nn.functional.cross_entropy(logits, targets[:, 1:][in_loss], reduction="sum"), int(in_loss.sum())
+        )
 
     return replaced(classifier, "forward", forward)
 
@@ -75,7 +79,9 @@ def without_response_logits(ours: workload.OurTraining) -> Any:
     def forward(batch: dict[str, Any], **_: Any) -> LossOutput:
         hidden, _ = classifier._run_rows(batch, in_front(classifier._run_prefix()))
         logits, targets = classifier.family.logits(hidden[:, :-1]), batch["targets"][:, 1:]
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        loss = nn.functional.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
         return LossOutput(loss, int((targets != IGNORED).sum()))
 
     return replaced(classifier, "forward", forward)
@@ -104,7 +110,7 @@ TRAINING: dict[str, Lever] = {
 
 @contextmanager
 def without_kept_prefix(classifier: VLMClassifier) -> Iterator[None]:
-    """The prefix is read anew for each batch."""
+    """The prefix is read again for each batch."""
     read = classifier.read
 
     def forgetful(batch: dict[str, Any]) -> Any:
@@ -147,7 +153,7 @@ def _log_probability(classifier: VLMClassifier, reading: Reading, response: list
 
 @contextmanager
 def without_features(classifier: VLMClassifier) -> Iterator[None]:
-    """Every picture is new."""
+    """Every image is new."""
     with replaced(classifier, "feature_cache", None):
         yield
 
@@ -161,7 +167,8 @@ SCORING: dict[str, Lever] = {
 
 
 def update_difference(ours: workload.OurTraining) -> float:
-    """How far the update of the weights without the fused optimizer is from the one with it, relative, from the same gradients."""
+    """How far the update of the weights without the fused optimizer is from the one with it, relative, from the same
+    gradients."""
     gradients = ours.examine()[2]
     with without_fused_optimizer(ours):
         plain = update(ours, gradients)
@@ -171,7 +178,8 @@ def update_difference(ours: workload.OurTraining) -> float:
 def update(ours: workload.OurTraining, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
     """What the first update changes of the trained weights, given the gradients; it is undone.
 
-    The learning rate is 1 here, so that little of the update is lost in the rounding of the weights. The next step sets its own.
+    The learning rate is 1 here, so that little of the update is lost in the rounding of the weights. The next step sets
+    its own.
     """
     parameters, optimizer = trained_parameters(ours.classifier.model), ours.run.optimizer
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
@@ -207,30 +215,38 @@ def train(options: argparse.Namespace) -> list[dict[str, Any]]:
 
         return work
 
-    cases = {"feature cache": (uncached, lambda _: nullcontext())} | {name: (ours, lever) for name, lever in TRAINING.items()}
+    cases = {"feature cache": (uncached, lambda _: nullcontext())} | {
+        name: (ours, lever) for name, lever in TRAINING.items()
+    }
     whole = loss(ours, lambda _: nullcontext())
     differences = {name: abs(loss(*case) - whole) / whole for name, case in cases.items()}
     differences[FUSED] = update_difference(ours)  # the loss knows nothing of it
-    seconds = common.take_turns({"all": ours.step, **{name: off(*case) for name, case in cases.items()}}, options.rounds)
+    seconds = common.take_turns(
+        {"all": ours.step, **{name: off(*case) for name, case in cases.items()}}, options.rounds
+    )
     return [row("train, lora", name, seconds, differences[name], TOLERANCE) for name in cases]
 
 
 def score(options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row a lever of scoring."""
     batch_size = options.batch_size or BATCH_SIZES[options.size]["lora"]
-    files = workload.picture_files(options, batch_size)
-    samples = [Sample(open_picture(file), 0, str(file)) for file in files]
+    files = workload.image_files(options, batch_size)
+    samples = [Sample(open_image(file), 0, str(file)) for file in files]
     classifier = workload.keep_features(workload.classifier(options, options.classes, peaked=True), samples)
 
     def work(lever: Lever = lambda _: nullcontext()) -> Tensor:
         with lever(classifier):
-            return classifier.search(classifier.read(classifier.collate(with_response=False)(samples))).scores.softmax(-1)
+            return classifier.search(classifier.read(classifier.collate(with_response=False)(samples))).scores.softmax(
+                -1
+            )
 
     whole = work()
     differences = {name: float((work(lever) - whole).abs().max()) for name, lever in SCORING.items()}
     sides = {"all": work, **{name: (lambda lever=lever: work(lever)) for name, lever in SCORING.items()}}
     seconds = common.take_turns(sides, options.rounds)
-    return [row(f"score, {options.classes} classes", name, seconds, differences[name], 3 * TOLERANCE) for name in SCORING]
+    return [
+        row(f"score, {options.classes} classes", name, seconds, differences[name], 3 * TOLERANCE) for name in SCORING
+    ]
 
 
 def row(work: str, name: str, seconds: dict[str, list[float]], difference: float, tolerance: float) -> dict[str, Any]:
@@ -248,7 +264,7 @@ def row(work: str, name: str, seconds: dict[str, list[float]], difference: float
 
 def main() -> int:
     parser = common.parser(__doc__)
-    parser.add_argument("--batch-size", type=int, metavar="N", help="pictures (default: 8; --quick: 2)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="images (default: 8; --quick: 2)")
     parser.add_argument("--classes", type=int, default=15, metavar="N", help="in scoring (default: 15)")
     options = common.start(parser.parse_args())
     rows = train(options) + score(options)

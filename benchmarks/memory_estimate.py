@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""What `vlm/machine/memory.py` computes against what a process really takes: the peak of its resident memory, above what it had before loading.
+"""What `vlm/machine/memory.py` computes against what a process really takes: the peak of its resident memory, above
+what it had before loading.
 
 python benchmarks/memory_estimate.py --json memory_estimate.json
 
-The model has SmolVLM-256M's widths, vocabulary and picture size, random bfloat16 weights and fewer layers. Each tuning mode runs
-in a process of its own: two optimizer steps of two batches, then an evaluation, then saving. Linux on the CPU only (/proc/self/status).
+The model has SmolVLM-256M's widths, vocabulary and image size, random bfloat16 weights and fewer layers. Each tuning
+mode runs in a process of its own: two optimizer steps of two batches, then an evaluation, then saving. Linux on the CPU
+only (/proc/self/status).
 """
 
 import argparse
@@ -43,7 +45,7 @@ def measure(folder: Path, tune: str, dtype: torch.dtype, batch_size: int) -> dic
     estimated_family = outline(read_config(folder))
     forget_peak()
     before = resident()["VmRSS"]
-    family = load_family(folder, dtype, torch.device("cpu"), settings.picture_options())
+    family = load_family(folder, dtype, torch.device("cpu"), settings.image_options())
     measured = {"loading": resident()["VmHWM"] - before}
     prepare_tuning(family, settings)
     classifier = VLMClassifier(family, build_prompts(settings, NAMES))
@@ -64,7 +66,11 @@ def measure(folder: Path, tune: str, dtype: torch.dtype, batch_size: int) -> dic
     rendered = classifier.rendered
     longest = max(map(len, rendered.response_ids))
     need = estimate(
-        estimated_family, settings, dtype, "cpu", Texts(len(rendered.prefix_ids), len(rendered.question_ids), longest, len(NAMES))
+        estimated_family,
+        settings,
+        dtype,
+        "cpu",
+        Texts(len(rendered.prefix_ids), len(rendered.question_ids), longest, len(NAMES)),
     )
     kept = need.weights + need.optimizer
     estimated = {
@@ -75,7 +81,9 @@ def measure(folder: Path, tune: str, dtype: torch.dtype, batch_size: int) -> dic
     return {phase: {"estimated": estimated[phase], "measured": measured[phase]} for phase in estimated}
 
 
-def train(classifier: VLMClassifier, optimizer: torch.optim.Optimizer, samples: list[Sample], dtype: torch.dtype) -> None:
+def train(
+    classifier: VLMClassifier, optimizer: torch.optim.Optimizer, samples: list[Sample], dtype: torch.dtype
+) -> None:
     """Two optimizer steps of two batches each, as the training loop does them."""
     classifier.train()
     batch = classifier.collate(with_response=True)(samples)
@@ -93,12 +101,15 @@ def train(classifier: VLMClassifier, optimizer: torch.optim.Optimizer, samples: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=4, help="of the language model, which has 30 (default: 4)")
-    parser.add_argument("--vision-layers", type=int, default=2, help="of the vision tower, which has 12 (default: 2)")
+    parser.add_argument("--vision-layers", type=int, default=2, help="of the vision encoder, which has 12 (default: 2)")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1], help="(default: 1)")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=("float32", "bfloat16"))
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument(
-        "--measure", nargs=4, metavar=("FOLDER", "TUNE", "DTYPE", "BATCH"), help="one measurement, in this process, as JSON"
+        "--measure",
+        nargs=4,
+        metavar=("FOLDER", "TUNE", "DTYPE", "BATCH"),
+        help="one measurement, in this process, as JSON",
     )
     options = parser.parse_args()
     if options.measure:
@@ -118,10 +129,22 @@ def main() -> None:
                         figures.append({"tune": tune, "dtype": dtype, "batch": batch, "phase": phase, **values})
                     print(f"{dtype}, {tune}, batch {batch}: {time.monotonic() - started:.0f} s", file=sys.stderr)
     rows = [
-        (f["dtype"], f["batch"], f["tune"], f["phase"], f["measured"] // MIB, f["estimated"] // MIB, f["measured"] / f["estimated"])
+        (
+            f["dtype"],
+            f["batch"],
+            f["tune"],
+            f["phase"],
+            f["measured"] // MIB,
+            f["estimated"] // MIB,
+            f["measured"] / f["estimated"],
+        )
         for f in figures
     ]
-    print(format_table(rows, ["format", "batch", "tuning", "phase", "measured MiB", "estimated MiB", "measured / estimated"]))
+    print(
+        format_table(
+            rows, ["format", "batch", "tuning", "phase", "measured MiB", "estimated MiB", "measured / estimated"]
+        )
+    )
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 

@@ -3,9 +3,10 @@
 
 python benchmarks/memory_vs_trl.py --output benchmarks/results/memory_vs_trl.json
 
-Each side is a process of its own that loads model and pictures and makes two optimizer steps, without a comparison or anything of another
-side. What is given is the peak of the whole process (VmHWM), libraries and all. Ours includes the filling of the feature cache, which
-is emptied before each process. One round unless more are asked for: the peak of the same work hardly varies.
+Each side is a process of its own that loads model and images and makes two optimizer steps, without a comparison or
+anything of another side. What is given is the peak of the whole process (VmHWM), libraries and all. Ours includes the
+filling of the feature cache, which is emptied before each process. One round unless more are asked for: the peak of the
+same work hardly varies.
 """
 
 import argparse
@@ -33,23 +34,25 @@ def measure(options: argparse.Namespace, side: str, tune: str) -> dict[str, floa
             ours.step()
     else:
         other(options, side, tune, batch_size)
-    return {"peak": common.resident()["VmHWM"]}  # `ru_maxrss` of a child begins with the peak of the process that started it
+    return {
+        "peak": common.resident()["VmHWM"]
+    }  # `ru_maxrss` of a child begins with the peak of the process that started it
 
 
 def other(options: argparse.Namespace, side: str, tune: str, batch_size: int) -> None:
     """Two steps of another side, with nothing of ours loaded but data and texts."""
-    settings, pictures, texts = workload.given(options, tune, batch_size)
+    settings, images, texts = workload.given(options, tune, batch_size)
     if side == "TRL":
         import trl_side
 
-        trl_side.build_trainer(options, settings, pictures, texts, STEPS, lambda: None).train()
+        trl_side.build_trainer(options, settings, images, texts, STEPS, lambda: None).train()
     else:
         from train_vs_plain import PlainTraining
 
         plain = PlainTraining(options, settings)
         rendered = plain.family.render(texts)
         for _ in range(STEPS):
-            plain.step(rendered, [pictures[i] for i in range(batch_size)])
+            plain.step(rendered, [images[i] for i in range(batch_size)])
 
 
 def peak(options: argparse.Namespace, side: str, tune: str) -> float:
@@ -65,9 +68,13 @@ def peak(options: argparse.Namespace, side: str, tune: str) -> float:
 def main() -> int:
     parser = common.parser(__doc__)
     parser.add_argument("--tune", nargs="+", choices=list(GOALS), help="modes to compare (default: all; --quick: lora)")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="pictures of a step (default: 8; full: 2; --quick: 2)")
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", help="images of a step (default: 8; full: 2; --quick: 2)"
+    )
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="(default: all)")
-    parser.add_argument("--measure", nargs=2, metavar=("SIDE", "TUNE"), help="one measurement, in this process, as JSON")
+    parser.add_argument(
+        "--measure", nargs=2, metavar=("SIDE", "TUNE"), help="one measurement, in this process, as JSON"
+    )
     options = parser.parse_args()
     options.rounds = options.rounds or 1  # the peak of the same work hardly varies
     options = common.start(options)
@@ -84,9 +91,20 @@ def main() -> int:
                 peaks[side].append(peak(options, side, tune))
         for side in options.sides:
             if side != "ours" and "ours" in peaks:
-                figures = {f"{s} MiB": round(statistics.median(peaks[p]) / common.MIB) for s, p in (("ours", "ours"), ("their", side))}
+                figures = {
+                    f"{s} MiB": round(statistics.median(peaks[p]) / common.MIB)
+                    for s, p in (("ours", "ours"), ("their", side))
+                }
                 batch_size = options.batch_size or BATCH_SIZES[options.size][tune]
-                rows.append({**common.ratio(peaks[side], peaks["ours"]), "side": side, "tuning": tune, "batch": batch_size, **figures})
+                rows.append(
+                    {
+                        **common.ratio(peaks[side], peaks["ours"]),
+                        "side": side,
+                        "tuning": tune,
+                        "batch": batch_size,
+                        **figures,
+                    }
+                )
     return common.report(options, rows, goals=MEMORY_GOAL)
 
 

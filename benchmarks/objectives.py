@@ -2,11 +2,13 @@
 """Which response format and objective classify best: the same training with each, over several seeds.
 
 python benchmarks/objectives.py --output benchmarks/results/objectives_digits.json
-python benchmarks/objectives.py --formats answer-only --output benchmarks/results/objectives_own.json -- --model MODEL --dataset DATA
+python benchmarks/objectives.py --formats answer-only --output benchmarks/results/objectives_own.json -- --model MODEL
+--dataset DATA
 
-Each combination is a run of train_vlm.py in a process of its own, with the flags behind `--` (default: --demo). Runs that are finished in
-the folder of a benchmark that was interrupted are not done again. Figures are those of the test split: mean over the seeds, and standard
-deviation of the accuracy; "free texts" is the share of texts that agree with the prediction though nothing constrains them.
+Each combination is a run of train_vlm.py in a process of its own, with the flags behind `--` (default: --demo). Runs
+that are finished in the folder of a benchmark that was interrupted are not done again. Figures are those of the test
+split: mean over the seeds, and standard deviation of the accuracy; "free texts" is the share of texts that agree with
+the prediction though nothing constrains them.
 """
 
 import argparse
@@ -46,7 +48,9 @@ def run(options: argparse.Namespace, flags: list[str], seed: int) -> dict[str, A
     folder = options.folder / folder_name(command)
     if not (folder / "results.json").is_file():
         script = [sys.executable, str(common.ROOT / "train_vlm.py")]
-        done = subprocess.run([*script, *command, "--overwrite", "--output-dir", str(folder)], capture_output=True, text=True)
+        done = subprocess.run(
+            [*script, *command, "--overwrite", "--output-dir", str(folder)], capture_output=True, text=True
+        )
         if done.returncode:
             raise SystemExit(f"{' '.join(flags)}, seed {seed}: the training failed\n{done.stderr[-2000:]}")
         print(f"{' '.join(flags)}, seed {seed}: done", file=sys.stderr, flush=True)
@@ -82,10 +86,18 @@ def row(flags: dict[str, str], found: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> int:
     parser = common.parser(__doc__)
     formats = tuple(LAYOUTS)
-    parser.add_argument("--formats", nargs="+", choices=formats, default=formats, metavar="FORMAT", help="(default: all three)")
+    parser.add_argument(
+        "--formats", nargs="+", choices=formats, default=formats, metavar="FORMAT", help="(default: all three)"
+    )
     parser.add_argument("--objectives", nargs="+", choices=(RESPONSE, POSTERIOR, BOTH), default=(RESPONSE, POSTERIOR, BOTH), metavar="NAME",
                         help="(default: response posterior both)")  # fmt: skip
-    parser.add_argument("--tunes", nargs="+", choices=tuple(TUNES), metavar="MODE", help=f"{', '.join(TUNES)} (default: that of the flags)")
+    parser.add_argument(
+        "--tunes",
+        nargs="+",
+        choices=tuple(TUNES),
+        metavar="MODE",
+        help=f"{', '.join(TUNES)} (default: that of the flags)",
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at the same time (default: 1)")
     parser.add_argument("--folder", type=Path, help="where the runs are kept (default: in --cache)")
@@ -98,11 +110,17 @@ def main() -> int:
     options.rounds = 1
     cases = [
         {"tuning": tune, "format": response_format, "objective": objective}
-        for tune, response_format, objective in itertools.product(options.tunes or [None], options.formats, options.objectives)
+        for tune, response_format, objective in itertools.product(
+            options.tunes or [None], options.formats, options.objectives
+        )
     ]
     cases = [{name: value for name, value in case.items() if value} for case in cases]
     with ThreadPoolExecutor(options.jobs) as pool:
-        runs = {(i, seed): pool.submit(run, options, as_flags(case), seed) for seed in options.seeds for i, case in enumerate(cases)}
+        runs = {
+            (i, seed): pool.submit(run, options, as_flags(case), seed)
+            for seed in options.seeds
+            for i, case in enumerate(cases)
+        }
         rows = [row(case, [runs[i, seed].result() for seed in options.seeds]) for i, case in enumerate(cases)]
     return common.report(options, rows)
 

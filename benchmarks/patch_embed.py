@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""Qwen2-VL's patch embedding: transformers' Conv3d against the same weights as a matrix product (`vlm/families/qwen2_vl.py`).
+"""Qwen2-VL's patch embedding: transformers' Conv3d against the same weights as a matrix product
+(`vlm/families/qwen2_vl.py`).
 
 python benchmarks/patch_embed.py --json patch_embed.json
 
-Both sides take turns in one process, on the same patches, at the size of the published models. In the same run the features, or in training
-the gradients of the weight, are compared with each other and with what float64 makes of the same numbers.
+Both sides take turns in one process, on the same patches, at the size of the published models. In the same run the
+features, or in training the gradients of the weight, are compared with each other and with what float64 makes of the
+same numbers.
 """
 
 import argparse
@@ -26,16 +28,25 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import PatchEmbed
 from vlm.families.qwen2_vl import PatchLinear
 
 WIDTH, PATCH = 1280, (3, 2, 14, 14)  # Qwen2-VL and Qwen2.5-VL of every size
-PATCHES = 196  # of a picture of 196 x 196 pixels: 49 picture tokens
-TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}  # largest error of the matrix product, relative, of the whole result
-CASES = [(dtype, pictures, train) for dtype in TOLERANCE for pictures, train in ((1, False), (8, False), (1, True))]
+PATCHES = 196  # of an image of 196 x 196 pixels: 49 image tokens
+TOLERANCE = {
+    torch.float32: 1e-6,
+    torch.bfloat16: 1e-2,
+}  # largest error of the matrix product, relative, of the whole result
+CASES = [(dtype, images, train) for dtype in TOLERANCE for images, train in ((1, False), (8, False), (1, True))]
 
 
 def main() -> int:
     """Print one line a case; exit code 1 where the matrix product is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each side, after one to warm up (default and least: 5)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute (default: a GPU if any)")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="turns of each side, after one to warm up (default and least: 5)"
+    )
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where to compute (default: a GPU if any)",
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
     arguments = parser.parse_args()
@@ -44,9 +55,15 @@ def main() -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
+    where = (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
+    )
     print(f"torch {torch.__version__}, {where}, medians of {arguments.rounds} rounds\n")
-    print("| Conv3d / Linear | Conv3d ms | Linear ms | pictures | what | number format | difference | error of Conv3d | of Linear |")
+    print(
+        "| Conv3d / Linear | Conv3d ms | Linear ms | images | what | number format | difference | error of Conv3d | of Linear |"
+    )
     print("|---:|---:|---:|---:|---|---|---:|---:|---:|")
     cases = []
     for case in CASES:
@@ -61,12 +78,12 @@ def main() -> int:
     return 1 if wrong else 0
 
 
-def compare(dtype: torch.dtype, pictures: int, train: bool, rounds: int, device: torch.device) -> dict[str, Any]:
+def compare(dtype: torch.dtype, images: int, train: bool, rounds: int, device: torch.device) -> dict[str, Any]:
     """Times and differences of one case. Both sides have the very same weight."""
     torch.manual_seed(0)
     embed = [PatchEmbed(PATCH[2], PATCH[1], PATCH[0], WIDTH).to(device, dtype) for _ in range(2)]
     embed[1].proj = PatchLinear(embed[0].proj)
-    patches = torch.randn(pictures * PATCHES, math.prod(PATCH), device=device, dtype=dtype)
+    patches = torch.randn(images * PATCHES, math.prod(PATCH), device=device, dtype=dtype)
     upstream = torch.randn(len(patches), WIDTH, device=device, dtype=dtype) if train else None
     seconds, results = [[], []], [None, None]
     for number in range(rounds + 1):
@@ -82,7 +99,7 @@ def compare(dtype: torch.dtype, pictures: int, train: bool, rounds: int, device:
         "ratio": conv3d / linear,
         "conv3d_ms": conv3d * 1000,
         "linear_ms": linear * 1000,
-        "pictures": pictures,
+        "images": images,
         "train": train,
         "dtype": str(dtype).removeprefix("torch."),
         "difference": relative(*results),
@@ -119,7 +136,7 @@ def _wait(device: torch.device) -> None:
 def line(case: dict[str, Any]) -> str:
     """One row of the table."""
     what = "forward and backward" if case["train"] else "forward"
-    times = f"| {case['ratio']:.1f} | {case['conv3d_ms']:.1f} | {case['linear_ms']:.1f} | {case['pictures']} | {what} | {case['dtype']} "
+    times = f"| {case['ratio']:.1f} | {case['conv3d_ms']:.1f} | {case['linear_ms']:.1f} | {case['images']} | {what} | {case['dtype']} "
     errors = f"| {case['difference']:.1e} | {case['conv3d_error']:.1e} | {case['linear_error']:.1e} |"
     return times + errors + ("" if case["agrees"] else " WRONG")
 

@@ -3,9 +3,9 @@
 
 python benchmarks/peak.py --output benchmarks/results/peak.json
 
-The peak is the best rate of large matrix products, measured between the steps. Floating-point operations are counted by torch's
-FlopCounterMode while the real step runs; its count of one decoder layer is checked against a count by hand in the same run. Attention is
-counted without regard to the mask.
+The peak is the best rate of large matrix products, measured between the steps. Floating-point operations are counted by
+torch's FlopCounterMode while the real step runs; its count of one decoder layer is checked against a count by hand in
+the same run. Attention is counted without regard to the mask.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from train_vs_trl import BATCH_SIZES
 
 from vlm.classifier.classifier import VLMClassifier
-from vlm.data.images import open_picture
+from vlm.data.images import open_image
 from vlm.data.splits import Sample
 
 SIDE = {"full": 3072, "quick": 2048, "tiny": 256}  # of the square matrices
@@ -33,7 +33,9 @@ def _attention(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None,
     return sdpa_flop_count(query, key, value)
 
 
-def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+def _attention_backward(
+    gradient: Any, query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any
+) -> int:
     return sdpa_backward_flop_count(gradient, query, key, value)
 
 
@@ -45,7 +47,8 @@ def count(work: Callable[[], Any]) -> int:
     """Floating-point operations of a call."""
     rules = {
         torch.ops.aten.addmm_: _add_product,
-        torch.ops.aten.addmm: _add_product,  # the counter's own rule fails on the form with a number format for the result
+        # the counter's own rule fails on the form with a number format for the result
+        torch.ops.aten.addmm: _add_product,
         ATTENTION: _attention,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     }
@@ -59,7 +62,9 @@ def check_counter(classifier: VLMClassifier, tokens: int = 96) -> dict[str, int]
     family, config = classifier.family, classifier.model.config.text_config
     heads, width = config.num_attention_heads, config.head_dim
     weights = sum(m.weight.numel() for m in family.language.layers[0].modules() if isinstance(m, torch.nn.Linear))
-    by_hand = 2 * tokens * weights + 2 * 2 * heads * tokens * tokens * width  # products; query times key, and those times value
+    by_hand = (
+        2 * tokens * weights + 2 * 2 * heads * tokens * tokens * width
+    )  # products; query times key, and those times value
     states = torch.randn(1, tokens, config.hidden_size)
     positions = torch.arange(tokens).unsqueeze(0)
     angles = family.language.rotary_emb(states, positions)
@@ -70,8 +75,10 @@ def check_counter(classifier: VLMClassifier, tokens: int = 96) -> dict[str, int]
 
 def main() -> int:
     parser = common.parser(__doc__)
-    parser.add_argument("--batch-size", type=int, metavar="N", help="pictures (default: 8; --quick: 2)")
-    parser.add_argument("--tune", nargs="+", choices=("lora", "connector", "full"), help="training modes (default: lora and connector)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="images (default: 8; --quick: 2)")
+    parser.add_argument(
+        "--tune", nargs="+", choices=("lora", "connector", "full"), help="training modes (default: lora and connector)"
+    )
     options = common.start(parser.parse_args())
     works, classifier = build_works(options)
     layer = check_counter(classifier)
@@ -101,14 +108,14 @@ def build_works(options: argparse.Namespace) -> tuple[dict[str, Callable[[], Any
     for tune in options.tune or (["lora"] if options.size != "full" else ["lora", "connector"]):
         works[f"train, {tune}"] = workload.OurTraining(options, tune, batch_size, cached=True).step
     classifier = workload.classifier(options, classes=15)
-    files = workload.picture_files(options, batch_size)
-    batch = classifier.collate(with_response=False)([Sample(open_picture(file), 0, str(file)) for file in files])
+    files = workload.image_files(options, batch_size)
+    batch = classifier.collate(with_response=False)([Sample(open_image(file), 0, str(file)) for file in files])
 
     @torch.no_grad()
     def score() -> None:
         classifier.search(classifier.read(batch))
 
-    return works | {"score new pictures, 15 classes": score}, classifier
+    return works | {"score new images, 15 classes": score}, classifier
 
 
 if __name__ == "__main__":

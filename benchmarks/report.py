@@ -3,8 +3,8 @@
 
 python benchmarks/report.py [FOLDER] [--document FILE.md...]
 
-A table stands between `<!-- NAME -->` and `<!-- end NAME -->`, with the command and the machine below it. The rest of the page is left
-alone.
+A table stands between `<!-- NAME -->` and `<!-- end NAME -->`, with the command and the machine below it. The rest of
+the page is left alone.
 """
 
 import argparse
@@ -16,7 +16,11 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 DOCUMENTS = [HERE.parent / "docs" / name for name in ("performance.md", "objectives.md")]
-SIZES = {"full": "the true shape", "quick": "a sixth of the model (--quick)", "tiny": "a model without meaning (--tiny)"}
+SIZES = {
+    "full": "the true shape",
+    "quick": "a sixth of the model (--quick)",
+    "tiny": "a model without meaning (--tiny)",
+}
 
 
 def cell(value: Any) -> str:
@@ -37,11 +41,16 @@ def section(result: dict[str, Any]) -> str:
     """Table, command and machine of one benchmark."""
     rows, where = result["rows"], result["machine"]
     names = list(rows[0])
-    lines = ["| " + " | ".join(names) + " |", "|" + "|".join(" ---: " if _numeric(rows, n) else " --- " for n in names) + "|"]
+    lines = [
+        "| " + " | ".join(names) + " |",
+        "|" + "|".join(" ---: " if _numeric(rows, n) else " --- " for n in names) + "|",
+    ]
     lines += ["| " + " | ".join(cell(row[name]) for name in names) + " |" for row in rows]
     chips = ", ".join(where[name] for name in ("gpu", "cpu") if name in where)
     machine = f"{chips}, {where['cores']} cores, {where['threads']} threads, load average {where['load']} at the end"
-    versions = f"torch {where['torch']}, transformers {where['transformers']}" + (f", TRL {result['trl']}" if "trl" in result else "")
+    versions = f"torch {where['torch']}, transformers {where['transformers']}" + (
+        f", TRL {result['trl']}" if "trl" in result else ""
+    )
     what = figures(rows, result["rounds"])
     what = what if "seeds" in names else f"{SIZES[result['size']]}; {what}"  # seeds: of a model that the flags name
     lines += ["", f"`{result['command']}`", f"{what}; {machine}; {versions}."]
@@ -54,7 +63,7 @@ def _numeric(rows: list[dict[str, Any]], name: str) -> bool:
 
 
 def fill(page: str, results: dict[str, dict[str, Any]]) -> tuple[str, set[str]]:
-    """The page with the tables anew that it has places for, and which these are."""
+    """The page with the tables again that it has places for, and which these are."""
     filled = set()
     for name, result in results.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
@@ -66,10 +75,18 @@ def fill(page: str, results: dict[str, dict[str, Any]]) -> tuple[str, set[str]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, default=HERE / "results", help="with the JSON files (default: benchmarks/results)")
+    parser.add_argument(
+        "folder",
+        nargs="?",
+        type=Path,
+        default=HERE / "results",
+        help="with the JSON files (default: benchmarks/results)",
+    )
     parser.add_argument("--document", type=Path, nargs="+", help="(default: docs/performance.md docs/objectives.md)")
     options = parser.parse_args()
-    results = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(options.folder.glob("*.json"))}
+    results = {
+        file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(options.folder.glob("*.json"))
+    }
     if not results:
         parser.error(f"no .json files in {options.folder}: run the benchmarks with --output first")
     placed: set[str] = set()

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""From pictures to pixels: transformers' image processors against PIL and torch alone (`vlm/families/images/resizing.py`).
+"""From images to pixels: transformers' image processors against PIL and torch alone
+(`vlm/families/images/resizing.py`).
 
 python benchmarks/resize.py --output resize.json
 
-Both sides take turns in one process, on the same pictures of noise, one at a time, with the settings of a training run. In the same run
-the largest difference of a pixel is compared with what the program tolerates.
+Both sides take turns in one process, on the same images of noise, one at a time, with the settings of a training run.
+In the same run the largest difference of a pixel is compared with what the program tolerates.
 """
 
 import argparse
@@ -32,7 +33,9 @@ LONGEST = (64, 512, 1024, 3000)  # pixels; three quarters of it in the other dir
 
 
 def _smolvlm(edge: int) -> Idefics3ImageProcessorPil:
-    return Idefics3ImageProcessorPil(size={"longest_edge": edge}, max_image_size={"longest_edge": edge}, do_image_splitting=False)
+    return Idefics3ImageProcessorPil(
+        size={"longest_edge": edge}, max_image_size={"longest_edge": edge}, do_image_splitting=False
+    )
 
 
 def _qwen() -> Qwen2VLImageProcessorPil:
@@ -50,7 +53,9 @@ SIDES = [
 def main() -> int:
     """Print one line a case; exit code 1 where the pixels differ."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9, help="turns of each side, after one to warm up (default: 9, least: 5)")
+    parser.add_argument(
+        "--rounds", type=int, default=9, help="turns of each side, after one to warm up (default: 9, least: 5)"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the numbers there too, as JSON")
     arguments = parser.parse_args()
     if arguments.rounds < 5:
@@ -58,7 +63,7 @@ def main() -> int:
     torch.set_num_threads(1)  # as in a loader process
     versions = {module.__name__: module.__version__ for module in (torch, transformers, PIL)}
     print(f"{versions}, CPU ({platform.machine()}), 1 thread, medians of {arguments.rounds} rounds\n")
-    print("| processor / ours | processor ms | ours ms | model | picture | difference |\n|---:|---:|---:|---|---|---:|")
+    print("| processor / ours | processor ms | ours ms | model | image | difference |\n|---:|---:|---:|---|---|---:|")
     cases = []
     for side in SIDES:
         for longest in LONGEST:
@@ -73,15 +78,15 @@ def main() -> int:
     return 1 if wrong else 0
 
 
-def compare(name: str, images: Any, ours: Any, processor: Any, longest: int, rounds: int) -> dict[str, Any]:
+def compare(name: str, image_processor: Any, ours: Any, processor: Any, longest: int, rounds: int) -> dict[str, Any]:
     """Times and differences of one case."""
     noise = np.random.default_rng(0).integers(0, 256, (longest * 3 // 4, longest, 3), dtype=np.uint8)
-    pictures = [Image.fromarray(noise)]
+    images = [Image.fromarray(noise)]
     seconds, results = {ours: [], processor: []}, {}
     for number in range(rounds + 1):
         for encode in seconds:
             start = time.perf_counter()
-            results[encode] = encode(images, pictures)
+            results[encode] = encode(image_processor, images)
             if number:  # the first is to warm up
                 seconds[encode].append(time.perf_counter() - start)
     medians = {encode: statistics.median(times) * 1000 for encode, times in seconds.items()}
@@ -91,7 +96,7 @@ def compare(name: str, images: Any, ours: Any, processor: Any, longest: int, rou
         "processor_ms": medians[processor],
         "ours_ms": medians[ours],
         "model": name,
-        "picture": f"{longest} x {longest * 3 // 4}",
+        "image": f"{longest} x {longest * 3 // 4}",
         "difference": difference,
         "agrees": difference <= TOLERANCE,
     }
@@ -100,7 +105,11 @@ def compare(name: str, images: Any, ours: Any, processor: Any, longest: int, rou
 def line(case: dict[str, Any]) -> str:
     """One row of the table."""
     times = f"| {case['ratio']:.1f} | {case['processor_ms']:.1f} | {case['ours_ms']:.1f} "
-    return times + f"| {case['model']} | {case['picture']} | {case['difference']:.1e} |" + ("" if case["agrees"] else " WRONG")
+    return (
+        times
+        + f"| {case['model']} | {case['image']} | {case['difference']:.1e} |"
+        + ("" if case["agrees"] else " WRONG")
+    )
 
 
 if __name__ == "__main__":

@@ -32,7 +32,9 @@ def run(arguments: list[str]) -> None:
 def main() -> int:
     options = common.start(common.parser(__doc__).parse_args())
     warm_up = 0 if options.size == "tiny" else 1
-    seconds = common.take_turns({name: (lambda a=arguments: run(a)) for name, arguments in COMMANDS.items()}, options.rounds, warm_up)
+    seconds = common.take_turns(
+        {name: (lambda a=arguments: run(a)) for name, arguments in COMMANDS.items()}, options.rounds, warm_up
+    )
     heavy = seconds["import torch, transformers"]
     rows = [
         {**common.ratio(heavy, times), "command": name, "seconds": statistics.median(times), "slowest": max(times)}

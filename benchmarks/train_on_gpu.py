@@ -1,24 +1,28 @@
 #!/usr/bin/env python3
-"""One training step of this program against one of TRL's SFTTrainer on a GPU, in bfloat16: speed, use of the chip, memory.
+"""One training step of this program against one of TRL's SFTTrainer on a GPU, in bfloat16: speed, use of the chip,
+memory.
 
 python benchmarks/train_on_gpu.py --output benchmarks/results/train_on_gpu.json
 
-Both sides as in train_vs_trl.py: the same weights, pictures, texts, trained parameters, batch size and fused AdamW, in turns inside TRL's
-own loop. A turn is one step that is not measured, then `--steps` that are, with the GPU waited for before and after these. Features of a
-frozen vision tower are cached on our side. As many loader processes prepare pictures on both sides. These go on while the other side has
-its turn, so that batches lie ready, and neither side pays for a slow loader.
+Both sides as in train_vs_trl.py: the same weights, images, texts, trained parameters, batch size and fused AdamW, in
+turns inside TRL's own loop. A turn is one step that is not measured, then `--steps` that are, with the GPU waited for
+before and after these. Features of a frozen vision encoder are cached on our side. As many loader processes prepare
+images on both sides. These go on while the other side has its turn, so that batches lie ready, and neither side pays
+for a slow loader.
 
-MFU is the share of `--peak-tflops` that a side uses: the operations of its own step, counted by torch's FlopCounterMode, over its
-seconds. Attention is counted without regard to the mask, and what kernels compute twice (attention's scores, TRL's logits) counts twice.
-Our step takes fewer operations for the same gradients: its MFU says how busy the chip is, and not how fast the training. That is what
-"plain MFU" says: the operations of TRL's step, which runs every row whole, over our seconds. It counts work that was left out as if it had
-been done, so it is no use of the chip, and may be above 1; a plain trainer would need that MFU to be as fast. TRL's operations are those of
-one picture times the batch, since all rows are equally long.
+MFU is the share of `--peak-tflops` that a side uses: the operations of its own step, counted by torch's
+FlopCounterMode, over its seconds. Attention is counted without regard to the mask, and what kernels compute twice
+(attention's scores, TRL's logits) counts twice. Our step takes fewer operations for the same gradients: its MFU says
+how busy the chip is, and not how fast the training. That is what "plain MFU" says: the operations of TRL's step, which
+runs every row whole, over our seconds. It counts work that was left out as if it had been done, so it is no use of the
+chip, and may be above 1; a plain trainer would need that MFU to be as fast. TRL's operations are those of one image
+times the batch, since all rows are equally long.
 
-"GiB" is the most that a side's own tensors took at once. A side that runs out of memory, beside what the other one keeps between its turns,
-is named in its row, and the other one is measured alone. Loss and gradients of one batch are compared without dropout. In bfloat16, where
-each product is rounded to 8 bits (0.4%), the loss has to agree within 0.2%, and the norm of the difference of all gradients has to be
-within 5% of theirs: on a CPU, 30 narrow layers came to 0.002% and 0.9%, and 5 of the true width to 0.01% and 0.8%.
+"GiB" is the most that a side's own tensors took at once. A side that runs out of memory, beside what the other one
+keeps between its turns, is named in its row, and the other one is measured alone. Loss and gradients of one batch are
+compared without dropout. In bfloat16, where each product is rounded to 8 bits (0.4%), the loss has to agree within
+0.2%, and the norm of the difference of all gradients has to be within 5% of theirs: on a CPU, 30 narrow layers came to
+0.002% and 0.9%, and 5 of the true width to 0.01% and 0.8%.
 """
 
 import argparse
@@ -99,7 +103,9 @@ class Case:
         import trl_side
 
         o = self.options
-        trainer = trl_side.build_trainer(o, *workload.given(o, o.tune, o.batch_size), steps_of_turns(o), self.turns.after_step)
+        trainer = trl_side.build_trainer(
+            o, *workload.given(o, o.tune, o.batch_size), steps_of_turns(o), self.turns.after_step
+        )
         self.operations["TRL"] = o.batch_size * count(lambda: trl_side.forward_and_backward(trainer, [0]))
         examined = self.attempt("ours", self.ours.examine) if self.ours else None
         if examined:
@@ -136,7 +142,7 @@ class Case:
             "model": o.shape,
             "tuning": o.tune,
             "batch": o.batch_size,
-            **figures("pictures/s", lambda side: o.batch_size / step[side]),
+            **figures("images/s", lambda side: o.batch_size / step[side]),
             **figures("s", step.get),
             **figures("MFU", lambda side: self.operations[side] / step[side] / peak),
             "ours plain MFU": plain,
@@ -169,8 +175,14 @@ def steps_of_turns(options: argparse.Namespace) -> int:
 
 def measure(options: argparse.Namespace, shape: str, batch_size: int) -> dict[str, Any]:
     """One row of the table."""
-    steps = 2 * steps_of_turns(options) + 4  # twice those of ours, should it be measured alone in the end; some to count and compare
-    more = {"shape": shape, "batch_size": batch_size, "repeats": math.ceil(steps * batch_size / workload.pictures_for(batch_size))}
+    steps = (
+        2 * steps_of_turns(options) + 4
+    )  # twice those of ours, should it be measured alone in the end; some to count and compare
+    more = {
+        "shape": shape,
+        "batch_size": batch_size,
+        "repeats": math.ceil(steps * batch_size / workload.images_for(batch_size)),
+    }
     case = Case(argparse.Namespace(**{**vars(options), **more}))
     return case.row(case.measure())
 
@@ -180,17 +192,26 @@ def parse() -> argparse.Namespace:
     parser = common.parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=tuple(shapes.PUBLISHED), default=("256M", "2.2B"), metavar="SIZE",
                         help=f"SmolVLM of {', '.join(shapes.PUBLISHED)} parameters (default: 256M 2.2B)")  # fmt: skip
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=(8, 32, 128), metavar="N", help="of a step (default: 8 32 128)")
+    parser.add_argument(
+        "--batch-sizes", nargs="+", type=int, default=(8, 32, 128), metavar="N", help="of a step (default: 8 32 128)"
+    )
     parser.add_argument("--tune", choices=tuple(GOALS), default="lora", help="what is trained (default: lora)")
-    parser.add_argument("--steps", type=int, default=4, metavar="N", help="measured steps of a turn, behind one to warm up (default: 4)")
-    parser.add_argument("--workers", type=int, metavar="N", help="loader processes of each side (default: the program's, at most 8)")
+    parser.add_argument(
+        "--steps", type=int, default=4, metavar="N", help="measured steps of a turn, behind one to warm up (default: 4)"
+    )
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="loader processes of each side (default: the program's, at most 8)"
+    )
     parser.add_argument("--peak-tflops", type=float, default=H100_TFLOPS, metavar="X",
                         help="dense bfloat16 TFLOP/s of the GPU's data sheet (default: 989, H100 SXM)")  # fmt: skip
     options = parser.parse_args()
     found = torch.cuda.device_count()
     if options.size != "tiny" and found != 1:
         what = f"{found} GPUs, of which TRL would take all" if found else "no CUDA GPU"
-        parser.exit(2, f"train_on_gpu.py: this PyTorch finds {what}. Expected one (CUDA_VISIBLE_DEVICES=0 chooses), or --tiny.\n")
+        parser.exit(
+            2,
+            f"train_on_gpu.py: this PyTorch finds {what}. Expected one (CUDA_VISIBLE_DEVICES=0 chooses), or --tiny.\n",
+        )
     if importlib.util.find_spec("trl") is None:
         parser.exit(2, "trl is not installed: pip install -r requirements-bench.txt -c constraints.txt\n")
     options = common.start(options)
@@ -210,7 +231,9 @@ def main() -> int:
             print(f"{shape}, batch {batch_size}: {rows[-1]['ratio']}", file=sys.stderr, flush=True)
     tolerances = dict(zip(("loss", "gradients"), TOLERANCES[options.dtype], strict=True))
     agree = all(row["agrees"] is not False for row in rows)
-    return common.report(options, rows, agree, trl=version("trl"), peak_tflops=options.peak_tflops, tolerances=tolerances)
+    return common.report(
+        options, rows, agree, trl=version("trl"), peak_tflops=options.peak_tflops, tolerances=tolerances
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""One training step of this program against the plain one: transformers' forward over whole rows with `labels`, and the same optimizer.
+"""One training step of this program against the plain one: transformers' forward over whole rows with `labels`, and the
+same optimizer.
 
 python benchmarks/train_vs_plain.py --output benchmarks/results/train_vs_plain.json
 
-The plain side is what a short script of one's own does: pictures and texts through the processor, `model(**batch).loss`, backward,
-clipping, fused AdamW. Frozen parts are frozen on both sides. Both take turns; loss and gradients of one batch are compared first, without
-dropout.
+The plain side is what a short script of one's own does: images and texts through the processor, `model(**batch).loss`,
+backward, clipping, fused AdamW. Frozen parts are frozen on both sides. Both take turns; loss and gradients of one batch
+are compared first, without dropout.
 """
 
 import argparse
@@ -35,7 +36,9 @@ class PlainTraining:
         prepare_tuning(self.family, settings)
         self.model, self.clip = self.family.model.train(), settings.max_grad_norm
         parameters = list(trained_parameters(self.model).values())
-        self.optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+        )
 
     def step(self, rendered: Rendered, samples: list[Sample]) -> None:
         self._loss(rendered, samples).backward()
@@ -47,7 +50,8 @@ class PlainTraining:
         return self.model(**plain_batch(self.family, rendered, samples), use_cache=False).loss
 
     def compare(self, ours: workload.OurTraining) -> dict[str, float]:
-        """How far loss and gradients of one batch are from those of ours, relative, with the same trained parameters."""
+        """How far loss and gradients of one batch are from those of ours, relative, with the same trained
+        parameters."""
         source = dict(ours.classifier.model.named_parameters())
         with torch.no_grad():
             for name, parameter in trained_parameters(self.model).items():
@@ -62,7 +66,9 @@ class PlainTraining:
         return {"loss": abs(loss.item() - our_loss) / our_loss, "gradients": difference}
 
 
-def plain_batch(family: Any, rendered: Rendered, samples: list[Sample], with_response: bool = True) -> dict[str, Tensor]:
+def plain_batch(
+    family: Any, rendered: Rendered, samples: list[Sample], with_response: bool = True
+) -> dict[str, Tensor]:
     """What transformers' forward takes, from the tokens that this program makes of the same samples."""
     made = vlm_collate_fn(samples, family, rendered, with_response)
     length = int(made["lengths"].max())  # without responses, the rows have the beginning of one behind it
@@ -72,7 +78,7 @@ def plain_batch(family: Any, rendered: Rendered, samples: list[Sample], with_res
     batch = {
         "input_ids": torch.cat([prefix, rows], dim=1),
         "attention_mask": torch.cat([torch.ones_like(prefix), (places < made["lengths"].unsqueeze(1)).long()], dim=1),
-        **{name: tensor.unsqueeze(1) for name, tensor in made["pixels"].items()},  # one tile a picture
+        **{name: tensor.unsqueeze(1) for name, tensor in made["pixels"].items()},  # one tile an image
     }
     if with_response:
         batch["labels"] = torch.cat([torch.full_like(prefix, IGNORED), made["targets"]], dim=1)

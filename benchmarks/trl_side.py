@@ -1,8 +1,10 @@
-"""The other side of the benchmarks against TRL: its SFTTrainer on the same model, pictures, responses and trained parameters.
+"""The other side of the benchmarks against TRL: its SFTTrainer on the same model, images, responses and trained
+parameters.
 
-Set up as its documentation says for vision-language models (conversational prompt and completion with images, loss on the completion), then
-tuned for the machine: no gradient checkpointing, SDPA, fused AdamW, one tile a picture, the faster PIL picture processing, no truncation,
-nothing logged. On the CPU float32; on a GPU `bf16=True`, pinned memory, and as many loader processes as ours has.
+Set up as its documentation says for vision-language models (conversational prompt and completion with images, loss on
+the completion), then tuned for the machine: no gradient checkpointing, SDPA, fused AdamW, one tile an image, the faster
+PIL image processing, no truncation, nothing logged. On the CPU float32; on a GPU `bf16=True`, pinned memory, and as
+many loader processes as ours has.
 """
 
 import argparse
@@ -53,16 +55,23 @@ def conversations(split: Split, prompts: Prompts) -> Dataset:
 
 
 def build_trainer(
-    options: argparse.Namespace, settings: Settings, split: Split, prompts: Prompts, steps: int, after_step: Callable[[], None]
+    options: argparse.Namespace,
+    settings: Settings,
+    split: Split,
+    prompts: Prompts,
+    steps: int,
+    after_step: Callable[[], None],
 ) -> SFTTrainer:
     """A trainer for so many steps of the same work. The settings are those of the program's own run.
 
-    What is trained is float32, as on our side. What is frozen has the number format of ours, too: TRL's own default, float32, would take
-    more memory and be cast in each step.
+    What is trained is float32, as on our side. What is frozen has the number format of ours, too: TRL's own default,
+    float32, would take more memory and be cast in each step.
     """
     family = workload.load(options)  # its processor: one tile, PIL
     frozen = torch.float32 if settings.tune == "full" else DTYPES[options.dtype]
-    model = AutoModelForImageTextToText.from_pretrained(workload.model_folder(options), dtype=frozen, attn_implementation="sdpa")
+    model = AutoModelForImageTextToText.from_pretrained(
+        workload.model_folder(options), dtype=frozen, attn_implementation="sdpa"
+    )
     lora = None
     if settings.tune == "lora":
         lora = LoraConfig(
@@ -117,10 +126,13 @@ def copy_weights(trainer: SFTTrainer, ours: workload.OurTraining) -> None:
 
 
 def forward_and_backward(trainer: SFTTrainer, indices: list[int]) -> Tensor:
-    """Loss and gradients of one optimizer step without dropout, in batches as a step computes them. Returns the loss."""
+    """Loss and gradients of one optimizer step without dropout, in batches as a step computes them. Returns the
+    loss."""
     size = trainer.args.per_device_train_batch_size
     parts = [indices[start : start + size] for start in range(0, len(indices), size)]
-    inputs = [trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in part])) for part in parts]
+    inputs = [
+        trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in part])) for part in parts
+    ]
     tokens = sum((part["labels"] != IGNORED).sum() for part in inputs)
     trainer.model.train()
     total = torch.zeros((), device=tokens.device)

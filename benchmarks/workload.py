@@ -1,9 +1,10 @@
-"""What is measured: a model in SmolVLM's true shape with random weights, pictures of noise, texts of the usual length.
+"""What is measured: a model in SmolVLM's true shape with random weights, images of noise, texts of the usual length.
 
-`options` says which: the shape (SmolVLM-256M's unless a benchmark asks for another), its size, device and number format.
+`options` says which: the shape (SmolVLM-256M's unless a benchmark asks for another), its size, device and number
+format.
 
-The system text has about 450 tokens, a response 43. The tokenizer is trained on the spot and knows few words; embeddings and head have
-the published number of rows all the same, so that every product has its true size.
+The system text has about 450 tokens, a response 43. The tokenizer is trained on the spot and knows few words;
+embeddings and head have the published number of rows all the same, so that every product has its true size.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from vlm.data.splits import Sample, Split, load_data
 from vlm.families import load_family
 from vlm.families.base import Family
 from vlm.families.demo import CHAT_TEMPLATE, build_model, build_processor
-from vlm.families.encoded import TOWER_FEATURES
+from vlm.families.encoded import ENCODER_FEATURES
 from vlm.families.features import open_cache
 from vlm.machine.device import DTYPES
 from vlm.training.loop import Trainer
@@ -47,12 +48,14 @@ ADJECTIVES = ["rough", "smooth", "dark", "bright", "old", "young", "steep", "fla
 NOUNS = ["crater", "dune", "ridge", "slope", "plain", "cliff", "gully", "mound", "valley", "terrace"]
 DESCRIPTION = "a wide piece of {} terrain with marks of running water"
 RULES = (
-    "Look at the whole picture before you decide. Light comes from one side, so that every height has a shadow. Size says little about the "
-    "kind, since pictures were taken from different heights. Where two kinds are in one picture, the larger one counts. "
+    "Look at the whole image before you decide. Light comes from one side, so that every height has a shadow. Size says little about the "
+    "kind, since images were taken from different heights. Where two kinds are in one image, the larger one counts. "
 )
-# The layout of SmolVLM-Instruct without the line break after the last turn: TRL would train that token too, and this program does not.
+# The layout of SmolVLM-Instruct without the line break after the last turn: TRL would train that token too, and this
+# program does not.
 TEMPLATE = CHAT_TEMPLATE.replace(
-    "<end_of_utterance>\n{% endfor %}", "<end_of_utterance>{% if not loop.last or add_generation_prompt %}{{ '\n' }}{% endif %}{% endfor %}"
+    "<end_of_utterance>\n{% endfor %}",
+    "<end_of_utterance>{% if not loop.last or add_generation_prompt %}{{ '\n' }}{% endif %}{% endfor %}",
 )
 
 
@@ -72,18 +75,23 @@ def prompts(size: str, classes: int, tokens: int | None = None, question_first: 
     """The conversation about so many classes. The class list stays out, so that the prefix does not grow with it."""
     names = class_names(classes)
     rendered = build_prompts(Settings(system_instructions=system_text(size, tokens)), names)
-    responses = [r.replace(f"features of {name}", DESCRIPTION.format(name)) for r, name in zip(rendered.responses, names, strict=True)]
+    responses = [
+        r.replace(f"features of {name}", DESCRIPTION.format(name))
+        for r, name in zip(rendered.responses, names, strict=True)
+    ]
     return replace(rendered, responses=tuple(responses), question_first=question_first)
 
 
 def kept(options: argparse.Namespace, name: str) -> Path:
-    """A place in the cache folder that is another one after each change of the files from which all follows that is kept there."""
+    """A place in the cache folder that is another one after each change of the files from which all follows that is
+    kept there."""
     sources = b"".join(Path(file).read_bytes() for file in (__file__, shapes.__file__))
     return options.cache / f"{hashlib.sha256(sources).hexdigest()[:8]}_{name}"
 
 
 def model_folder(options: argparse.Namespace) -> Path:
-    """The model as on the hub, in the cache folder; built where it is not there yet. The same seed gives the same weights."""
+    """The model as on the hub, in the cache folder; built where it is not there yet. The same seed gives the same
+    weights."""
     folder = kept(options, f"model_{options.shape}_{options.size}_{options.dtype}")
     if (folder / "config.json").is_file():
         return folder
@@ -97,34 +105,37 @@ def model_folder(options: argparse.Namespace) -> Path:
 def build(folder: Path, shape: shapes.Shape, dtype: torch.dtype = torch.float32) -> None:
     """Write a model of this shape, and a processor of its own."""
     said = prompts("full", 100)
-    processor = build_processor(shape.picture, shape.patch, shape.scale, corpus=[said.system, said.question, *said.responses])
+    processor = build_processor(
+        shape.image, shape.patch, shape.scale, corpus=[said.system, said.question, *said.responses]
+    )
     processor.chat_template = TEMPLATE
     torch.manual_seed(0)
-    model = build_model(processor, shape.vision, shape.text, shape.picture, shape.patch, shape.scale)
+    model = build_model(processor, shape.vision, shape.text, shape.image, shape.patch, shape.scale)
     with torch.no_grad():
-        # The padding token, which the conversation begins with, starts as zeros. They stay zeros through all layers, and the gradient of a
-        # norm at zero, over 300 each time, is no number any more after 20 of them.
+        # The padding token, which the conversation begins with, starts as zeros. They stay zeros through all layers,
+        # and the gradient of a norm at zero, over 300 each time, is no number any more after 20 of them.
         words = model.get_input_embeddings().weight
         words[words.abs().sum(1) == 0] = words.std()
     model.to(dtype).save_pretrained(folder)
     processor.save_pretrained(folder)
 
 
-def load(options: argparse.Namespace, **pictures: Any) -> Family:
-    """The model and its processor, in the number format and on the device that are measured. pictures: picture options of the family."""
-    return load_family(model_folder(options), DTYPES[options.dtype], torch.device(options.device), pictures)
+def load(options: argparse.Namespace, **images: Any) -> Family:
+    """The model and its processor, in the number format and on the device that are measured. images: image options of
+    the family."""
+    return load_family(model_folder(options), DTYPES[options.dtype], torch.device(options.device), images)
 
 
 def noise(number: int, size: int) -> Image.Image:
-    """A picture of noise, different for each number."""
+    """An image of noise, different for each number."""
     pixels = torch.randint(0, 256, (size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
     return Image.fromarray(pixels.numpy())
 
 
-def picture_files(options: argparse.Namespace, count: int) -> list[Path]:
-    """So many picture files in the cache folder."""
-    edge = shapes.shape(options.shape, options.size).picture
-    folder = options.cache / f"pictures_{edge}"
+def image_files(options: argparse.Namespace, count: int) -> list[Path]:
+    """So many image files in the cache folder."""
+    edge = shapes.shape(options.shape, options.size).image
+    folder = options.cache / f"images_{edge}"
     folder.mkdir(exist_ok=True)
     files = [folder / f"{i:04}.png" for i in range(count)]
     for i, file in enumerate(files):
@@ -133,14 +144,15 @@ def picture_files(options: argparse.Namespace, count: int) -> list[Path]:
     return files
 
 
-def picture_folder(options: argparse.Namespace, pictures: int, classes: int) -> Path:
-    """A data set as `train_vlm.py` takes it: so many pictures in train, one a class in validation and test, which are the same ones."""
-    folder = kept(options, f"data_{options.shape}_{options.size}_{pictures}_{classes}")
+def image_folder(options: argparse.Namespace, images: int, classes: int) -> Path:
+    """A dataset as `train_vlm.py` takes it: so many images in train, one a class in validation and test, which are the
+    same ones."""
+    folder = kept(options, f"data_{options.shape}_{options.size}_{images}_{classes}")
     if folder.is_dir():
         return folder
     new = folder.with_name(f"{folder.name}.new")
     shutil.rmtree(new, ignore_errors=True)
-    for i, file in enumerate(picture_files(options, pictures)):
+    for i, file in enumerate(image_files(options, images)):
         for split in ("train", "validation", "test") if i < classes else ("train",):
             place = new / split / class_names(classes)[i % classes]
             place.mkdir(parents=True, exist_ok=True)
@@ -152,19 +164,22 @@ def picture_folder(options: argparse.Namespace, pictures: int, classes: int) -> 
 # Training, as the program does it
 
 
-def pictures_for(batch_size: int) -> int:
-    """How many different pictures are trained on, by those of a step."""
+def images_for(batch_size: int) -> int:
+    """How many different images are trained on, by those of a step."""
     return max(2 * batch_size, 10)
 
 
 def settings(options: argparse.Namespace, tune: str, batch_size: int, cached: bool, **more: Any) -> dict[str, Any]:
-    """The flags of the training run that is measured, by field name of `Settings`. The objective is the one that other programs have."""
-    pictures = batch_size * more.get("gradient_accumulation_steps", 1)
+    """The flags of the training run that is measured, by field name of `Settings`. The objective is the one that other
+    programs have."""
+    images = batch_size * more.get("gradient_accumulation_steps", 1)
     descriptions = kept(options, "descriptions.json")
     if not descriptions.is_file():
-        descriptions.write_text(json.dumps({name: DESCRIPTION.format(name) for name in class_names(10)}), encoding="utf-8")
+        descriptions.write_text(
+            json.dumps({name: DESCRIPTION.format(name) for name in class_names(10)}), encoding="utf-8"
+        )
     return {
-        "model": str(model_folder(options)), "dataset": str(picture_folder(options, pictures_for(pictures), 10)), "tune": tune,
+        "model": str(model_folder(options)), "dataset": str(image_folder(options, images_for(images), 10)), "tune": tune,
         "epochs": 1000, "objective": RESPONSE,
         "system_instructions": system_text(options.size), "class_descriptions": str(descriptions),
         "batch_size": batch_size, "gradient_accumulation_steps": 1, "no_feature_cache": not cached,
@@ -174,7 +189,7 @@ def settings(options: argparse.Namespace, tune: str, batch_size: int, cached: bo
 
 
 def given(options: argparse.Namespace, tune: str, batch_size: int) -> tuple[Settings, Split, Prompts]:
-    """What another side is given: settings, training pictures and texts, with nothing of ours loaded."""
+    """What another side is given: settings, training images and texts, with nothing of ours loaded."""
     chosen = resolve(settings(options, tune, batch_size, cached=False))
     with contextlib.redirect_stderr(io.StringIO()):
         data = load_data(chosen)
@@ -182,7 +197,7 @@ def given(options: argparse.Namespace, tune: str, batch_size: int) -> tuple[Sett
 
 
 def repeated(options: argparse.Namespace, count: int) -> list[int]:
-    """The numbers of so many pictures, as often as an epoch has each of them.
+    """The numbers of so many images, as often as an epoch has each of them.
 
     With loader processes, an epoch should be longer than what is measured: its first steps wait for them.
     """
@@ -193,7 +208,7 @@ class OurTraining:
     """The program's own set-up and loop (`fit` without evaluation and saving), one optimizer step at a time.
 
     Args:
-        cached: whether the features of a frozen vision tower are kept.
+        cached: whether the features of a frozen vision encoder are kept.
         more: further settings, by field name.
     """
 
@@ -210,24 +225,26 @@ class OurTraining:
 
     def _all_steps(self) -> Iterator[tuple[Step, Iterator[dict[str, Any]]]]:
         for epoch in range(self.run.settings.epochs):
-            plan = [step for step in self.trainer._plan(epoch) if len(step.indices) == self.trainer._pictures_per_step()]
+            plan = [step for step in self.trainer._plan(epoch) if len(step.indices) == self.trainer._images_per_step()]
             batches = self.trainer._batches(plan)
             for step in plan:
                 yield step, batches
 
     def step(self) -> list[int]:
-        """One optimizer step with its pictures; returns which ones."""
+        """One optimizer step with its images; returns which ones."""
         step, batches = next(self._steps)
         self.loss = self.trainer._step(step, batches)  # looking at it here would make a GPU wait
         self.trainer.progress.step += 1
         return step.indices
 
     def examine(self) -> tuple[list[int], float, dict[str, Tensor]]:
-        """A step without its update, clipping and dropout: which pictures, the loss, the gradients by name."""
+        """A step without its update, clipping and dropout: which images, the loss, the gradients by name."""
         gradients: dict[str, Tensor] = {}
 
         def keep() -> None:
-            gradients.update({n: p.grad.clone() for n, p in trained_parameters(self.classifier.model).items() if p.grad is not None})
+            gradients.update(
+                {n: p.grad.clone() for n, p in trained_parameters(self.classifier.model).items() if p.grad is not None}
+            )
 
         clip, self.run.settings.max_grad_norm = self.run.settings.max_grad_norm, 0.0
         self.run.optimizer.step = keep
@@ -244,7 +261,8 @@ class OurTraining:
 
 
 def start_adapters(classifier: VLMClassifier) -> None:
-    """Random values where LoRA starts with zeros, as after some steps; else half of the gradients would be zero, and agree."""
+    """Random values where LoRA starts with zeros, as after some steps; else half of the gradients would be zero, and
+    agree."""
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in classifier.model.named_parameters():
@@ -281,15 +299,15 @@ def relative_difference(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> f
 
 
 def classifier(
-    options: argparse.Namespace, classes: int, peaked: bool = False, tokens: int | None = None, **pictures: Any
+    options: argparse.Namespace, classes: int, peaked: bool = False, tokens: int | None = None, **images: Any
 ) -> VLMClassifier:
     """A classifier ready to predict.
 
     Args:
         peaked: with weights that were trained on the responses (see `peak`).
-        tokens: of the prefix. pictures: picture options of the family.
+        tokens: of the prefix. images: image options of the family.
     """
-    family = load(options, **pictures)
+    family = load(options, **images)
     family.model.requires_grad_(False)
     result = VLMClassifier(family, prompts(options.size, classes, tokens, options.question_first)).eval()
     if peaked:
@@ -298,27 +316,32 @@ def classifier(
 
 
 def keep_features(result: VLMClassifier, samples: list[Sample]) -> VLMClassifier:
-    """Compute the features of these pictures; the classifier reads them from then on."""
+    """Compute the features of these images; the classifier reads them from then on."""
     result.feature_cache = open_cache(result.family, True, "float32", CACHE_GB)
     result.feature_cache.add_missing(result.family, samples)
     return result
 
 
 def peak(options: argparse.Namespace, result: VLMClassifier) -> None:
-    """Make the model sure of the first class and of every word of its response, as a fine-tuned one is of an easy picture.
+    """Make the model sure of the first class and of every word of its response, as a fine-tuned one is of an easy
+    image.
 
-    The last two layers and the norm behind them are trained with AdamW on that response behind one picture, until all of it together has
-    the probability `SURE`. What was trained is kept in the cache folder.
+    The last two layers and the norm behind them are trained with AdamW on that response behind one image, until all of
+    it together has the probability `SURE`. What was trained is kept in the cache folder.
 
     Raises:
         RuntimeError: it is not sure after `PEAK_STEPS`.
     """
     model, count = result.model, len(result.class_names)
     layers, norm = result.family.language.layers, result.family.language.norm
-    trained = torch.nn.ModuleDict({"norm": norm} | {str(i): layers[i] for i in range(max(0, len(layers) - 2), len(layers))})
-    picture = noise(0, shapes.shape(options.shape, options.size).picture)
-    batch = result.collate(with_response=True)([Sample(picture, 0, "noise")])
-    lengths = f"{len(result.rendered.prefix_ids)}_{batch['input_ids'].shape[1]}"  # a picture of another size has other tokens
+    trained = torch.nn.ModuleDict(
+        {"norm": norm} | {str(i): layers[i] for i in range(max(0, len(layers) - 2), len(layers))}
+    )
+    image = noise(0, shapes.shape(options.shape, options.size).image)
+    batch = result.collate(with_response=True)([Sample(image, 0, "noise")])
+    lengths = (
+        f"{len(result.rendered.prefix_ids)}_{batch['input_ids'].shape[1]}"  # an image of another size has other tokens
+    )
     file = kept(options, f"peaked_{options.shape}_{options.size}_{count}_{lengths}.safetensors")
     if file.is_file():
         trained.load_state_dict(load_file(file))
@@ -328,7 +351,7 @@ def peak(options: argparse.Namespace, result: VLMClassifier) -> None:
     with torch.no_grad():  # random embeddings are so short that no logit could stand out
         norm.weight.fill_(LARGEST_LOGIT / (float(head.norm(dim=-1).mean()) * head.shape[1] ** 0.5))
     optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
-    batch["pixels"] = {TOWER_FEATURES: result.family.tower_features(batch["pixels"])}
+    batch["pixels"] = {ENCODER_FEATURES: result.family.encoder_features(batch["pixels"])}
     model.train()
     for _ in range(PEAK_STEPS):
         out = result(batch)

@@ -53,9 +53,9 @@ def halves(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def color_folder(tmp_path_factory):
-    """An image folder of three classes with 12 pictures each. Only to be read."""
-    from halves import save_pictures
+    """An image folder of three classes with 12 images each. Only to be read."""
+    from halves import save_images
 
     folder = tmp_path_factory.mktemp("colors")
-    save_pictures(folder)
+    save_images(folder)
     return folder

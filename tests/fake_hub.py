@@ -1,4 +1,4 @@
-"""A hub on this machine, for the hub's real client: serves folders as models and data sets, with one commit each."""
+"""A hub on this machine, for the hub's real client: serves folders as models and datasets, with one commit each."""
 
 import hashlib
 import json
@@ -13,7 +13,8 @@ COMMIT = "0123456789abcdef" * 2 + "01234567"
 
 
 class FakeHub:
-    """The files of `root/models/OWNER/NAME` and `root/datasets/OWNER/NAME`; `refusals` maps an id to an X-Error-Code for its files."""
+    """The files of `root/models/OWNER/NAME` and `root/datasets/OWNER/NAME`; `refusals` maps an id to an X-Error-Code
+    for its files."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -79,7 +80,10 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(200, json.dumps([self._entry(folder, path) for path in paths if path in wanted]))
         files = [path for path in paths if (folder / path).is_file()]
         siblings = [{"rfilename": file} for file in files]
-        self._answer(200, json.dumps({"id": name, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False, "downloads": 0}))
+        self._answer(
+            200,
+            json.dumps({"id": name, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False, "downloads": 0}),
+        )
 
     def _entry(self, folder: Path, path: str) -> dict:
         oid = hashlib.sha1(path.encode()).hexdigest()
@@ -102,7 +106,12 @@ class _Handler(BaseHTTPRequestHandler):
             first, _, last = wanted.removeprefix("bytes=").partition("-")
             body, status = body[int(first) : int(last) + 1 if last else None], 206
         self.send_response(status)
-        headers = {"Content-Length": len(body), "X-Error-Code": error, "X-Repo-Commit": commit, "ETag": f'"{hash(body)}"' if commit else ""}
+        headers = {
+            "Content-Length": len(body),
+            "X-Error-Code": error,
+            "X-Repo-Commit": commit,
+            "ETag": f'"{hash(body)}"' if commit else "",
+        }
         for name, value in headers.items():
             if value != "":
                 self.send_header(name, str(value))

@@ -1,4 +1,5 @@
-"""The exactness checks of every family, each against transformers' plain full forward. A family's test file fills in the gaps.
+"""The exactness checks of every family, each against transformers' plain full forward. A family's test file fills in
+the gaps.
 
 The checks print the difference they measure (pytest -s): the table in docs/families.md is made of these lines.
 """
@@ -8,10 +9,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import NAMES, random_picture, tiny_prompts
+from tiny import NAMES, random_image, tiny_prompts
 from torch import Tensor
 
-from vlm.classifier.batching import IGNORED, batch_without_picture
+from vlm.classifier.batching import IGNORED, batch_without_image
 from vlm.classifier.classifier import VLMClassifier
 from vlm.classifier.objective import Objective
 from vlm.classifier.reasoning import classify, explain, go_on
@@ -27,11 +28,11 @@ from vlm.inference.model_folder import save_model_folder
 from vlm.inference.predictor import load_model_and_metadata
 from vlm.training.tuning import parameter_groups, prepare_tuning
 
-SIZES = ((40, 28), (20, 60), (33, 33))  # unequal, so that families with a varying number of picture tokens are tested
+SIZES = ((40, 28), (20, 60), (33, 33))  # unequal, so that families with a varying number of image tokens are tested
 
 
 def randomize(model: torch.nn.Module, seed: int = 0, scale: float = 0.3) -> None:
-    """Weights so large that the classes, and the pictures, differ clearly; norms are left alone."""
+    """Weights so large that the classes, and the images, differ clearly; norms are left alone."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -39,14 +40,17 @@ def randomize(model: torch.nn.Module, seed: int = 0, scale: float = 0.3) -> None
                 parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float32) * scale)
 
 
-def naive_scores(checks: "FamilyChecks", classifier: VLMClassifier, batch: dict, texts: list[list[int]] | None = None) -> Tensor:
-    """(B, C) by one full forward for every class of every sample, of the scored text (or others, as token ids) behind the row."""
+def naive_scores(
+    checks: "FamilyChecks", classifier: VLMClassifier, batch: dict, texts: list[list[int]] | None = None
+) -> Tensor:
+    """(B, C) by one full forward for every class of every sample, of the scored text (or others, as token ids) behind
+    the row."""
     prefix = classifier.rendered.prefix_ids
     texts = texts or classifier.rendered.scored_ids
     scores = torch.zeros(len(batch["labels"]), len(texts), dtype=torch.float64)
     for i, length in enumerate(batch["lengths"].tolist()):
         prompt = batch["input_ids"][i, :length].tolist()
-        pixels = checks.one_picture(batch, i) if batch["pixels"] else {}
+        pixels = checks.one_image(batch, i) if batch["pixels"] else {}
         for c, response in enumerate(texts):
             with torch.no_grad():
                 logits = checks.full_logits(classifier, prefix + prompt + response, pixels)
@@ -58,7 +62,10 @@ def naive_scores(checks: "FamilyChecks", classifier: VLMClassifier, batch: dict,
 
 def parted(responses: list[list[int]]) -> list[int]:
     """How many tokens of each response it takes until no other one begins with them."""
-    return [next(n for n in range(1, len(own) + 1) if sum(other[:n] == own[:n] for other in responses) == 1) for own in responses]
+    return [
+        next(n for n in range(1, len(own) + 1) if sum(other[:n] == own[:n] for other in responses) == 1)
+        for own in responses
+    ]
 
 
 def gradients_of(classifier: VLMClassifier, loss: Tensor) -> dict[str, Tensor]:
@@ -68,18 +75,19 @@ def gradients_of(classifier: VLMClassifier, loss: Tensor) -> dict[str, Tensor]:
 
 
 class FamilyChecks:
-    """Subclass, name it Test..., and say `build`, `one_picture` and, where it is not the default, `full_logits`."""
+    """Subclass, name it Test..., and say `build`, `one_image` and, where it is not the default, `full_logits`."""
 
     names = NAMES
     gradient_tolerance = {torch.float64: 1e-6, torch.float32: 1e-5}  # relative, of each parameter's gradient
-    # A gradient that is zero but for rounding (a bias in front of a softmax) is compared with this share of the largest one.
+    # A gradient that is zero but for rounding (a bias in front of a softmax) is compared with this share of the largest
+    # one.
     zero_gradient = {torch.float64: 1e-9, torch.float32: 1e-3}
 
     def build(self, folder) -> None:
         """Write a small model of the true architecture with its processor, as on the hub."""
         raise NotImplementedError
 
-    def one_picture(self, batch: dict, i: int) -> dict[str, Tensor]:
+    def one_image(self, batch: dict, i: int) -> dict[str, Tensor]:
         """The pixel arguments of transformers' forward for the i-th sample of a batch."""
         raise NotImplementedError
 
@@ -96,10 +104,12 @@ class FamilyChecks:
         return folder
 
     def classifier(self, folder, dtype=torch.float32, prompts=None) -> VLMClassifier:
-        return VLMClassifier(load_family(folder, dtype, torch.device("cpu")), prompts or tiny_prompts(tuple(self.names))).eval()
+        return VLMClassifier(
+            load_family(folder, dtype, torch.device("cpu")), prompts or tiny_prompts(tuple(self.names))
+        ).eval()
 
     def samples(self, labels: list[int]) -> list[Sample]:
-        return [Sample(random_picture(i, *SIZES[i % len(SIZES)]), label, f"picture {i}") for i, label in enumerate(labels)]
+        return [Sample(random_image(i, *SIZES[i % len(SIZES)]), label, f"image {i}") for i, label in enumerate(labels)]
 
     def batch(self, classifier, labels, with_response=False) -> dict:
         return classifier.collate(with_response)(self.samples(labels))
@@ -122,9 +132,9 @@ class FamilyChecks:
         plain = 0
         for i, length in enumerate(batch["lengths"].tolist()):
             row = classifier.rendered.prefix_ids + batch["input_ids"][i, :length].tolist()
-            logits = self.full_logits(classifier, row, self.one_picture(batch, i))[prefix - 1 : -1] if prefix else None
+            logits = self.full_logits(classifier, row, self.one_image(batch, i))[prefix - 1 : -1] if prefix else None
             if logits is None:
-                logits = self.full_logits(classifier, row, self.one_picture(batch, i))[:-1]
+                logits = self.full_logits(classifier, row, self.one_image(batch, i))[:-1]
             targets = batch["targets"][i, :length][0 if prefix else 1 :]
             plain = plain + torch.nn.functional.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED)
         plain.backward()
@@ -137,7 +147,9 @@ class FamilyChecks:
         largest = max(float(gradient.norm()) for gradient in expected.values())
         worst = 0.0
         for key, gradient in expected.items():
-            error = float((gradients[key] - gradient).norm() / max(float(gradient.norm()), self.zero_gradient[dtype] * largest))
+            error = float(
+                (gradients[key] - gradient).norm() / max(float(gradient.norm()), self.zero_gradient[dtype] * largest)
+            )
             worst = max(worst, error)
             assert error < self.gradient_tolerance[dtype], f"{key}: relative error {error:.2e}"
         self.report(f"gradients, {name}", worst)
@@ -154,12 +166,14 @@ class FamilyChecks:
         for i, length in enumerate(batch["prompts"].tolist()):
             prompt = rendered.prefix_ids + batch["input_ids"][i, :length].tolist()
             for response, apart in zip(rendered.scored_ids, parted(rendered.scored_ids), strict=True):
-                logits = self.full_logits(classifier, prompt + response, self.one_picture(batch, i)).log_softmax(-1)
+                logits = self.full_logits(classifier, prompt + response, self.one_image(batch, i)).log_softmax(-1)
                 each = logits[len(prompt) - 1 : -1].gather(1, torch.tensor(response).unsqueeze(1))[:, 0]
                 scores.append(each.sum() if name == "posterior" else each[:apart].sum())
                 whole.append(each.sum())
         scores, whole = (torch.stack(values).unflatten(0, (len(labels), -1)) for values in (scores, whole))
-        posterior = torch.nn.functional.cross_entropy(scores, torch.tensor(labels), reduction="sum", label_smoothing=0.1)
+        posterior = torch.nn.functional.cross_entropy(
+            scores, torch.tensor(labels), reduction="sum", label_smoothing=0.1
+        )
         response = -whole[range(3), labels].sum() if name == "both" else 0.0  # each class has one response here
         self.report("posterior, float64", float(((found.posterior - posterior).abs() / posterior).detach()))
         torch.testing.assert_close(found.posterior, posterior, rtol=1e-6, atol=0)
@@ -172,8 +186,8 @@ class FamilyChecks:
 
     @pytest.mark.parametrize(("tune", "objective"), [("lora", "response"), ("full", "both")])
     def test_gradient_checkpointing_changes_no_gradient(self, folder, tune, objective):
-        """Nor does it with a prefix that several batches share, nor with LoRA's dropout, which has to be drawn alike again, nor where the
-        vision tower is trained and the nodes of the label tree follow each row."""
+        """Nor does it with a prefix that several batches share, nor with LoRA's dropout, which has to be drawn alike
+        again, nor where the vision encoder is trained and the nodes of the label tree follow each row."""
         found = []
         for checkpointing in (False, True):
             classifier = self.classifier(folder)
@@ -195,7 +209,9 @@ class FamilyChecks:
         assert any(p.grad is not None and id(p) in vision for p in classifier.parameters()) == (tune == "full")
         assert found[0].keys() == found[1].keys() and any("lora_A" in name for name in found[0]) == (tune == "lora")
         for name, gradient in found[0].items():
-            torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                found[1][name], gradient, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+            )
 
     def test_label_tree_equals_one_forward_a_class(self, folder):
         classifier = self.classifier(folder)
@@ -206,7 +222,7 @@ class FamilyChecks:
         self.report("label tree", float((scores - expected).abs().max()))
         torch.testing.assert_close(scores, expected, rtol=1e-6, atol=1e-4)
 
-    def test_a_question_before_the_picture_is_run_once_for_all(self, folder):
+    def test_a_question_before_the_image_is_run_once_for_all(self, folder):
         usual = self.classifier(folder)
         classifier = self.classifier(folder, prompts=replace(tiny_prompts(tuple(self.names)), question_first=True))
         family, rendered, batch = classifier.family, classifier.rendered, self.batch(classifier, [0, 1, 2])
@@ -229,17 +245,17 @@ class FamilyChecks:
         expected = naive_scores(self, classifier, batch, [opening])[:, 0]
         torch.testing.assert_close(found.openings.double(), expected, rtol=1e-6, atol=1e-4)
 
-    def test_a_conversation_without_a_picture_is_read_like_any_other(self, folder):
+    def test_a_conversation_without_a_image_is_read_like_any_other(self, folder):
         """The prior of the classes, against one full forward a class without pixels."""
         classifier = self.classifier(folder)
-        batch = batch_without_picture(classifier.rendered)
+        batch = batch_without_image(classifier.rendered)
         prior, remark = measure_prior(classifier)
         assert remark is None
         expected = naive_scores(self, classifier, batch)[0]
         self.report("prior", float((torch.tensor(prior) - expected).abs().max()))
         torch.testing.assert_close(torch.tensor(prior, dtype=torch.float64), expected, rtol=1e-6, atol=1e-4)
-        with_pictures = self.scores(classifier)[0].double()
-        assert (with_pictures - expected).abs().max() > 1e-3, "a picture should change something"
+        with_images = self.scores(classifier)[0].double()
+        assert (with_images - expected).abs().max() > 1e-3, "an image should change something"
         for response_format in ("reasoning-first", "answer-first"):
             assert measure_prior(self.free_classifier(folder, response_format))[1] is None
 
@@ -264,12 +280,16 @@ class FamilyChecks:
                     opened = before_reasoning(family, rendered, label)
                     assert response[: len(opened)] == opened and family.decode(opened) == f"Answer: {name}\nReasoning:"
                 else:
-                    assert response == before_answer(family, rendered, reasoning) + scored and family.decode(scored) == name
+                    assert (
+                        response == before_answer(family, rendered, reasoning) + scored
+                        and family.decode(scored) == name
+                    )
                     assert scored[-1] == rendered.response_ids[label][-1]
 
     @pytest.mark.parametrize("response_format", ["reasoning-first", "answer-first"])
     def test_free_reasoning_is_scored_where_the_answer_stands(self, folder, response_format):
-        """Against one full forward a class, over prompt, reasoning and answer; the answer of every explanation is the prediction."""
+        """Against one full forward a class, over prompt, reasoning and answer; the answer of every explanation is the
+        prediction."""
         classifier = self.free_classifier(folder, response_format)
         batch = self.batch(classifier, [0, 1, 2])
         found = classify(classifier, batch, tolerance=0.0)
@@ -277,7 +297,9 @@ class FamilyChecks:
         if response_format == "reasoning-first":
             assert len(found.texts) == 3
             rows = go_on(
-                classifier, batch, [before_answer(classifier.family, classifier.rendered, reasoning_of(text)) for text in found.texts]
+                classifier,
+                batch,
+                [before_answer(classifier.family, classifier.rendered, reasoning_of(text)) for text in found.texts],
             )
         expected = naive_scores(self, classifier, rows)
         assert expected.std(1).min() > 1e-2, "the classes should differ, or the test says little"
@@ -286,7 +308,7 @@ class FamilyChecks:
             for text in explain(classifier, found, [c] * 3):
                 assert parse_answer(text, self.names, response_format) == self.names[c]
 
-    def test_one_by_one_equals_a_batch_of_unequal_pictures(self, folder):
+    def test_one_by_one_equals_a_batch_of_unequal_images(self, folder):
         classifier = self.classifier(folder)
         together = self.scores(classifier)
         alone = []
@@ -296,7 +318,7 @@ class FamilyChecks:
         self.report("batch", float((posterior - expected).abs().max()))
         torch.testing.assert_close(posterior, expected, rtol=0, atol=1e-5)
 
-    def test_another_picture_changes_the_scores(self, folder):
+    def test_another_image_changes_the_scores(self, folder):
         scores = self.scores(self.classifier(folder), (0, 0, 0))
         assert (scores[0] - scores[1]).abs().max() > 1e-3
 
@@ -336,7 +358,7 @@ class FamilyChecks:
             start = len(ids)
             for _ in range(8):
                 with torch.no_grad():
-                    ids.append(int(self.full_logits(classifier, ids, self.one_picture(batch, i))[-1].argmax()))
+                    ids.append(int(self.full_logits(classifier, ids, self.one_image(batch, i))[-1].argmax()))
                 if ids[-1] in classifier.family.stop_ids:
                     break
             assert texts[i] == classifier.family.decode(ids[start:])

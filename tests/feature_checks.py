@@ -1,10 +1,11 @@
-"""What the tests of the feature cache have in common: small models of every family, and pictures of which two are the same."""
+"""What the tests of the feature cache have in common: small models of every family, and images of which two are the
+same."""
 
 import hub_layout_phi3_vision
 import hub_layout_qwen2_vl
 import test_family_generic
 import torch
-from tiny import random_picture, save_tiny_model, tiny_prompts
+from tiny import random_image, save_tiny_model, tiny_prompts
 
 from vlm.classifier.classifier import VLMClassifier
 from vlm.config.resolve import resolve
@@ -14,7 +15,8 @@ from vlm.families import load_family
 from vlm.training.tuning import prepare_tuning
 
 LABELS = [0, 1, 2, 3]
-# How each is built, and with which settings about pictures: what makes a picture several rows of pixels, in unequal numbers.
+# How each is built, and with which settings about images: what makes an image several rows of pixels, in unequal
+# numbers.
 MODELS = {
     "idefics3": (save_tiny_model, {}),
     "idefics3_tiles": (save_tiny_model, {"image_splitting": True}),
@@ -27,9 +29,9 @@ MODELS = {
 
 
 def split(count=4):
-    """Pictures of unequal sizes and shapes; the last one is the first once more."""
-    pictures = [random_picture(i, 30 + 100 * i, 40 + 25 * i) for i in range(count - 1)]
-    return Split(Rows([*pictures, pictures[0]], LABELS, [str(i) for i in range(count)]), range(count), LABELS)
+    """Images of unequal sizes and shapes; the last one is the first once more."""
+    images = [random_image(i, 30 + 100 * i, 40 + 25 * i) for i in range(count - 1)]
+    return Split(Rows([*images, images[0]], LABELS, [str(i) for i in range(count)]), range(count), LABELS)
 
 
 def load(folder, options=MODELS["idefics3"][1], dtype=torch.float32, **settings):

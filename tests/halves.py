@@ -1,4 +1,5 @@
-"""A small model put together of two halves, and pictures to train it on: what the tests of its first stage have in common."""
+"""A small model put together of two halves, and images to train it on: what the tests of its first stage have in
+common."""
 
 import json
 
@@ -15,7 +16,13 @@ from vlm.families.demo import build_model, build_processor
 from vlm.training.output import METADATA
 
 CLASSES = NAMES[:3]
-TEXT = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 COLORS = [(250, 20, 20), (20, 250, 20), (20, 20, 250)]
 
 
@@ -40,27 +47,27 @@ def save_halves(folder):
     processor.save_pretrained(folder)
 
 
-def picture(label, number):
+def image(label, number):
     noise = np.random.default_rng(100 * label + number).normal(0, 30, (16, 16, 3))
     return Image.fromarray(np.clip(noise + COLORS[label], 0, 255).astype(np.uint8))
 
 
 def split(each, start=0):
     labels = [label for label in range(3) for _ in range(each)]
-    pictures = [picture(label, start + i) for label in range(3) for i in range(each)]
-    return Split(Rows(pictures, labels, [f"{i}.png" for i in range(len(labels))]), range(len(labels)), labels)
+    images = [image(label, start + i) for label in range(3) for i in range(each)]
+    return Split(Rows(images, labels, [f"{i}.png" for i in range(len(labels))]), range(len(labels)), labels)
 
 
-def save_pictures(folder):
-    """A folder of 12 pictures a class."""
+def save_images(folder):
+    """A folder of 12 images a class."""
     for label, name in enumerate(CLASSES):
         (folder / name).mkdir()
         for i in range(12):
-            picture(label, i).save(folder / name / f"{i}.png")
+            image(label, i).save(folder / name / f"{i}.png")
 
 
-def settings(folder, pictures, output, **more):
-    flags = {"model": str(folder), "dataset": str(pictures), "epochs": 1, "batch_size": 4, "output_dir": str(output)}
+def settings(folder, images, output, **more):
+    flags = {"model": str(folder), "dataset": str(images), "epochs": 1, "batch_size": 4, "output_dir": str(output)}
     return resolve(flags | {"gradient_accumulation_steps": 1} | more)
 
 

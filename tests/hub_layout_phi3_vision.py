@@ -15,7 +15,8 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{'<|' + message['role'] + '|>' + '\n' + message['content'] + '<|end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt and messages[-1]['role'] != 'assistant' %}{{- '<|assistant|>\n' -}}{% endif %}"
 )
-# Behind <|endoftext|>, in the order of the published vocabulary: 32001 <|assistant|>, 32007 <|end|>, 32010 <|user|>, 32044 <|image|>.
+# Behind <|endoftext|>, in the order of the published vocabulary: 32001 <|assistant|>, 32007 <|end|>, 32010 <|user|>,
+# 32044 <|image|>.
 ADDED = [
     "<|assistant|>", *[f"<|placeholder{i}|>" for i in range(1, 5)], "<|system|>", "<|end|>", "<|placeholder5|>", "<|placeholder6|>",
     "<|user|>", *[f"<|placeholder{i}|>" for i in range(7, 40)], "<|image|>",
@@ -27,9 +28,16 @@ def save_published(folder: Path, rope_switch: int = 4096, **config) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
     save_tokenizer(folder, tokenizer)
-    values = published_config(tokenizer.get_vocab_size(), rope_switch) | {"pad_token_id": tokenizer.token_to_id("<|endoftext|>")} | config
+    values = (
+        published_config(tokenizer.get_vocab_size(), rope_switch)
+        | {"pad_token_id": tokenizer.token_to_id("<|endoftext|>")}
+        | config
+    )
     write(folder / "config.json", values)
-    write(folder / "generation_config.json", {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 32000})
+    write(
+        folder / "generation_config.json",
+        {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 32000},
+    )
     write(
         folder / "preprocessor_config.json",
         {
@@ -53,12 +61,12 @@ def save_published(folder: Path, rope_switch: int = 4096, **config) -> Path:
 
 
 def published_names(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The weights as they lie in the published files: the vision tower one level deeper, the words twice."""
-    tower = "model.vision_embed_tokens.img_processor."
+    """The weights as they lie in the published files: the vision encoder one level deeper, the words twice."""
+    encoder = "model.vision_embed_tokens.img_processor."
     state = {}
     for name, tensor in model.state_dict().items():
-        if name.startswith(tower) and not name.startswith(tower + "vision_model."):
-            name = name.replace(tower, tower + "vision_model.")
+        if name.startswith(encoder) and not name.startswith(encoder + "vision_model."):
+            name = name.replace(encoder, encoder + "vision_model.")
         state[name] = tensor
     return state | {"model.vision_embed_tokens.wte.weight": state["model.embed_tokens.weight"].clone()}
 
@@ -68,7 +76,8 @@ def write(path: Path, values: dict) -> None:
 
 
 def published_config(vocabulary: int, rope_switch: int) -> dict:
-    """The keys of the published config.json; only sizes differ, and `clip_config`, which says those of the vision tower."""
+    """The keys of the published config.json; only sizes differ, and `clip_config`, which says those of the vision
+    encoder."""
     return {
         "_name_or_path": "Phi-3.5-vision-instruct",
         "architectures": ["Phi3VForCausalLM"],
@@ -123,10 +132,14 @@ def build_tokenizer(metaspace: bool = False) -> Tokenizer:
     """
     prompts = tiny_prompts()
     texts = [prompts.system, prompts.question, *prompts.responses]
-    corpus = [" ".join(text.encode("ascii", "ignore").decode().split()) for text in texts]  # the rest is written in bytes
+    corpus = [
+        " ".join(text.encode("ascii", "ignore").decode().split()) for text in texts
+    ]  # the rest is written in bytes
     learned = Tokenizer(models.BPE())
     learned.pre_tokenizer = pre_tokenizers.Metaspace()
-    learned.train_from_iterator(corpus * 4, trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>"], show_progress=False))
+    learned.train_from_iterator(
+        corpus * 4, trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>"], show_progress=False)
+    )
     model = json.loads(learned.to_str())["model"]
     pieces = ["<unk>", "<s>", "</s>", *[f"<0x{i:02X}>" for i in range(256)]]
     pieces += [piece for piece in sorted(model["vocab"], key=model["vocab"].get) if piece != "<unk>"]
@@ -137,8 +150,12 @@ def build_tokenizer(metaspace: bool = False) -> Tokenizer:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     else:
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
     tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in ("<unk>", "<s>", "<|endoftext|>")])
     tokenizer.add_special_tokens([AddedToken(name, normalized=False, rstrip=True) for name in ADDED])
     return tokenizer

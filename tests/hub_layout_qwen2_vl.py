@@ -1,8 +1,8 @@
 """Small Qwen2-VL and Qwen2.5-VL models in the files that the published ones have on the hub.
 
-The layout is that of Qwen/Qwen2-VL-2B-Instruct and Qwen/Qwen2.5-VL-3B-Instruct: a flat config.json of transformers 4.4x, sharded
-weights under the old names (`visual.*`, `model.layers.*`), preprocessor_config.json, chat_template.json, tokenizer files. The numbers are
-smaller.
+The layout is that of Qwen/Qwen2-VL-2B-Instruct and Qwen/Qwen2.5-VL-3B-Instruct: a flat config.json of transformers
+4.4x, sharded weights under the old names (`visual.*`, `model.layers.*`), preprocessor_config.json, chat_template.json,
+tokenizer files. The numbers are smaller.
 """
 
 import json
@@ -21,9 +21,11 @@ SPECIAL_TOKENS = (
     "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
 )  # fmt: skip
 SYSTEM = "You are a helpful assistant."
-# <|im_start|>{role}\n ... <|im_end|>\n for each turn, a system turn first, a picture as three tokens.
+# <|im_start|>{role}\n ... <|im_end|>\n for each turn, a system turn first, an image as three tokens.
 CHAT_TEMPLATE = (
-    "{%- if messages and messages[0].role != 'system' -%}{{ '<|im_start|>system\\n" + SYSTEM + "<|im_end|>\\n' }}{%- endif -%}"
+    "{%- if messages and messages[0].role != 'system' -%}{{ '<|im_start|>system\\n"
+    + SYSTEM
+    + "<|im_end|>\\n' }}{%- endif -%}"
     "{%- for message in messages -%}{{ '<|im_start|>' + message.role + '\\n' }}"
     "{%- if message.content is string -%}{{ message.content }}{%- else -%}"
     "{%- for part in message.content -%}"
@@ -59,7 +61,9 @@ CLASSES = {
 }
 
 
-def save_published(folder: Path, model_type: str = "qwen2_vl", tie: bool = True, corpus: list[str] | None = None) -> Path:
+def save_published(
+    folder: Path, model_type: str = "qwen2_vl", tie: bool = True, corpus: list[str] | None = None
+) -> Path:
     """Write a small model with random weights under the file names, keys and settings of the published one.
 
     Args:
@@ -82,7 +86,13 @@ def save_published(folder: Path, model_type: str = "qwen2_vl", tie: bool = True,
         model.save_pretrained(other, max_shard_size="200KB")
         for file in Path(other).glob("*.safetensors*"):
             (folder / file.name).write_bytes(file.read_bytes())
-    generation = {"bos_token_id": text, "pad_token_id": text, "do_sample": True, "eos_token_id": [end, text], "temperature": 0.01}
+    generation = {
+        "bos_token_id": text,
+        "pad_token_id": text,
+        "do_sample": True,
+        "eos_token_id": [end, text],
+        "temperature": 0.01,
+    }
     _write(folder, "generation_config.json", generation | {"repetition_penalty": 1.0, "top_p": 0.001, "top_k": 1})
     return folder
 
@@ -93,7 +103,9 @@ def train_tokenizer(corpus: list[str]) -> Qwen2Tokenizer:
     qwen = Qwen2Tokenizer().backend_tokenizer
     bpe.normalizer, bpe.pre_tokenizer = qwen.normalizer, qwen.pre_tokenizer
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(corpus * 4, trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False))
+    bpe.train_from_iterator(
+        corpus * 4, trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
+    )
     learned = json.loads(bpe.to_str())["model"]
     tokenizer = Qwen2Tokenizer(vocab=learned["vocab"], merges=[tuple(pair) for pair in learned["merges"]])
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])

@@ -9,20 +9,31 @@ from tiny import tiny_prompts
 
 from vlm.families.demo import build_model, build_processor
 
-# What differs between the sizes and matters to this program: the geometry, and whether rows and columns have tokens of their own.
+# What differs between the sizes and matters to this program: the geometry, and whether rows and columns have tokens of
+# their own.
 GEOMETRY = {
-    "256M": {"image_size": 512, "patch_size": 16, "scale_factor": 4, "row_tokens": True},  # 64 picture tokens
+    "256M": {"image_size": 512, "patch_size": 16, "scale_factor": 4, "row_tokens": True},  # 64 image tokens
     "500M": {"image_size": 512, "patch_size": 16, "scale_factor": 4, "row_tokens": True},
     "2.2B": {"image_size": 384, "patch_size": 14, "scale_factor": 3, "row_tokens": False},  # 81
 }
 VISION = {"hidden_size": 12, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+TEXT = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 def save_published(folder: Path, size: str = "256M") -> Path:
     """Write a model as on the hub: weights, config.json, and the processor in the files of transformers 4."""
     geometry = dict(GEOMETRY[size])
-    rows = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)] if geometry.pop("row_tokens") else []
+    rows = (
+        [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
+        if geometry.pop("row_tokens")
+        else []
+    )
     prompts = tiny_prompts()
     processor = build_processor(**geometry, corpus=[prompts.system, prompts.question, *prompts.responses])
     processor.tokenizer.add_special_tokens({"additional_special_tokens": rows}, replace_extra_special_tokens=False)
@@ -39,7 +50,10 @@ def save_published(folder: Path, size: str = "256M") -> Path:
         "rescale_factor": 1 / 255, "size": {"longest_edge": 4 * geometry["image_size"]},
     }  # fmt: skip
     _write(folder / "preprocessor_config.json", images)
-    _write(folder / "processor_config.json", {"image_seq_len": processor.image_seq_len, "processor_class": "Idefics3Processor"})
+    _write(
+        folder / "processor_config.json",
+        {"image_seq_len": processor.image_seq_len, "processor_class": "Idefics3Processor"},
+    )
     template = folder / "chat_template.jinja"
     _write(folder / "chat_template.json", {"chat_template": template.read_text(encoding="utf-8")})
     template.unlink()

@@ -1,4 +1,5 @@
-"""A connector that was never trained is known by its weights, and learns the names of the classes before the training."""
+"""A connector that was never trained is known by its weights, and learns the names of the classes before the
+training."""
 
 import gc
 import json
@@ -15,9 +16,9 @@ from torch import nn
 from vlm.common.errors import Stopped
 from vlm.config.settings import Settings
 from vlm.families.features import fill_cache
+from vlm.training import loop as training
 from vlm.training.alignment import align, is_random, nearest_name_accuracy, needs_alignment
 from vlm.training.loop import alignment, fit, results, setup
-from vlm.training import loop as training
 
 SETTINGS = Settings(epochs=1)
 
@@ -50,7 +51,7 @@ def test_one_trained_matrix_is_enough():
     assert not is_random(part)
 
 
-def test_pictures_come_to_lie_next_to_the_names_of_their_classes(halves, monkeypatch, tmp_path):
+def test_images_come_to_lie_next_to_the_names_of_their_classes(halves, monkeypatch, tmp_path):
     monkeypatch.setenv("VLM_CACHE", str(tmp_path))
     names, train, validation = CLASSES, split(8), split(6, start=100)
     found = []
@@ -67,7 +68,9 @@ def test_pictures_come_to_lie_next_to_the_names_of_their_classes(halves, monkeyp
         assert all(p.grad is None for p in family.model.parameters())
         found.append((at_first, nearest_name_accuracy(family, names, validation, cache), after))
     assert found[0][0] < 0.7 and found[0][1] == 1.0
-    assert all(torch.equal(found[0][2][name], found[1][2][name]) for name in found[0][2]), "the same seed gives the same weights"
+    assert all(torch.equal(found[0][2][name], found[1][2][name]) for name in found[0][2]), (
+        "the same seed gives the same weights"
+    )
 
 
 def test_a_model_of_random_words_has_nothing_to_learn_from(halves):
@@ -78,7 +81,9 @@ def test_a_model_of_random_words_has_nothing_to_learn_from(halves):
 
 
 @pytest.mark.parametrize("more", [{}, {"freeze_connector": True}])
-def test_a_run_aligns_once_says_so_and_resumes_to_the_same_weights(halves, color_folder, tmp_path, monkeypatch, capsys, more):
+def test_a_run_aligns_once_says_so_and_resumes_to_the_same_weights(
+    halves, color_folder, tmp_path, monkeypatch, capsys, more
+):
     monkeypatch.setattr(alignment, "STEPS", 30)
     found = fit(settings(halves, color_folder, tmp_path / "whole", **more))
     assert "the connector was never trained" in capsys.readouterr().err
@@ -114,7 +119,18 @@ def test_one_that_is_not_frozen_goes_on_learning(halves, color_folder, tmp_path,
 
 def test_two_processes_go_on_from_the_same_connector(halves, color_folder, tmp_path):
     """Else their gradients would be of different models: the loss is that of one process with twice the batch."""
-    flags = ["--model", halves, "--dataset", color_folder, "--epochs", 1, "--gradient-accumulation-steps", 4, "--device", "cpu"]
+    flags = [
+        "--model",
+        halves,
+        "--dataset",
+        color_folder,
+        "--epochs",
+        1,
+        "--gradient-accumulation-steps",
+        4,
+        "--device",
+        "cpu",
+    ]
     done = run("run_vlm_training.sh", *flags, "--output-dir", tmp_path / "two", VLM_PROCESSES=2)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("it learns the names") == 1, "only one of them speaks"
@@ -152,7 +168,9 @@ def test_all_processes_align_or_none_does(halves, color_folder, tmp_path, monkey
 
 
 @pytest.mark.parametrize("more", [{}, {"freeze_connector": True}, {"tune": "full"}])
-def test_nothing_of_the_trained_model_is_left_while_the_best_one_is_tested(halves, color_folder, tmp_path, monkeypatch, more):
+def test_nothing_of_the_trained_model_is_left_while_the_best_one_is_tested(
+    halves, color_folder, tmp_path, monkeypatch, more
+):
     monkeypatch.setattr(alignment, "STEPS", 30)
     kept, loading = [], results.load_model_and_metadata
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from commands import TRACEBACK, classify, names_in, run, train
 from PIL import Image
-from test_data import draw, pictures
+from test_data import draw, images
 from test_sources import table
 
 from vlm.config.resolve import resolve
@@ -23,7 +23,8 @@ CLASSES = {"cat": 4, "dog": 4}
 
 @pytest.fixture
 def refused(tiny_model, tmp_path, capsys):
-    """Trains with flags that cannot work; returns the error, of two lines at most, after checking how the program ended."""
+    """Trains with flags that cannot work; returns the error, of two lines at most, after checking how the program
+    ended."""
 
     def call(*flags, model=tiny_model, quiet=True):
         given = ["--model", model] if model and "--demo" not in flags else []
@@ -40,14 +41,27 @@ def refused(tiny_model, tmp_path, capsys):
 
 
 def saved(folder, **splits):
-    """A data set in a folder, by save_to_disk; each split is given by its labels."""
-    parts = {name: table(labels or [0], ["cat", "dog"]).filter(lambda _, keep=bool(labels): keep) for name, labels in splits.items()}
+    """A dataset in a folder, by save_to_disk; each split is given by its labels."""
+    parts = {
+        name: table(labels or [0], ["cat", "dog"]).filter(lambda _, keep=bool(labels): keep)
+        for name, labels in splits.items()
+    }
     datasets.DatasetDict(parts).save_to_disk(str(folder))
     return folder
 
 
 def test_several_processes_say_it_once_and_keep_the_exit_code(tmp_path):
-    result = run("run_vlm_training.sh", "--demo", "--max-samples", 3, "--device", "cpu", "--output-dir", tmp_path / "out", VLM_PROCESSES=2)
+    result = run(
+        "run_vlm_training.sh",
+        "--demo",
+        "--max-samples",
+        3,
+        "--device",
+        "cpu",
+        "--output-dir",
+        tmp_path / "out",
+        VLM_PROCESSES=2,
+    )
     assert result.returncode == 2
     assert result.stderr.count("error: --max-samples 3") == 1
     assert "torch.distributed" not in result.stderr and "ChildFailedError" not in result.stderr
@@ -58,7 +72,7 @@ def test_a_model_of_an_architecture_that_is_not_known(refused, tiny_model, tmp_p
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "bert", "architectures": ["BertModel"]}))
-    message = refused("--dataset", pictures(tmp_path / "data", CLASSES), model=folder, quiet=False)
+    message = refused("--dataset", images(tmp_path / "data", CLASSES), model=folder, quiet=False)
     assert "bert" in message
 
 
@@ -68,60 +82,74 @@ def test_a_model_of_an_architecture_that_is_not_known(refused, tiny_model, tmp_p
 def test_a_model_folder_with_a_file_missing(refused, tiny_model, tmp_path, missing, said):
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     (folder / missing).unlink()
-    assert said in refused("--dataset", pictures(tmp_path / "data", CLASSES), model=folder, quiet=False)
+    assert said in refused("--dataset", images(tmp_path / "data", CLASSES), model=folder, quiet=False)
 
 
 def test_a_model_that_is_not_there(refused, tmp_path):
-    assert "no such folder" in refused("--dataset", pictures(tmp_path / "data", CLASSES), model="./nothing", quiet=False)
+    assert "no such folder" in refused("--dataset", images(tmp_path / "data", CLASSES), model="./nothing", quiet=False)
 
 
 def test_the_first_start_without_the_hub_names_the_demo(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
-    surroundings = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HUB_OFFLINE": None, "HF_HOME": tmp_path / "huggingface"}
+    surroundings = {
+        "HF_ENDPOINT": f"http://127.0.0.1:{port}",
+        "HF_HUB_OFFLINE": None,
+        "HF_HOME": tmp_path / "huggingface",
+    }
     result = run("run_vlm_training.sh", cwd=tmp_path, **surroundings)
     assert (result.returncode, result.stdout) == (2, "")
     first, second = result.stderr.splitlines()
     assert first.startswith("error: there is no folder Mirali33/mb-domars16k here, the hub cannot be reached")
-    assert first.endswith("and data set Mirali33/mb-domars16k is not, or not completely, in the cache.")
-    assert second.strip().startswith("Without the hub name a model and a data set in folders") and "--demo" in second
+    assert first.endswith("and dataset Mirali33/mb-domars16k is not, or not completely, in the cache.")
+    assert second.strip().startswith("Without the hub name a model and a dataset in folders") and "--demo" in second
 
 
 def test_columns_that_are_not_there(refused, tmp_path):
     draw(tmp_path / "a.png")
     (tmp_path / "data.csv").write_text("file,kind\na.png,cat\n")
     message = refused("--dataset", tmp_path / "data.csv", "--image-column", "file", "--label-column", "kinds")
-    assert message == "--label-column kinds: no such column. Columns there: file, kind (file has another use). Did you mean kind?\n"
+    assert (
+        message
+        == "--label-column kinds: no such column. Columns there: file, kind (file has another use). Did you mean kind?\n"
+    )
     assert "--label-column: no column was recognized" in refused("--dataset", tmp_path / "data.csv")
 
 
 @pytest.mark.parametrize(
     ("there", "said"),
     [
-        ({"cat": 3}, "only one class (cat) in the data set"),
-        ({"cat": 1, "dog": 5}, "train has less than 3 pictures of cat (1): validation and test cannot be cut from it"),
-        ({"train/cat": 3, "train/dog": 3, "test/bird": 1}, "test: the label bird is outside the names of train (cat, dog)"),
+        ({"cat": 3}, "only one class (cat) in the dataset"),
+        ({"cat": 1, "dog": 5}, "train has less than 3 images of cat (1): validation and test cannot be cut from it"),
+        (
+            {"train/cat": 3, "train/dog": 3, "test/bird": 1},
+            "test: the label bird is outside the names of train (cat, dog)",
+        ),
         ({"test/cat": 3, "test/dog": 3}, "no split called train"),
     ],
 )
-def test_pictures_that_cannot_be_learned_from(refused, tmp_path, there, said):
-    assert said in refused("--dataset", pictures(tmp_path / "data", there))
+def test_images_that_cannot_be_learned_from(refused, tmp_path, there, said):
+    assert said in refused("--dataset", images(tmp_path / "data", there))
 
 
-def test_pictures_without_folders_of_classes(refused, tmp_path):
+def test_images_without_folders_of_classes(refused, tmp_path):
     (tmp_path / "flat").mkdir()
     for i in range(6):
         draw(tmp_path / "flat" / f"{i}.png")
     assert refused("--dataset", tmp_path / "flat") == (
-        f"--dataset {tmp_path / 'flat'}: the pictures lie directly in it, and nothing says their classes. Make one folder a class.\n"
+        f"--dataset {tmp_path / 'flat'}: the images lie directly in it, and nothing says their classes. Make one folder a class.\n"
     )
 
 
 def test_an_empty_split_and_a_label_outside_the_names(refused, tmp_path):
-    assert "the split val is empty" in refused("--dataset", saved(tmp_path / "a", train=[0, 1] * 3, val=[], test=[0, 1]))
+    assert "the split val is empty" in refused(
+        "--dataset", saved(tmp_path / "a", train=[0, 1] * 3, val=[], test=[0, 1])
+    )
     data = saved(tmp_path / "b", train=[0, 1] * 3, val=[0, 1], test=[0, 1])
-    assert "--class-names has 3 names, but the data set has 2 classes: cat, dog" in refused("--dataset", data, "--class-names", "a b c")
+    assert "--class-names has 3 names, but the dataset has 2 classes: cat, dog" in refused(
+        "--dataset", data, "--class-names", "a b c"
+    )
     for name in (tmp_path / "nothing", "D/nothing.csv"):  # the second could be owner/name
         assert f"--dataset {name}: no such file or folder" in refused("--dataset", name)
 
@@ -136,7 +164,7 @@ def test_an_empty_split_and_a_label_outside_the_names(refused, tmp_path):
         (["--prompt-template", "@nothing.txt"], "--prompt-template @nothing.txt: not a readable text file"),
         (["--max-samples", 9], "--max-samples 9: expected at least one for each of the 10 classes"),
         (["--dtype", "float16", "--device", "cpu"], "float16 works on CUDA only"),
-        (["--model", "a/b"], "--demo brings its own model and data set"),
+        (["--model", "a/b"], "--demo brings its own model and dataset"),
     ],
 )
 def test_settings_that_cannot_work(refused, flags, said):
@@ -145,14 +173,20 @@ def test_settings_that_cannot_work(refused, flags, said):
 
 def test_a_place_that_cannot_be_written(refused, tmp_path):
     (tmp_path / "a file").touch()
-    for place in (tmp_path / "a file", tmp_path / "a file" / "results", "/proc/results"):  # root may write to any real folder
+    for place in (
+        tmp_path / "a file",
+        tmp_path / "a file" / "results",
+        "/proc/results",
+    ):  # root may write to any real folder
         message = refused("--demo", "--output-dir", place)
-        assert message.startswith(f"--output-dir {place} cannot be written (") and message.endswith("): choose another folder.\n")
+        assert message.startswith(f"--output-dir {place} cannot be written (") and message.endswith(
+            "): choose another folder.\n"
+        )
     assert names_in(tmp_path) == {"a file"}
 
 
-def odd_pictures(folder):
-    """Ten pictures of each of two classes, of every kind that people have."""
+def odd_images(folder):
+    """Ten images of each of two classes, of every kind that people have."""
     ramp = np.linspace(0, 255, 24 * 16, dtype=np.uint8).reshape(24, 16)
     grey = Image.fromarray(ramp)
     color = Image.merge("RGB", [grey, grey.rotate(180), grey])
@@ -179,8 +213,8 @@ def odd_pictures(folder):
     return folder
 
 
-def test_pictures_of_every_kind_are_trained_on_and_classified(tiny_model, tmp_path, capsys):
-    folder = odd_pictures(tmp_path / "data")
+def test_images_of_every_kind_are_trained_on_and_classified(tiny_model, tmp_path, capsys):
+    folder = odd_images(tmp_path / "data")
     flags = ["--model", tiny_model, "--dataset", folder, "--epochs", 1, "--batch-size", 4, "--device", "cpu"]
     assert train(*flags, "--output-dir", tmp_path / "out") == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -191,48 +225,62 @@ def test_pictures_of_every_kind_are_trained_on_and_classified(tiny_model, tmp_pa
     assert len(out.splitlines()) == 2 + 22 and "error" not in out and err == ""
 
 
-def test_unreadable_pictures_are_skipped_counted_and_named(tiny_model, tmp_path, capsys):
-    folder = pictures(tmp_path / "data", {"train/cat": 15, "train/dog": 15, "val/cat": 1, "val/dog": 1, "test/cat": 1, "test/dog": 1})
+def test_unreadable_images_are_skipped_counted_and_named(tiny_model, tmp_path, capsys):
+    folder = images(
+        tmp_path / "data", {"train/cat": 15, "train/dog": 15, "val/cat": 1, "val/dog": 1, "test/cat": 1, "test/dog": 1}
+    )
     half = io.BytesIO()
     Image.new("RGB", (30, 30)).save(half, "PNG")
     (tmp_path / "data" / "train" / "cat" / "3.png").write_bytes(half.getvalue()[:50])
     flags = ["--model", tiny_model, "--dataset", folder, "--epochs", 1, "--batch-size", 8, "--device", "cpu"]
     assert train(*flags, "--output-dir", tmp_path / "out") == 0
     err = capsys.readouterr().err
-    assert "skipped an unreadable picture of train: train/cat/3.png: " in err and re.search(r"1 unreadable picture$", err, re.MULTILINE)
+    assert "skipped an unreadable image of train: train/cat/3.png: " in err and re.search(
+        r"1 unreadable image$", err, re.MULTILINE
+    )
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["pictures"] == {"train": 29, "validation": 2, "test": 2, "skipped": 1}
     assert json.loads((tmp_path / "out" / "training_metadata.json").read_text())["dataset"]["unreadable"] == 1
 
 
-def test_more_than_5_percent_unreadable_pictures_stop(refused, tmp_path):
-    folder = pictures(tmp_path / "data", {"train/cat": 15, "train/dog": 15, "val/cat": 1, "val/dog": 1, "test/cat": 1, "test/dog": 1})
+def test_more_than_5_percent_unreadable_images_stop(refused, tmp_path):
+    folder = images(
+        tmp_path / "data", {"train/cat": 15, "train/dog": 15, "val/cat": 1, "val/dog": 1, "test/cat": 1, "test/dog": 1}
+    )
     for name in ("cat", "dog"):
-        (tmp_path / "data" / "train" / name / "3.png").write_bytes(b"no picture")
-    assert "2 of 30 pictures of train are unreadable, more than 5%. First: train/cat/3.png: " in refused("--dataset", folder, quiet=False)
+        (tmp_path / "data" / "train" / name / "3.png").write_bytes(b"no image")
+    assert "2 of 30 images of train are unreadable, more than 5%. First: train/cat/3.png: " in refused(
+        "--dataset", folder, quiet=False
+    )
 
 
-def test_unreadable_pictures_are_counted_before_train_is_cut(refused, tiny_model, tmp_path, capsys):
+def test_unreadable_images_are_counted_before_train_is_cut(refused, tiny_model, tmp_path, capsys):
     """However many of them fall into the small test split."""
-    folder = Path(pictures(tmp_path / "data", {"cat": 20, "dog": 20}))
+    folder = Path(images(tmp_path / "data", {"cat": 20, "dog": 20}))
     resolved = resolve({"model": str(tiny_model), "dataset": str(folder), "output_dir": str(tmp_path / "out")})
     for name in load_data(resolved).test.names[:2]:
-        (folder / name).write_bytes(b"no picture")
+        (folder / name).write_bytes(b"no image")
     data = load_data(resolved)
     assert len(data.skipped) == 2 and [len(data.train), len(data.validation), len(data.test)] == [28, 6, 4]
     for name in data.validation.names[:3]:
-        (folder / name).write_bytes(b"no picture")
+        (folder / name).write_bytes(b"no image")
     message = refused("--dataset", folder, quiet=False)
-    assert message.startswith("5 of 40 pictures of train (validation and test are cut from it) are unreadable, more than 5%. First: ")
+    assert message.startswith(
+        "5 of 40 images of train (validation and test are cut from it) are unreadable, more than 5%. First: "
+    )
     assert "Repair or remove these files" in message
 
 
-def test_a_split_without_any_readable_picture(refused, tmp_path):
-    folder = Path(pictures(tmp_path / "data", {"cat": 70, "dog": 70}))
+def test_a_split_without_any_readable_image(refused, tmp_path):
+    folder = Path(images(tmp_path / "data", {"cat": 70, "dog": 70}))
     for name in ("cat", "dog"):
-        (folder / name / "1.png").write_bytes(b"no picture")
+        (folder / name / "1.png").write_bytes(b"no image")
     flags = ["--validation-ratio", 0.01, "--test-ratio", 0.01]
-    names = load_data(resolve({"dataset": str(folder), "validation_ratio": 0.01, "test_ratio": 0.01, "model": "x/y"})).test.names
+    names = load_data(
+        resolve({"dataset": str(folder), "validation_ratio": 0.01, "test_ratio": 0.01, "model": "x/y"})
+    ).test.names
     for name in names:
-        (folder / name).write_bytes(b"no picture")
-    assert refused("--dataset", folder, *flags, quiet=False) == "test has no readable picture. Repair them, or add some.\n"
+        (folder / name).write_bytes(b"no image")
+    assert (
+        refused("--dataset", folder, *flags, quiet=False) == "test has no readable image. Repair them, or add some.\n"
+    )

@@ -1,4 +1,5 @@
-"""Every benchmark for one round on a model without any use: it runs, its two sides agree, and it writes what the page is made from."""
+"""Every benchmark for one round on a model without any use: it runs, its two sides agree, and it writes what the page
+is made from."""
 
 import importlib
 import importlib.util
@@ -16,8 +17,12 @@ from accelerate.state import AcceleratorState
 from vlm.families import load_family
 
 ROOT = Path(__file__).resolve().parent.parent
-ON_LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is read from Linux's /proc")
-WITH_TRL = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed (requirements-bench.txt)")
+ON_LINUX = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is read from Linux's /proc"
+)
+WITH_TRL = pytest.mark.skipif(
+    importlib.util.find_spec("trl") is None, reason="trl is not installed (requirements-bench.txt)"
+)
 
 
 def folder_of_all(tmp_path_factory) -> Path:
@@ -58,7 +63,9 @@ def options(monkeypatch, tmp_path_factory):
     monkeypatch.setenv("VLM_CACHE", "")  # brings back what it was
     monkeypatch.setenv("WANDB_MODE", "disabled")
     common = importlib.import_module("common")
-    return common.start(common.parser("").parse_args(["--tiny", "--rounds", "1", "--cache", str(folder_of_all(tmp_path_factory))]))
+    return common.start(
+        common.parser("").parse_args(["--tiny", "--rounds", "1", "--cache", str(folder_of_all(tmp_path_factory))])
+    )
 
 
 @WITH_TRL
@@ -79,7 +86,7 @@ def test_train_on_gpu(benchmark):
         assert row["ours MFU"] == pytest.approx(row["ours TFLOP"] / row["ours s"])
         assert row["TRL MFU"] == pytest.approx(row["TRL TFLOP"] / row["TRL s"])
         assert row["ours plain MFU"] == pytest.approx(row["TRL MFU"] * row["ratio"])  # one round
-        assert row["ours pictures/s"] == pytest.approx(2 / row["ours s"])
+        assert row["ours images/s"] == pytest.approx(2 / row["ours s"])
 
 
 @WITH_TRL
@@ -98,7 +105,8 @@ def test_both_sides_agree_in_the_number_format_of_the_gpu(options):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("side", "other"), [("ours", "TRL"), ("TRL", "ours")])
 def test_a_side_that_runs_out_of_memory_leaves_a_row(benchmark, monkeypatch, side, other):
-    """In the middle: ours in its first turn, TRL's as its loop begins. There the operations of one picture and of two are counted."""
+    """In the middle: ours in its first turn, TRL's as its loop begins. There the operations of one image and of two are
+    counted."""
     trl_side, workload = importlib.import_module("trl_side"), importlib.import_module("workload")
     step, calls, operations = workload.OurTraining.step, [], []
 
@@ -113,7 +121,9 @@ def test_a_side_that_runs_out_of_memory_leaves_a_row(benchmark, monkeypatch, sid
         operations.extend(count(partial(trl_side.forward_and_backward, trainer, rows)) for rows in ([0], [0, 1]))
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(*((workload.OurTraining, "step", our_step) if side == "ours" else (trl_side.SFTTrainer, "train", train)))
+    monkeypatch.setattr(
+        *((workload.OurTraining, "step", our_step) if side == "ours" else (trl_side.SFTTrainer, "train", train))
+    )
     (row,) = benchmark("train_on_gpu", "--models", "256M", "--batch-sizes", "2", "--steps", "1")["rows"]
     assert row["ratio"] == f"{side}: out of memory" and row[f"{side} s"] == row[f"{side} MFU"] == "out of memory"
     assert row[f"{other} s"] > 0 and row[f"{other} MFU"] > 0
@@ -144,8 +154,10 @@ def test_train_vs_trl_in_several_batches_of_a_step(benchmark):
 
 def test_classify_vs_generate(benchmark):
     rows = benchmark("classify_vs_generate", "--batch-size", "2")["rows"]
-    assert {(row["weights"], row["picture"]) for row in rows} >= {("peaked", "native"), ("random", "cached features")}
-    peaked, random = (next(row["top probability"] for row in rows if row["weights"] == kind) for kind in ("peaked", "random"))
+    assert {(row["weights"], row["image"]) for row in rows} >= {("peaked", "native"), ("random", "cached features")}
+    peaked, random = (
+        next(row["top probability"] for row in rows if row["weights"] == kind) for kind in ("peaked", "random")
+    )
     assert peaked > random
 
 
@@ -165,7 +177,10 @@ def test_an_optimizer_that_computes_something_else_is_seen(options, monkeypatch)
     ours = workload.OurTraining(options, "lora", 2, cached=True, lora_dropout=0.0, weight_decay=0.0)
     before = {name: p.detach().clone() for name, p in ours.classifier.named_parameters()}
     assert levers.update_difference(ours) < levers.TOLERANCE
-    assert all(torch.equal(p, before[name]) for name, p in ours.classifier.named_parameters()) and not ours.run.optimizer.state
+    assert (
+        all(torch.equal(p, before[name]) for name, p in ours.classifier.named_parameters())
+        and not ours.run.optimizer.state
+    )
 
     @contextmanager
     def decaying(ours):
@@ -181,7 +196,7 @@ def test_an_optimizer_that_computes_something_else_is_seen(options, monkeypatch)
 
 @ON_LINUX
 def test_growth(benchmark):
-    rows = benchmark("growth", "--works", "classify, by pictures", "train, by batch")["rows"]
+    rows = benchmark("growth", "--works", "classify, by images", "train, by batch")["rows"]
     assert [row["sizes"] for row in rows] == ["2, 4", "1, 2"]
 
 
@@ -261,7 +276,9 @@ class TestParts:
         result = {"command": "python x.py", "machine": machine, "size": "full", "rounds": 5, "correct": True}
         result["rows"] = [{"ratio": 5.4321, "tuning": "lora", "agrees": True}]
         page = report.fill("before\n<!-- x -->\nold\n<!-- end x -->\nafter\n", {"x": result, "y": result})[0]
-        assert page.startswith("before\n<!-- x -->\n| ratio | tuning | agrees |\n| ---: | --- | --- |\n| 5.43 | lora | yes |\n")
+        assert page.startswith(
+            "before\n<!-- x -->\n| ratio | tuning | agrees |\n| ---: | --- | --- |\n| 5.43 | lora | yes |\n"
+        )
         assert page.endswith("<!-- end x -->\nafter\n") and "old" not in page and "`python x.py`" in page
         assert report.fill(page, {"x": result, "y": result}) == (page, {"x"})
 
@@ -278,7 +295,7 @@ class TestParts:
     def test_runs_with_other_flags_have_other_folders(self):
         import objectives
 
-        rest = ["--dataset", "pictures/" * 30, "--seed", "1"]
+        rest = ["--dataset", "images/" * 30, "--seed", "1"]
         names = {objectives.folder_name(["--model", model, *rest]) for model in ("a", "b")}
         assert len(names) == 2 and all("_seed_1_" in name and len(name) < 120 for name in names)
 
@@ -287,10 +304,14 @@ class TestParts:
 
         case = {"tuning": "lora-alone", "format": "answer-only", "objective": "both"}
         assert objectives.as_flags(case)[:3] == ["--tune", "lora", "--freeze-connector"]
-        assert objectives.as_flags({"format": "answer-only", "objective": "both"})[:2] == ["--response-format", "answer-only"]
+        assert objectives.as_flags({"format": "answer-only", "objective": "both"})[:2] == [
+            "--response-format",
+            "answer-only",
+        ]
 
     def test_products_with_a_number_format_of_their_own_are_counted(self):
-        """TRL's head on a GPU asks for float32; torch's own rule fails on that. Shapes alone: a CPU cannot compute it."""
+        """TRL's head on a GPU asks for float32; torch's own rule fails on that. Shapes alone: a CPU cannot compute
+        it."""
         import peak
 
         left, right = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((4, 5), (5, 6)))
@@ -320,12 +341,23 @@ class TestParts:
 
         large, sixth, tiny = (shapes.shape("2.2B", size) for size in ("full", "quick", "tiny"))
         assert (large.text["num_hidden_layers"], large.vision["num_hidden_layers"]) == (24, 27)
-        assert (large.text["hidden_size"], large.picture, large.patch, large.scale) == (2048, 384, 14, 3)
+        assert (large.text["hidden_size"], large.image, large.patch, large.scale) == (2048, 384, 14, 3)
         assert (sixth.text["num_hidden_layers"], sixth.vision["num_hidden_layers"]) == (4, 4)
-        assert sixth.text["hidden_size"] == 2048 and (tiny.picture, tiny.patch, tiny.scale) == (42, 14, 3)
+        assert sixth.text["hidden_size"] == 2048 and (tiny.image, tiny.patch, tiny.scale) == (42, 14, 3)
 
     def test_the_page_has_a_place_for_every_benchmark(self):
-        names = ["startup", "train_vs_trl", "train_vs_plain", "classify_vs_generate", "peak", "levers", "growth", "memory_vs_trl"]
+        names = [
+            "startup",
+            "train_vs_trl",
+            "train_vs_plain",
+            "classify_vs_generate",
+            "peak",
+            "levers",
+            "growth",
+            "memory_vs_trl",
+        ]
         names += ["train_on_gpu", "objectives_digits", "objectives_planets"]
-        page = (ROOT / "docs/performance.md").read_text(encoding="utf-8") + (ROOT / "docs/objectives.md").read_text(encoding="utf-8")
+        page = (ROOT / "docs/performance.md").read_text(encoding="utf-8") + (ROOT / "docs/objectives.md").read_text(
+            encoding="utf-8"
+        )
         assert [name for name in names if f"<!-- {name} -->\n" not in page or f"<!-- end {name} -->" not in page] == []

@@ -1,4 +1,5 @@
-"""The temperature is the best one, never changes the ranking, and goes with its prompts alone; abstaining keeps what it promises."""
+"""The temperature is the best one, never changes the ranking, and goes with its prompts alone; abstaining keeps what it
+promises."""
 
 import json
 from dataclasses import replace
@@ -11,7 +12,7 @@ from tiny import tiny_prompts
 from vlm.classifier.calibration import (
     COLDEST,
     HOTTEST,
-    MIN_PICTURES,
+    MIN_IMAGES,
     Calibration,
     coverage_and_accuracy,
     fit_bias,
@@ -23,7 +24,8 @@ from vlm.classifier.calibration import (
 
 
 def drawn(count=400, classes=5, temperature=1.0, seed=0, offset=-30.0):
-    """Scores whose softmax at `temperature` is the true distribution of the labels, as log-probabilities of long responses."""
+    """Scores whose softmax at `temperature` is the true distribution of the labels, as log-probabilities of long
+    responses."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(0, 2, (count, classes))
     shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
@@ -32,7 +34,7 @@ def drawn(count=400, classes=5, temperature=1.0, seed=0, offset=-30.0):
 
 
 def nll(scores, labels, temperature, bias=0.0):
-    """One picture after the other."""
+    """One image after the other."""
     total = 0.0
     for row, label in zip(np.asarray(scores), labels, strict=True):
         logits = row / temperature + bias
@@ -47,7 +49,9 @@ def test_the_temperature_is_that_of_a_grid_search(true):
     grid = np.geomspace(true / 2, true * 2, 140)
     best = grid[np.argmin([nll(scores, labels, t) for t in grid])]
     assert remarks == [] and calibration.bias is None
-    assert calibration.temperature == pytest.approx(best, rel=0.01) and calibration.temperature == pytest.approx(true, rel=0.4)
+    assert calibration.temperature == pytest.approx(best, rel=0.01) and calibration.temperature == pytest.approx(
+        true, rel=0.4
+    )
 
 
 def test_none_fits_nothing():
@@ -103,19 +107,23 @@ def test_without_calibration_the_probabilities_are_the_softmax_of_the_scores():
     torch.testing.assert_close(Calibration().log_probabilities(scores), scores.log_softmax(1), rtol=1e-12, atol=0)
 
 
-def test_where_no_picture_is_wrong_the_temperature_is_bounded_and_says_so():
+def test_where_no_image_is_wrong_the_temperature_is_bounded_and_says_so():
     labels = np.arange(50) % 4
     scores = np.eye(4)[labels] * 2
     temperature, remark = fit_temperature(scores, labels)
     confidence = np.exp(2 / temperature) / (np.exp(2 / temperature) + 3)
     assert temperature < 1 and confidence == pytest.approx(51 / 52, abs=1e-6)
-    assert "no validation picture is wrong" in remark and "0.9808" in remark
+    assert "no validation image is wrong" in remark and "0.9808" in remark
     assert fit_temperature(scores * 10, labels)[0] == 1, "one that is sure already is not made less so"
     calibration, remarks = fit_calibration(torch.tensor(scores), labels, "bias")
-    assert calibration == Calibration(temperature) and "No biases" in remarks[1], "they would go on where the temperature is bounded"
+    assert calibration == Calibration(temperature) and "No biases" in remarks[1], (
+        "they would go on where the temperature is bounded"
+    )
     scores[0] = scores[1]  # one mistake, and there is a best temperature
     temperature, remark = fit_temperature(scores, labels)
-    assert remark is None and nll(scores, labels, temperature) < min(nll(scores, labels, temperature * f) for f in (0.98, 1.02))
+    assert remark is None and nll(scores, labels, temperature) < min(
+        nll(scores, labels, temperature * f) for f in (0.98, 1.02)
+    )
 
 
 def test_scores_that_say_nothing_take_the_bound():
@@ -125,17 +133,19 @@ def test_scores_that_say_nothing_take_the_bound():
         assert temperature == HOTTEST and "say nothing about the class" in remark
 
 
-def test_too_few_pictures_are_not_calibrated_and_nan_is_left_out():
-    scores, labels = drawn(MIN_PICTURES - 1, temperature=3)
+def test_too_few_images_are_not_calibrated_and_nan_is_left_out():
+    scores, labels = drawn(MIN_IMAGES - 1, temperature=3)
     calibration, remarks = fit_calibration(scores, labels, "temperature")
-    assert calibration == Calibration() and f"{MIN_PICTURES - 1} validation pictures are fewer than {MIN_PICTURES}" in remarks[0]
+    assert (
+        calibration == Calibration() and f"{MIN_IMAGES - 1} validation images are fewer than {MIN_IMAGES}" in remarks[0]
+    )
     scores, labels = drawn(100, temperature=3)
     broken = scores.clone()
     broken[7, 2] = float("nan")
     calibration, remarks = fit_calibration(broken, labels, "temperature")
     others = np.arange(100) != 7
     assert calibration == fit_calibration(scores[others], labels[others], "temperature")[0]
-    assert remarks == ["1 of 100 validation pictures have NaN as a score and are left out of the calibration."]
+    assert remarks == ["1 of 100 validation images have NaN as a score and are left out of the calibration."]
     assert fit_calibration(scores * float("nan"), labels, "bias")[0] == Calibration()
 
 
@@ -159,12 +169,14 @@ def test_biases_are_where_the_slope_is_zero_and_find_what_was_added():
         return nll(scores, labels, start / (1 + parameters[0]), parameters[1:]) + size
 
     ours = np.concatenate([[start / calibration.temperature - 1], bias])
-    slope = [(penalized(ours + step) - penalized(ours - step)) / 2e-4 for step in 1e-4 * np.eye(5)]  # the function is convex
+    slope = [
+        (penalized(ours + step) - penalized(ours - step)) / 2e-4 for step in 1e-4 * np.eye(5)
+    ]  # the function is convex
     np.testing.assert_allclose(slope, 0, atol=1e-5)
     assert nll(scores, labels, calibration.temperature, bias) < nll(scores, labels, start) - 0.05
 
 
-def test_the_bias_of_a_class_without_pictures_stays_small():
+def test_the_bias_of_a_class_without_images_stays_small():
     scores, labels = drawn(100, 4)
     some = labels != 3
     temperature, bias = fit_bias(scores.numpy()[some], labels[some], 1.0)
@@ -189,7 +201,8 @@ def test_a_calibration_stored_before_there_were_scores_means_the_sum(capsys):
 
 
 @pytest.mark.parametrize(
-    "change", [{"system": "other"}, {"question": "other"}, {"class_names": tuple("abcdefg")}, {"responses": tuple("abcdefg")}]
+    "change",
+    [{"system": "other"}, {"question": "other"}, {"class_names": tuple("abcdefg")}, {"responses": tuple("abcdefg")}],
 )
 def test_other_prompts_or_classes_have_another_key_and_no_calibration(change, capsys):
     prompts = tiny_prompts()
@@ -224,7 +237,7 @@ def test_a_damaged_calibration_is_left_out_with_a_note(change, capsys):
     assert "is damaged" in capsys.readouterr().err
 
 
-def test_the_threshold_keeps_the_most_pictures_at_the_wanted_precision():
+def test_the_threshold_keeps_the_most_images_at_the_wanted_precision():
     rng = np.random.default_rng(0)
     for seed in range(20):
         confidence = np.random.default_rng(seed).integers(1, 30, 60) / 30  # many are equal
@@ -243,7 +256,10 @@ def test_everything_or_nothing_may_be_kept():
     assert pick_threshold(confidence, np.array([True, True, True]), 0.95) == 0
     assert pick_threshold(confidence, np.array([False, True, True]), 0.95) is None
     assert pick_threshold(confidence, np.array([True, False, False]), 0.95) == pytest.approx(0.8)
-    assert coverage_and_accuracy(confidence, np.array([True, False, True]), 0.7) == {"coverage": pytest.approx(2 / 3), "accuracy": 1.0}
+    assert coverage_and_accuracy(confidence, np.array([True, False, True]), 0.7) == {
+        "coverage": pytest.approx(2 / 3),
+        "accuracy": 1.0,
+    }
     assert coverage_and_accuracy(confidence, np.array([True, False, True]), 0.95) == {"coverage": 0.0, "accuracy": None}
 
 

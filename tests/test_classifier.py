@@ -5,11 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny import NAMES, batch_of, full_row_logits, random_picture, samples, save_tiny_model, tiny_classifier
+from tiny import NAMES, batch_of, full_row_logits, random_image, samples, save_tiny_model, tiny_classifier
 
+from vlm.classifier import search as scoring
 from vlm.classifier.batching import IGNORED, vlm_collate_fn
 from vlm.classifier.calibration import Calibration
-from vlm.classifier import search as scoring
 from vlm.common.errors import UsageError
 from vlm.conversation.prompts import Prompts
 from vlm.data.splits import Sample
@@ -111,26 +111,26 @@ def test_scores_in_small_blocks_of_logits_are_the_same(folder, monkeypatch):
 
 def test_one_by_one_equals_a_batch_and_scoring_twice_changes_nothing(folder):
     classifier = tiny_classifier(folder).eval()
-    pictures = samples([0, 1, 2])
-    together = classifier.read(vlm_collate_fn(pictures, classifier.family, classifier.rendered, with_response=False))
+    images = samples([0, 1, 2])
+    together = classifier.read(vlm_collate_fn(images, classifier.family, classifier.rendered, with_response=False))
     scores = classifier.score(together)
     torch.testing.assert_close(classifier.score(together), scores, rtol=0, atol=0)
-    for i, sample in enumerate(pictures):
+    for i, sample in enumerate(images):
         alone = classifier.read(vlm_collate_fn([sample], classifier.family, classifier.rendered, with_response=False))
         torch.testing.assert_close(classifier.score(alone)[0], scores[i], rtol=1e-6, atol=1e-5)
 
 
-def test_rows_of_unequal_picture_tokens_equal_one_by_one(folder):
-    """With several tiles a picture (image splitting) the prompts have unequal lengths."""
+def test_rows_of_unequal_image_tokens_equal_one_by_one(folder):
+    """With several tiles an image (image splitting) the prompts have unequal lengths."""
     classifier = tiny_classifier(folder).eval()
-    images = classifier.family.processor.image_processor
-    images.do_image_splitting, images.size = True, {"longest_edge": 48}
-    pictures = [Sample(random_picture(i, width, 20), 0, "a picture") for i, width in enumerate((60, 20, 33))]
-    batch = vlm_collate_fn(pictures, classifier.family, classifier.rendered, with_response=False)
+    image_processor = classifier.family.processor.image_processor
+    image_processor.do_image_splitting, image_processor.size = True, {"longest_edge": 48}
+    images = [Sample(random_image(i, width, 20), 0, "an image") for i, width in enumerate((60, 20, 33))]
+    batch = vlm_collate_fn(images, classifier.family, classifier.rendered, with_response=False)
     assert len(set(batch["lengths"].tolist())) > 1
     reading = classifier.read(batch)
     scores, texts = classifier.score(reading), classifier.write(reading, 12)
-    for i, sample in enumerate(pictures):
+    for i, sample in enumerate(images):
         alone = classifier.read(vlm_collate_fn([sample], classifier.family, classifier.rendered, with_response=False))
         torch.testing.assert_close(classifier.score(alone)[0], scores[i], rtol=1e-6, atol=1e-5)
         assert classifier.write(alone, 12)[0] == texts[i]
@@ -149,12 +149,14 @@ def test_written_text_equals_the_greedy_text_of_transformers(folder):
         assert texts[i] == classifier.family.decode(expected[0, ids.shape[1] :].tolist())
 
 
-def test_picture_features_equal_those_of_transformers(folder):
+def test_image_features_equal_those_of_transformers(folder):
     classifier = tiny_classifier(folder).eval()
     batch = batch_of(classifier, [0, 1])
     with torch.no_grad():
-        ours = classifier.family.picture_features(batch["pixels"])
-        theirs = classifier.model.model.get_image_features(**{k: v.unsqueeze(1) for k, v in batch["pixels"].items()}).pooler_output
+        ours = classifier.family.image_features(batch["pixels"])
+        theirs = classifier.model.model.get_image_features(
+            **{k: v.unsqueeze(1) for k, v in batch["pixels"].items()}
+        ).pooler_output
     torch.testing.assert_close(ours, torch.cat(list(theirs)), rtol=0, atol=0)
 
 
@@ -175,10 +177,12 @@ def test_only_the_response_is_in_the_loss(folder):
     for i, label in enumerate((2, 4)):
         targets = batch["targets"][i]
         assert targets[targets != IGNORED].tolist() == classifier.rendered.response_ids[label]
-        assert classifier.rendered.response_ids[label][-1] == classifier.family.tokenizer.convert_tokens_to_ids("<end_of_utterance>")
+        assert classifier.rendered.response_ids[label][-1] == classifier.family.tokenizer.convert_tokens_to_ids(
+            "<end_of_utterance>"
+        )
 
 
-def test_another_picture_changes_the_scores(folder):
+def test_another_image_changes_the_scores(folder):
     classifier = tiny_classifier(folder).eval()
     scores = classifier.score(classifier.read(batch_of(classifier, [0, 0], with_response=False)))
     assert (scores[0] - scores[1]).abs().max() > 1e-3
@@ -200,11 +204,11 @@ def test_the_kept_prefix_is_forgotten_when_training(folder):
 def test_a_sample_that_is_too_long_is_refused_by_name(folder):
     classifier = tiny_classifier(folder)
     short = replace(classifier.rendered, max_length=20)
-    with pytest.raises(UsageError, match="picture 0 has .* tokens"):
+    with pytest.raises(UsageError, match="image 0 has .* tokens"):
         vlm_collate_fn(samples([0]), classifier.family, short)
 
 
-def test_a_picture_placeholder_in_a_text_is_refused(folder):
+def test_a_image_placeholder_in_a_text_is_refused(folder):
     classifier = tiny_classifier(folder)
     prompts = Prompts("look at <image>", "what?", ("a", "b"), ("Answer: a", "Answer: b"))
     with pytest.raises(UsageError, match="<image>"):
@@ -267,11 +271,13 @@ def test_a_search_is_as_exact_as_it_says_and_leaves_nodes_out(folder, monkeypatc
 
 
 def passes_of(classifier, reading, monkeypatch, **search):
-    """Nodes of each picture in each pass of a search, and what it found."""
+    """Nodes of each image in each pass of a search, and what it found."""
     passes = []
     run = scoring._State.run
     with monkeypatch.context() as patch:
-        patch.setattr(scoring._State, "run", lambda self, nodes: passes.append(list(map(len, nodes))) or run(self, nodes))
+        patch.setattr(
+            scoring._State, "run", lambda self, nodes: passes.append(list(map(len, nodes))) or run(self, nodes)
+        )
         return passes, classifier.search(reading, **search)
 
 
@@ -308,7 +314,9 @@ def test_searches_in_small_passes_that_drop_what_is_finished_are_the_same(folder
     whole = classifier.score(reading)
     longest = []
     run = scoring._State.run
-    monkeypatch.setattr(scoring._State, "run", lambda self, nodes: longest.append(self.nodes.shape[1]) or run(self, nodes))
+    monkeypatch.setattr(
+        scoring._State, "run", lambda self, nodes: longest.append(self.nodes.shape[1]) or run(self, nodes)
+    )
     monkeypatch.setattr(scoring, "NODES_AT_ONCE", 6)
     monkeypatch.setattr(scoring, "NODES_KEPT", 12)
     torch.testing.assert_close(classifier.score(reading), whole, rtol=1e-6, atol=1e-5)

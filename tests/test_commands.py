@@ -1,4 +1,5 @@
-"""Whole scripts as a user runs them: the shell script, training on a published kind of model, what it leaves, and its use."""
+"""Whole scripts as a user runs them: the shell script, training on a published kind of model, what it leaves, and its
+use."""
 
 import json
 import math
@@ -11,7 +12,7 @@ import torch
 from commands import MODEL_FOLDER, ROOT, TRACEBACK, names_in, run, surroundings, train
 from PIL import Image
 from safetensors.torch import load_file
-from test_data import pictures
+from test_data import images
 from test_sources import CODES, mars
 
 MARS = json.loads((ROOT / "tests" / "data" / "mars.json").read_text())
@@ -63,7 +64,10 @@ def test_the_texts_of_the_long_example_arrive_unchanged(mars_run):
         metadata = json.loads((mars_run[0] / "vlm_results" / place / "training_metadata.json").read_text())
         filled = {"{classes}": ", ".join(CODES), "{task_description}": "Martian landform (DoMars16k) classification"}
         system, question = MARS["system_instructions"], MARS["prompt_template"]
-        assert metadata["settings"]["system_instructions"] == system and metadata["settings"]["prompt_template"] == question
+        assert (
+            metadata["settings"]["system_instructions"] == system
+            and metadata["settings"]["prompt_template"] == question
+        )
         for key, value in filled.items():
             system, question = system.replace(key, value), question.replace(key, value)
         assert metadata["prompts"]["system"] == system and metadata["prompts"]["question"] == question
@@ -74,7 +78,7 @@ def test_the_texts_of_the_long_example_arrive_unchanged(mars_run):
 def test_results_go_to_stdout_and_all_else_to_stderr(mars_run):
     result = mars_run[1]
     lines = result.stdout.splitlines()
-    assert lines[0].split() == ["class", "precision", "recall", "F1", "pictures"]
+    assert lines[0].split() == ["class", "precision", "recall", "F1", "images"]
     assert [line.split()[0] for line in lines[2:17]] == CODES
     assert any(line.startswith("test accuracy") for line in lines) and lines[-1].startswith("sure")
     for text in (
@@ -97,16 +101,18 @@ def test_the_output_folder_holds_these_files_and_no_others(mars_run):
     }  # fmt: skip
     assert names_in(output / "best_model") == names_in(output / "final_model") == MODEL_FOLDER
     for name in ("training_curves.png", "confusion_matrix.png", "reliability.png"):
-        with Image.open(output / name) as picture:
-            picture.load()
-            assert min(picture.size) > 400
+        with Image.open(output / name) as image:
+            image.load()
+            assert min(image.size) > 400
 
 
 def test_all_files_of_a_model_folder_can_be_read_by_the_same_people(demo_run):
     (demo_run.parent / "file").touch()
     mode = (demo_run.parent / "file").stat().st_mode
     for name in ("best_model", "final_model", "demo_model"):
-        assert {path.name: path.stat().st_mode for path in (demo_run / name).iterdir() if path.stat().st_mode != mode} == {}
+        assert {
+            path.name: path.stat().st_mode for path in (demo_run / name).iterdir() if path.stat().st_mode != mode
+        } == {}
 
 
 def test_results_json_tells_the_whole_story(mars_run, results):
@@ -137,9 +143,14 @@ def test_results_json_tells_the_whole_story(mars_run, results):
 def test_what_is_said_about_trust_stands_beside_the_accuracy(results):
     test, check = results["test"], results["picture_check"]
     calibration = test["calibration"]
-    assert calibration["temperature"] == 1 and "15 validation pictures are fewer than 20" in calibration["remarks"][0]
+    assert calibration["temperature"] == 1 and "15 validation images are fewer than 20" in calibration["remarks"][0]
     for state in ("before", "after"):
-        assert calibration[state]["accuracy"][0] == test["accuracy"] and set(calibration[state]) == {"accuracy", "nll", "brier", "ece"}
+        assert calibration[state]["accuracy"][0] == test["accuracy"] and set(calibration[state]) == {
+            "accuracy",
+            "nll",
+            "brier",
+            "ece",
+        }
         assert sum(count for _, _, count in calibration["reliability"][state]) == 30
     assert results["probe"] is None and "abstention" not in test, "they were not asked for"
     assert check["pictures"] == 30 and check["chance"] == pytest.approx(1 / 15)
@@ -147,7 +158,11 @@ def test_what_is_said_about_trust_stands_beside_the_accuracy(results):
 
 def test_own_metrics_stand_in_the_results(results):
     own = results["test"]["own_metrics"]["sure"]
-    assert own["classes"] == 15 and own["right"] == pytest.approx(results["test"]["accuracy"]) and 1 / 15 < own["mean"] <= 1
+    assert (
+        own["classes"] == 15
+        and own["right"] == pytest.approx(results["test"]["accuracy"])
+        and 1 / 15 < own["mean"] <= 1
+    )
 
 
 def test_the_log_has_a_line_for_every_ten_steps_and_every_evaluation(mars_run, results):
@@ -170,13 +185,13 @@ import importlib.util, json, sys
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 assert importlib.util.find_spec("vlm") is None
-folder, picture, metadata = sys.argv[1], Image.open(sys.argv[2]).convert("RGB"), json.load(open(sys.argv[1] + "/training_metadata.json"))
+folder, image, metadata = sys.argv[1], Image.open(sys.argv[2]).convert("RGB"), json.load(open(sys.argv[1] + "/training_metadata.json"))
 model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
 messages = [
     {"role": "system", "content": [{"type": "text", "text": metadata["prompts"]["system"]}]},
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": metadata["prompts"]["question"]}]},
 ]
-inputs = processor(text=processor.apply_chat_template(messages, add_generation_prompt=True), images=[picture], return_tensors="pt")
+inputs = processor(text=processor.apply_chat_template(messages, add_generation_prompt=True), images=[image], return_tensors="pt")
 ids = model.generate(**inputs, do_sample=False, max_new_tokens=20)
 text = processor.batch_decode(ids[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)[0]
 print(json.dumps({"logits": list(model(**inputs).logits.shape), "text": text.strip()}))
@@ -185,26 +200,28 @@ print(json.dumps({"logits": list(model(**inputs).logits.shape), "text": text.str
 
 def test_the_model_folder_works_in_transformers_without_this_program(mars_run, tmp_path):
     from inference_vlm import load_model_and_metadata
-    from vlm.data.images import open_picture
+    from vlm.data.images import open_image
     from vlm.data.splits import Sample
 
-    output, picture = mars_run[0] / "vlm_results", tmp_path / "a.png"
-    Image.radial_gradient("L").save(picture)
+    output, image = mars_run[0] / "vlm_results", tmp_path / "a.png"
+    Image.radial_gradient("L").save(image)
     for place in ("best_model", "final_model"):
         weights = load_file(output / place / "model.safetensors")
         assert not [name for name in weights if "lora" in name or "base_layer" in name]
-    arguments = [sys.executable, "-c", USE_WITHOUT_THIS_PROGRAM, output / "best_model", picture]
+    arguments = [sys.executable, "-c", USE_WITHOUT_THIS_PROGRAM, output / "best_model", image]
     result = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, env=surroundings(PYTHONPATH=None))
     assert result.returncode == 0, result.stderr
     seen = json.loads(result.stdout)
     model, processor, _ = load_model_and_metadata(output / "best_model", device="cpu")
-    ours = model.write(model.read(model.collate(with_response=False)([Sample(open_picture(picture), 0, "a")])))[0]
-    assert len(seen["text"]) > 0 and ours.startswith(seen["text"]), "the same model, read by others, writes the same text"
+    ours = model.write(model.read(model.collate(with_response=False)([Sample(open_image(image), 0, "a")])))[0]
+    assert len(seen["text"]) > 0 and ours.startswith(seen["text"]), (
+        "the same model, read by others, writes the same text"
+    )
     assert seen["logits"][0] == 1 and seen["logits"][2] == len(processor.tokenizer)
 
 
-def test_the_trained_model_classifies_pictures_from_another_folder(mars_run, tmp_path):
-    dataset = pictures(tmp_path / "new pictures", {"ael": 2, "cra": 1})
+def test_the_trained_model_classifies_images_from_another_folder(mars_run, tmp_path):
+    dataset = images(tmp_path / "new images", {"ael": 2, "cra": 1})
     result = run("inference_vlm.py", "--model-dir", mars_run[0] / "vlm_results" / "best_model", dataset, cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
     assert [line.split()[-4] in CODES for line in result.stdout.splitlines()[2:]] == [True] * 3
@@ -217,7 +234,12 @@ def test_a_model_of_the_hub_is_tuned_from_the_cache_alone(tiny_model, tmp_path):
     shutil.copytree(tiny_model, repository / "snapshots" / COMMIT)
     result = run(
         "run_vlm_training.sh",
-        *("--model", "HuggingFaceTB/SmolVLM-256M-Instruct", "--dataset", pictures(tmp_path / "data", {"cat": 5, "dog": 6})),
+        *(
+            "--model",
+            "HuggingFaceTB/SmolVLM-256M-Instruct",
+            "--dataset",
+            images(tmp_path / "data", {"cat": 5, "dog": 6}),
+        ),
         *("--epochs", 1, "--output-dir", tmp_path / "out"),
         **{"HF_HOME": tmp_path / "huggingface", "HF_HUB_OFFLINE": 1},
     )
@@ -226,31 +248,55 @@ def test_a_model_of_the_hub_is_tuned_from_the_cache_alone(tiny_model, tmp_path):
     assert (metadata["model"], metadata["model_revision"]) == ("HuggingFaceTB/SmolVLM-256M-Instruct", COMMIT)
     assert metadata["settings"]["tune"] == "lora" and metadata["class_names"] == ["cat", "dog"]
     assert "HF_HUB_OFFLINE is set: using the cached copy of model HuggingFaceTB/SmolVLM-256M-Instruct" in result.stderr
-    before, after = load_file(tiny_model / "model.safetensors"), load_file(tmp_path / "out" / "final_model" / "model.safetensors")
+    before, after = (
+        load_file(tiny_model / "model.safetensors"),
+        load_file(tmp_path / "out" / "final_model" / "model.safetensors"),
+    )
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    expected = {name for name in before if "connector" in name or ("text_model" in name and name.endswith("_proj.weight"))}
-    assert changed == expected, "LoRA is merged into the language model's linear layers, the connector is trained, the rest is as it was"
+    expected = {
+        name for name in before if "connector" in name or ("text_model" in name and name.endswith("_proj.weight"))
+    }
+    assert changed == expected, (
+        "LoRA is merged into the language model's linear layers, the connector is trained, the rest is as it was"
+    )
 
 
 def test_two_processes_train_as_one_with_twice_the_batch(tmp_path):
-    """25 pictures in steps of 8: in the last step one process has a picture, and the other has none. Classes have 2 or 3 each."""
-    flags = ["--demo", "--max-samples", 25, "--epochs", 1, "--device", "cpu", "--learning-rate", 1e-3, "--class-balance"]
+    """25 images in steps of 8: in the last step one process has an image, and the other has none. Classes have 2 or 3
+    each."""
+    flags = [
+        "--demo",
+        "--max-samples",
+        25,
+        "--epochs",
+        1,
+        "--device",
+        "cpu",
+        "--learning-rate",
+        1e-3,
+        "--class-balance",
+    ]
     result = run("run_vlm_training.sh", *flags, "--batch-size", 4, "--output-dir", tmp_path / "two", VLM_PROCESSES=2)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("One sample as the model sees it") == 1, "only one of them speaks"
     assert train(*flags, "--batch-size", 8, "--output-dir", tmp_path / "one") == 0
     start, one, two = (
-        load_file(tmp_path / folder / "model.safetensors") for folder in ("one/demo_model", "one/final_model", "two/final_model")
+        load_file(tmp_path / folder / "model.safetensors")
+        for folder in ("one/demo_model", "one/final_model", "two/final_model")
     )
     assert one.keys() == two.keys()
     difference, moved = (
-        math.sqrt(sum((a[name].double() - b[name].double()).square().sum().item() for name in one)) for a, b in ((one, two), (one, start))
+        math.sqrt(sum((a[name].double() - b[name].double()).square().sum().item() for name in one))
+        for a, b in ((one, two), (one, start))
     )
-    # Sums in another order differ in the seventh digit; AdamW divides by the gradient's size, which keeps it at that (2e-6
-    # was measured). A picture that is counted twice or not at all changes more than a hundredth.
+    # Sums in another order differ in the seventh digit; AdamW divides by the gradient's size, which keeps it at that
+    # (2e-6 was measured). An image that is counted twice or not at all changes more than a hundredth.
     assert difference < 1e-4 * moved
-    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("one", "two")]
+    logs = [
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
     for ours, theirs in zip(*logs, strict=True):
         assert (ours["kind"], ours["step"]) == (theirs["kind"], theirs["step"])
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)

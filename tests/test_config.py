@@ -50,7 +50,7 @@ def test_defaults_follow_the_tuning_mode(tune, rate, epochs):
     assert resolve({"tune": tune, "learning_rate": 0.5}).learning_rate == 0.5
 
 
-def test_default_is_lora_on_smolvlm_and_mars_with_eight_pictures_a_step():
+def test_default_is_lora_on_smolvlm_and_mars_with_eight_images_a_step():
     settings = resolve({})
     assert (settings.model, settings.dataset) == ("HuggingFaceTB/SmolVLM-500M-Instruct", "Mirali33/mb-domars16k")
     assert (settings.tune, settings.batch_size, settings.gradient_accumulation_steps) == ("lora", None, None)
@@ -67,10 +67,20 @@ def test_default_is_lora_on_smolvlm_and_mars_with_eight_pictures_a_step():
 
 def test_all_problems_are_named_at_once():
     with pytest.raises(UsageError) as error:
-        resolve({"batch_size": 0, "epochs": -1, "learning_rate": 0.0, "class_names": ["a", "a"], "demo": True, "model": "x"})
-    for expected in ("--batch-size 0", "--epochs -1", "--learning-rate 0.0", "a is there twice", "--demo brings its own model"):
+        resolve(
+            {"batch_size": 0, "epochs": -1, "learning_rate": 0.0, "class_names": ["a", "a"], "demo": True, "model": "x"}
+        )
+    for expected in (
+        "--batch-size 0",
+        "--epochs -1",
+        "--learning-rate 0.0",
+        "a is there twice",
+        "--demo brings its own model",
+    ):
         assert expected in str(error.value)
-    with pytest.raises(UsageError, match=r"(?s)abstain-below 5: expected a probability.*--abstain-below and --target-precision exclude"):
+    with pytest.raises(
+        UsageError, match=r"(?s)abstain-below 5: expected a probability.*--abstain-below and --target-precision exclude"
+    ):
         resolve({"abstain_below": 5, "target_precision": 0.9})
 
 
@@ -128,7 +138,9 @@ def test_help_loads_nothing_heavy():
     assert done.stderr.strip() == "[]"
 
 
-@pytest.mark.parametrize("arguments", [["--batch-size", "many"], ["--no-such-flag"], ["--tune", "some"], ["--epoch", "3"]])
+@pytest.mark.parametrize(
+    "arguments", [["--batch-size", "many"], ["--no-such-flag"], ["--tune", "some"], ["--epoch", "3"]]
+)
 def test_wrong_usage_ends_with_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         parse_arguments(arguments)
@@ -155,5 +167,7 @@ def test_an_unknown_flag_is_answered_by_the_one_that_is_like_it(flag, meant, cap
 
 
 def test_names_in_a_message_are_shown_as_they_are_typed():
-    with pytest.raises(UsageError, match="--class-names mars moon moon: expected different names, but moon is there twice"):
+    with pytest.raises(
+        UsageError, match="--class-names mars moon moon: expected different names, but moon is there twice"
+    ):
         resolve({"class_names": ["mars", "moon", "moon"], "demo": True})

@@ -17,7 +17,12 @@ def machine(monkeypatch, cuda=False, mps=False, capability=(9, 0)):
 
 @pytest.mark.parametrize(
     ("has", "wanted", "taken"),
-    [({}, "auto", "cpu"), ({"cuda": True}, "auto", "cuda"), ({"mps": True}, "auto", "cpu"), ({"mps": True}, "mps", "mps")]
+    [
+        ({}, "auto", "cpu"),
+        ({"cuda": True}, "auto", "cuda"),
+        ({"mps": True}, "auto", "cpu"),
+        ({"mps": True}, "mps", "mps"),
+    ]
     + [({"cuda": True}, "cpu", "cpu"), ({"cuda": True}, "cuda", "cuda")],
 )
 def test_devices(monkeypatch, has, wanted, taken):
@@ -64,7 +69,10 @@ def test_float16_needs_cuda():
         (MemoryError(), True),
         (torch.OutOfMemoryError("CUDA out of memory"), True),
         (RuntimeError("MPS backend out of memory (MPS allocated ...)"), True),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), True),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+            True,
+        ),
         (RuntimeError("shape mismatch"), False),
         (ValueError("out of memory"), False),
     ],
@@ -88,7 +96,9 @@ def test_threads_are_those_asked_for_else_a_share_of_the_cores_that_may_be_used(
     assert device.share_of_cores() == 1
 
 
-@pytest.mark.parametrize(("text", "cores"), [("250000 100000", 3), ("100000 100000", 1), ("max 100000", None), (None, None)])
+@pytest.mark.parametrize(
+    ("text", "cores"), [("250000 100000", 3), ("100000 100000", 1), ("max 100000", None), (None, None)]
+)
 def test_a_container_may_be_allowed_less_than_it_sees(tmp_path, text, cores):
     if text:
         (tmp_path / "cpu.max").write_text(text + "\n")

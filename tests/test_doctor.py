@@ -54,7 +54,9 @@ def test_a_check_that_breaks_is_a_failure_and_the_rest_goes_on():
         examine(breaks, debug=True)
 
 
-@pytest.mark.parametrize(("version", "level"), [((3, 10, 14), FAILURE), ((3, 11, 0), OK), ((3, 14, 2), OK), ((3, 15, 0), WARNING)])
+@pytest.mark.parametrize(
+    ("version", "level"), [((3, 10, 14), FAILURE), ((3, 11, 0), OK), ((3, 14, 2), OK), ((3, 15, 0), WARNING)]
+)
 def test_the_version_of_python_is_judged(version, level):
     assert levels(doctor.python(version)) == [level]
 
@@ -77,7 +79,12 @@ def test_a_machine_without_torch_and_transformers_gets_a_whole_report(monkeypatc
     for name in ("torch", "transformers"):
         monkeypatch.setitem(sys.modules, name, None)
     code, report = examine(doctor.transformers, doctor.device, doctor.memory)
-    assert code == 1 and "transformers cannot be imported" in report and "device: ModuleNotFoundError" in report and "memory: " in report
+    assert (
+        code == 1
+        and "transformers cannot be imported" in report
+        and "device: ModuleNotFoundError" in report
+        and "memory: " in report
+    )
 
 
 @pytest.mark.parametrize("torchvision", [True, False])
@@ -139,7 +146,9 @@ def test_a_hub_that_cannot_be_reached_is_a_warning_with_a_cure():
 
     assert levels(doctor.hub(answers(0))) == [OK, OK, OK]
     broken = list(doctor.hub(answers(1, "Traceback ...\nConnectError: Name or service not known\n")))
-    assert levels(broken) == [WARNING] * 3 and "Name or service not known" in broken[0].text and "--demo" in broken[0].cure
+    assert (
+        levels(broken) == [WARNING] * 3 and "Name or service not known" in broken[0].text and "--demo" in broken[0].cure
+    )
     assert levels(doctor.hub(hangs)) == [WARNING] * 3
 
 
@@ -163,9 +172,9 @@ parser.add_argument("--output-dir", type=pathlib.Path)
 """
 PREDICT = """
 import json, pathlib, sys
-model, picture, table = sys.argv[2], sys.argv[3], sys.argv[5]
-assert pathlib.Path(model).is_dir() and pathlib.Path(picture).is_file()
-pathlib.Path(table).write_text(json.dumps({"path": picture, "prediction": ANSWER}))
+model, image, table = sys.argv[2], sys.argv[3], sys.argv[5]
+assert pathlib.Path(model).is_dir() and pathlib.Path(image).is_file()
+pathlib.Path(table).write_text(json.dumps({"path": image, "prediction": ANSWER}))
 """
 
 
@@ -204,9 +213,11 @@ def test_the_doctor_says_when_python_is_too_old_and_is_not_collected_as_a_test()
 def test_the_size_of_the_vision_features_is_told(monkeypatch, tmp_path):
     monkeypatch.setenv("VLM_CACHE", str(tmp_path))
     (found,) = doctor.vision_features()
-    assert found == Finding(OK, f"vision features ({tmp_path / 'features'}): 0.0 GB, and never more than --cache-size 20")
-    (tmp_path / "features" / "a tower").mkdir(parents=True)
-    with (tmp_path / "features" / "a tower" / "picture").open("wb") as file:
+    assert found == Finding(
+        OK, f"vision features ({tmp_path / 'features'}): 0.0 GB, and never more than --cache-size 20"
+    )
+    (tmp_path / "features" / "an encoder").mkdir(parents=True)
+    with (tmp_path / "features" / "an encoder" / "image").open("wb") as file:
         file.truncate(1_500_000_000)  # takes no room
     assert ": 1.5 GB, " in next(doctor.vision_features()).text
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import random_picture, save_tiny_model, tiny_classifier
+from tiny import random_image, save_tiny_model, tiny_classifier
 
 from train_vlm import evaluate_vlm_model, vlm_collate_fn
 from vlm.classifier.batching import IGNORED
@@ -23,8 +23,8 @@ def classifier(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def split():
-    pictures = [random_picture(i) for i in range(len(LABELS))]
-    return Split(Rows(pictures, LABELS, [f"picture {i}" for i in range(len(LABELS))]), range(len(LABELS)), LABELS)
+    images = [random_image(i) for i in range(len(LABELS))]
+    return Split(Rows(images, LABELS, [f"image {i}" for i in range(len(LABELS))]), range(len(LABELS)), LABELS)
 
 
 def test_metrics_follow_from_the_scores(classifier, split):
@@ -35,7 +35,9 @@ def test_metrics_follow_from_the_scores(classifier, split):
     posterior = scores.log_softmax(1)
     assert result["nll"] == pytest.approx(-posterior[torch.arange(len(LABELS)), truth].mean().item(), rel=1e-5)
     best_two = scores.topk(2).indices
-    assert result["own_metrics"]["top_two"] == pytest.approx((best_two == truth.unsqueeze(1)).any(1).double().mean().item())
+    assert result["own_metrics"]["top_two"] == pytest.approx(
+        (best_two == truth.unsqueeze(1)).any(1).double().mean().item()
+    )
     assert sum(map(sum, result["confusion_matrix"])) == len(LABELS)
 
 
@@ -63,7 +65,9 @@ def test_a_share_of_the_samples_can_be_scored_alone(classifier, split):
 
 
 def test_loader_processes_give_the_same_scores(classifier, split):
-    torch.testing.assert_close(score_split(classifier, split, workers=2), score_split(classifier, split), rtol=0, atol=0)
+    torch.testing.assert_close(
+        score_split(classifier, split, workers=2), score_split(classifier, split), rtol=0, atol=0
+    )
 
 
 def test_evaluation_leaves_the_mode_as_it_was(classifier, split):
@@ -82,7 +86,9 @@ def test_texts_without_an_answer_are_invalid_and_never_a_class(classifier, split
     """A model with random weights writes nonsense."""
     counts = check_texts(classifier, split, count=5)
     free = {"texts": 5, "invalid": 5, "agree_with_prediction": 0, "reasoning_names_answer": 0}
-    assert counts == free | {"explanations_agree": 5}, "an explanation answers with the prediction whatever the model would write"
+    assert counts == free | {"explanations_agree": 5}, (
+        "an explanation answers with the prediction whatever the model would write"
+    )
 
 
 @pytest.mark.parametrize(
@@ -97,15 +103,24 @@ def test_free_texts_are_counted_by_answer_and_reasoning(classifier, split, monke
     prediction = classifier.class_names[int(score_split(classifier, split, indices=[0]).sums[0].argmax())]
     assert prediction not in ("cat", "catfish"), "or the texts above would say something else"
     monkeypatch.setattr(
-        "vlm.evaluation.evaluate.write_freely", lambda classifier, reading: [text.format(prediction, prediction)] * len(reading.states)
+        "vlm.evaluation.evaluate.write_freely",
+        lambda classifier, reading: [text.format(prediction, prediction)] * len(reading.states),
     )
     same = split.take([0, 0, 0])
-    expected = {"texts": 3, "invalid": invalid, "agree_with_prediction": agrees, "reasoning_names_answer": named, "explanations_agree": 3}
+    expected = {
+        "texts": 3,
+        "invalid": invalid,
+        "agree_with_prediction": agrees,
+        "reasoning_names_answer": named,
+        "explanations_agree": 3,
+    }
     assert check_texts(classifier, same) == expected
 
 
-def test_texts_of_chosen_pictures_come_in_the_order_asked_for(classifier, split):
+def test_texts_of_chosen_images_come_in_the_order_asked_for(classifier, split):
     alone = [explanations(classifier, split, [i], [c])[0] for i, c in ((7, 1), (2, 0), (4, 3))]
-    assert [parse_answer(text, classifier.class_names) for text in alone] == [classifier.class_names[c] for c in (1, 0, 3)]
+    assert [parse_answer(text, classifier.class_names) for text in alone] == [
+        classifier.class_names[c] for c in (1, 0, 3)
+    ]
     assert explanations(classifier, split, [7, 2, 4], [1, 0, 3], batch_size=2) == alone
     assert explanations(classifier, split, [], []) == []

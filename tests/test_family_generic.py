@@ -41,7 +41,14 @@ TEXT = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "max_position_embeddings": 1024,
 }  # fmt: skip
-VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
 
 
 def tokenizer(special, **more):
@@ -50,18 +57,21 @@ def tokenizer(special, **more):
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     bpe.train_from_iterator([prompts.system, prompts.question, *prompts.responses], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, model_input_names=["input_ids", "attention_mask"], **more)
 
 
 class Generic(FamilyChecks):
-    """What the generic checks need: the pixels of one picture stand at one place of each tensor."""
+    """What the generic checks need: the pixels of one image stand at one place of each tensor."""
 
     shares_prefix = True
 
-    def one_picture(self, batch, i):
+    def one_image(self, batch, i):
         return {name: tensor[i : i + 1] for name, tensor in batch["pixels"].items()}
 
     def test_the_shared_prefix_is_used_where_it_fits(self, folder, capsys):
@@ -100,10 +110,12 @@ class TestLlavaDinov2(Generic):
 
 
 class TestLlavaOnevision(Generic):
-    """A varying number of tiles a picture, and a learned newline between their rows."""
+    """A varying number of tiles an image, and a learned newline between their rows."""
 
     def build(self, folder):
-        words = tokenizer(["<|im_start|>", "<|im_end|>", "<image>", "<video>"], eos_token="<|im_end|>", pad_token="<|im_end|>")
+        words = tokenizer(
+            ["<|im_start|>", "<|im_end|>", "<image>", "<video>"], eos_token="<|im_end|>", pad_token="<|im_end|>"
+        )
         torch.manual_seed(0)
         pinpoints = [[28, 28], [28, 56], [56, 28], [56, 56]]
         config = LlavaOnevisionConfig(
@@ -117,19 +129,26 @@ class TestLlavaOnevision(Generic):
         model.save_pretrained(folder)
         images = LlavaOnevisionImageProcessorPil(size={"height": 28, "width": 28}, image_grid_pinpoints=pinpoints)
         processor_class(folder)(
-            images, words, num_image_tokens=4, vision_feature_select_strategy="full", chat_template=CHATML.replace("IMAGE", "<image>")
+            images,
+            words,
+            num_image_tokens=4,
+            vision_feature_select_strategy="full",
+            chat_template=CHATML.replace("IMAGE", "<image>"),
         ).save_pretrained(folder)
 
 
 class TestInternVL(Generic):
-    """A varying number of tiles a picture, one after the other in one tensor."""
+    """A varying number of tiles an image, one after the other in one tensor."""
 
     def build(self, folder):
         special = {
             "start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"
         }  # fmt: skip
         words = tokenizer(
-            ["<|im_start|>", "<|im_end|>", *special.values()], eos_token="<|im_end|>", pad_token="<|im_end|>", extra_special_tokens=special
+            ["<|im_start|>", "<|im_end|>", *special.values()],
+            eos_token="<|im_end|>",
+            pad_token="<|im_end|>",
+            extra_special_tokens=special,
         )
         torch.manual_seed(0)
         config = InternVLConfig(
@@ -145,7 +164,7 @@ class TestInternVL(Generic):
         template = CHATML.replace("IMAGE", "<IMG_CONTEXT>\n")
         processor_class(folder)(images, words, image_seq_length=4, chat_template=template).save_pretrained(folder)
 
-    def one_picture(self, batch, i):
+    def one_image(self, batch, i):
         counts = [int((row == self.image_token).sum()) // 4 for row in batch["input_ids"]]
         return {"pixel_values": batch["pixels"]["pixel_values"][sum(counts[:i]) : sum(counts[: i + 1])]}
 
@@ -154,13 +173,13 @@ class TestInternVL(Generic):
         self.image_token = classifier.model.config.image_token_id
         return classifier
 
-    def test_pictures_have_unequal_numbers_of_tiles(self, folder):
+    def test_images_have_unequal_numbers_of_tiles(self, folder):
         batch = self.batch(self.classifier(folder), [0, 1, 2])
         assert len(set(batch["lengths"].tolist())) > 1
 
 
 class TestGemma3(Generic):
-    """Picture tokens see each other in both directions, and there is no system role."""
+    """Image tokens see each other in both directions, and there is no system role."""
 
     shares_prefix = False
     # Its norms compute in float32 whatever the model's format, so that more than float32 cannot be had.
@@ -199,9 +218,9 @@ class TestGemma3(Generic):
     def full_logits(self, classifier, ids, pixels):
         ids = torch.tensor([ids])
         types = (ids == classifier.model.config.image_token_id).long()
-        return classifier.model(input_ids=ids, attention_mask=torch.ones_like(ids), token_type_ids=types, **pixels, use_cache=False).logits[
-            0
-        ]
+        return classifier.model(
+            input_ids=ids, attention_mask=torch.ones_like(ids), token_type_ids=types, **pixels, use_cache=False
+        ).logits[0]
 
     def test_the_instructions_are_at_the_head_of_the_user_turn(self, folder):
         classifier = self.classifier(folder)
@@ -209,7 +228,11 @@ class TestGemma3(Generic):
         text = classifier.family.tokenizer.decode(ids)
         assert text.startswith("<bos><start_of_turn>user\n" + classifier.prompts.system)
         assert text.count("<bos>") == 1
-        assert text.index(classifier.prompts.system) < text.index("<image_soft_token>") < text.index(classifier.prompts.question)
+        assert (
+            text.index(classifier.prompts.system)
+            < text.index("<image_soft_token>")
+            < text.index(classifier.prompts.question)
+        )
 
 
 class TestPaliGemma(Generic):
@@ -220,7 +243,9 @@ class TestPaliGemma(Generic):
     zero_gradient = TestGemma3.zero_gradient
 
     def build(self, folder):
-        words = tokenizer(["<pad>", "<bos>", "<eos>", "<image>"], bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+        words = tokenizer(
+            ["<pad>", "<bos>", "<eos>", "<image>"], bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+        )
         torch.manual_seed(0)
         config = PaliGemmaConfig(
             text_config=TEXT | {"vocab_size": len(words), "model_type": "gemma", "head_dim": 8}, projection_dim=16,
@@ -240,9 +265,9 @@ class TestPaliGemma(Generic):
         types = torch.zeros(1, len(ids), dtype=torch.long)
         types[0, self.prompt_length(classifier, ids) :] = 1
         ids = torch.tensor([ids])
-        return classifier.model(input_ids=ids, attention_mask=torch.ones_like(ids), token_type_ids=types, **pixels, use_cache=False).logits[
-            0
-        ]
+        return classifier.model(
+            input_ids=ids, attention_mask=torch.ones_like(ids), token_type_ids=types, **pixels, use_cache=False
+        ).logits[0]
 
     def prompt_length(self, classifier, ids):
         question = classifier.rendered.question_ids
@@ -251,7 +276,11 @@ class TestPaliGemma(Generic):
 
 @pytest.mark.parametrize(
     ("config", "message"),
-    [({"model_type": "llama"}, "reads text only"), ({"model_type": "no_such"}, "does not know"), ({}, "is of type None")],
+    [
+        ({"model_type": "llama"}, "reads text only"),
+        ({"model_type": "no_such"}, "does not know"),
+        ({}, "is of type None"),
+    ],
 )
 def test_models_that_cannot_be_used_are_refused_in_one_line(tmp_path, config, message):
     import json

@@ -7,7 +7,7 @@ import torch
 from family_checks import FamilyChecks, naive_scores
 from hub_layout_phi3_vision import build_tokenizer, save_published, save_tokenizer
 from safetensors import safe_open
-from tiny import NAMES, random_picture, tiny_prompts
+from tiny import NAMES, random_image, tiny_prompts
 from transformers import Phi3ForCausalLM
 
 from vlm.classifier.batching import vlm_collate_fn
@@ -59,17 +59,21 @@ class Phi3Checks(FamilyChecks):
         family = load_family(folder, dtype, CPU, {"num_crops": self.num_crops})
         return VLMClassifier(family, prompts or tiny_prompts(tuple(self.names))).eval()
 
-    def one_picture(self, batch, i):
+    def one_image(self, batch, i):
         sizes = batch["pixels"]["image_sizes"]
         counts = (1 + (sizes // 336).prod(1)).tolist()
         return {"pixel_values": batch["pixels"]["pixel_values"].split(counts)[i], "image_sizes": sizes[i : i + 1]}
 
     def full_logits(self, classifier, ids, pixels):
         model = classifier.model
-        features = iter(plain_features(model, pixels["pixel_values"].to(model.dtype), pixels["image_sizes"]) if pixels else ())
+        features = iter(
+            plain_features(model, pixels["pixel_values"].to(model.dtype), pixels["image_sizes"]) if pixels else ()
+        )
         placeholder = classifier.family.tokenizer.convert_tokens_to_ids("<|image|>")
         words = model.model.embed_tokens(torch.tensor(ids))
-        embeddings = torch.stack([next(features, words[i]) if token == placeholder else words[i] for i, token in enumerate(ids)])
+        embeddings = torch.stack(
+            [next(features, words[i]) if token == placeholder else words[i] for i, token in enumerate(ids)]
+        )
         assert next(features, None) is None
         return Phi3ForCausalLM.forward(model, inputs_embeds=embeddings.unsqueeze(0), use_cache=False).logits[0]
 
@@ -79,7 +83,7 @@ class TestPhi3Vision(Phi3Checks):
 
 
 class TestPhi3VisionOfSeveralTiles(Phi3Checks):
-    """745 and 757 tokens a picture. The option is saved with the model: see `test_tuned_saved_and_reloaded...`."""
+    """745 and 757 tokens an image. The option is saved with the model: see `test_tuned_saved_and_reloaded...`."""
 
     num_crops = 4
 
@@ -89,17 +93,19 @@ def folder(tmp_path_factory):
     return save_published(tmp_path_factory.mktemp("published"))
 
 
-def load(folder, pictures=None, dtype=torch.float32):
-    return load_family(folder, dtype, CPU, pictures)
+def load(folder, images=None, dtype=torch.float32):
+    return load_family(folder, dtype, CPU, images)
 
 
-def test_features_of_unequal_pictures_equal_plain_loops(folder):
+def test_features_of_unequal_images_equal_plain_loops(folder):
     family = load(folder, {"num_crops": 4})
-    inputs = family.encode_pictures([random_picture(i, *size) for i, size in enumerate([(40, 28), (20, 90), (90, 20)])]).inputs
+    inputs = family.encode_images(
+        [random_image(i, *size) for i, size in enumerate([(40, 28), (20, 90), (90, 20)])]
+    ).inputs
     assert len({tuple(size) for size in inputs["image_sizes"].tolist()}) == 3
     with torch.no_grad():
         torch.testing.assert_close(
-            family.picture_features(inputs), plain_features(family.model, **inputs), rtol=0, atol=1e-5
+            family.image_features(inputs), plain_features(family.model, **inputs), rtol=0, atol=1e-5
         )  # the same numbers in another order of adding
 
 
@@ -109,10 +115,12 @@ def test_cached_features_give_the_same_loss(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("VLM_CACHE", str(tmp_path))
     cache = FeatureCache(family, connected=False, halved=False, limit_gb=1)
     classifier = VLMClassifier(family, tiny_prompts())
-    samples = [Sample(random_picture(i, *size), i, f"picture {i}") for i, size in enumerate([(40, 28), (20, 90)])]
+    samples = [Sample(random_image(i, *size), i, f"image {i}") for i, size in enumerate([(40, 28), (20, 90)])]
     with torch.no_grad():
         assert cache.add_missing(family, samples)
-        losses = [classifier(vlm_collate_fn(samples, family, classifier.rendered, cache=kept)).loss for kept in (None, cache)]
+        losses = [
+            classifier(vlm_collate_fn(samples, family, classifier.rendered, cache=kept)).loss for kept in (None, cache)
+        ]
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=0)
 
 
@@ -121,7 +129,7 @@ def test_cached_features_give_the_same_loss(folder, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("metaspace", [False, True])
 def test_token_ids_are_those_of_the_published_processor(tmp_path, metaspace):
-    """It tokenizes the text before and after the picture by itself, each with the beginning of a text before it."""
+    """It tokenizes the text before and after the image by itself, each with the beginning of a text before it."""
     save_published(tmp_path)
     tokenizer = build_tokenizer(metaspace)
     save_tokenizer(tmp_path, tokenizer)
@@ -161,7 +169,7 @@ def test_both_end_tokens_stop_the_text(folder):
     assert family.tokenizer.convert_ids_to_tokens(family.stop_ids) == ["<|end|>", "<|endoftext|>"]
 
 
-def test_without_the_reserved_token_the_padding_of_the_vocabulary_stands_for_pictures(tmp_path):
+def test_without_the_reserved_token_the_padding_of_the_vocabulary_stands_for_images(tmp_path):
     save_published(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         file = tmp_path / name
@@ -184,7 +192,7 @@ def test_transformers_changes_all_positions_behind_the_switch(tmp_path):
 
 
 def at_the_switch(folder, spare: int = 0) -> VLMClassifier:
-    """A model whose positions change `spare` tokens behind the last one that may be written after a picture."""
+    """A model whose positions change `spare` tokens behind the last one that may be written after an image."""
     rendered = load(save_published(folder)).render(tiny_prompts())
     row = len(rendered.prefix_ids) + 313 + len(rendered.question_ids)
     room = max(64, 2 * max(map(len, rendered.response_ids)))
@@ -203,13 +211,13 @@ def test_scores_and_texts_up_to_the_switch_equal_the_plain_forward(tmp_path, mon
     prompt = classifier.rendered.prefix_ids + batch["input_ids"][0, : batch["lengths"][0]].tolist()
     assert len(prompt) + len(written) == classifier.family.switch_length
     with torch.no_grad():
-        logits = checks.full_logits(classifier, prompt + written, checks.one_picture(batch, 0))
+        logits = checks.full_logits(classifier, prompt + written, checks.one_image(batch, 0))
     assert logits.argmax(-1)[len(prompt) - 1 : -1].tolist() == written
 
 
-def test_a_picture_too_many_tokens_from_the_switch_is_refused_by_name(tmp_path):
+def test_a_image_too_many_tokens_from_the_switch_is_refused_by_name(tmp_path):
     classifier = at_the_switch(tmp_path, spare=-1)
-    with pytest.raises(UsageError, match="picture 0 has .* tokens"):
+    with pytest.raises(UsageError, match="image 0 has .* tokens"):
         Phi3Checks().batch(classifier, [0])
 
 
@@ -285,14 +293,14 @@ def test_missing_weights_are_refused(folder, tmp_path):
         load(tmp_path)
 
 
-def test_another_layout_of_the_picture_tokens_is_refused():
+def test_another_layout_of_the_image_tokens_is_refused():
     layout = {"embedding_cls": "image", "hd_transform_order": "glb_sub", "projection_cls": "mlp"}
     with pytest.raises(UsageError, match="hd_transform_order glb_sub"), torch.device("meta"):
         Phi3VForCausalLM(Phi3VConfig(num_hidden_layers=1, embd_layer=layout))
 
 
 def test_published_sizes_have_4_billion_parameters():
-    """The model page says 4.2B. The published configuration says nothing of the tower's sizes."""
+    """The model page says 4.2B. The published configuration says nothing of the encoder's sizes."""
     with torch.device("meta"):
         model = Phi3VForCausalLM(Phi3VConfig(img_processor={"name": "clip_vision_model", "image_dim_out": 1024}))
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(4.15e9, rel=0.005)
@@ -310,7 +318,7 @@ def test_every_trained_parameter_gets_a_gradient(folder):
         family = load(folder, {})
         prepare_tuning(family, resolve({"tune": tune}))
         classifier = VLMClassifier(family, tiny_prompts(tuple(NAMES[:3]))).train()
-        classifier(classifier.collate(True)([Sample(random_picture(0), 0, "picture")])).loss.backward()
+        classifier(classifier.collate(True)([Sample(random_image(0), 0, "image")])).loss.backward()
         without = [name for name, p in family.model.named_parameters() if p.requires_grad and p.grad is None]
         assert not without, (tune, without)
         frozen = [name for name, p in family.model.named_parameters() if not p.requires_grad]
@@ -321,7 +329,9 @@ def test_every_trained_parameter_gets_a_gradient(folder):
 def test_lora_is_put_on_the_language_model_only_and_the_connector_is_trained(folder):
     family = load(folder, {})
     prepare_tuning(family, resolve({"tune": "lora"}))
-    adapted = {name.split(".lora_A")[0] for name, _ in family.model.named_modules() if name.endswith(f"lora_A.{ADAPTER}")}
+    adapted = {
+        name.split(".lora_A")[0] for name, _ in family.model.named_modules() if name.endswith(f"lora_A.{ADAPTER}")
+    }
     layers = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
     assert adapted == {f"model.layers.{i}.{name}" for i in range(2) for name in layers}
     others = {name for name, p in family.model.named_parameters() if p.requires_grad and "lora_" not in name}

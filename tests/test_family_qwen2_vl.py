@@ -1,4 +1,5 @@
-"""Qwen2-VL and Qwen2.5-VL: the checks of every family, multimodal positions, processor, patch embedding, the saved layout."""
+"""Qwen2-VL and Qwen2.5-VL: the checks of every family, multimodal positions, processor, patch embedding, the saved
+layout."""
 
 import json
 
@@ -8,7 +9,7 @@ from family_checks import FamilyChecks
 from hub_layout_qwen2_vl import save_published
 from PIL import Image
 from safetensors import safe_open
-from tiny import random_picture, tiny_prompts
+from tiny import random_image, tiny_prompts
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
@@ -38,7 +39,7 @@ class TestQwen2VL(FamilyChecks):
     def build(self, folder):
         save_published(folder, self.model_type, self.tie)
 
-    def one_picture(self, batch, i):
+    def one_image(self, batch, i):
         grids = batch["pixels"]["image_grid_thw"]
         patches = batch["pixels"]["pixel_values"].split(grids.prod(1).tolist())
         return {"pixel_values": patches[i], "image_grid_thw": grids[i : i + 1]}
@@ -55,7 +56,7 @@ class TestQwen2VL(FamilyChecks):
 
     @pytest.mark.parametrize("with_response", [True, False])
     def test_positions_equal_get_rope_index(self, folder, with_response):
-        """Prefix, padded rows of unequal pictures, and the tokens that follow."""
+        """Prefix, padded rows of unequal images, and the tokens that follow."""
         classifier = self.classifier(folder)
         family, prefix = classifier.family, torch.tensor(classifier.rendered.prefix_ids)
         batch = self.batch(classifier, [0, 5, 3], with_response)
@@ -65,20 +66,24 @@ class TestQwen2VL(FamilyChecks):
             after = torch.full((5,), family.tokenizer.convert_tokens_to_ids("a"))
             ids = torch.cat([prefix, batch["input_ids"][i, :length], after]).unsqueeze(0)
             kinds = (ids == family.image_token_id).int()
-            expected, _ = classifier.model.model.get_rope_index(ids, kinds, image_grid_thw=batch["pixels"]["image_grid_thw"][i : i + 1])
+            expected, _ = classifier.model.model.get_rope_index(
+                ids, kinds, image_grid_thw=batch["pixels"]["image_grid_thw"][i : i + 1]
+            )
             assert torch.equal(torch.arange(len(prefix)).expand(3, -1), expected[:, 0, : len(prefix)])
             assert torch.equal(positions[:, i, :length], expected[:, 0, len(prefix) : -5])
             assert torch.equal((ends[i] + torch.arange(5)).expand(3, -1), expected[:, 0, -5:])
 
-    # Pictures and tokens
+    # Images and tokens
 
     def test_the_rows_are_what_the_published_processor_makes(self, folder):
         """Token ids and pixels of whole conversations, expanded by transformers' own processor code."""
         classifier = self.classifier(folder)
         processor, batch = classifier.family.processor, self.batch(classifier, [0, 1, 2])
-        text = processor.apply_chat_template(tiny_prompts(tuple(self.names)).messages(), add_generation_prompt=True, tokenize=False)
-        pictures = [sample.image for sample in self.samples([0, 1, 2])]
-        expected = processor(text=[text] * 3, images=[[picture] for picture in pictures], padding=True, return_tensors="pt")
+        text = processor.apply_chat_template(
+            tiny_prompts(tuple(self.names)).messages(), add_generation_prompt=True, tokenize=False
+        )
+        images = [sample.image for sample in self.samples([0, 1, 2])]
+        expected = processor(text=[text] * 3, images=[[image] for image in images], padding=True, return_tensors="pt")
         torch.testing.assert_close(batch["pixels"]["pixel_values"], expected["pixel_values"], rtol=0, atol=1e-6)
         assert torch.equal(expected["image_grid_thw"], batch["pixels"]["image_grid_thw"])
         for i, length in enumerate(batch["lengths"].tolist()):
@@ -90,10 +95,16 @@ class TestQwen2VL(FamilyChecks):
         rendered, tokenizer = classifier.rendered, classifier.family.tokenizer
         prompts = classifier.prompts
         assert (
-            tokenizer.decode(rendered.prefix_ids) == f"<|im_start|>system\n{prompts.system}<|im_end|>\n<|im_start|>user\n<|vision_start|>"
+            tokenizer.decode(rendered.prefix_ids)
+            == f"<|im_start|>system\n{prompts.system}<|im_end|>\n<|im_start|>user\n<|vision_start|>"
         )
-        assert tokenizer.decode(rendered.question_ids) == f"<|vision_end|>{prompts.question}<|im_end|>\n<|im_start|>assistant\n"
-        assert [tokenizer.decode(ids) for ids in rendered.response_ids] == [f"{text}<|im_end|>" for text in prompts.responses]
+        assert (
+            tokenizer.decode(rendered.question_ids)
+            == f"<|vision_end|>{prompts.question}<|im_end|>\n<|im_start|>assistant\n"
+        )
+        assert [tokenizer.decode(ids) for ids in rendered.response_ids] == [
+            f"{text}<|im_end|>" for text in prompts.responses
+        ]
 
     @pytest.mark.parametrize(
         ("options", "tokens"),
@@ -105,9 +116,9 @@ class TestQwen2VL(FamilyChecks):
             (None, 324),  # as published: nothing is made smaller
         ],
     )
-    def test_picture_sizes_decide_the_number_of_tokens(self, folder, options, tokens):
+    def test_image_sizes_decide_the_number_of_tokens(self, folder, options, tokens):
         family = load_family(folder, torch.float32, CPU, options)
-        encoded = family.encode_pictures([random_picture(0, 504, 504), random_picture(1, 4, 3)])
+        encoded = family.encode_images([random_image(0, 504, 504), random_image(1, 4, 3)])
         assert len(encoded.token_ids[0]) == tokens
         assert len(encoded.token_ids[1]) >= (options or {}).get("min_pixels", 3136) // 784
 
@@ -116,22 +127,24 @@ class TestQwen2VL(FamilyChecks):
             load_family(folder, torch.float32, CPU, {"min_pixels": 500_000})
         family = load_family(folder, torch.float32, CPU)
         with pytest.raises(UsageError, match="1 x 201 pixels"):
-            family.encode_pictures([Image.new("RGB", (1, 201))])
+            family.encode_images([Image.new("RGB", (1, 201))])
 
     # Vision
 
     @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
-    def test_picture_features_equal_those_of_an_untouched_model(self, folder, dtype, tolerance):
-        """Patch embedding, tower and merger, one after the other, against transformers' own with its Conv3d."""
+    def test_image_features_equal_those_of_an_untouched_model(self, folder, dtype, tolerance):
+        """Patch embedding, encoder and merger, one after the other, against transformers' own with its Conv3d."""
         classifier = self.classifier(folder, dtype)
         inputs = self.batch(classifier, [0, 1, 2])["pixels"]
         plain = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).eval()
         assert isinstance(plain.model.visual.patch_embed.proj, nn.Conv3d)
         with torch.no_grad():
-            expected = torch.cat(plain.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output)
-            features = classifier.family.picture_features(inputs)
+            expected = torch.cat(
+                plain.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output
+            )
+            features = classifier.family.image_features(inputs)
             error = float((features - expected).norm() / expected.norm())
-        self.report(f"picture features, {str(dtype).removeprefix('torch.')}", error)
+        self.report(f"image features, {str(dtype).removeprefix('torch.')}", error)
         assert error < tolerance
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -149,30 +162,33 @@ class TestQwen2VL(FamilyChecks):
         (gradient,) = torch.autograd.grad(result.square().sum(), product.weight)
         assert float((gradient - expected_gradient).norm() / expected_gradient.norm()) < 1e-6
 
-    def test_tower_and_connector_are_told_apart(self, folder):
+    def test_encoder_and_connector_are_told_apart(self, folder):
         family = load_family(folder, torch.float32, CPU)
         visual = family.model.model.visual
-        tower, merger = set(family.vision.parameters()), set(family.connector.parameters())
-        assert tower and merger and not tower & merger and tower | merger == set(visual.parameters())
+        encoder, merger = set(family.vision.parameters()), set(family.connector.parameters())
+        assert encoder and merger and not encoder & merger and encoder | merger == set(visual.parameters())
         prepare_tuning(family, resolve({"tune": "connector"}))
-        assert set(trained_parameters(family.model)) == {f"model.visual.merger.{name}" for name, _ in family.connector.named_parameters()}
+        assert set(trained_parameters(family.model)) == {
+            f"model.visual.merger.{name}" for name, _ in family.connector.named_parameters()
+        }
 
-    @pytest.mark.parametrize(("tune", "tower_trains"), [("lora", False), ("connector", False), ("full", True)])
-    def test_a_frozen_tower_keeps_no_graph_and_its_merger_learns(self, folder, tune, tower_trains):
+    @pytest.mark.parametrize(("tune", "encoder_trains"), [("lora", False), ("connector", False), ("full", True)])
+    def test_a_frozen_encoder_keeps_no_graph_and_its_merger_learns(self, folder, tune, encoder_trains):
         classifier = self.classifier(folder).train()
         family, seen = classifier.family, []
         prepare_tuning(family, resolve({"tune": tune}))
         whole = family.vision_features
         family.vision_features = lambda inputs: seen.append(whole(inputs)) or seen[-1]
         classifier(self.batch(classifier, [0, 1], with_response=True)).loss.backward()
-        assert seen[0].requires_grad == tower_trains
+        assert seen[0].requires_grad == encoder_trains
         assert all(p.grad is not None and p.grad.abs().max() > 0 for p in family.connector.parameters() if p.ndim > 1)
-        assert all((p.grad is not None) == tower_trains for p in family.vision.parameters())
+        assert all((p.grad is not None) == encoder_trains for p in family.vision.parameters())
 
     # Saving
 
     def test_saved_folder_has_the_published_names(self, folder, tmp_path):
-        """After LoRA, which renames modules, and with our patch embedding: as transformers itself saves an untouched model."""
+        """After LoRA, which renames modules, and with our patch embedding: as transformers itself saves an untouched
+        model."""
         classifier = self.classifier(folder)
         prepare_tuning(classifier.family, resolve({"tune": "lora"}))
         save_model_folder(tmp_path / "ours", classifier, {}, torch.bfloat16)
@@ -181,7 +197,7 @@ class TestQwen2VL(FamilyChecks):
         config = json.loads((tmp_path / "ours" / "config.json").read_text(encoding="utf-8"))
         assert config["model_type"] == self.model_type and config["dtype"] == "bfloat16"
 
-    def test_saved_picture_sizes_are_kept_at_inference(self, folder, tmp_path):
+    def test_saved_image_sizes_are_kept_at_inference(self, folder, tmp_path):
         classifier = self.classifier(folder)
         classifier.family.processor = type(classifier.family).load_processor(folder, min_pixels=7840, max_pixels=31360)
         save_model_folder(tmp_path / "model", classifier, {}, torch.float32)
@@ -196,7 +212,7 @@ class TestQwen2VL(FamilyChecks):
 
 
 class TestQwen25VL(TestQwen2VL):
-    """Windows in the tower, another processor name; the head is a matrix of its own, as in the 7B model."""
+    """Windows in the encoder, another processor name; the head is a matrix of its own, as in the 7B model."""
 
     model_type = "qwen2_5_vl"
     tie = False

@@ -37,13 +37,13 @@ def put(file: Path, age: float, size: int = 600_000) -> Path:
     return file
 
 
-def start(classifier, pictures, save) -> multiprocessing.Process:
+def start(classifier, images, save) -> multiprocessing.Process:
     """Another process that fills the cache, with `save` in the place of the function that writes a file."""
 
     def fill():
         features.save_file = save
-        cache = fill_cache(classifier.family, [pictures], limit_gb=1)
-        sys.exit(0 if cache and cache.encode(pictures.keys) else 1)
+        cache = fill_cache(classifier.family, [images], limit_gb=1)
+        sys.exit(0 if cache and cache.encode(images.keys) else 1)
 
     process = multiprocessing.get_context("fork").Process(target=fill)
     process.start()
@@ -56,18 +56,18 @@ def start(classifier, pictures, save) -> multiprocessing.Process:
 def test_features_that_are_too_large_are_not_kept(tmp_path, root, capsys):
     classifier = classifier_of("idefics3", tmp_path / "model")
     assert fill_cache(classifier.family, [split()], limit_gb=1e-6) is None
-    assert "for 3 pictures, more than --cache-size 1e-06: not kept" in capsys.readouterr().err
+    assert "for 3 images, more than --cache-size 1e-06: not kept" in capsys.readouterr().err
     assert not list(root.glob("*/*"))
 
 
 def test_features_that_turn_out_larger_than_the_first_ones_are_not_kept(tmp_path, root, monkeypatch, capsys):
-    """Pictures of unequal size: the estimate is of those that came first."""
+    """Images of unequal size: the estimate is of those that came first."""
     classifier = classifier_of("qwen2_vl", tmp_path / "model")
     fill_cache(classifier.family, [split()], limit_gb=1)
     sizes = [file.stat().st_size for file in root.glob("*/*")]
     for file in root.glob("*/*"):
         file.unlink()
-    monkeypatch.setattr("vlm.families.features.PICTURES_AT_ONCE", 1)
+    monkeypatch.setattr("vlm.families.features.IMAGES_AT_ONCE", 1)
     assert min(sizes) * 3 < 0.9 * sum(sizes)
     assert fill_cache(classifier.family, [split()], limit_gb=0.9 * sum(sizes) / 1e9) is None
     assert "not kept" in capsys.readouterr().err
@@ -75,7 +75,7 @@ def test_features_that_turn_out_larger_than_the_first_ones_are_not_kept(tmp_path
 
 
 def test_only_features_that_nobody_used_for_a_day_make_room(tmp_path, root):
-    """Other towers' and this one's alike, the longest unused first, and no more of them than need be."""
+    """Other encoders' and this one's alike, the longest unused first, and no more of them than need be."""
     classifier = classifier_of("idefics3", tmp_path / "model")
     own = FeatureCache(classifier.family, False, False, 1).folder.name
     oldest, older = put(root / "other" / "oldest", 3 * OLD), put(root / own / "older", 2 * OLD)
@@ -95,10 +95,10 @@ def test_nothing_is_deleted_in_vain(root):
 
 def test_what_a_run_looks_up_stays(tmp_path, root):
     classifier = classifier_of("idefics3", tmp_path / "model")
-    pictures = split()
-    cache = fill_cache(classifier.family, [pictures], limit_gb=1)
+    images = split()
+    cache = fill_cache(classifier.family, [images], limit_gb=1)
     files = list(cache.folder.iterdir())
-    for look in (lambda: fill_cache(classifier.family, [pictures], limit_gb=1), lambda: cache.encode(pictures.keys)):
+    for look in (lambda: fill_cache(classifier.family, [images], limit_gb=1), lambda: cache.encode(images.keys)):
         for file in files:
             os.utime(file, (time.time() - OLD, time.time() - OLD))
         look()
@@ -126,20 +126,21 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch, c
 
 
 def test_two_runs_fill_the_same_cache_at_once(tmp_path, root):
-    """Each writes every file, since they look for them before either has written any, and both write the same one at a time."""
+    """Each writes every file, since they look for them before either has written any, and both write the same one at a
+    time."""
     classifier = classifier_of("idefics3", tmp_path / "model")
-    pictures, both = split(), multiprocessing.get_context("fork").Barrier(2)
+    images, both = split(), multiprocessing.get_context("fork").Barrier(2)
 
     def save(entry, path):
         both.wait(timeout=60)
         save_file(entry, path)
 
-    runs = [start(classifier, pictures, save) for _ in range(2)]
+    runs = [start(classifier, images, save) for _ in range(2)]
     for run in runs:
         run.join()
     assert [run.exitcode for run in runs] == [0, 0]
     (folder,) = root.iterdir()
-    assert names_in(folder) == {f"{pictures[i].key}.safetensors" for i in range(3)}
+    assert names_in(folder) == {f"{images[i].key}.safetensors" for i in range(3)}
     assert all(load_file(file) for file in folder.iterdir())
 
 
@@ -149,87 +150,103 @@ def test_a_run_that_is_killed_while_it_writes_does_no_harm(tmp_path, root):
         os.kill(os.getpid(), signal.SIGKILL)
 
     classifier = classifier_of("idefics3", tmp_path / "model")
-    pictures = split()
-    run = start(classifier, pictures, save)
+    images = split()
+    run = start(classifier, images, save)
     run.join()
     assert run.exitcode == -signal.SIGKILL
     (left,) = root.glob("*/.*.tmp")
-    cache = fill_cache(classifier.family, [pictures], limit_gb=1)
-    assert cache.encode(pictures.keys) is not None
+    cache = fill_cache(classifier.family, [images], limit_gb=1)
+    assert cache.encode(images.keys) is not None
     assert left.exists(), "it may be another run's that is still writing"
     os.utime(left, (time.time() - OLD, time.time() - OLD))
     make_room(cache.folder, 1, limit_gb=1)
-    assert names_in(cache.folder) == {f"{key}.safetensors" for key in set(pictures.keys)}
+    assert names_in(cache.folder) == {f"{key}.safetensors" for key in set(images.keys)}
 
 
 # The whole program
 
 
 @pytest.fixture
-def towers(monkeypatch):
-    """How many pictures each pass through the vision tower had, by whether it was for the cache."""
+def encoders(monkeypatch):
+    """How many images each pass through the vision encoder had, by whether it was for the cache."""
     passes = {"cache": [], "model": []}
     inside = []
-    whole, each = Family.tower_features, Family.features_of_each
+    whole, each = Family.encoder_features, Family.features_of_each
 
-    def tower_features(self, inputs):
+    def encoder_features(self, inputs):
         if "pixel_values" in inputs and not inside:
             passes["model"].append(len(inputs["pixel_values"]))
         return whole(self, inputs)
 
-    def features_of_each(self, pictures, connected):
+    def features_of_each(self, images, connected):
         inside.append(1)
-        passes["cache"].append(len(pictures))
+        passes["cache"].append(len(images))
         try:
-            return each(self, pictures, connected)
+            return each(self, images, connected)
         finally:
             inside.pop()
 
-    monkeypatch.setattr(Family, "tower_features", tower_features)
+    monkeypatch.setattr(Family, "encoder_features", encoder_features)
     monkeypatch.setattr(Family, "features_of_each", features_of_each)
     return passes
 
 
 @pytest.mark.parametrize("flags", [(), ("--freeze-connector", "--cache-dtype", "float16")])
-def test_training_test_and_inference_compute_each_picture_once(flags, tmp_path, root, towers):
+def test_training_test_and_inference_compute_each_image_once(flags, tmp_path, root, encoders):
     output = tmp_path / "out"
-    arguments = ("--demo", "--tune", "lora", "--max-samples", 20, "--epochs", 2, "--batch-size", 4, "--output-dir", output, *flags)
+    arguments = (
+        "--demo",
+        "--tune",
+        "lora",
+        "--max-samples",
+        20,
+        "--epochs",
+        2,
+        "--batch-size",
+        4,
+        "--output-dir",
+        output,
+        *flags,
+    )
     assert train(*arguments) == 0
     (folder,) = root.iterdir()
-    assert sum(towers["cache"]) == len(names_in(folder)) <= 60
-    # The gray picture of the check is in no data set; and the probe takes features before the connector, of each picture and once to try.
-    assert sum(towers["model"]) == 1 + (61 if flags else 0)
-    towers["cache"].clear()
+    assert sum(encoders["cache"]) == len(names_in(folder)) <= 60
+    # The gray image of the check is in no dataset; and the probe takes features before the connector, of each image and
+    # once to try.
+    assert sum(encoders["model"]) == 1 + (61 if flags else 0)
+    encoders["cache"].clear()
     saved = json.loads((output / "results.json").read_text())["test"]["accuracy"]
     assert train(*arguments, "--overwrite") == 0
-    assert towers["cache"] == [] and json.loads((output / "results.json").read_text())["test"]["accuracy"] == saved
+    assert encoders["cache"] == [] and json.loads((output / "results.json").read_text())["test"]["accuracy"] == saved
 
-    pictures = sorted((output / "demo_pictures").iterdir())
+    images = sorted((output / "demo_images").iterdir())
     Image.effect_noise((8, 8), 80).convert("RGB").save(tmp_path / "new.png")
     model, processor, metadata = load_model_and_metadata(output / "best_model", device="cpu")
 
     def probabilities(**options):
-        results = predict_batch(model, processor, [*pictures, tmp_path / "new.png", "no.png"], metadata, explain=False, **options)
+        results = predict_batch(
+            model, processor, [*images, tmp_path / "new.png", "no.png"], metadata, explain=False, **options
+        )
         return torch.tensor([list(result.get("probabilities", {}).values()) for result in list(results.values())[:-1]])
 
-    towers["model"].clear()
+    encoders["model"].clear()
     expected = probabilities()
-    assert sum(towers["model"]) == len(pictures) + 1
-    towers["model"].clear()
+    assert sum(encoders["model"]) == len(images) + 1
+    encoders["model"].clear()
     for _ in range(2):
         found = probabilities(feature_cache=True)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-3 if flags else 1e-5)
-    assert towers == {"cache": [1], "model": []}, "only the new picture was computed, and once"
+    assert encoders == {"cache": [1], "model": []}, "only the new image was computed, and once"
     assert {path.name for path in root.iterdir()} == {folder.name}
     assert model.feature_cache is None
 
 
-def test_inference_without_a_training_keeps_the_features_behind_the_connector(demo_run, root, towers, capsys):
-    pictures = demo_run / "demo_pictures"
+def test_inference_without_a_training_keeps_the_features_behind_the_connector(demo_run, root, encoders, capsys):
+    images = demo_run / "demo_images"
     for _ in range(2):
-        assert classify("--model-dir", demo_run / "best_model", "--device", "cpu", "--feature-cache", pictures) == 0
-    assert sum(towers["cache"]) == 10 and towers["model"] == []
+        assert classify("--model-dir", demo_run / "best_model", "--device", "cpu", "--feature-cache", images) == 0
+    assert sum(encoders["cache"]) == 10 and encoders["model"] == []
     entry = load_file(next(root.glob("*/*.safetensors")))
     assert set(entry) == {"connected_features", "token_ids"}
-    first, second = capsys.readouterr().out.split("picture ")[1:]
+    first, second = capsys.readouterr().out.split("image ")[1:]
     assert first == second

@@ -1,4 +1,4 @@
-"""The cache of vision features: the same numbers as from pixels, in every family, without opening a picture."""
+"""The cache of vision features: the same numbers as from pixels, in every family, without opening an image."""
 
 import pickle
 import weakref
@@ -12,11 +12,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
-from vlm.data.splits import Split
 from vlm.data import splits as data
+from vlm.data.splits import Split
 from vlm.evaluation.evaluate import score_split
 from vlm.families import features
-from vlm.families.encoded import CONNECTED_FEATURES, TOWER_FEATURES
+from vlm.families.encoded import CONNECTED_FEATURES, ENCODER_FEATURES
 from vlm.families.features import cache_root, fill_cache, fingerprint, open_cache
 from vlm.inference.model_folder import save_model_folder
 
@@ -42,51 +42,58 @@ def assert_equal(measured, expected, tolerance=1e-6):
     loss, gradients, scores = measured
     assert gradients.keys() == expected[1].keys()
     largest = max(float(gradient.norm()) for gradient in expected[1].values())
-    pairs = [("loss", loss, expected[0]), ("scores", scores, expected[2])] + [(n, g, expected[1][n]) for n, g in gradients.items()]
+    pairs = [("loss", loss, expected[0]), ("scores", scores, expected[2])] + [
+        (n, g, expected[1][n]) for n, g in gradients.items()
+    ]
     for name, tensor, other in pairs:
-        # A gradient that is zero but for rounding (a bias in front of a softmax) is compared with a share of the largest one.
+        # A gradient that is zero but for rounding (a bias in front of a softmax) is compared with a share of the
+        # largest one.
         assert (tensor - other).norm() <= tolerance * max(float(other.norm()), 1e-6 * largest), name
 
 
-def opens_no_picture(monkeypatch):
+def opens_no_image(monkeypatch):
     def refuse(*_):
-        raise AssertionError("a picture is opened")
+        raise AssertionError("an image is opened")
 
-    monkeypatch.setattr(data, "open_picture", refuse)
+    monkeypatch.setattr(data, "open_image", refuse)
 
 
-@pytest.mark.parametrize("settings", [{"tune": "connector"}, {"tune": "lora", "freeze_connector": True, "lora_dropout": 0.0}])
+@pytest.mark.parametrize(
+    "settings", [{"tune": "connector"}, {"tune": "lora", "freeze_connector": True, "lora_dropout": 0.0}]
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_cached_features_give_the_same_loss_gradients_and_scores_as_pixels(name, settings, tmp_path, root, monkeypatch):
     """Before a connector that is trained, and behind one that is frozen."""
     classifier = classifier_of(name, tmp_path / "model", dtype=torch.float64, **settings)
-    pictures = split()
-    expected = measure(classifier, [pictures[i] for i in range(4)])
+    images = split()
+    expected = measure(classifier, [images[i] for i in range(4)])
     frozen = "freeze_connector" in settings
     assert not frozen or all(".lora_" in key for key in expected[1]), "nothing but LoRA is trained"
-    classifier.feature_cache = fill_cache(classifier.family, [pictures], limit_gb=1)
-    assert len(list(root.glob("*/*.safetensors"))) == 3, "the picture that is there twice is computed once"
-    opens_no_picture(monkeypatch)
+    classifier.feature_cache = fill_cache(classifier.family, [images], limit_gb=1)
+    assert len(list(root.glob("*/*.safetensors"))) == 3, "the image that is there twice is computed once"
+    opens_no_image(monkeypatch)
     classifier.family.vision_features = None  # it must not be needed any more
-    samples = [pictures[i] for i in range(4)]
+    samples = [images[i] for i in range(4)]
     batch = classifier.collate(True)(samples)
     assert not any("pixel" in key for key in batch["pixels"])
-    assert (CONNECTED_FEATURES if frozen else TOWER_FEATURES) in batch["pixels"]
+    assert (CONNECTED_FEATURES if frozen else ENCODER_FEATURES) in batch["pixels"]
     assert_equal(measure(classifier, samples), expected)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_features_computed_in_a_batch_are_those_of_one_picture_after_the_other(name, tmp_path):
+def test_features_computed_in_a_batch_are_those_of_one_image_after_the_other(name, tmp_path):
     classifier = classifier_of(name, tmp_path / "model")
-    family, pictures = classifier.family.model.eval() and classifier.family, split()
-    encoded = [family.encode_pictures([pictures[i].image]) for i in range(3)]
+    family, images = classifier.family.model.eval() and classifier.family, split()
+    encoded = [family.encode_images([images[i].image]) for i in range(3)]
     with torch.no_grad():
         for connected in (False, True):
             together = family.features_of_each(encoded, connected)
             for one, features_of_one in zip(encoded, together, strict=True):
                 alone = family.features_of_each([one], connected)[0]
                 assert alone.shape == features_of_one.shape
-                assert (alone - features_of_one).norm() <= 1e-6 * alone.norm(), float((alone - features_of_one).norm() / alone.norm())
+                assert (alone - features_of_one).norm() <= 1e-6 * alone.norm(), float(
+                    (alone - features_of_one).norm() / alone.norm()
+                )
     counts = [len(one.inputs["pixel_values"]) for one in encoded]
     several = name not in ("idefics3", "llava")
     assert (len(set(counts)) > 1) == several, f"unequal rows of pixels are tested: {counts}"
@@ -96,62 +103,64 @@ def test_batches_are_bounded_and_nothing_is_computed_twice(tmp_path, monkeypatch
     classifier = classifier_of("qwen2_vl", tmp_path / "model")
     sizes = []
     whole = classifier.family.features_of_each
-    classifier.family.features_of_each = lambda pictures, connected: sizes.append(len(pictures)) or whole(pictures, connected)
-    monkeypatch.setattr(features, "PICTURES_AT_ONCE", 2)
+    classifier.family.features_of_each = lambda images, connected: sizes.append(len(images)) or whole(images, connected)
+    monkeypatch.setattr(features, "IMAGES_AT_ONCE", 2)
     fill_cache(classifier.family, [split(), split()], limit_gb=1)
-    assert sizes == [2, 1], "three different pictures in two splits of four"
+    assert sizes == [2, 1], "three different images in two splits of four"
     fill_cache(classifier.family, [split()], limit_gb=1)
     assert sizes == [2, 1], "a second run computes nothing"
     monkeypatch.setattr(features, "VALUES_AT_ONCE", 1)
     for file in cache_root().glob("*/*"):
         file.unlink()
     fill_cache(classifier.family, [split()], limit_gb=1)
-    assert sizes == [2, 1, 1, 1, 1], "a picture that is too large is computed alone"
+    assert sizes == [2, 1, 1, 1, 1], "an image that is too large is computed alone"
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_loader_processes_open_no_picture(workers, tmp_path, monkeypatch):
+def test_loader_processes_open_no_image(workers, tmp_path, monkeypatch):
     classifier = classifier_of("idefics3", tmp_path / "model").eval()
-    pictures = split()
-    expected = score_split(classifier, pictures, batch_size=2)
-    classifier.feature_cache = fill_cache(classifier.family, [pictures], limit_gb=1, workers=workers)
-    opens_no_picture(monkeypatch)
-    torch.testing.assert_close(score_split(classifier, pictures, batch_size=2, workers=workers), expected, rtol=1e-6, atol=1e-4)
-    again, collate = pickle.loads(pickle.dumps((pictures, classifier.collate(True))))
+    images = split()
+    expected = score_split(classifier, images, batch_size=2)
+    classifier.feature_cache = fill_cache(classifier.family, [images], limit_gb=1, workers=workers)
+    opens_no_image(monkeypatch)
+    torch.testing.assert_close(
+        score_split(classifier, images, batch_size=2, workers=workers), expected, rtol=1e-6, atol=1e-4
+    )
+    again, collate = pickle.loads(pickle.dumps((images, classifier.collate(True))))
     batch = next(iter(DataLoader(again, 4, collate_fn=collate)))
-    assert TOWER_FEATURES in batch["pixels"] and batch["labels"].tolist() == LABELS
+    assert ENCODER_FEATURES in batch["pixels"] and batch["labels"].tolist() == LABELS
 
 
 def test_a_file_that_is_gone_or_damaged_is_made_up_for_by_the_pixels(tmp_path):
     classifier = classifier_of("idefics3", tmp_path / "model").eval()
-    pictures = split()
-    cache = classifier.feature_cache = fill_cache(classifier.family, [pictures], limit_gb=1)
-    expected = score_split(classifier, pictures, batch_size=4)
+    images = split()
+    cache = classifier.feature_cache = fill_cache(classifier.family, [images], limit_gb=1)
+    expected = score_split(classifier, images, batch_size=4)
     first, second, _ = sorted(cache.folder.iterdir())
     first.write_bytes(b"")
     second.unlink()
-    assert sum(cache.encode([pictures[i].key]) is None for i in range(3)) == 2
-    torch.testing.assert_close(score_split(classifier, pictures, batch_size=4), expected, rtol=1e-6, atol=1e-4)
-    assert not first.exists(), "a damaged file is computed anew the next time"
-    assert fill_cache(classifier.family, [pictures], limit_gb=1).encode([pictures[i].key for i in range(4)]) is not None
+    assert sum(cache.encode([images[i].key]) is None for i in range(3)) == 2
+    torch.testing.assert_close(score_split(classifier, images, batch_size=4), expected, rtol=1e-6, atol=1e-4)
+    assert not first.exists(), "a damaged file is computed again the next time"
+    assert fill_cache(classifier.family, [images], limit_gb=1).encode([images[i].key for i in range(4)]) is not None
 
 
-def test_filling_the_cache_keeps_no_picture_in_memory(tmp_path, monkeypatch):
+def test_filling_the_cache_keeps_no_image_in_memory(tmp_path, monkeypatch):
     classifier = classifier_of("idefics3", tmp_path / "model")
     made, alive = [], []
-    get, encode = Split.__getitem__, type(classifier.family).encode_pictures
+    get, encode = Split.__getitem__, type(classifier.family).encode_images
 
     def sample_at(self, i):
         sample = get(self, i)
         made.append(weakref.ref(sample))
         return sample
 
-    def count(self, pictures):
+    def count(self, images):
         alive.append(sum(sample() is not None and "image" in vars(sample()) for sample in made))
-        return encode(self, pictures)
+        return encode(self, images)
 
     monkeypatch.setattr(Split, "__getitem__", sample_at)
-    monkeypatch.setattr(type(classifier.family), "encode_pictures", count)
+    monkeypatch.setattr(type(classifier.family), "encode_images", count)
     fill_cache(classifier.family, [split()], limit_gb=1)
     assert len(alive) == 3 and max(alive) <= 2
 
@@ -183,18 +192,20 @@ def test_a_file_is_mapped_into_memory_and_not_copied(tmp_path):
 
 def test_float16_halves_the_features_and_stays_within_its_tolerance(tmp_path):
     classifier = classifier_of("idefics3", tmp_path / "model")
-    pictures = split()
-    loss, _, scores = measure(classifier, [pictures[i] for i in range(4)])
-    whole, halved = (fill_cache(classifier.family, [pictures], limit_gb=1, cache_dtype=dtype) for dtype in ("float32", "float16"))
+    images = split()
+    loss, _, scores = measure(classifier, [images[i] for i in range(4)])
+    whole, halved = (
+        fill_cache(classifier.family, [images], limit_gb=1, cache_dtype=dtype) for dtype in ("float32", "float16")
+    )
     assert whole.folder != halved.folder
-    keys = [pictures[i].key for i in range(4)]
-    exact, rounded = (cache.encode(keys).inputs[TOWER_FEATURES] for cache in (whole, halved))
+    keys = [images[i].key for i in range(4)]
+    exact, rounded = (cache.encode(keys).inputs[ENCODER_FEATURES] for cache in (whole, halved))
     assert exact.dtype == rounded.dtype == torch.float32
     assert 0 < ((rounded - exact).abs() / (exact.abs() + 1e-4)).max() <= 2**-11
     size, half = (next(cache.folder.iterdir()).stat().st_size for cache in (whole, halved))
     assert half < 0.6 * size
     classifier.feature_cache = halved
-    other_loss, _, other_scores = measure(classifier, [pictures[i] for i in range(4)])
+    other_loss, _, other_scores = measure(classifier, [images[i] for i in range(4)])
     assert abs(other_loss - loss) < 1e-3 * loss
     torch.testing.assert_close(other_scores, scores, rtol=1e-3, atol=0)
 
@@ -203,24 +214,24 @@ def test_a_feature_that_float16_cannot_hold_is_kept_in_float32(tmp_path):
     classifier = classifier_of("idefics3", tmp_path / "model")
     whole = classifier.family.vision_features
     classifier.family.vision_features = lambda inputs: whole(inputs) * 1e6
-    pictures = split()
-    cache = fill_cache(classifier.family, [pictures], limit_gb=1, cache_dtype="float16")
-    expected = classifier.family.features_of_each([classifier.family.encode_pictures([pictures[1].image])], False)[0]
+    images = split()
+    cache = fill_cache(classifier.family, [images], limit_gb=1, cache_dtype="float16")
+    expected = classifier.family.features_of_each([classifier.family.encode_images([images[1].image])], False)[0]
     assert expected.abs().max() > 65504
-    torch.testing.assert_close(cache.encode([pictures[1].key]).inputs[TOWER_FEATURES], expected)
+    torch.testing.assert_close(cache.encode([images[1].key]).inputs[ENCODER_FEATURES], expected)
 
 
 def test_a_model_in_bfloat16_keeps_its_features_as_they_are(tmp_path):
     MODELS["idefics3"][0](tmp_path / "model")
     classifier = load(tmp_path / "model", dtype=torch.bfloat16)
     cache = fill_cache(classifier.family, [split()], limit_gb=1, cache_dtype="float16")
-    assert load_file(next(cache.folder.iterdir()))[TOWER_FEATURES].dtype == torch.bfloat16
+    assert load_file(next(cache.folder.iterdir()))[ENCODER_FEATURES].dtype == torch.bfloat16
 
 
 # What features belong to
 
 
-def test_other_weights_or_picture_processing_have_features_of_their_own(tmp_path):
+def test_other_weights_or_image_processing_have_features_of_their_own(tmp_path):
     classifier = classifier_of("idefics3", tmp_path / "model")
     family = classifier.family
     seen = {fingerprint(family, connected, halved) for connected in (False, True) for halved in (False, True)}
@@ -238,7 +249,7 @@ def test_other_weights_or_picture_processing_have_features_of_their_own(tmp_path
     assert len(seen) == 8
 
 
-def test_another_layer_of_the_tower_has_features_of_its_own(tmp_path):
+def test_another_layer_of_the_encoder_has_features_of_its_own(tmp_path):
     classifier = classifier_of("llava", tmp_path / "model")
     before = fingerprint(classifier.family, False, False)
     classifier.family.model.config.vision_feature_layer = -1
@@ -253,10 +264,12 @@ def test_a_model_that_was_saved_after_training_uses_the_features_of_its_training
     again = load(tmp_path / "saved", None).family
     assert all(cache.fits(again) for cache in caches)
     save_model_folder(tmp_path / "rounded", classifier, {}, torch.bfloat16)
-    assert not any(cache.fits(load(tmp_path / "rounded", None).family) for cache in caches), "rounded weights have others"
+    assert not any(cache.fits(load(tmp_path / "rounded", None).family) for cache in caches), (
+        "rounded weights have others"
+    )
 
 
-def test_a_trained_tower_and_one_that_packs_its_features_are_not_cached(tmp_path):
+def test_a_trained_encoder_and_one_that_packs_its_features_are_not_cached(tmp_path):
     classifier = classifier_of("idefics3", tmp_path / "model")
     classifier.family.vision.requires_grad_(True)
     assert fill_cache(classifier.family, [split()], limit_gb=1) is None

@@ -1,4 +1,5 @@
-"""The step as a GPU or a large model wants it: checkpointed, compiled, and without waiting for a result; played on the CPU."""
+"""The step as a GPU or a large model wants it: checkpointed, compiled, and without waiting for a result; played on the
+CPU."""
 
 import copy
 
@@ -10,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vlm.classifier.objective import Objective
 from vlm.config.resolve import resolve
 from vlm.config.settings import BOTH, RESPONSE
-from vlm.families.encoded import TOWER_FEATURES
+from vlm.families.encoded import ENCODER_FEATURES
 from vlm.training.tuning import parameter_groups, prepare_tuning
 
 
@@ -31,7 +32,9 @@ def test_checkpointing_keeps_the_inputs_of_the_blocks_alone(folder):
 
     def kept():
         sizes = {}
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.setdefault(t.data_ptr(), t.nbytes) and t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: sizes.setdefault(t.data_ptr(), t.nbytes) and t, lambda t: t
+        ):
             classifier(batch_of(classifier, [0, 1, 2]))
         known = {p.data_ptr() for p in classifier.parameters()}
         return sum(size for place, size in sizes.items() if place not in known)
@@ -75,7 +78,8 @@ def test_every_block_of_a_deep_model_is_compiled(folder, monkeypatch):
 
 
 class Waits(TorchDispatchMode):
-    """Records the operations at which a GPU would have to be waited for: their result, or its size, is needed by the program."""
+    """Records the operations at which a GPU would have to be waited for: their result, or its size, is needed by the
+    program."""
 
     NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique")
 
@@ -94,10 +98,12 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("objective", [RESPONSE, BOTH])
 def test_a_training_step_on_cached_features_waits_for_nothing(folder, objective):
     classifier = tiny_classifier(folder)
-    classifier.objective = Objective(objective, classifier.tree, len(classifier.rendered.opening_ids), class_weights=[1.0] * len(NAMES))
+    classifier.objective = Objective(
+        objective, classifier.tree, len(classifier.rendered.opening_ids), class_weights=[1.0] * len(NAMES)
+    )
     prepare_tuning(classifier.family, resolve({"tune": "lora"}))
     batch = batch_of(classifier.train(), [0, 5])
-    batch["pixels"] = {TOWER_FEATURES: classifier.family.tower_features(batch["pixels"])}
+    batch["pixels"] = {ENCODER_FEATURES: classifier.family.encoder_features(batch["pixels"])}
     optimizer = torch.optim.AdamW(parameter_groups(classifier, 0.01, 1e-3, 1e-3), fused=True)
     with Waits() as waits:
         for first, last in ((True, False), (False, True)):

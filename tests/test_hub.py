@@ -1,4 +1,4 @@
-"""Models and data sets of a hub on this machine, through the hub's real client: found, cached, refused, out of reach."""
+"""Models and datasets of a hub on this machine, through the hub's real client: found, cached, refused, out of reach."""
 
 import socket
 import time
@@ -10,8 +10,8 @@ import pytest
 from fake_hub import COMMIT, FakeHub, serving
 
 from vlm.common.errors import RunError, UsageError
-from vlm.data.hub import check_dataset_reachable, looks_like_path, model_folder
 from vlm.data import hub as vlm_hub
+from vlm.data.hub import check_dataset_reachable, looks_like_path, model_folder
 
 MODEL = {"config.json": "{}", "model.safetensors": b"weights", "tokenizer.json": "{}", "chat_template.jinja": ""}
 
@@ -146,7 +146,9 @@ def test_a_request_whose_own_timeout_does_not_hold_is_given_up():
 
 @pytest.mark.parametrize("load", [model_folder, check_dataset_reachable])
 def test_an_unknown_name_is_one_clear_line(hub, load):
-    with pytest.raises(UsageError, match=r"me/none: not on the hub, not a folder here, or private.*hf auth login") as caught:
+    with pytest.raises(
+        UsageError, match=r"me/none: not on the hub, not a folder here, or private.*hf auth login"
+    ) as caught:
         load("me/none")
     assert "\n" not in str(caught.value)
 
@@ -176,7 +178,9 @@ def test_a_download_that_breaks_off_says_to_run_it_again(hub, monkeypatch):
         model_folder("me/small")
 
 
-@pytest.mark.parametrize(("missing", "message"), [("config.json", "no config.json"), ("model.safetensors", "no weights as")])
+@pytest.mark.parametrize(
+    ("missing", "message"), [("config.json", "no config.json"), ("model.safetensors", "no weights as")]
+)
 def test_a_model_without_config_or_safetensors_is_refused_before_the_download(hub, tmp_path, missing, message):
     files = {name: content for name, content in MODEL.items() if name != missing} | {"pytorch_model.bin": b"x"}
     hub.add("models", "me/odd", files)

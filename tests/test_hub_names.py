@@ -1,4 +1,5 @@
-"""The five models by their names on the hub: small models of the true architecture in a local cache, with no hub in reach."""
+"""The five models by their names on the hub: small models of the true architecture in a local cache, with no hub in
+reach."""
 
 import json
 import shutil
@@ -9,7 +10,7 @@ import hub_layout_qwen2_vl
 import hub_layout_smolvlm
 import pytest
 from commands import classify, train
-from tiny import random_picture
+from tiny import random_image
 from transformers import AutoModelForImageTextToText
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -20,7 +21,7 @@ MODELS = {
     "Qwen/Qwen2-VL-2B-Instruct": hub_layout_qwen2_vl.save_published,
     "microsoft/Phi-3.5-vision-instruct": hub_layout_phi3_vision.save_published,
 }
-PICTURE_TOKENS = {
+IMAGE_TOKENS = {
     "HuggingFaceTB/SmolVLM-256M-Instruct": 64,
     "HuggingFaceTB/SmolVLM-500M-Instruct": 64,
     "HuggingFaceTB/SmolVLM-Instruct": 81,
@@ -47,7 +48,7 @@ def dataset(tmp_path_factory):
     for label, name in enumerate(("ridge", "crater")):
         (folder / name).mkdir()
         for i in range(5):
-            random_picture(10 * label + i, 40 + 10 * i, 60).save(folder / name / f"{i}.png")
+            random_image(10 * label + i, 40 + 10 * i, 60).save(folder / name / f"{i}.png")
     return folder
 
 
@@ -57,10 +58,13 @@ def test_train_save_and_predict_by_name(name, dataset, tmp_path, monkeypatch, ca
     into_cache(tmp_path / "cache", name)
     output = tmp_path / "out"
     size = ("--image-size", PUBLISHED_SIZE[name]) if name in PUBLISHED_SIZE else ()
-    assert train("--model", name, "--dataset", dataset, "--epochs", 1, "--batch-size", 2, "--output-dir", output, *size) == 0
+    assert (
+        train("--model", name, "--dataset", dataset, "--epochs", 1, "--batch-size", 2, "--output-dir", output, *size)
+        == 0
+    )
     printed = capsys.readouterr().err
-    if name in PICTURE_TOKENS:
-        assert f"with {PICTURE_TOKENS[name]} picture tokens" in printed
+    if name in IMAGE_TOKENS:
+        assert f"with {IMAGE_TOKENS[name]} image tokens" in printed
     metadata = json.loads((output / "best_model" / "training_metadata.json").read_text())
     assert (metadata["model"], metadata["model_revision"]) == (name, COMMIT)
     shutil.rmtree(tmp_path / "cache")  # the model folder answers every question that inference has

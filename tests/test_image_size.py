@@ -1,4 +1,5 @@
-"""--image-size: what it comes to in every family, that the saved folder keeps it, and that plain transformers reads it right."""
+"""--image-size: what it comes to in every family, that the saved folder keeps it, and that plain transformers reads it
+right."""
 
 import numpy as np
 import pytest
@@ -8,8 +9,8 @@ from hub_layout_phi3_vision import save_published as save_phi3
 from hub_layout_qwen2_vl import save_published as save_qwen
 from hub_layout_smolvlm import save_published as save_smolvlm
 from PIL import Image
-from test_picture_options import CPU, at_inference, trained
-from tiny import NAMES, random_picture, save_tiny_model, tiny_prompts
+from test_image_options import CPU, at_inference, trained
+from tiny import NAMES, random_image, save_tiny_model, tiny_prompts
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 
 from vlm.classifier.batching import vlm_collate_fn
@@ -49,15 +50,15 @@ def folder_of(tmp_path_factory):
     return get
 
 
-def tokens_of(family, picture=None) -> int:
-    if family.title == "this model":  # it lays out pictures as a part of the conversation
+def tokens_of(family, image=None) -> int:
+    if family.title == "this model":  # it lays out images as a part of the conversation
         family.render(tiny_prompts())
-    ids = family.encode_pictures([picture or random_picture(0, 64, 48)]).token_ids[0]
+    ids = family.encode_images([image or random_image(0, 64, 48)]).token_ids[0]
     return ids.count(family.image_token_id)
 
 
 def auto(folder, edge):
-    """The family as a training run loads it whose pictures have edges so long."""
+    """The family as a training run loads it whose images have edges so long."""
     return load_family(folder, torch.float32, CPU, {"image_size": ImageSize(edge, auto=True)})
 
 
@@ -66,7 +67,9 @@ def auto(folder, edge):
 
 def reference(edge: int, unit: int, published: int) -> int:
     """The rule of auto, by trying every size."""
-    fitting = [n for n in range(1, published + 1) if (n % unit == 0 or n == published) and n >= edge and 2 * n >= published]
+    fitting = [
+        n for n in range(1, published + 1) if (n % unit == 0 or n == published) and n >= edge and 2 * n >= published
+    ]
     return fitting[0] if fitting else published
 
 
@@ -90,7 +93,8 @@ def test_auto_takes_the_smallest_size_that_loses_nothing_from_half_of_the_publis
 )
 def test_a_size_that_does_not_work_is_refused_with_the_nearest_that_do(asked, unit, published, near):
     with pytest.raises(
-        UsageError, match=rf"--image-size {asked}: SmolVLM takes multiples of {unit} .* {published}\. The nearest .* {near}\.$"
+        UsageError,
+        match=rf"--image-size {asked}: SmolVLM takes multiples of {unit} .* {published}\. The nearest .* {near}\.$",
     ):
         pick_size(ImageSize(asked), unit, published, "SmolVLM")
     for edge in map(int, near.split(" and ")):
@@ -107,14 +111,14 @@ def test_wrong_values_and_combinations_are_refused():
         resolve(other)
 
 
-def test_auto_leaves_the_demo_and_split_pictures_alone():
-    assert resolve({}).picture_options(200) == {"image_size": ImageSize(200, auto=True)}
-    assert resolve({}).picture_options() == {}
-    assert resolve({"demo": True}).picture_options(8) == {}
-    assert resolve({"image_splitting": True}).picture_options(200) == {"image_splitting": True}
+def test_auto_leaves_the_demo_and_split_images_alone():
+    assert resolve({}).image_options(200) == {"image_size": ImageSize(200, auto=True)}
+    assert resolve({}).image_options() == {}
+    assert resolve({"demo": True}).image_options(8) == {}
+    assert resolve({"image_splitting": True}).image_options(200) == {"image_splitting": True}
 
 
-def test_the_edge_of_a_data_set_is_that_of_95_percent_of_its_training_pictures(tmp_path):
+def test_the_edge_of_a_data_set_is_that_of_95_percent_of_its_training_images(tmp_path):
     for name in ("a", "b"):
         for split, count in (("train", 50), ("validation", 2), ("test", 2)):
             (tmp_path / split / name).mkdir(parents=True)
@@ -140,15 +144,21 @@ def test_the_edge_of_a_data_set_is_that_of_95_percent_of_its_training_pictures(t
         ("qwen", "112", 16),
         ("phi3", "336", 313),
         ("llava dinov2", "14", 1),
-        ("llava dinov2", "56", 16),  # more than the processor has: the tower interpolates
+        ("llava dinov2", "56", 16),  # more than the processor has: the encoder interpolates
         ("internvl", "14", 1),
     ],
 )
 def test_training_decides_and_inference_keeps_it(model, flag, tokens, folder_of, tmp_path):
-    picture = random_picture(0, 112, 112) if model == "qwen" else Image.new("RGB", (14, 14), "red") if model == "internvl" else None
+    image = (
+        random_image(0, 112, 112)
+        if model == "qwen"
+        else Image.new("RGB", (14, 14), "red")
+        if model == "internvl"
+        else None
+    )
     family = trained(folder_of(model), ["--image-size", flag])
-    assert tokens_of(family, picture) == tokens
-    assert tokens_of(at_inference(family, tmp_path / "model"), picture) == tokens
+    assert tokens_of(family, image) == tokens
+    assert tokens_of(at_inference(family, tmp_path / "model"), image) == tokens
 
 
 @pytest.mark.parametrize(
@@ -159,8 +169,8 @@ def test_training_decides_and_inference_keeps_it(model, flag, tokens, folder_of,
         ("qwen", "27", "at least 28 pixels"),
         ("phi3", "224", "fixed to tiles of 336 pixels"),
         ("llava dinov2", "20", "14 and 28"),
-        ("llava clip", "14", "fixed to pictures of 28 pixels"),
-        ("onevision", "14", "fixed to pictures of 28 pixels"),
+        ("llava clip", "14", "fixed to images of 28 pixels"),
+        ("onevision", "14", "fixed to images of 28 pixels"),
     ],
 )
 def test_what_a_family_cannot_do_is_said_in_a_line(model, flag, message, folder_of):
@@ -171,15 +181,15 @@ def test_what_a_family_cannot_do_is_said_in_a_line(model, flag, message, folder_
 @pytest.mark.parametrize(
     ("model", "edge", "tokens", "line"),
     [
-        ("smolvlm", 200, 16, "256 of 512 px (auto: 95% of the pictures are at most 200 px): 16 picture tokens instead of 64, "),
+        ("smolvlm", 200, 16, "256 of 512 px (auto: 95% of the images are at most 200 px): 16 image tokens instead of 64, "),
         ("smolvlm", 255, 16, "instead of 64, about 25% of the vision work."),
         ("smolvlm", 300, 25, "320 of 512 px"),
-        ("smolvlm", 2000, 64, "512 px, as published (auto: 95% of the pictures are at most 2000 px): 64 picture tokens."),
-        ("smolvlm 2.2B", 64, 25, "25 picture tokens instead of 81, about 31% of"),
+        ("smolvlm", 2000, 64, "512 px, as published (auto: 95% of the images are at most 2000 px): 64 image tokens."),
+        ("smolvlm 2.2B", 64, 25, "25 image tokens instead of 81, about 31% of"),
         ("llava dinov2", 8, 1, "14 of 28 px"),
         ("llava clip", 8, 4, "28 px, as published"),
         ("onevision", 8, None, "28 px, as published"),
-        ("qwen", 8, 4, "at most 200,704 pixels: up to 256 picture tokens"),
+        ("qwen", 8, 4, "at most 200,704 pixels: up to 256 image tokens"),
         ("phi3", 8, 313, "336 px, to which Phi-3.5-vision is fixed"),
     ],
 )  # fmt: skip
@@ -193,11 +203,11 @@ def test_auto_says_what_it_takes_and_what_that_costs(model, edge, tokens, line, 
 def test_a_model_saved_at_a_smaller_size_can_be_trained_on_at_the_published_one(folder_of, tmp_path):
     at_inference(trained(folder_of("smolvlm"), ["--image-size", "256"]), tmp_path / "first")
     assert tokens_of(trained(tmp_path / "first", [])) == 64
-    assert tokens_of(trained(tmp_path / "first", ["--image-splitting"]), random_picture(0, 512, 512)) == 17 * 64
+    assert tokens_of(trained(tmp_path / "first", ["--image-splitting"]), random_image(0, 512, 512)) == 17 * 64
 
 
-def probabilities(classifier, picture):
-    batch = vlm_collate_fn([Sample(picture, 0, "")], classifier.family, classifier.rendered, with_response=False)
+def probabilities(classifier, image):
+    batch = vlm_collate_fn([Sample(image, 0, "")], classifier.family, classifier.rendered, with_response=False)
     return classifier.score(classifier.read(batch)).softmax(-1)
 
 
@@ -210,23 +220,24 @@ def plain_processor(folder, model):
 
 
 @pytest.mark.parametrize(
-    ("model", "size"), [("small", "32"), ("smolvlm", "256"), ("smolvlm 2.2B", "210"), ("llava dinov2", "42"), ("internvl", "14")]
+    ("model", "size"),
+    [("small", "32"), ("smolvlm", "256"), ("smolvlm 2.2B", "210"), ("llava dinov2", "42"), ("internvl", "14")],
 )
 def test_the_saved_folder_gives_the_same_in_plain_transformers(model, size, folder_of, tmp_path):
     """The same token ids, the same logits, and the same probabilities after a reload."""
     family = trained(folder_of(model), ["--image-size", size])
     prompts = tiny_prompts(tuple(NAMES))
     classifier = VLMClassifier(family, prompts).eval()
-    picture = random_picture(3, 14, 14) if model == "internvl" else random_picture(3, 90, 60)
-    batch = vlm_collate_fn([Sample(picture, 2, "a picture")], family, classifier.rendered)
+    image = random_image(3, 14, 14) if model == "internvl" else random_image(3, 90, 60)
+    batch = vlm_collate_fn([Sample(image, 2, "an image")], family, classifier.rendered)
     loaded = at_inference(family, tmp_path / "model")
-    again = vlm_collate_fn([Sample(picture, 2, "a picture")], VLMClassifier(loaded, prompts).family, classifier.rendered)
+    again = vlm_collate_fn([Sample(image, 2, "an image")], VLMClassifier(loaded, prompts).family, classifier.rendered)
     for name, tensor in batch["pixels"].items():
         assert torch.equal(tensor, again["pixels"][name])
 
     processor = plain_processor(tmp_path / "model", model)
     text = processor.apply_chat_template(prompts.messages(), add_generation_prompt=True, tokenize=False)
-    plain = processor(text=[text], images=[[picture]], return_tensors="pt")
+    plain = processor(text=[text], images=[[image]], return_tensors="pt")
     length = int(batch["lengths"][0]) - len(classifier.rendered.response_ids[2])
     prompt = classifier.rendered.prefix_ids + batch["input_ids"][0, :length].tolist()
     assert plain["input_ids"][0].tolist() == prompt
@@ -236,10 +247,14 @@ def test_the_saved_folder_gives_the_same_in_plain_transformers(model, size, fold
     with torch.no_grad():
         logits = AutoModelForImageTextToText.from_pretrained(tmp_path / "model", dtype=torch.float32)(**plain).logits[0]
         loss = classifier(batch).loss
-        scores = [probabilities(VLMClassifier(f, prompts).eval(), picture) for f in (family, loaded)]
-        reading = classifier.read(vlm_collate_fn([Sample(picture, 0, "")], family, classifier.rendered, with_response=False))
+        scores = [probabilities(VLMClassifier(f, prompts).eval(), image) for f in (family, loaded)]
+        reading = classifier.read(
+            vlm_collate_fn([Sample(image, 0, "")], family, classifier.rendered, with_response=False)
+        )
     start = len(prompt)
-    torch.testing.assert_close(classifier.family.logits(reading.states[:, 0])[0], logits[start - 1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        classifier.family.logits(reading.states[:, 0])[0], logits[start - 1], rtol=1e-5, atol=1e-5
+    )
     expected = torch.nn.functional.cross_entropy(logits[start - 1 : -1], torch.tensor(row[start:]), reduction="sum")
     torch.testing.assert_close(loss.float(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(scores[0], scores[1], rtol=0, atol=1e-6)

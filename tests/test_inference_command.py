@@ -14,13 +14,13 @@ from sklearn.datasets import load_digits
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """A folder with three digits, one of them in a folder further down, and files that are no pictures."""
-    folder = tmp_path_factory.mktemp("my pictures")
+def images(tmp_path_factory):
+    """A folder with three digits, one of them in a folder further down, and files that are no images."""
+    folder = tmp_path_factory.mktemp("my images")
     (folder / "more, of them").mkdir()
     for name, digit in zip(("a.png", "b.jpg", "more, of them/ü.png"), load_digits().images, strict=False):
         Image.fromarray((digit * 15).astype(np.uint8)).save(folder / name)
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("no image")
     (folder / ".hidden.png").write_bytes(b"")
     return folder
 
@@ -36,29 +36,29 @@ def infer(demo_run, capsys):
     return call
 
 
-def test_the_table_goes_to_stdout_and_nothing_else(infer, pictures):
-    code, out, err = infer(pictures)
+def test_the_table_goes_to_stdout_and_nothing_else(infer, images):
+    code, out, err = infer(images)
     lines = out.splitlines()
     assert (code, err) == (0, "")
-    assert lines[0].split() == ["picture", "prediction", "confidence", "next"]
-    names = [str(pictures / name) for name in ("a.png", "b.jpg", "more, of them/ü.png")]
+    assert lines[0].split() == ["image", "prediction", "confidence", "next"]
+    names = [str(images / name) for name in ("a.png", "b.jpg", "more, of them/ü.png")]
     assert [line[: len(name)] for line, name in zip(lines[2:], names, strict=True)] == names
     for line in lines[2:]:
         prediction, confidence, second, probability = line.split()[-4:]
         assert prediction != second and 1 >= float(confidence) >= float(probability) >= 0
 
 
-def test_files_and_folders_are_taken_in_the_order_given(infer, pictures):
-    code, out, _ = infer(pictures / "b.jpg", pictures / "more, of them", pictures / "a.png", "--batch-size", 2)
+def test_files_and_folders_are_taken_in_the_order_given(infer, images):
+    code, out, _ = infer(images / "b.jpg", images / "more, of them", images / "a.png", "--batch-size", 2)
     assert code == 0
     assert [line.split("  ")[0] for line in out.splitlines()[2:]] == [
-        str(pictures / name) for name in ("b.jpg", "more, of them/ü.png", "a.png")
+        str(images / name) for name in ("b.jpg", "more, of them/ü.png", "a.png")
     ]
 
 
-def test_explain_prints_the_text_of_each_picture_below_the_table(infer, pictures):
-    _, plain, _ = infer(pictures)
-    code, out, _ = infer(pictures, "--explain")
+def test_explain_prints_the_text_of_each_image_below_the_table(infer, images):
+    _, plain, _ = infer(images)
+    code, out, _ = infer(images, "--explain")
     assert code == 0 and out.startswith(plain)
     assert out.removeprefix(plain).count("\nReasoning: Looking at this image") == 3
 
@@ -68,71 +68,96 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
-def test_csv_and_json_lines_hold_the_same(infer, pictures, tmp_path):
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+def test_csv_and_json_lines_hold_the_same(infer, images, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no image")
     for name in ("x.csv", "x.jsonl"):
-        code, out, err = infer(pictures, tmp_path / "broken.png", "--explain", "--output", tmp_path / name)
+        code, out, err = infer(images, tmp_path / "broken.png", "--explain", "--output", tmp_path / name)
         assert (code, out) == (1, "")
         assert err.splitlines()[0] == f"4 rows in {tmp_path / name}"
-        assert "1 of 4 pictures could not be read, such as " + str(tmp_path / "broken.png") in err.splitlines()[1]
-    rows, entries = read_csv(tmp_path / "x.csv"), [json.loads(line) for line in (tmp_path / "x.jsonl").read_text("utf-8").splitlines()]
+        assert "1 of 4 images could not be read, such as " + str(tmp_path / "broken.png") in err.splitlines()[1]
+    rows, entries = (
+        read_csv(tmp_path / "x.csv"),
+        [json.loads(line) for line in (tmp_path / "x.jsonl").read_text("utf-8").splitlines()],
+    )
     assert [row["path"] for row in rows] == [entry["path"] for entry in entries]
     for row, entry in zip(rows[:3], entries[:3], strict=True):
         assert set(entry) == {"path", "prediction", "confidence", "probabilities", "error_bound", "full_response"}
-        assert set(row) == {"path", "prediction", "confidence", "error_bound", "abstained", "error", "full_response"} | {
-            f"p({name})" for name in entry["probabilities"]
-        }
-        assert (row["prediction"], row["full_response"], row["error"]) == (entry["prediction"], entry["full_response"], "")
+        assert set(row) == {
+            "path",
+            "prediction",
+            "confidence",
+            "error_bound",
+            "abstained",
+            "error",
+            "full_response",
+        } | {f"p({name})" for name in entry["probabilities"]}
+        assert (row["prediction"], row["full_response"], row["error"]) == (
+            entry["prediction"],
+            entry["full_response"],
+            "",
+        )
         assert float(row["confidence"]) == entry["confidence"] == max(entry["probabilities"].values())
         assert {name: float(row[f"p({name})"]) for name in entry["probabilities"]} == entry["probabilities"]
     assert entries[3]["prediction"] is None and entries[3]["error"] == rows[3]["error"] != ""
     assert (rows[3]["prediction"], rows[3]["confidence"], rows[3]["p(zero)"]) == ("", "", "")
-    assert {path.name for path in tmp_path.iterdir()} == {"broken.png", "x.csv", "x.jsonl"}, "nothing is left beside them"
+    assert {path.name for path in tmp_path.iterdir()} == {"broken.png", "x.csv", "x.jsonl"}, (
+        "nothing is left beside them"
+    )
 
 
-def test_a_threshold_of_the_command_line_leaves_predictions_out(infer, pictures, tmp_path):
-    _, plain, _ = infer(pictures)
+def test_a_threshold_of_the_command_line_leaves_predictions_out(infer, images, tmp_path):
+    _, plain, _ = infer(images)
     confidences = [float(line.split()[-3]) for line in plain.splitlines()[2:]]
     threshold = sorted(confidences)[1] + 0.001  # keeps one of three
-    code, out, _ = infer(pictures, "--abstain-below", threshold)
+    code, out, _ = infer(images, "--abstain-below", threshold)
     assert code == 0
     for before, after, confidence in zip(plain.splitlines()[2:], out.splitlines()[2:], confidences, strict=True):
         assert ("(abstained)" in after) is (confidence < threshold)
         prediction = before.split()[-4]
-        assert confidence >= threshold or f"(abstained)  {confidence:.4f}" in after and f"{prediction} {confidence:.4f}, " in after
-    assert infer(pictures, "--abstain-below", 0)[1] == plain
+        assert (
+            confidence >= threshold
+            or f"(abstained)  {confidence:.4f}" in after
+            and f"{prediction} {confidence:.4f}, " in after
+        )
+    assert infer(images, "--abstain-below", 0)[1] == plain
     for name in ("x.csv", "x.jsonl"):
-        infer(pictures, "--abstain-below", 1, "--output", tmp_path / name)
-    rows, entries = read_csv(tmp_path / "x.csv"), [json.loads(line) for line in (tmp_path / "x.jsonl").read_text("utf-8").splitlines()]
+        infer(images, "--abstain-below", 1, "--output", tmp_path / name)
+    rows, entries = (
+        read_csv(tmp_path / "x.csv"),
+        [json.loads(line) for line in (tmp_path / "x.jsonl").read_text("utf-8").splitlines()],
+    )
     assert [(row["prediction"], row["abstained"]) for row in rows] == [("", "True")] * 3
     assert [(entry["prediction"], entry["abstained"]) for entry in entries] == [(None, True)] * 3
     assert all(float(row["confidence"]) == entry["confidence"] > 0 for row, entry in zip(rows, entries, strict=True))
 
 
-def test_a_file_that_is_not_there_leaves_the_others_classified(infer, pictures, tmp_path):
-    code, out, err = infer(pictures / "a.png", tmp_path / "missing.png", pictures / "b.jpg")
-    plain = infer(pictures / "a.png", pictures / "b.jpg")[1].splitlines()[2:]
+def test_a_file_that_is_not_there_leaves_the_others_classified(infer, images, tmp_path):
+    code, out, err = infer(images / "a.png", tmp_path / "missing.png", images / "b.jpg")
+    plain = infer(images / "a.png", images / "b.jpg")[1].splitlines()[2:]
     first, missing, last = out.splitlines()[2:]
     assert code == 1 and [first.split(), last.split()] == [line.split() for line in plain]
     assert missing.split()[1:3] == ["-", "-"] and missing.endswith("missing.png: no such file or directory")
-    assert f"1 of 3 pictures could not be read, such as {tmp_path / 'missing.png'}; the others are classified." in err
+    assert f"1 of 3 images could not be read, such as {tmp_path / 'missing.png'}; the others are classified." in err
 
 
-def test_a_table_where_no_picture_can_be_read(infer, tmp_path):
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+def test_a_table_where_no_image_can_be_read(infer, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no image")
     code, out, err = infer(tmp_path)
-    assert code == 1 and "not a picture" in out.splitlines()[2]
-    assert "1 of 1 pictures could not be read" in err and TRACEBACK not in err
+    assert code == 1 and "not an image" in out.splitlines()[2]
+    assert "1 of 1 images could not be read" in err and TRACEBACK not in err
     assert infer(tmp_path, "--output", tmp_path / "x.csv")[0] == 1
-    assert read_csv(tmp_path / "x.csv")[0]["error"].endswith("not a picture, or damaged, or of an unknown format")
+    assert read_csv(tmp_path / "x.csv")[0]["error"].endswith("not an image, or damaged, or of an unknown format")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["missing.png"], "missing.png is not there: expected a picture file or a folder of pictures."),
-        (["empty"], "empty holds no picture"),
-        (["a.png", "--model-dir", "nothing"], "nothing is not a folder: train a model first (./run_vlm_training.sh --demo)"),
+        (["missing.png"], "missing.png is not there: expected an image file or a folder of images."),
+        (["empty"], "empty holds no image"),
+        (
+            ["a.png", "--model-dir", "nothing"],
+            "nothing is not a folder: train a model first (./run_vlm_training.sh --demo)",
+        ),
         (["a.png", "--model-dir", "empty"], "no training_metadata.json in empty or beside it"),
         (["a.png", "--output", "x.xls"], "--output x.xls: expected a name that ends in .csv or .jsonl"),
         (["a.png", "--output", "a.png/x.csv"], "a.png/x.csv cannot be written"),
@@ -141,17 +166,17 @@ def test_a_table_where_no_picture_can_be_read(infer, tmp_path):
         (["a.png", "--abstain-below", "50"], "--abstain-below 50.0: expected a probability, 0 to 1."),
     ],
 )
-def test_wrong_usage_is_one_line_and_exit_code_2(infer, pictures, tmp_path, monkeypatch, arguments, message):
+def test_wrong_usage_is_one_line_and_exit_code_2(infer, images, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    Image.open(pictures / "a.png").save(tmp_path / "a.png")
+    Image.open(images / "a.png").save(tmp_path / "a.png")
     code, out, err = infer(*arguments)
     assert (code, out, len(err.splitlines())) == (2, "", 1)
     assert err.startswith("error: ") and message in err
     assert {path.name for path in tmp_path.iterdir()} == {"a.png", "empty"}
 
 
-def test_no_picture_at_all_is_wrong_usage(infer):
+def test_no_image_at_all_is_wrong_usage(infer):
     code, out, err = infer()
     assert (code, out) == (2, "") and "IMAGE_OR_FOLDER" in err
 
@@ -163,11 +188,11 @@ def test_the_traceback_is_there_with_debug(infer, tmp_path):
         infer(tmp_path / "missing.png", "--debug")
 
 
-def test_the_default_folder_is_where_training_puts_the_best_model(demo_run, pictures, monkeypatch, capsys):
+def test_the_default_folder_is_where_training_puts_the_best_model(demo_run, images, monkeypatch, capsys):
     monkeypatch.chdir(demo_run.parent)
     assert demo_run.name == "vlm_results"
-    assert classify(pictures / "a.png", "--device", "cpu") == 0
-    assert str(pictures / "a.png") in capsys.readouterr().out
+    assert classify(images / "a.png", "--device", "cpu") == 0
+    assert str(images / "a.png") in capsys.readouterr().out
 
 
 def test_help_loads_nothing_heavy():

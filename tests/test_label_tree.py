@@ -39,9 +39,12 @@ def test_responses_that_are_empty_equal_or_begin_another_are_refused(responses):
 
 
 def random_language(seed, classes=40, length=6, tokens=5, sharpness=3.0):
-    """Responses over a few tokens, and the log-probability of each token after each history, as a model would give it."""
+    """Responses over a few tokens, and the log-probability of each token after each history, as a model would give
+    it."""
     generator = np.random.default_rng(seed)
-    responses = {tuple(generator.integers(0, tokens, generator.integers(1, length)).tolist()) + (END,) for _ in range(classes)}
+    responses = {
+        tuple(generator.integers(0, tokens, generator.integers(1, length)).tolist()) + (END,) for _ in range(classes)
+    }
     table = {}
 
     def after(history):
@@ -57,7 +60,8 @@ def random_language(seed, classes=40, length=6, tokens=5, sharpness=3.0):
 
 
 def run(tree, log_probability, search, room=10_000, opening=0):
-    """Let a search go on until it is over; returns the nodes that it visited. `opening`: nodes that are read with the prompt."""
+    """Let a search go on until it is over; returns the nodes that it visited. `opening`: nodes that are read with the
+    prompt."""
     path = {ROOT: ()}
     for node, token in enumerate(tree.tokens.tolist()):
         path[node] = path[tree.parents[node]] + (token,)
@@ -97,7 +101,9 @@ def test_a_whole_visit_gives_the_log_probability_of_each_path(seed):
     assert search.unexplored == 0
 
 
-@pytest.mark.parametrize(("seed", "temperature", "biased"), list(itertools.product(range(5), (0.5, 1.0, 3.0), (False, True))))
+@pytest.mark.parametrize(
+    ("seed", "temperature", "biased"), list(itertools.product(range(5), (0.5, 1.0, 3.0), (False, True)))
+)
 def test_a_search_that_stops_early_is_wrong_by_no_more_than_it_says(seed, temperature, biased):
     responses, log_probability = random_language(seed)
     tree = build_label_tree(responses)
@@ -116,7 +122,8 @@ OPENING = (2, 0, 3)  # what all responses of the next tests begin with
 
 
 def opened_language(seed):
-    """A language whose responses have an opening; and what is needed to score it: the sums, those of another language, the lengths."""
+    """A language whose responses have an opening; and what is needed to score it: the sums, those of another language,
+    the lengths."""
     responses, log_probability = random_language(seed)
     responses = [[*OPENING, *response] for response in responses]
     prior = by_hand(responses, random_language(seed + 50)[1])
@@ -156,7 +163,10 @@ def test_every_kind_of_score_has_a_search_that_is_wrong_by_no_more_than_it_says(
         search = Search(tree, 1e-2, *calibration.weighting(), proven=2)
         seen = run(tree, log_probability, search, opening=len(OPENING))
         left_out += len(tree.inner) - len(OPENING) - len(seen)
-        sums, opening = torch.tensor(search.class_log_probabilities()[None]), torch.tensor([search.opening], dtype=torch.float64)
+        sums, opening = (
+            torch.tensor(search.class_log_probabilities()[None]),
+            torch.tensor([search.opening], dtype=torch.float64),
+        )
         assert search.opening == pytest.approx(by_hand([OPENING], log_probability)[0], abs=1e-12)
         found = calibration.log_probabilities(sums, opening).exp()[0].numpy()
         exact = slow_probabilities(kind, responses, log_probability, prior, temperature, bias)
@@ -166,7 +176,11 @@ def test_every_kind_of_score_has_a_search_that_is_wrong_by_no_more_than_it_says(
         whole = Search(tree, 0.0, *calibration.weighting())
         run(tree, log_probability, whole, opening=len(OPENING))
         exact_sums = torch.tensor(whole.class_log_probabilities()[None])
-        probabilities = calibration.log_probabilities(exact_sums, torch.tensor([whole.opening], dtype=torch.float64)).exp()[0].numpy()
+        probabilities = (
+            calibration.log_probabilities(exact_sums, torch.tensor([whole.opening], dtype=torch.float64))
+            .exp()[0]
+            .numpy()
+        )
         np.testing.assert_allclose(probabilities, exact, rtol=1e-9, atol=1e-15)
     assert left_out > 0 or temperature > 1, "or the test says little"
 
@@ -225,7 +239,10 @@ def test_the_rest_is_each_node_that_was_not_visited_once_parents_first(visited_f
     for _ in range(visited_first):
         for segment in search.next(5):
             for node in segment:
-                search.record(tree.children[node], [log_probability(path[node], int(tree.tokens[child])) for child in tree.children[node]])
+                search.record(
+                    tree.children[node],
+                    [log_probability(path[node], int(tree.tokens[child])) for child in tree.children[node]],
+                )
             seen += segment
             search.visited(segment)
     rest = [node for segment in search.rest() for node in segment]

@@ -83,5 +83,7 @@ def test_under_autocast_the_products_are_in_its_format_and_no_input_is_copied_to
         monkeypatch.setattr(type(model[0]), "forward", None)
         found = results(joined, x)
     assert found[0].dtype == torch.bfloat16 and all(g.dtype == torch.float32 for g in found[2].values())
-    for ours, theirs in zip([found[0], found[1], *found[2].values()], [expected[0], expected[1], *expected[2].values()], strict=True):
+    for ours, theirs in zip(
+        [found[0], found[1], *found[2].values()], [expected[0], expected[1], *expected[2].values()], strict=True
+    ):
         assert (ours.float() - theirs.float()).norm() <= 2e-2 * theirs.float().norm()

@@ -1,12 +1,13 @@
-"""A thousand classes, as ImageNet-1K has: few nodes are visited where the model is sure, the bound holds, and memory stays bounded."""
+"""A thousand classes, as ImageNet-1K has: few nodes are visited where the model is sure, the bound holds, and memory
+stays bounded."""
 
 import numpy as np
 import pytest
 import torch
 from tiny import batch_of, full_row_logits, save_tiny_model
 
-from vlm.classifier.classifier import VLMClassifier
 from vlm.classifier import search as scoring
+from vlm.classifier.classifier import VLMClassifier
 from vlm.config.settings import Settings
 from vlm.conversation.prompts import build_prompts
 from vlm.families import load_family

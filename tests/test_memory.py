@@ -1,4 +1,5 @@
-"""The estimate of memory against real tensors, against a process, and the warning that is made of it; how weights are loaded."""
+"""The estimate of memory against real tensors, against a process, and the warning that is made of it; how weights are
+loaded."""
 
 import json
 import math
@@ -71,7 +72,9 @@ def test_weights_gradients_and_optimizer_are_exact_and_frozen_parts_have_none(fo
     with_state = {id(p) for p in optimizer.state}
     assert with_state <= {id(p) for p in trained.values()}
     moments = [tensor for state in optimizer.state.values() for name, tensor in state.items() if name != "step"]
-    missing = sum(2 * 4 * p.numel() for p in trained.values() if id(p) not in with_state)  # without a gradient in this step
+    missing = sum(
+        2 * 4 * p.numel() for p in trained.values() if id(p) not in with_state
+    )  # without a gradient in this step
     assert need.optimizer == size(moments) + missing
 
 
@@ -97,7 +100,7 @@ def saved_bytes(folder: Path, tune: str, dtype: torch.dtype) -> tuple[int, VLMCl
 
 
 def save_with_layers(folder: Path, vision: int, text: int) -> Path:
-    """A SmolVLM of moderate width, with 64 picture tokens."""
+    """A SmolVLM of moderate width, with 64 image tokens."""
     folder.mkdir()
     prompts = tiny_prompts()
     processor = build_processor(64, 4, 2, corpus=[prompts.system, prompts.question, *prompts.responses])
@@ -122,7 +125,7 @@ def test_activations_of_the_layers_are_those_that_autograd_keeps(tmp_path, tune,
         kept, classifier, batch = saved_bytes(folder, tune, dtype)
         measured.append(kept)
         rendered = classifier.rendered
-        length = batch["input_ids"].shape[1] - classifier.family.picture_load()[1]
+        length = batch["input_ids"].shape[1] - classifier.family.image_load()[1]
         texts = Texts(len(rendered.prefix_ids), length, 0)
         family = outline(read_config(folder))
         need = estimate(family, resolve({"tune": tune, "objective": RESPONSE}), dtype, "cpu", texts)
@@ -142,7 +145,10 @@ def test_what_makes_a_run_larger_makes_the_estimate_larger():
     assert need(batch_size=4).activations > 2 * need(batch_size=1).activations
     assert need(lora_rank=64).optimizer == 4 * need(lora_rank=16).optimizer - 3 * need(tune="connector").optimizer
     frozen = need(freeze_connector=True)
-    assert frozen.optimizer == need().optimizer - need(tune="connector").optimizer and frozen.activations < need().activations
+    assert (
+        frozen.optimizer == need().optimizer - need(tune="connector").optimizer
+        and frozen.activations < need().activations
+    )
     assert need(image_splitting=True).activations > need().activations
     assert need(texts=Texts(prefix=2000)).activations > need().activations
     assert need(dtype=torch.bfloat16).weights < 0.6 * need().weights
@@ -159,7 +165,9 @@ def read_config_of(name: str) -> dict:
 # A process
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is read from Linux's /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is read from Linux's /proc"
+)
 def test_a_process_takes_about_what_was_estimated_and_loads_its_weights_once(tmp_path):
     """The benchmark on a model of 75M parameters in bfloat16, trained in float32."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -177,7 +185,8 @@ def test_a_process_takes_about_what_was_estimated_and_loads_its_weights_once(tmp
     print({phase: round(ratio, 2) for phase, ratio in ratios.items()})
     assert 0.7 < ratios["training"] < 1.3
     assert 0.7 < ratios["whole run"] < 1.3
-    # The weights, and the file that they are read from, whose pages the system may take back at any time. A second copy would be 1 more.
+    # The weights, and the file that they are read from, whose pages the system may take back at any time. A second copy
+    # would be 1 more.
     weights, file = figures["loading"]["estimated"], (tmp_path / "model.safetensors").stat().st_size
     assert weights < figures["loading"]["measured"] < 1.15 * (weights + file)
     assert math.isclose(file, weights / 2, rel_tol=0.01)
@@ -229,14 +238,22 @@ def batches(folder) -> Callable[..., tuple[int, int]]:
     return find
 
 
-def test_a_step_takes_as_many_pictures_at_once_as_there_is_memory_for(batches, folder, monkeypatch, capsys):
-    family, texts, flags = outline(read_config(folder)), Texts.of(tiny_prompts()), {"tune": "full", "eval_batch_size": 1}
-    needs = [estimate(family, resolve(flags | {"batch_size": n}), torch.float32, "cpu", texts).total for n in (1, 2, 4, 8)]
+def test_a_step_takes_as_many_images_at_once_as_there_is_memory_for(batches, folder, monkeypatch, capsys):
+    family, texts, flags = (
+        outline(read_config(folder)),
+        Texts.of(tiny_prompts()),
+        {"tune": "full", "eval_batch_size": 1},
+    )
+    needs = [
+        estimate(family, resolve(flags | {"batch_size": n}), torch.float32, "cpu", texts).total for n in (1, 2, 4, 8)
+    ]
     assert needs == sorted(needs) and needs[0] < needs[3]
     monkeypatch.setattr(memory, "TRAINING_SHARE", 1.0)
     for need in needs:
         monkeypatch.setattr(memory, "free_memory", lambda device, need=need: need + 1)
-        most = max(n for n, needed in zip((1, 2, 4, 8), needs, strict=True) if needed <= need)  # in so small a model 2 may need what 1 does
+        most = max(
+            n for n, needed in zip((1, 2, 4, 8), needs, strict=True) if needed <= need
+        )  # in so small a model 2 may need what 1 does
         assert batches(**flags) == (most, 8 // most)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(memory, "free_memory", lambda device: needs[0] // 2)
@@ -245,7 +262,7 @@ def test_a_step_takes_as_many_pictures_at_once_as_there_is_memory_for(batches, f
     assert batches(batch_size=4) == (4, 2)
 
 
-def test_a_step_keeps_the_pictures_that_were_asked_for(batches):
+def test_a_step_keeps_the_images_that_were_asked_for(batches):
     assert batches(gradient_accumulation_steps=1) == (8, 1)
     assert batches(gradient_accumulation_steps=3) == (2, 3)
     assert batches(gradient_accumulation_steps=16) == (1, 16)
@@ -253,7 +270,9 @@ def test_a_step_keeps_the_pictures_that_were_asked_for(batches):
 
 
 def test_processes_share_a_cpu_s_memory_and_agree(batches, folder, monkeypatch):
-    need = estimate(outline(read_config(folder)), resolve({"batch_size": 8}), torch.float32, "cpu", Texts.of(tiny_prompts())).total
+    need = estimate(
+        outline(read_config(folder)), resolve({"batch_size": 8}), torch.float32, "cpu", Texts.of(tiny_prompts())
+    ).total
     monkeypatch.setattr(memory, "free_memory", lambda device: 1.9 * need)
     assert batches() == (8, 1)
     assert batches(processes=2)[0] < 8  # 0.95 of what it takes for each, of which a share is left alone
@@ -316,6 +335,8 @@ def test_the_plain_forward_keeps_whole_rows_for_each_class(folder):
     shared = needed("both")
     family.shares_prefix = False
     plain = needed("response")
-    assert needed(None) == pytest.approx(2 * plain, rel=0.01), "the usual objective: the response's row and one for all classes"
+    assert needed(None) == pytest.approx(2 * plain, rel=0.01), (
+        "the usual objective: the response's row and one for all classes"
+    )
     assert needed("both") == pytest.approx(101 * plain, rel=0.01) and needed("both") > shared
     assert needed("posterior") == pytest.approx(100 * plain, rel=0.01)

@@ -14,7 +14,9 @@ PROBABILITIES = np.array([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.2, 0.7, 0.1], [0.
 
 
 def standard(**changes):
-    return classification_metrics(**{"labels": LABELS, "log_probabilities": np.log(PROBABILITIES), "class_names": NAMES} | changes)
+    return classification_metrics(
+        **{"labels": LABELS, "log_probabilities": np.log(PROBABILITIES), "class_names": NAMES} | changes
+    )
 
 
 def test_figures_are_those_worked_out_by_hand():
@@ -44,7 +46,7 @@ def test_metrics_are_json_also_with_a_probability_of_zero():
 def test_nan_is_an_error_and_no_class():
     broken = np.log(PROBABILITIES)
     broken[1, 2] = np.nan
-    with pytest.raises(RunError, match="1 of 4 pictures"):
+    with pytest.raises(RunError, match="1 of 4 images"):
         standard(log_probabilities=broken)
 
 
@@ -96,7 +98,11 @@ def test_a_wrong_specification_says_what_was_expected(metric_file, specification
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("1 / 0", "ZeroDivisionError: division by zero"), ("def f(:", "SyntaxError"), ("raise SystemExit(3)", "SystemExit: 3")],
+    [
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("def f(:", "SyntaxError"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
+    ],
 )
 def test_a_file_that_does_not_run_is_a_usage_error_of_one_line(tmp_path, content, message):
     (tmp_path / "bad.py").write_text(content)

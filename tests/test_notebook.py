@@ -14,7 +14,7 @@ from PIL import Image
 
 NOTEBOOK = ROOT / "notebooks" / "inference.ipynb"
 FUNCTIONS = ("load_model_and_metadata(", "predict_single_image(", "predict_batch(")
-BROKEN = "not a picture, or damaged, or of an unknown format"
+BROKEN = "not an image, or damaged, or of an unknown format"
 
 
 def execute(folder, monkeypatch, **options):
@@ -39,7 +39,7 @@ def execute(folder, monkeypatch, **options):
 
 
 def outputs(notebook, cell_id):
-    """The outputs of a cell: the text of all streams, and the pictures."""
+    """The outputs of a cell: the text of all streams, and the images."""
     found = next(cell.outputs for cell in notebook.cells if cell.id == cell_id)
     assert not [output for output in found if output.output_type == "error"]
     text = "".join(output.text for output in found if output.output_type == "stream" and output.name == "stdout")
@@ -51,9 +51,11 @@ def check(notebook):
     """What a reader sees, whatever the model is."""
     classes = outputs(notebook, "load")[0].splitlines()[1].split(":")[1].strip().split(", ")
     assert len(classes) == 10 and classes[0] == "zero"
-    names = outputs(notebook, "pictures")[0].split(": ")[1].strip().split(", ")
+    names = outputs(notebook, "images")[0].split(": ")[1].strip().split(", ")
     assert len(names) == 12
-    found = re.fullmatch(r"digit_0\.png: (\w+), confidence ([01]\.\d{4})\n\n(.+)\n", outputs(notebook, "single")[0], flags=re.DOTALL)
+    found = re.fullmatch(
+        r"digit_0\.png: (\w+), confidence ([01]\.\d{4})\n\n(.+)\n", outputs(notebook, "single")[0], flags=re.DOTALL
+    )
     assert found[1] in classes and found[3].startswith("Reasoning")
     *lines, last = outputs(notebook, "batch")[0].splitlines()
     assert last.split() == ["broken.png", "error:", *BROKEN.split()]
@@ -61,20 +63,24 @@ def check(notebook):
     assert all(line.split()[1] in classes and 0 < float(line.split()[2]) <= 1 for line in lines)
     assert lines[0].split() == ["digit_0.png", found[1], found[2]], "one by one and in a batch are the same"
     for cell_id in ("figure", "bars"):
-        text, (picture,) = outputs(notebook, cell_id)
-        assert text == "" and picture.width > 400 and len(picture.convert("RGB").getcolors(2**24)) > 20
+        text, (image,) = outputs(notebook, cell_id)
+        assert text == "" and image.width > 400 and len(image.convert("RGB").getcolors(2**24)) > 20
 
 
 def test_it_runs_on_a_trained_model(demo_run, monkeypatch):
     notebook = execute(demo_run / "best_model", monkeypatch)
     check(notebook)
     assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
-    warnings = [output.text for cell in notebook.cells for output in cell.get("outputs", []) if output.get("name") == "stderr"]
+    warnings = [
+        output.text for cell in notebook.cells for output in cell.get("outputs", []) if output.get("name") == "stderr"
+    ]
     assert warnings == []
 
 
 def test_without_a_model_it_says_how_to_get_one(tmp_path, monkeypatch):
-    with pytest.raises(CellExecutionError, match=r"nowhere is not there\. Train a model first: \./run_vlm_training\.sh --demo"):
+    with pytest.raises(
+        CellExecutionError, match=r"nowhere is not there\. Train a model first: \./run_vlm_training\.sh --demo"
+    ):
         execute(tmp_path / "nowhere", monkeypatch)
 
 

@@ -1,4 +1,5 @@
-"""What is minimized: against plain sums over classes and tokens. That the tree's gradients are right is in family_checks.py."""
+"""What is minimized: against plain sums over classes and tokens. That the tree's gradients are right is in
+family_checks.py."""
 
 import math
 from dataclasses import replace
@@ -7,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from family_checks import parted
-from test_training import gradients_of_first_step, picture_folder
-from tiny import NAMES, batch_of, full_row_logits, random_picture, save_tiny_model, tiny_classifier, tiny_prompts
+from test_training import gradients_of_first_step, image_folder
+from tiny import NAMES, batch_of, full_row_logits, random_image, save_tiny_model, tiny_classifier, tiny_prompts
 
 from vlm.classifier.batching import vlm_collate_fn
 from vlm.classifier.classifier import VLMClassifier, plain, tree_rows
@@ -34,7 +35,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sources")
-    return save_tiny_model(folder / "model"), picture_folder(folder / "pictures", NAMES, each=4)
+    return save_tiny_model(folder / "model"), image_folder(folder / "images", NAMES, each=4)
 
 
 def objective_of(classifier, name, **more):
@@ -132,7 +133,8 @@ def test_the_plain_forward_runs_once_for_texts_that_differ_in_their_last_token(f
     batch = batch_of(classifier, [0, 2], with_response=False)
     begin = [row[:length].tolist() for row, length in zip(batch["input_ids"], batch["prompts"], strict=True)]
     alone = [
-        vlm_collate_fn([Sample(random_picture(i), c, "")], classifier.family, classifier.rendered, False) for i, c in enumerate([0, 2])
+        vlm_collate_fn([Sample(random_image(i), c, "")], classifier.family, classifier.rendered, False)
+        for i, c in enumerate([0, 2])
     ]
     expected = [parted_scores(classifier, one, prompt) for one, prompt in zip(alone, begin, strict=True)]
     calls = []
@@ -144,7 +146,10 @@ def test_the_plain_forward_runs_once_for_texts_that_differ_in_their_last_token(f
 
     monkeypatch.setattr(classifier.family, "full_logits", full_logits)
     torch.testing.assert_close(plain.scores_in_training(classifier, batch), torch.stack(expected), rtol=1e-9, atol=1e-9)
-    stems = {tuple(ids[: apart - 1]) for ids, apart in zip(classifier.rendered.scored_ids, classifier.tree.parted, strict=True)}
+    stems = {
+        tuple(ids[: apart - 1])
+        for ids, apart in zip(classifier.rendered.scored_ids, classifier.tree.parted, strict=True)
+    }
     assert len(calls) == len(stems) == forwards
     usual = usual_objective(classifier.tree, len(classifier.rendered.opening_ids), shares_prefix=False)
     assert usual == (BOTH if forwards == 1 else RESPONSE)
@@ -166,11 +171,14 @@ def test_no_class_may_share_a_token_with_another():
 
 
 @pytest.mark.parametrize("response_format", ["reasoning-first", "answer-first"])
-def test_a_picture_with_a_reasoning_of_its_own_is_learned_where_its_answer_is_scored(folder, response_format):
+def test_a_image_with_a_reasoning_of_its_own_is_learned_where_its_answer_is_scored(folder, response_format):
     prompts = replace(build_prompts(Settings(response_format=response_format), NAMES), reasoning_tokens=8)
     classifier = VLMClassifier(load_family(folder, torch.float64, torch.device("cpu")), prompts).eval()
     classifier.objective = objective_of(classifier, BOTH)
-    samples = [Sample(random_picture(i), label, "", text) for i, (label, text) in enumerate([(0, "Fur."), (5, "A long, long tail.")])]
+    samples = [
+        Sample(random_image(i), label, "", text)
+        for i, (label, text) in enumerate([(0, "Fur."), (5, "A long, long tail.")])
+    ]
     batch = vlm_collate_fn(samples, classifier.family, classifier.rendered)
     found = classifier(batch)
     expected = 0.0
@@ -191,16 +199,20 @@ def test_weights_make_classes_equal_and_keep_their_mean():
 
 
 @pytest.mark.parametrize("name", [RESPONSE, BOTH])
-def test_class_weights_multiply_the_loss_of_each_picture(folder, name):
+def test_class_weights_multiply_the_loss_of_each_image(folder, name):
     classifier = tiny_classifier(folder, torch.float64)
     weights = [0.5, 1, 1, 3, 1, 2, 0.25]
     single = []
     for i, label in enumerate(LABELS):
         classifier.objective = objective_of(classifier, name)
-        single.append(classifier(vlm_collate_fn([Sample(random_picture(i), label, "")], classifier.family, classifier.rendered)))
+        single.append(
+            classifier(vlm_collate_fn([Sample(random_image(i), label, "")], classifier.family, classifier.rendered))
+        )
     classifier.objective = objective_of(classifier, name, class_weights=weights).double()
     found = classifier(batch_of(classifier, LABELS))
-    torch.testing.assert_close(found.loss, sum(weights[c] * one.loss for c, one in zip(LABELS, single, strict=True)), rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        found.loss, sum(weights[c] * one.loss for c, one in zip(LABELS, single, strict=True)), rtol=1e-9, atol=0
+    )
     if name == BOTH:
         expected = sum(weights[c] * one.posterior for c, one in zip(LABELS, single, strict=True))
         torch.testing.assert_close(found.posterior, expected, rtol=1e-9, atol=0)
@@ -217,10 +229,14 @@ def test_label_smoothing_is_over_the_classes(folder):
     torch.testing.assert_close(found, -(target * logs).sum(), rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("flags", [{"objective": POSTERIOR}, {"objective": BOTH, "class_balance": True, "label_smoothing": 0.1}])
+@pytest.mark.parametrize(
+    "flags", [{"objective": POSTERIOR}, {"objective": BOTH, "class_balance": True, "label_smoothing": 0.1}]
+)
 def test_a_step_does_not_depend_on_how_it_is_cut(sources, tmp_path, flags):
     loss, whole = gradients_of_first_step(sources, tmp_path / "a", batch_size=8, gradient_accumulation_steps=1, **flags)
-    other, parts = gradients_of_first_step(sources, tmp_path / "b", batch_size=4, gradient_accumulation_steps=2, **flags)
+    other, parts = gradients_of_first_step(
+        sources, tmp_path / "b", batch_size=4, gradient_accumulation_steps=2, **flags
+    )
     torch.testing.assert_close(other, loss, rtol=1e-6, atol=0)
     largest = max(gradient.norm() for gradient in whole.values())
     for name, gradient in whole.items():
@@ -232,8 +248,8 @@ def test_without_a_wish_the_cost_decides(sources, folder, tmp_path, monkeypatch,
     nodes = len(objective_of(tiny_classifier(folder, torch.float32), BOTH).rows)
     assert nodes, "or nothing is compared with the bound"
     monkeypatch.setattr("vlm.classifier.objective.FEW_NODES", nodes if expected == BOTH else nodes - 1)
-    model, pictures = sources
-    run = set_up(resolve({"model": str(model), "dataset": str(pictures), "output_dir": str(tmp_path)}))
+    model, images = sources
+    run = set_up(resolve({"model": str(model), "dataset": str(images), "output_dir": str(tmp_path)}))
     assert run.settings.objective == run.metadata["settings"]["objective"] == run.classifier.objective.name == expected
 
 

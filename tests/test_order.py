@@ -1,4 +1,4 @@
-"""The order of training: every picture once an epoch, by seed and epoch alone, for any number of processes."""
+"""The order of training: every image once an epoch, by seed and epoch alone, for any number of processes."""
 
 import pytest
 
@@ -17,7 +17,11 @@ def test_each_sample_counts_once_an_epoch_over_all_processes(n, world, batch_siz
         assert 1 <= len(step.batches) <= accumulation
         assert all(1 <= len(batch) <= batch_size for batch in step.batches)
     full = n // (batch_size * accumulation * world)
-    assert all(step.counts and sum(map(len, step.batches)) == batch_size * accumulation for plan in plans for step in plan[:full])
+    assert all(
+        step.counts and sum(map(len, step.batches)) == batch_size * accumulation
+        for plan in plans
+        for step in plan[:full]
+    )
 
 
 def test_a_step_holds_the_same_samples_for_any_number_of_processes():

@@ -34,14 +34,16 @@ def test_nothing_is_lost_in_it(tmp_path, name, said):
         assert names_in(tmp_path) == set()
 
 
-@pytest.mark.parametrize("output", ["pictures", "pictures/results", "pictures/cat/../new"])
+@pytest.mark.parametrize("output", ["images", "images/results", "images/cat/../new"])
 def test_results_are_not_put_where_they_would_be_taken_for_a_class(tmp_path, monkeypatch, output):
-    (tmp_path / "pictures" / "cat").mkdir(parents=True)
+    (tmp_path / "images" / "cat").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=f"--output-dir {output} is in the folder of --dataset pictures: .* Choose a folder beside it."):
-        check_output(resolve({"dataset": "pictures", "output_dir": output, "overwrite": True}))
-    check_output(resolve({"dataset": "pictures", "output_dir": "pictures_results"}))
-    check_output(resolve({"dataset": "pictures/table.csv", "output_dir": output}))
+    with pytest.raises(
+        UsageError, match=f"--output-dir {output} is in the folder of --dataset images: .* Choose a folder beside it."
+    ):
+        check_output(resolve({"dataset": "images", "output_dir": output, "overwrite": True}))
+    check_output(resolve({"dataset": "images", "output_dir": "images_results"}))
+    check_output(resolve({"dataset": "images/table.csv", "output_dir": output}))
 
 
 @pytest.mark.parametrize("error", [UsageError, KeyboardInterrupt])

@@ -2,13 +2,16 @@
 
 import numpy as np
 import pytest
+
 from vlm.report.page.charts import MOST_POINTS, Axis, Line, axis_around, line_chart
 from vlm.report.page.markup import Markup, class_name, element
 
 
 def test_only_markup_is_not_escaped():
     assert element("p", "<", Markup("<br>"), None, 3, class_='"') == '<p class="&quot;">&lt;<br>3</p>'
-    assert element("p", element("b", "&") + "<") == "<p>&lt;b&gt;&amp;amp;&lt;/b&gt;&lt;</p>", "sums are plain text again"
+    assert element("p", element("b", "&") + "<") == "<p>&lt;b&gt;&amp;amp;&lt;/b&gt;&lt;</p>", (
+        "sums are plain text again"
+    )
     assert 'title="' + "x" * 50 in class_name("x" * 50) and "title" not in class_name("x")
 
 
@@ -27,9 +30,14 @@ def test_ticks_of_steps_are_whole_and_of_logarithms_decades():
 
 def test_a_line_of_many_points_is_thinned_and_ends_where_it_ended():
     x, y = np.arange(9_999.0), np.linspace(1, 2, 9_999)
-    chart = line_chart([Line("a", x, y, "first"), Line("empty", [], [], "second")], Axis("x", 0, 9_998), axis_around("y", y), "Title")
+    chart = line_chart(
+        [Line("a", x, y, "first"), Line("empty", [], [], "second")], Axis("x", 0, 9_998), axis_around("y", y), "Title"
+    )
     path = chart.split('class="line')[0].rsplit('d="', 1)[1]
     assert path.count("L") <= MOST_POINTS + 1 and path.split("L")[-1].startswith("426")
     assert "empty" not in chart
-    few, many = (line_chart([Line("a", x[:n], y[:n], "first", dots=True)], Axis("x", 0, n), axis_around("y", y), "T") for n in (3, 300))
+    few, many = (
+        line_chart([Line("a", x[:n], y[:n], "first", dots=True)], Axis("x", 0, n), axis_around("y", y), "T")
+        for n in (3, 300)
+    )
     assert (few.count("<circle"), many.count("<circle")) == (3, 0)

@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from inference_vlm import load_model_and_metadata, predict_batch, predict_single_image
 from vlm.classifier.calibration import Calibration
 from vlm.common.errors import UsageError
-from vlm.data.images import UnreadablePicture
+from vlm.data.images import UnreadableImage
 from vlm.data.splits import Sample
 from vlm.evaluation.evaluate import score_split
 
@@ -48,7 +48,7 @@ def single(loaded, image, **options):
 
 
 def table(results):
-    """(pictures, classes) probabilities."""
+    """(images, classes) probabilities."""
     return np.array([list(result["probabilities"].values()) for result in results.values()])
 
 
@@ -59,7 +59,7 @@ def test_what_is_loaded_is_ready_to_use(loaded):
     assert metadata["class_names"] == list(model.class_names) and metadata["model"] == "demo"
 
 
-def test_path_text_picture_and_array_give_the_same(loaded, paths, arrays):
+def test_path_text_image_and_array_give_the_same(loaded, paths, arrays):
     expected = single(loaded, paths[0])
     assert single(loaded, str(paths[0])) == expected
     assert single(loaded, Image.open(paths[0])) == expected
@@ -78,14 +78,17 @@ def test_one_by_one_is_the_same_as_in_a_batch(loaded, paths):
 
 @pytest.fixture
 def uncalibrated(loaded, monkeypatch):
-    """With the model's own probabilities: after so short a training the calibrated ones are nearly the same for every picture."""
+    """With the model's own probabilities: after so short a training the calibrated ones are nearly the same for every
+    image."""
     monkeypatch.setattr(loaded[0], "calibration", Calibration())
 
 
-def test_pictures_of_one_batch_do_not_change_each_other(loaded, paths, uncalibrated):
+def test_images_of_one_batch_do_not_change_each_other(loaded, paths, uncalibrated):
     results = batch(loaded, paths, batch_size=1, explain=False)
     expected = table(results)
-    assert (np.abs(expected - expected[0]).max(axis=1)[1:] > 1e-4).all(), "else a picture in the wrong place would go unnoticed"
+    assert (np.abs(expected - expected[0]).max(axis=1)[1:] > 1e-4).all(), (
+        "else an image in the wrong place would go unnoticed"
+    )
     for size in (2, COUNT, 100):
         together = batch(loaded, paths, batch_size=size, explain=False)
         assert list(together) == list(results)
@@ -97,7 +100,9 @@ def test_results_come_in_the_order_of_the_paths_and_each_path_once(loaded, paths
     results = batch(loaded, mixed, batch_size=2, explain=False)
     assert list(results) == [str(path) for path in (paths[4], paths[1], paths[6], paths[0])]
     alone = batch(loaded, [paths[6]], explain=False)[str(paths[6])]
-    np.testing.assert_allclose(list(results[str(paths[6])]["probabilities"].values()), list(alone["probabilities"].values()), atol=1e-5)
+    np.testing.assert_allclose(
+        list(results[str(paths[6])]["probabilities"].values()), list(alone["probabilities"].values()), atol=1e-5
+    )
     assert list(batch(loaded, (path for path in paths), explain=False)) == list(map(str, paths)), "any iterable will do"
 
 
@@ -106,14 +111,20 @@ def test_confidence_is_the_largest_probability_and_they_add_up_to_one(loaded, pa
         assert set(result) == {"prediction", "confidence", "probabilities", "error_bound", "full_response"}
         assert list(result["probabilities"]) == loaded[2]["class_names"]
         assert sum(result["probabilities"].values()) == pytest.approx(1, abs=1e-6)
-        assert result["confidence"] == max(result["probabilities"].values()) == result["probabilities"][result["prediction"]]
+        assert (
+            result["confidence"]
+            == max(result["probabilities"].values())
+            == result["probabilities"][result["prediction"]]
+        )
 
 
 def test_confidence_is_after_the_stored_calibration(demo_run, loaded, paths):
     model, _, metadata = loaded
     stored = metadata["calibration"]
     results = json.loads((demo_run / "results.json").read_text())
-    assert stored["temperature"] == results["test"]["calibration"]["temperature"] != 1 and stored["abstain_below"] is None
+    assert (
+        stored["temperature"] == results["test"]["calibration"]["temperature"] != 1 and stored["abstain_below"] is None
+    )
     assert json.loads((demo_run / "training_metadata.json").read_text())["calibration"] == stored
     sample = Sample(Image.open(paths[0]).convert("RGB"), 0, "x")
     sums, openings = (values[0].double() for values in score_split(model, [sample], 1, tolerance=0))
@@ -142,7 +153,9 @@ def test_a_calibration_for_other_prompts_is_not_used_and_that_is_said(demo_run, 
 
 def test_a_model_that_abstains_gives_none_with_its_probabilities(demo_run, loaded, paths, tmp_path):
     plain = batch(loaded, paths)
-    threshold = float(np.mean(sorted(result["confidence"] for result in plain.values())[COUNT // 2 - 1 : COUNT // 2 + 1]))
+    threshold = float(
+        np.mean(sorted(result["confidence"] for result in plain.values())[COUNT // 2 - 1 : COUNT // 2 + 1])
+    )
     shutil.copytree(demo_run / "best_model", tmp_path / "model")
     file = tmp_path / "model" / "training_metadata.json"
     metadata = json.loads(file.read_text())
@@ -152,10 +165,20 @@ def test_a_model_that_abstains_gives_none_with_its_probabilities(demo_run, loade
     results = batch(abstaining, paths)
     assert sum("abstained" in result for result in results.values()) == COUNT // 2
     for path, result in results.items():
-        left_out = {"prediction": None, "abstained": True, "full_response": ""} if plain[path]["confidence"] < threshold else {}
+        left_out = (
+            {"prediction": None, "abstained": True, "full_response": ""}
+            if plain[path]["confidence"] < threshold
+            else {}
+        )
         assert result == plain[path] | left_out
-        assert single(abstaining, path) == (result["prediction"], pytest.approx(result["confidence"], abs=1e-5), result["full_response"])
-    assert batch(load_model_and_metadata(tmp_path / "model", device="cpu", abstain_below=0), paths) == plain, "0 switches it off"
+        assert single(abstaining, path) == (
+            result["prediction"],
+            pytest.approx(result["confidence"], abs=1e-5),
+            result["full_response"],
+        )
+    assert batch(load_model_and_metadata(tmp_path / "model", device="cpu", abstain_below=0), paths) == plain, (
+        "0 switches it off"
+    )
 
 
 def test_without_explain_the_text_is_empty_and_all_else_the_same(loaded, paths):
@@ -167,7 +190,7 @@ def test_without_explain_the_text_is_empty_and_all_else_the_same(loaded, paths):
 
 def test_files_that_cannot_be_read_are_named_and_the_rest_goes_on(loaded, paths, tmp_path):
     (tmp_path / "broken.png").write_bytes(paths[0].read_bytes()[:60])
-    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "notes.txt").write_text("no image")
     bad = [tmp_path / "broken.png", tmp_path / "missing.png", tmp_path / "notes.txt", tmp_path]
     results = batch(loaded, [bad[0], paths[0], *bad[1:], paths[1]], batch_size=2, explain=False)
     assert list(results) == [str(path) for path in (bad[0], paths[0], *bad[1:], paths[1])]
@@ -176,11 +199,11 @@ def test_files_that_cannot_be_read_are_named_and_the_rest_goes_on(loaded, paths,
         assert results[str(path)]["error"].startswith(f"{path}: ") and "\n" not in results[str(path)]["error"]
     expected = table(batch(loaded, paths[:2], explain=False))
     np.testing.assert_allclose(table({path: results[str(path)] for path in paths[:2]}), expected, atol=1e-5)
-    with pytest.raises(UnreadablePicture, match=r"missing\.png: no such file"):
+    with pytest.raises(UnreadableImage, match=r"missing\.png: no such file"):
         single(loaded, bad[1])
 
 
-def test_no_pictures_give_no_results(loaded):
+def test_no_images_give_no_results(loaded):
     assert batch(loaded, []) == {}
 
 
@@ -195,7 +218,7 @@ def test_a_batch_size_of_zero_is_refused(loaded, paths):
         batch(loaded, paths, batch_size=0)
 
 
-def test_the_progress_bar_counts_pictures_and_can_be_switched_off(loaded, paths, capsys, monkeypatch):
+def test_the_progress_bar_counts_images_and_can_be_switched_off(loaded, paths, capsys, monkeypatch):
     monkeypatch.setattr("vlm.common.progress.SECONDS_BETWEEN_LINES", 0)
     batch(loaded, paths, batch_size=3, explain=False, show_progress=True)
     out, err = capsys.readouterr()

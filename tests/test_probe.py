@@ -1,4 +1,5 @@
-"""The probe: each picture's features are its own, whatever its neighbors, in every family; and the figures are scikit-learn's."""
+"""The probe: each image's features are its own, whatever its neighbors, in every family; and the figures are
+scikit-learn's."""
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from feature_checks import MODELS
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_info, threadpool_limits
-from tiny import random_picture, save_tiny_model, tiny_prompts
+from tiny import random_image, save_tiny_model, tiny_prompts
 
 from vlm.config.resolve import resolve
 from vlm.data.sources import Rows
@@ -25,7 +26,9 @@ GENERIC = {
     "gemma3": test_family_generic.TestGemma3,
     "paligemma": test_family_generic.TestPaliGemma,
 }
-BUILDERS = MODELS | {name: (lambda folder, checks=checks: checks().build(folder), {}) for name, checks in GENERIC.items()}
+BUILDERS = MODELS | {
+    name: (lambda folder, checks=checks: checks().build(folder), {}) for name, checks in GENERIC.items()
+}
 SIZES = ((40, 28), (20, 60), (40, 28), (90, 30))
 
 
@@ -38,26 +41,29 @@ def family_of(name, folder):
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-def test_pooled_features_are_the_mean_over_each_picture_alone(name, tmp_path):
+def test_pooled_features_are_the_mean_over_each_image_alone(name, tmp_path):
     family = family_of(name, tmp_path)
-    pictures = [random_picture(i, *size) for i, size in enumerate(SIZES)]
-    samples = [Sample(picture, 0, "a picture") for picture in pictures]
+    images = [random_image(i, *size) for i, size in enumerate(SIZES)]
+    samples = [Sample(image, 0, "an image") for image in images]
     expected = []
-    for picture in pictures:
+    for image in images:
         with torch.no_grad():
-            hidden = family.vision_features(family.encode_pictures([picture]).inputs)
+            hidden = family.vision_features(family.encode_images([image]).inputs)
         places = hidden.reshape(-1, hidden.shape[-1])
         expected.append(torch.stack([place.double() for place in places]).sum(0) / len(places))
     expected = torch.stack(expected).numpy()
-    assert np.abs(expected - expected[0]).max(1)[1:].min() > 1e-3, "the pictures should differ, or the test says little"
+    assert np.abs(expected - expected[0]).max(1)[1:].min() > 1e-3, "the images should differ, or the test says little"
     np.testing.assert_allclose(pooled_features(family, samples), expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(pooled_features(family, samples[::2]), expected[::2], rtol=1e-4, atol=1e-5)
 
 
 def split_of(labels, seed):
-    """Dark and bright pictures, with noise."""
-    pictures = [random_picture(seed + i).point(lambda value, label=label: value // 3 + 60 * label) for i, label in enumerate(labels)]
-    return Split(Rows(pictures, labels, [str(i) for i in range(len(labels))]), range(len(labels)), labels)
+    """Dark and bright images, with noise."""
+    images = [
+        random_image(seed + i).point(lambda value, label=label: value // 3 + 60 * label)
+        for i, label in enumerate(labels)
+    ]
+    return Split(Rows(images, labels, [str(i) for i in range(len(labels))]), range(len(labels)), labels)
 
 
 @pytest.fixture
@@ -76,7 +82,10 @@ def family(tmp_path, monkeypatch):
 
 def test_the_figures_are_those_of_a_plain_logistic_regression(family, data):
     found, right = probe(family, data)
-    features = [pooled_features(family, [split[i] for i in range(len(split))]) for split in (data.train, data.validation, data.test)]
+    features = [
+        pooled_features(family, [split[i] for i in range(len(split))])
+        for split in (data.train, data.validation, data.test)
+    ]
     scaler = StandardScaler().fit(features[0])
     train, validation, test = map(scaler.transform, features)
     accuracies = {}
@@ -113,21 +122,24 @@ def test_features_of_the_cache_are_used_and_give_the_same(family, data, monkeypa
     expected, right = probe(family, data)
     cache = fill_cache(family, (data.train, data.validation), limit_gb=1)
     seen = []
-    encode = family.encode_pictures
-    monkeypatch.setattr(family, "encode_pictures", lambda pictures: seen.extend(pictures) or encode(pictures))
+    encode = family.encode_images
+    monkeypatch.setattr(family, "encode_images", lambda images: seen.extend(images) or encode(images))
     found, again = probe(family, data, cache)
     assert len(seen) == len(data.test), "those of the test split alone are not in the cache"
     assert found | {"seconds": 0} == expected | {"seconds": 0} and (right == again).all()
 
 
-def test_a_tower_without_features_of_its_own_is_left_out_with_a_note(family, data, monkeypatch, capsys):
+def test_a_encoder_without_features_of_its_own_is_left_out_with_a_note(family, data, monkeypatch, capsys):
     def fail(inputs):
         raise IndexError("nothing reached the connector")
 
     family.model.train()
     monkeypatch.setattr(family, "vision_features", fail)
     assert probe(family, data) is None and family.model.training, "the mode stays as it was"
-    assert "no probe: this model's vision tower hands over no features of its own (IndexError)" in capsys.readouterr().err
+    assert (
+        "no probe: this model's vision encoder hands over no features of its own (IndexError)"
+        in capsys.readouterr().err
+    )
     monkeypatch.setattr(family, "vision_features", lambda inputs: (_ for _ in ()).throw(MemoryError()))
     with pytest.raises(MemoryError):
         probe(family, data)
@@ -140,12 +152,12 @@ def test_a_vlm_more_than_two_points_below_is_warned_about():
 
     assert compare(right(900, 1000), right(950, 1000)) is None and compare(right(900, 1000), right(880, 1000)) is None
     assert "the probe is 2.1 points ahead: a linear classifier" in compare(right(900, 1000), right(879, 1000))
-    few = "the probe is 10.0 points ahead, which may be chance: 40 test pictures are too few to tell."
+    few = "the probe is 10.0 points ahead, which may be chance: 40 test images are too few to tell."
     assert compare(right(36, 40), right(32, 40)) == few
 
 
-def test_what_may_be_chance_is_told_picture_by_picture():
-    """The same two accuracies, 0.912 and 0.857 of 251: mistakes on the same pictures tell more than those on others."""
+def test_what_may_be_chance_is_told_image_by_image():
+    """The same two accuracies, 0.912 and 0.857 of 251: mistakes on the same images tell more than those on others."""
     theirs, alike, apart = np.arange(251) < 229, np.arange(251) < 215, np.arange(251) >= 36
     assert theirs.sum() == 229 and alike.sum() == apart.sum() == 215
     assert "may be chance" not in compare(theirs, alike) and "may be chance" in compare(theirs, apart)

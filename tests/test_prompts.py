@@ -17,7 +17,9 @@ NAMES = ["cat", "catfish", "cat fish"]
 def test_default_texts_hold_the_task_and_all_classes():
     prompts = build_prompts(Settings(task_description="pet recognition"), NAMES)
     assert "pet recognition" in prompts.system and "cat, catfish, cat fish" in prompts.system
-    assert prompts.question.startswith("Please classify this image for the pet recognition task. Strictly use this format:")
+    assert prompts.question.startswith(
+        "Please classify this image for the pet recognition task. Strictly use this format:"
+    )
     assert prompts.question.index("Reasoning:") < prompts.question.index("Answer:")
     assert prompts.responses[1] == (
         "Reasoning: Looking at this image, I can see features of catfish. "
@@ -27,7 +29,9 @@ def test_default_texts_hold_the_task_and_all_classes():
 
 def test_only_the_two_known_fields_of_a_template_are_filled():
     template = '{classes} for {task_description}; keep {this}, {} and {"json": {classes}}'
-    prompts = build_prompts(Settings(prompt_template=template, system_instructions="sys {class}", task_description="{classes}"), ["a", "b"])
+    prompts = build_prompts(
+        Settings(prompt_template=template, system_instructions="sys {class}", task_description="{classes}"), ["a", "b"]
+    )
     assert prompts.question == 'a, b for {classes}; keep {this}, {} and {"json": a, b}'
     assert prompts.system == "sys {class}"
 
@@ -86,7 +90,7 @@ def test_question_and_responses_have_the_format(response_format):
         assert parse_answer(text, NAMES, response_format) == name
 
 
-def test_a_reasoning_of_the_pictures_own_is_laid_out_as_it_is():
+def test_a_reasoning_of_the_images_own_is_laid_out_as_it_is():
     prompts = build_prompts(Settings(response_format="answer-first"), NAMES)
     assert prompts.response(1, "{class} and {answer}: 50%") == "Answer: catfish\nReasoning: {class} and {answer}: 50%"
     assert prompts.response(1, "") == prompts.response(1, None) == prompts.responses[1]
@@ -107,7 +111,7 @@ def test_a_reasoning_of_the_pictures_own_is_laid_out_as_it_is():
         ("- **Answer**: x\n- **Analysis**: y", "answer-first"),
         ("The last line must be 'Answer: <class>'.\nReasoning: ...\nAnswer: ...", "reasoning-first"),
         ("Explain yourself (Reasoning: ...) and close with\nAnswer: ...", "reasoning-first"),
-        ("Describe the picture.\nAnswer: ...", None),
+        ("Describe the image.\nAnswer: ...", None),
         ("Question: what is it?\nAnswer: ...", "answer-only"),
         ("Reply with 'Answer: <class>' only. Do not explain.", "answer-only"),
         ("Answer: <class>, without any reasoning", "answer-only"),

@@ -1,4 +1,5 @@
-"""Weights in 4 and 8 bits: what is asked for is checked; where bitsandbytes is installed, that they train and are saved as plain ones."""
+"""Weights in 4 and 8 bits: what is asked for is checked; where bitsandbytes is installed, that they train and are saved
+as plain ones."""
 
 import importlib.util
 import json
@@ -11,7 +12,7 @@ import pytest
 import torch
 from commands import train
 from peft.utils.integrations import dequantize_module_weight
-from tiny import NAMES, random_picture, samples, save_tiny_model, tiny_prompts
+from tiny import NAMES, random_image, samples, save_tiny_model, tiny_prompts
 from transformers import AutoModelForImageTextToText
 
 from vlm.classifier.classifier import VLMClassifier
@@ -26,7 +27,11 @@ from vlm.training.tuning import parameter_groups, prepare_tuning
 CPU = torch.device("cpu")
 installed = importlib.util.find_spec("bitsandbytes") is not None
 needs_bitsandbytes = pytest.mark.skipif(not installed, reason="bitsandbytes is not installed")
-BUILDERS = {"smolvlm": save_tiny_model, "qwen2_vl": hub_layout_qwen2_vl.save_published, "phi3_v": hub_layout_phi3_vision.save_published}
+BUILDERS = {
+    "smolvlm": save_tiny_model,
+    "qwen2_vl": hub_layout_qwen2_vl.save_published,
+    "phi3_v": hub_layout_phi3_vision.save_published,
+}
 
 
 @pytest.mark.parametrize(
@@ -53,7 +58,9 @@ def test_without_bitsandbytes_the_command_says_what_to_install(monkeypatch, tmp_
 
 def test_a_device_that_bitsandbytes_does_not_know(monkeypatch):
     monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(__version__="1.0", supported_torch_devices={"cuda", "xpu"}))
+    monkeypatch.setitem(
+        sys.modules, "bitsandbytes", SimpleNamespace(__version__="1.0", supported_torch_devices={"cuda", "xpu"})
+    )
     check_quantization(4, torch.device("cuda"))
     with pytest.raises(UsageError, match="1.0 does not work on cpu .it knows cuda, xpu"):
         check_quantization(8, CPU)
@@ -115,7 +122,12 @@ def test_only_the_language_model_is_quantized_and_the_saved_model_is_a_plain_one
     classifier.eval()
     expected = probabilities(classifier)
     before = {name: tensor.clone() for name, tensor in classifier.model.state_dict().items()}
-    save_model_folder(tmp_path / "saved", classifier, {"class_names": NAMES[:4], "prompts": classifier.prompts.to_json()}, torch.float32)
+    save_model_folder(
+        tmp_path / "saved",
+        classifier,
+        {"class_names": NAMES[:4], "prompts": classifier.prompts.to_json()},
+        torch.float32,
+    )
     after = classifier.model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items()), "saving must not touch the model"
 
@@ -139,7 +151,7 @@ def test_the_whole_command(bits, tmp_path, capsys):
     for name in ("a", "b"):
         (tmp_path / "data" / name).mkdir(parents=True)
         for i in range(8):
-            random_picture(i).save(tmp_path / "data" / name / f"{i}.png")
+            random_image(i).save(tmp_path / "data" / name / f"{i}.png")
     out = tmp_path / "out"
     arguments = ("--model", tmp_path / "model", "--dataset", tmp_path / "data", "--epochs", 1, "--output-dir", out)
     assert train(*arguments, f"--load-in-{bits}bit") == 0

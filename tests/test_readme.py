@@ -48,14 +48,17 @@ class Block(NamedTuple):
 
 
 BLOCKS = [
-    Block(found[2], found[3], found[1]) for found in re.finditer(r"^([^\n]*)\n+```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    Block(found[2], found[3], found[1])
+    for found in re.finditer(r"^([^\n]*)\n+```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 ]
 HELP_BLOCK = re.compile(r"^```text\nusage: (\w+\.py) .*?^```$", re.MULTILINE | re.DOTALL)
 
 
 def help_block(script: str) -> str:
     environment = os.environ | {"COLUMNS": COLUMNS, "NO_COLOR": "1"}
-    result = subprocess.run([sys.executable, ROOT / script, "--help"], env=environment, capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, ROOT / script, "--help"], env=environment, capture_output=True, text=True, check=True
+    )
     return f"```text\n{result.stdout}```"
 
 
@@ -69,7 +72,9 @@ def run_bash(text: str, folder: Path, vlm_python: Path) -> subprocess.CompletedP
     """Run a block as a user in `folder`, with packages that are there already."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("VIRTUAL_ENV", "CONDA", "VLM_"))}
     environment = kept | {"VLM_PYTHON": str(vlm_python), "PATH": f"{vlm_python.parent}{os.pathsep}{kept['PATH']}"}
-    return subprocess.run(["bash", "-euc", text], cwd=folder, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    return subprocess.run(
+        ["bash", "-euc", text], cwd=folder, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
 
 
 def run_python(text: str, folder: Path) -> str:
@@ -97,7 +102,8 @@ def clone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def printed(clone):
-    """What the blocks without the mark printed, by their text. They are run in order, since later ones use what earlier ones made."""
+    """What the blocks without the mark printed, by their text. They are run in order, since later ones use what earlier
+    ones made."""
     printed = {}
     for block in BLOCKS:
         if MARK in block.before:
@@ -117,7 +123,9 @@ def printed(clone):
 
 def test_every_command_runs(printed, clone):
     assert set(ADDITIONS) <= set(printed)
-    table = next(text for command, text in printed.items() if "inference_vlm.py" in command and "demo_pictures" in command)
+    table = next(
+        text for command, text in printed.items() if "inference_vlm.py" in command and "demo_pictures" in command
+    )
     assert all(f"demo_pictures/digit_{i}.png" in table for i in range(10))
     batch = next(text for block, text in printed.items() if "predict_batch" in block)
     assert (
@@ -172,10 +180,17 @@ def test_every_flag_exists():
 
 
 def test_the_defaults_are_those_of_the_program():
-    for text in (SYSTEM, QUESTION, REASONING, *(layout.format(reasoning=REASONING, answer="{class}") for layout in LAYOUTS.values())):
+    for text in (
+        SYSTEM,
+        QUESTION,
+        REASONING,
+        *(layout.format(reasoning=REASONING, answer="{class}") for layout in LAYOUTS.values()),
+    ):
         assert all(line in README for line in text.splitlines()), text
     for tune, values in TUNING_DEFAULTS.items():
-        assert re.search(rf"^\| `{tune}`.*\| {values['learning_rate']:g} \| {values['epochs']} \|", README, re.MULTILINE), tune
+        assert re.search(
+            rf"^\| `{tune}`.*\| {values['learning_rate']:g} \| {values['epochs']} \|", README, re.MULTILINE
+        ), tune
 
 
 def test_the_models_that_work_are_those_that_the_program_knows():
@@ -198,7 +213,9 @@ def texts_of_the_program() -> str:
     for path in [*ROOT.glob("*.py"), *ROOT.glob("vlm/**/*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
-                lines.append("".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values))
+                lines.append(
+                    "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
+                )
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 lines.append(node.value)
     return "\n".join(lines)
@@ -206,7 +223,9 @@ def texts_of_the_program() -> str:
 
 def test_the_messages_under_troubleshooting_are_those_of_the_program():
     section = README.split("## Troubleshooting")[1].split("\n## ")[0]
-    messages = [text for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE) for text in re.findall(r"`([^`]+)`", row)]
+    messages = [
+        text for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE) for text in re.findall(r"`([^`]+)`", row)
+    ]
     assert len(messages) > 10
     program = texts_of_the_program()
     for message in messages:

@@ -1,4 +1,5 @@
-"""Scores, texts and training where the pictures have reasonings of their own; and runs without training or with a test before it."""
+"""Scores, texts and training where the images have reasonings of their own; and runs without training or with a test
+before it."""
 
 import csv
 import json
@@ -9,7 +10,7 @@ import torch
 from commands import train
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import NAMES, full_row_logits, random_picture, samples, save_tiny_model
+from tiny import NAMES, full_row_logits, random_image, samples, save_tiny_model
 
 from inference_vlm import load_model_and_metadata, predict_batch, predict_single_image
 from vlm.classifier.batching import IGNORED, vlm_collate_fn
@@ -37,7 +38,9 @@ def folder(tmp_path_factory):
 
 
 def classifier_of(folder, response_format, reasoning_tokens=0):
-    prompts = replace(build_prompts(Settings(response_format=response_format), NAMES), reasoning_tokens=reasoning_tokens)
+    prompts = replace(
+        build_prompts(Settings(response_format=response_format), NAMES), reasoning_tokens=reasoning_tokens
+    )
     return VLMClassifier(load_family(folder, torch.float32, torch.device("cpu")), prompts).eval()
 
 
@@ -61,7 +64,9 @@ def test_responses_of_the_classes_are_scored_whole_and_explained_without_writing
     forbid_writing(classifier, monkeypatch)
     batch = batch_of(classifier)
     found = classify(classifier, batch)
-    torch.testing.assert_close(found.scores, classifier.score(classifier.read(batch)), rtol=1e-5, atol=0)  # in passes of other sizes
+    torch.testing.assert_close(
+        found.scores, classifier.score(classifier.read(batch)), rtol=1e-5, atol=0
+    )  # in passes of other sizes
     assert classifier.rendered.scored_ids == classifier.rendered.response_ids
     assert explain(classifier, found, [2, 0, 6]) == [classifier.prompts.responses[c] for c in (2, 0, 6)]
 
@@ -77,11 +82,15 @@ def test_the_reasoning_behind_a_forced_answer_is_the_greedy_one_of_transformers(
     batch = batch_of(classifier)
     for i, text in enumerate(explain(classifier, classify(classifier, batch), [1, 5, 3])):
         label = (1, 5, 3)[i]
-        row = batch["input_ids"][i, : batch["lengths"][i]].tolist() + before_reasoning(classifier.family, classifier.rendered, label)
+        row = batch["input_ids"][i, : batch["lengths"][i]].tolist() + before_reasoning(
+            classifier.family, classifier.rendered, label
+        )
         start = len(row)
         for _ in range(12):
             with torch.no_grad():
-                logits = full_row_logits(classifier, row, {name: tensor[i : i + 1] for name, tensor in batch["pixels"].items()})
+                logits = full_row_logits(
+                    classifier, row, {name: tensor[i : i + 1] for name, tensor in batch["pixels"].items()}
+                )
             row.append(int(logits[-1].argmax()))
             if row[-1] in classifier.family.stop_ids:
                 break
@@ -100,11 +109,11 @@ def test_the_explanation_has_the_reasoning_that_was_written_before_scoring(folde
 @pytest.mark.parametrize("response_format", FREE)
 def test_one_by_one_equals_a_batch(folder, response_format):
     classifier = classifier_of(folder, response_format, reasoning_tokens=12)
-    pictures = samples([0, 0, 0])
-    batch = classifier.collate(with_response=False)(pictures)
+    images = samples([0, 0, 0])
+    batch = classifier.collate(with_response=False)(images)
     together = classify(classifier, batch)
     texts = explain(classifier, together, [0, 1, 2])
-    for i, sample in enumerate(pictures):
+    for i, sample in enumerate(images):
         batch = classifier.collate(with_response=False)([sample])
         alone = classify(classifier, batch)
         torch.testing.assert_close(alone.scores[0], together.scores[i], rtol=1e-6, atol=1e-5)
@@ -112,7 +121,7 @@ def test_one_by_one_equals_a_batch(folder, response_format):
 
 
 @pytest.mark.parametrize("response_format", FREE)
-def test_pictures_that_are_read_twice_go_through_the_tower_once(folder, response_format):
+def test_images_that_are_read_twice_go_through_the_encoder_once(folder, response_format):
     classifier = classifier_of(folder, response_format, reasoning_tokens=12)
     passes = []
     classifier.family.vision.register_forward_hook(lambda *_: passes.append(1))
@@ -139,8 +148,12 @@ def test_a_class_is_named_by_whole_words(text, name, named):
 
 
 def split_of(texts):
-    pictures = [random_picture(i) for i in range(len(texts))]
-    return Split(Rows(pictures, list(texts), [f"picture {i}" for i in range(len(texts))], list(texts)), range(len(texts)), [0, 1, 2, 3])
+    images = [random_image(i) for i in range(len(texts))]
+    return Split(
+        Rows(images, list(texts), [f"image {i}" for i in range(len(texts))], list(texts)),
+        range(len(texts)),
+        [0, 1, 2, 3],
+    )
 
 
 @pytest.mark.parametrize("response_format", FREE)
@@ -149,14 +162,16 @@ def test_a_sample_is_trained_on_its_own_text_or_on_that_of_its_class(folder, res
     split = split_of(TEXTS)
     batch = classifier.collate(with_response=True)([split[i] for i in range(4)])
     responses = [row[row != IGNORED].tolist() for row in batch["targets"]]
-    assert [classifier.family.decode(ids) for ids in responses] == [classifier.prompts.response(i, TEXTS[i]) for i in range(4)]
+    assert [classifier.family.decode(ids) for ids in responses] == [
+        classifier.prompts.response(i, TEXTS[i]) for i in range(4)
+    ]
     assert responses[1] == classifier.rendered.response_ids[1]
     assert response_lengths(split, classifier.family, classifier.rendered) == list(map(len, responses))
 
 
 def test_texts_that_break_the_conversation_or_the_context_are_refused_by_name(folder):
     classifier = classifier_of(folder, "reasoning-first", reasoning_tokens=12)
-    with pytest.raises(UsageError, match="reasoning of picture 2 holds <image>"):
+    with pytest.raises(UsageError, match="reasoning of image 2 holds <image>"):
         response_lengths(split_of(["a", "b", "see <image>", "d"]), classifier.family, classifier.rendered)
     long = replace(samples([0])[0], reasoning="word " * 3000, name="long one")
     with pytest.raises(UsageError, match="long one has .* tokens .* its reasoning"):
@@ -168,7 +183,7 @@ SHADES = {"dark": 40, "light": 210}
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    """Pictures of two shades in a CSV file with a text for most of them."""
+    """Images of two shades in a CSV file with a text for most of them."""
     folder = tmp_path_factory.mktemp("table")
     with (folder / "shades.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -182,12 +197,35 @@ def table(tmp_path_factory):
 
 @pytest.mark.parametrize("response_format", FREE)
 def test_training_on_a_column_of_texts(folder, table, tmp_path, capsys, response_format):
-    flags = ["--model", folder, "--dataset", table, "--reasoning-column", "why", "--response-format", response_format, "--tune", "full"]
-    more = ["--epochs", 2, "--batch-size", 4, "--learning-rate", 3e-3, "--output-dir", tmp_path / "run", "--workers", 1, "--zero-shot"]
+    flags = [
+        "--model",
+        folder,
+        "--dataset",
+        table,
+        "--reasoning-column",
+        "why",
+        "--response-format",
+        response_format,
+        "--tune",
+        "full",
+    ]
+    more = [
+        "--epochs",
+        2,
+        "--batch-size",
+        4,
+        "--learning-rate",
+        3e-3,
+        "--output-dir",
+        tmp_path / "run",
+        "--workers",
+        1,
+        "--zero-shot",
+    ]
     assert train(*flags, *more) == 0
     printed = capsys.readouterr()
     assert "response format" in printed.err and response_format in printed.err
-    assert "training pictures have a text" in printed.err and "which get the response of their class" in printed.err
+    assert "training images have a text" in printed.err and "which get the response of their class" in printed.err
     metadata = json.loads((tmp_path / "run" / "training_metadata.json").read_text())
     assert metadata["prompts"]["response_format"] == response_format and metadata["prompts"]["reasoning_tokens"] > 5
     assert metadata["dataset"]["reasoning_column"] == "why"
@@ -211,7 +249,13 @@ def test_training_on_a_column_of_texts(folder, table, tmp_path, capsys, response
 def test_the_loss_of_a_step_is_the_mean_over_the_tokens_of_its_own_texts(folder, table, tmp_path):
     from vlm.training.loop import Trainer
 
-    flags = {"model": str(folder), "dataset": str(table), "reasoning_column": "why", "tune": "full", "output_dir": str(tmp_path)}
+    flags = {
+        "model": str(folder),
+        "dataset": str(table),
+        "reasoning_column": "why",
+        "tune": "full",
+        "output_dir": str(tmp_path),
+    }
     run = set_up(resolve(flags | {"batch_size": 2, "gradient_accumulation_steps": 4, "objective": "both"}))
     trainer = Trainer(run, lambda: False)
     plan = trainer._plan(0)[:1]
@@ -230,7 +274,9 @@ def test_a_run_without_epochs_tests_the_untouched_model(folder, table, tmp_path,
     assert train("--model", folder, "--dataset", table, "--epochs", 0, "--zero-shot", "--output-dir", output) == 0
     assert "none (--epochs 0)" in capsys.readouterr().out
     results = json.loads((output / "results.json").read_text())
-    assert {name: results["test"][name] for name in results["zero_shot"]} == pytest.approx(results["zero_shot"], abs=1e-4)
+    assert {name: results["test"][name] for name in results["zero_shot"]} == pytest.approx(
+        results["zero_shot"], abs=1e-4
+    )
     assert [entry["kind"] for entry in results["history"]] == ["validation"]
     before, after = load_file(folder / "model.safetensors"), load_file(output / "best_model" / "model.safetensors")
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
@@ -251,7 +297,12 @@ def test_the_test_before_training_is_that_of_the_untouched_model(folder, table, 
 
 
 def test_a_contradiction_between_template_and_format_is_pointed_out(folder, table, tmp_path, capsys):
-    flags = {"model": str(folder), "dataset": str(table), "output_dir": str(tmp_path), "prompt_template": "Answer: X\nReasoning: Y"}
+    flags = {
+        "model": str(folder),
+        "dataset": str(table),
+        "output_dir": str(tmp_path),
+        "prompt_template": "Answer: X\nReasoning: Y",
+    }
     set_up(resolve(flags))
     printed = capsys.readouterr().err
     assert "answer-first, as --prompt-template states it" in printed and "asks for" not in printed

@@ -82,7 +82,10 @@ def test_what_does_not_fit_is_marked(capsys, monkeypatch):
 def test_options_of_one_family_and_quantization_change_what_they_are_for(capsys):
     def needs(*flags: str) -> dict[str, list[float]]:
         assert train("--list-models", "--device", "cpu", *flags) == 0
-        rows = [line.replace(registry.MARK, "").split() for line in capsys.readouterr().out.splitlines()[2 : 2 + len(MODELS)]]
+        rows = [
+            line.replace(registry.MARK, "").split()
+            for line in capsys.readouterr().out.splitlines()[2 : 2 + len(MODELS)]
+        ]
         return {row[0]: [float(value) for value in row[3:]] for row in rows}
 
     plain, split, bits = needs(), needs("--image-splitting"), needs("--load-in-4bit")
@@ -91,14 +94,19 @@ def test_options_of_one_family_and_quantization_change_what_they_are_for(capsys)
         assert bits[name][0] < plain[name][0] and bits[name][1:] == plain[name][1:]
 
 
-def test_smaller_pictures_need_less_and_a_size_that_a_model_does_not_take_has_no_figures(capsys):
+def test_smaller_images_need_less_and_a_size_that_a_model_does_not_take_has_no_figures(capsys):
     family = outline(MODELS["HuggingFaceTB/SmolVLM-256M-Instruct"])
-    assert family.picture_load() == (1024, 64) and family.picture_load(image_size=ImageSize(256)) == (256, 16)
-    assert outline(MODELS["HuggingFaceTB/SmolVLM-Instruct"]).picture_load(image_size=ImageSize(210)) == (225, 25)
-    needs = [estimate(family, resolve({"tune": "full"} | size), torch.float32, "cpu").activations for size in ({}, {"image_size": "256"})]
+    assert family.image_load() == (1024, 64) and family.image_load(image_size=ImageSize(256)) == (256, 16)
+    assert outline(MODELS["HuggingFaceTB/SmolVLM-Instruct"]).image_load(image_size=ImageSize(210)) == (225, 25)
+    needs = [
+        estimate(family, resolve({"tune": "full"} | size), torch.float32, "cpu").activations
+        for size in ({}, {"image_size": "256"})
+    ]
     assert needs[1] < needs[0]
     small = Texts(edge=100)
-    assert estimate(family, resolve({"tune": "full"}), torch.float32, "cpu", small).activations == needs[1], "auto comes to 256 too"
+    assert estimate(family, resolve({"tune": "full"}), torch.float32, "cpu", small).activations == needs[1], (
+        "auto comes to 256 too"
+    )
 
     assert train("--list-models", "--device", "cpu", "--image-size", 256) == 0
     output = capsys.readouterr().out
@@ -114,7 +122,10 @@ ENOUGH = 2**60  # bytes: nothing is marked
 
 def parts_table() -> str:
     counts = {name: count_parameters(outline(config)) for name, config in MODELS.items()}
-    rows = [[name, *(f"{count:,}" for count in parts.values()), f"{sum(parts.values()):,}"] for name, parts in counts.items()]
+    rows = [
+        [name, *(f"{count:,}" for count in parts.values()), f"{sum(parts.values()):,}"]
+        for name, parts in counts.items()
+    ]
     return format_table(rows, ["model", *next(iter(counts.values())), "all"])
 
 
@@ -141,7 +152,9 @@ def block(name: str) -> re.Pattern:
 @pytest.mark.parametrize("name", TABLES)
 def test_the_tables_in_the_documentation_are_what_is_computed(name):
     found = block(name).search(DOCUMENT.read_text(encoding="utf-8"))
-    assert found and found[0] == f"{found[1]}{TABLES[name]()}\n{found[2]}", "renew it with: PYTHONPATH=. python tests/test_registry.py"
+    assert found and found[0] == f"{found[1]}{TABLES[name]()}\n{found[2]}", (
+        "renew it with: PYTHONPATH=. python tests/test_registry.py"
+    )
 
 
 if __name__ == "__main__":

@@ -41,8 +41,12 @@ def slow_figures(log_probabilities, labels):
     return {
         "accuracy": np.mean([row.argmax() == label for row, label in zip(rows, labels, strict=True)]),
         "nll": np.mean([min(100, -np.log(row[label])) for row, label in zip(rows, labels, strict=True)]),
-        "brier": np.mean([sum((p - (c == label)) ** 2 for c, p in enumerate(row)) for row, label in zip(rows, labels, strict=True)]),
-        "ece": slow_error([row.max() for row in rows], [row.argmax() == label for row, label in zip(rows, labels, strict=True)]),
+        "brier": np.mean(
+            [sum((p - (c == label)) ** 2 for c, p in enumerate(row)) for row, label in zip(rows, labels, strict=True)]
+        ),
+        "ece": slow_error(
+            [row.max() for row in rows], [row.argmax() == label for row, label in zip(rows, labels, strict=True)]
+        ),
     }
 
 
@@ -52,7 +56,9 @@ def test_the_figures_are_those_of_a_loop(count):
     found = reliability_figures(log_probabilities, labels, resamples=20)
     expected = slow_figures(log_probabilities, labels)
     assert {name: value[0] for name, value in found.items()} == pytest.approx(expected, abs=1e-12)
-    assert calibration_error(*confidence_and_correctness(log_probabilities, labels)) == pytest.approx(expected["ece"], abs=1e-12)
+    assert calibration_error(*confidence_and_correctness(log_probabilities, labels)) == pytest.approx(
+        expected["ece"], abs=1e-12
+    )
     assert all(low <= value + 1e-12 and value <= high + 1e-12 for value, low, high in found.values())
 
 
@@ -94,11 +100,15 @@ def test_the_same_seed_gives_the_same_intervals_whatever_the_confidences(monkeyp
 
 
 @pytest.mark.parametrize("right", [True, False])
-def test_few_pictures_that_are_all_right_or_all_wrong_prove_little(right):
-    """A bootstrap of equal values has no width. An ECE is not above 1, however few the pictures."""
+def test_few_images_that_are_all_right_or_all_wrong_prove_little(right):
+    """A bootstrap of equal values has no width. An ECE is not above 1, however few the images."""
     log_probabilities = np.log(np.array([[0.9, 0.1]] * 8))
     figures = reliability_figures(log_probabilities, [0 if right else 1] * 8)
-    assert figures["accuracy"] == [float(right), *wilson_interval(8 * right, 8)] == accuracy_interval(np.array([right] * 8))
+    assert (
+        figures["accuracy"]
+        == [float(right), *wilson_interval(8 * right, 8)]
+        == accuracy_interval(np.array([right] * 8))
+    )
     assert figures["accuracy"][2] - figures["accuracy"][1] > 0.3
     assert figures["ece"][1] <= figures["ece"][0] <= figures["ece"][2] <= 1
 
@@ -110,7 +120,7 @@ def test_one_mistake_more_lowers_both_ends():
 
 
 def test_equal_confidences_do_not_make_an_error_of_the_order():
-    """Sorted by class, one bin would hold pictures that are all right, and the next one none."""
+    """Sorted by class, one bin would hold images that are all right, and the next one none."""
     right = np.arange(3000) < 1500
     confidence = np.full(3000, 0.5)
     assert calibration_error(confidence, right) < 0.06 and calibration_error(confidence, ~right) < 0.06
@@ -126,12 +136,14 @@ def test_an_interval_of_the_error_ends_at_1():
     assert value == pytest.approx(0.75) and high == 1
 
 
-def test_the_bins_hold_every_picture_once_and_add_up_to_the_error():
+def test_the_bins_hold_every_image_once_and_add_up_to_the_error():
     confidence, correct = confidence_and_correctness(*drawn(100))
     bins = np.array(reliability_bins(confidence, correct))
     assert len(bins) == BINS and bins[:, 2].sum() == 100 and set(bins[:, 2]) == {6, 7}
     assert (np.diff(bins[:, 0]) >= 0).all()
-    assert (np.abs(bins[:, 0] - bins[:, 1]) * bins[:, 2]).sum() / 100 == pytest.approx(calibration_error(confidence, correct))
+    assert (np.abs(bins[:, 0] - bins[:, 1]) * bins[:, 2]).sum() / 100 == pytest.approx(
+        calibration_error(confidence, correct)
+    )
     assert len(reliability_bins(confidence[:3], correct[:3])) == 3
 
 

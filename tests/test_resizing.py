@@ -1,4 +1,4 @@
-"""The fast way from pictures to pixels gives what transformers' processors give, and stands back where it does not."""
+"""The fast way from images to pixels gives what transformers' processors give, and stands back where it does not."""
 
 import json
 import pickle
@@ -8,7 +8,7 @@ import pytest
 import torch
 from hub_layout_qwen2_vl import save_published as save_qwen
 from PIL import Image
-from test_picture_options import CPU
+from test_image_options import CPU
 from tiny import save_tiny_model
 from transformers import AutoImageProcessor
 
@@ -24,10 +24,10 @@ def folders(tmp_path_factory):
     return {"smolvlm": save_tiny_model(smolvlm, image_size=64), "qwen": save_qwen(qwen)}
 
 
-def by_transformers(folder, family, pictures):
-    images = AutoImageProcessor.from_pretrained(folder, backend="pil")
-    images.size, nested = family.processor.image_processor.size, [[p] for p in pictures]
-    return images(nested if family.title == "SmolVLM" else pictures, return_tensors="pt")
+def by_transformers(folder, family, images):
+    image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    image_processor.size, nested = family.processor.image_processor.size, [[p] for p in images]
+    return image_processor(nested if family.title == "SmolVLM" else images, return_tensors="pt")
 
 
 def noise(width, height):
@@ -38,10 +38,10 @@ def noise(width, height):
 def test_every_shape_gives_the_pixels_of_transformers(model, folders):
     family = load_family(folders[model], torch.float32, CPU, {})
     assert family.resizes_fast
-    pictures = [noise(*shape) for shape in SHAPES if model == "smolvlm" or max(shape) <= 100 * min(shape)]
-    for batch in ([picture] for picture in pictures), [pictures]:
+    images = [noise(*shape) for shape in SHAPES if model == "smolvlm" or max(shape) <= 100 * min(shape)]
+    for batch in ([image] for image in images), [images]:
         for some in batch:
-            ours, theirs = family.encode_pictures(some).inputs, by_transformers(folders[model], family, some)
+            ours, theirs = family.encode_images(some).inputs, by_transformers(folders[model], family, some)
             for name, tensor in ours.items():
                 expected = theirs[name].flatten(0, 1) if model == "smolvlm" else theirs[name]
                 assert tensor.dtype == expected.dtype
@@ -63,29 +63,36 @@ def with_settings(folder, new, **settings):
 
 
 @pytest.mark.parametrize("model", ["smolvlm", "qwen"])
-@pytest.mark.parametrize(("settings", "fast"), [({"do_normalize": False}, False), ({"image_mean": [0.1, 0.2, 0.3], "resample": 2}, True)])
+@pytest.mark.parametrize(
+    ("settings", "fast"), [({"do_normalize": False}, False), ({"image_mean": [0.1, 0.2, 0.3], "resample": 2}, True)]
+)
 def test_settings_are_followed_or_left_to_the_processor(model, settings, fast, folders, tmp_path):
     folder = with_settings(folders[model], tmp_path, **settings)
     family = load_family(folder, torch.float32, CPU, {})
     assert family.resizes_fast is fast
-    ours, theirs = family.encode_pictures([noise(90, 70)]).inputs, by_transformers(folder, family, [noise(90, 70)])
+    ours, theirs = family.encode_images([noise(90, 70)]).inputs, by_transformers(folder, family, [noise(90, 70)])
     torch.testing.assert_close(ours["pixel_values"].flatten(), theirs["pixel_values"].flatten(), rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize(("module", "name", "model"), [(idefics3, "one_tile", "smolvlm"), (qwen2_vl, "native_patches", "qwen")])
+@pytest.mark.parametrize(
+    ("module", "name", "model"), [(idefics3, "one_tile", "smolvlm"), (qwen2_vl, "native_patches", "qwen")]
+)
 @pytest.mark.parametrize("error", [2e-5, None])
 def test_where_it_differs_or_fails_the_processor_is_used(module, name, model, error, folders, monkeypatch):
     right = getattr(module, name)
 
-    def wrong(images, pictures):
-        encoded = right(images, pictures)
+    def wrong(image_processor, images):
+        encoded = right(image_processor, images)
         encoded["pixel_values"].view(-1)[-1] += error  # raises TypeError without a number
         return encoded
 
     monkeypatch.setattr(module, name, wrong)
     family = load_family(folders[model], torch.float32, CPU, {})
     assert not family.resizes_fast
-    ours, theirs = family.encode_pictures([noise(90, 70)]).inputs, by_transformers(folders[model], family, [noise(90, 70)])
+    ours, theirs = (
+        family.encode_images([noise(90, 70)]).inputs,
+        by_transformers(folders[model], family, [noise(90, 70)]),
+    )
     assert torch.equal(ours["pixel_values"].flatten(), theirs["pixel_values"].flatten())
 
 
@@ -94,11 +101,12 @@ def test_loader_processes_get_the_answer_with_the_family(folders):
     light = pickle.loads(pickle.dumps(family.without_weights()))
     assert light.resizes_fast
     assert torch.equal(
-        light.encode_pictures([noise(9, 7)]).inputs["pixel_values"], family.encode_pictures([noise(9, 7)]).inputs["pixel_values"]
+        light.encode_images([noise(9, 7)]).inputs["pixel_values"],
+        family.encode_images([noise(9, 7)]).inputs["pixel_values"],
     )
 
 
-def test_split_pictures_are_left_to_the_processor(folders):
+def test_split_images_are_left_to_the_processor(folders):
     family = load_family(folders["smolvlm"], torch.float32, CPU, {"image_splitting": True})
     assert not family.resizes_fast
-    assert len(family.encode_pictures([noise(90, 70)]).inputs["pixel_values"]) > 1
+    assert len(family.encode_images([noise(90, 70)]).inputs["pixel_values"]) > 1

@@ -11,8 +11,15 @@ from vlm.config.resolve import resolve
 from vlm.inference.model_folder import STATE, read_state
 from vlm.training.loop import fit
 
-# 40 pictures in steps of 8: 5 steps an epoch.
-FLAGS = {"demo": True, "max_samples": 40, "epochs": 2, "batch_size": 4, "gradient_accumulation_steps": 2, "eval_batch_size": 40}
+# 40 images in steps of 8: 5 steps an epoch.
+FLAGS = {
+    "demo": True,
+    "max_samples": 40,
+    "epochs": 2,
+    "batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "eval_batch_size": 40,
+}
 
 
 def settings(output, **more):
@@ -58,7 +65,11 @@ def test_final_weights_equal_those_of_an_unbroken_run(unbroken, tmp_path, step):
         for key, tensor in theirs.items():
             assert torch.equal(ours[key], tensor), f"{name}: {key}"
     assert again["test"] == results["test"]
-    steps = [entry["step"] for entry in map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines()) if entry["kind"] == "validation"]
+    steps = [
+        entry["step"]
+        for entry in map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+        if entry["kind"] == "validation"
+    ]
     assert steps == [5, 10]
     assert not (tmp_path / STATE).exists(), "a finished run needs no state"
 
@@ -81,7 +92,7 @@ def test_a_run_that_was_killed_before_the_first_state_starts_from_the_beginning(
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-@pytest.mark.parametrize("name", ["processes", "training pictures"])
+@pytest.mark.parametrize("name", ["processes", "training images"])
 def test_a_run_that_would_go_on_elsewhere_is_refused(tmp_path, name):
     with pytest.raises(Stopped):
         fit(settings(tmp_path), stop_after(1))

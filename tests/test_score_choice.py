@@ -1,4 +1,5 @@
-"""Which score is taken: by the likelihood of validation, and not without a clear difference; where there is a prior, and where not."""
+"""Which score is taken: by the likelihood of validation, and not without a clear difference; where there is a prior,
+and where not."""
 
 import json
 import math
@@ -8,7 +9,7 @@ import pytest
 import torch
 from tiny import batch_of, tiny_classifier
 
-from vlm.classifier.calibration import MIN_PICTURES, Calibration, Scores, fit_temperature
+from vlm.classifier.calibration import MIN_IMAGES, Calibration, Scores, fit_temperature
 from vlm.config.resolve import resolve
 from vlm.evaluation.calibrate import calibrate
 from vlm.evaluation.evaluate import calibrate as assessment
@@ -45,7 +46,9 @@ def test_the_score_is_found_by_which_the_labels_were_drawn(classifier, kind):
     assert calibration.temperature == pytest.approx(1, rel=0.2)
     rows = range(COUNT)
     for name, figures in compared.items():
-        one = {"lengths": tuple(classifier.tree.lengths - len(classifier.rendered.opening_ids))} if name == "mean" else {}
+        one = (
+            {"lengths": tuple(classifier.tree.lengths - len(classifier.rendered.opening_ids))} if name == "mean" else {}
+        )
         one = {"prior": measure_prior(classifier)[0]} if name == "prior" else one
         values = Calibration(**one).scores(*scores).numpy()
         assert figures["temperature"] == pytest.approx(fit_temperature(values, np.array(labels))[0], rel=1e-6)
@@ -82,11 +85,11 @@ def test_another_score_needs_a_difference_of_more_than_its_error():
     assert better_score({}) == "sum"
 
 
-def test_few_pictures_or_no_fit_leave_the_sum_and_measure_nothing(classifier, monkeypatch):
+def test_few_images_or_no_fit_leave_the_sum_and_measure_nothing(classifier, monkeypatch):
     scores, labels = drawn(classifier, "mean")
     monkeypatch.setattr(score_choice, "measure_prior", None)
-    few = Scores(*(values[: MIN_PICTURES - 1] for values in scores))
-    assert choose_score(classifier, few, labels[: MIN_PICTURES - 1], "temperature", "auto")[:2] == (Calibration(), {})
+    few = Scores(*(values[: MIN_IMAGES - 1] for values in scores))
+    assert choose_score(classifier, few, labels[: MIN_IMAGES - 1], "temperature", "auto")[:2] == (Calibration(), {})
     assert choose_score(classifier, scores, labels, "none", "auto") == (Calibration(), {}, [])
 
 
@@ -95,10 +98,10 @@ def test_rows_with_nan_are_left_out_of_the_comparison(classifier):
     expected = choose_score(classifier, Scores(*(values[1:] for values in scores)), labels[1:], "temperature", "auto")
     scores.sums[0, 2] = float("nan")
     found = choose_score(classifier, scores, labels, "temperature", "auto")
-    assert found[:2] == expected[:2] and "1 of 300 validation pictures have NaN" in found[2][0]
+    assert found[:2] == expected[:2] and "1 of 300 validation images have NaN" in found[2][0]
 
 
-def test_a_model_that_needs_a_picture_has_no_prior_and_says_so(classifier, monkeypatch):
+def test_a_model_that_needs_a_image_has_no_prior_and_says_so(classifier, monkeypatch):
     scores, labels = drawn(classifier, "prior")
 
     def refuse(*_, **__):
@@ -107,7 +110,10 @@ def test_a_model_that_needs_a_picture_has_no_prior_and_says_so(classifier, monke
     monkeypatch.setattr(score_choice, "classify", refuse)
     calibration, compared, remarks = choose_score(classifier, scores, labels, "temperature", "prior")
     assert calibration.score == "sum" and list(compared) == ["sum", "mean"]
-    assert "cannot be read without a picture (ValueError: pixel_values are missing)" in remarks[0] and "the score is sum" in remarks[1]
+    assert (
+        "cannot be read without an image (ValueError: pixel_values are missing)" in remarks[0]
+        and "the score is sum" in remarks[1]
+    )
 
 
 @pytest.mark.parametrize("kind", ["mean", "prior"])
@@ -128,9 +134,9 @@ def test_a_stored_score_is_that_of_the_inference(demo_run, tmp_path, kind):
     expected = (scores / 0.4).softmax(1)
     ours = model.calibration.log_probabilities(found.scores, found.openings).exp()
     assert ((ours - expected).abs().max(1).values <= found.unexplored + 1e-6).all() and (found.unexplored <= 1e-4).all()
-    picture = sorted((demo_run / "demo_pictures").iterdir())[0]
-    result = predict_batch(model, processor, [picture], metadata, explain=False)[str(picture)]
-    whole = predict_batch(model, processor, [picture], metadata, explain=False, exhaustive=True)[str(picture)]
+    image = sorted((demo_run / "demo_images").iterdir())[0]
+    result = predict_batch(model, processor, [image], metadata, explain=False)[str(image)]
+    whole = predict_batch(model, processor, [image], metadata, explain=False, exhaustive=True)[str(image)]
     for name, probability in result["probabilities"].items():
         assert probability == pytest.approx(whole["probabilities"][name], abs=result["error_bound"] + 1e-6)
 
@@ -143,7 +149,8 @@ def test_the_choice_stands_in_the_results_and_in_the_calibration(classifier, mon
     try:
         result = calibrate(classifier, validation, settings)
         assert (
-            result["score"] == classifier.calibration.score == "mean" and result["scores"]["mean"]["nll"] < result["scores"]["sum"]["nll"]
+            result["score"] == classifier.calibration.score == "mean"
+            and result["scores"]["mean"]["nll"] < result["scores"]["sum"]["nll"]
         )
         assert result["temperature"] == result["scores"]["mean"]["temperature"]
         assert result["abstention"]["validation"]["accuracy"] >= 0.5

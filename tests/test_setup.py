@@ -22,13 +22,15 @@ def test_the_response_and_nothing_else_is_marked_as_being_in_the_loss(classifier
     assert marked.strip().removesuffix("]]") == f"{classifier.prompts.responses[3]}<end_of_utterance>"
     assert classifier.prompts.system in before and classifier.prompts.question in before
     assert "<image> x 4<fake_token_around_image>" in before
-    assert "with 4 picture tokens" in before
+    assert "with 4 image tokens" in before
 
 
-def test_a_sample_without_a_picture_token_stops(classifier, monkeypatch):
-    encode = classifier.family.encode_pictures
-    monkeypatch.setattr(classifier.family, "encode_pictures", lambda pictures: encode(pictures).__class__({}, [[5, 6] for _ in pictures]))
-    with pytest.raises(UsageError, match="no picture token"):
+def test_a_sample_without_a_image_token_stops(classifier, monkeypatch):
+    encode = classifier.family.encode_images
+    monkeypatch.setattr(
+        classifier.family, "encode_images", lambda images: encode(images).__class__({}, [[5, 6] for _ in images])
+    )
+    with pytest.raises(UsageError, match="no image token"):
         preflight(classifier, samples([3])[0])
 
 
@@ -40,8 +42,8 @@ def test_a_sample_without_a_response_token_stops(classifier):
 
 def test_token_counts_that_do_not_match_the_features_stop_the_forward(classifier):
     batch = classifier.collate(with_response=True)(samples([0]))
-    batch["picture_places"] = batch["picture_places"][:3]
-    with pytest.raises(RuntimeError, match="3 picture tokens in the text, 4 picture features"):
+    batch["image_places"] = batch["image_places"][:3]
+    with pytest.raises(RuntimeError, match="3 image tokens in the text, 4 image features"):
         classifier(batch)
 
 
@@ -50,6 +52,8 @@ def test_the_settings_say_what_is_faster_how_many_work_and_where_features_are_ke
         return dict(_settings_rows(resolve({"model": "x"} | more), classifier, "cpu", torch.float32, processes))
 
     one, two = rows(1, batch_size=1), rows(2, batch_size=8, tune="full")
-    assert one["batch size"] == "1 (with --batch-size 8 a step is faster; it needs more memory)" and "processes" not in one
+    assert (
+        one["batch size"] == "1 (with --batch-size 8 a step is faster; it needs more memory)" and "processes" not in one
+    )
     assert one["vision features"] == f"kept in {cache_root()}, all runs together at most 20 GB (--cache-size)"
     assert two["batch size"] == "8" and two["processes"].startswith("2, ") and "vision features" not in two

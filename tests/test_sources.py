@@ -1,4 +1,5 @@
-"""Every kind of source gives the same data: folders, CSV, JSONL, save_to_disk, parquet, a hub; and what is odd in one is said."""
+"""Every kind of source gives the same data: folders, CSV, JSONL, save_to_disk, parquet, a hub; and what is odd in one
+is said."""
 
 import csv
 import io
@@ -9,7 +10,7 @@ import datasets
 import pytest
 from fake_hub import COMMIT
 from PIL import Image
-from test_data import counts, draw, load, pictures, refuse
+from test_data import counts, draw, images, load, refuse
 from test_hub import hub, switch_off  # noqa: F401
 
 CODES = ["ael", "aec", "cli", "rid", "fsf", "sfe", "fsg", "fse", "fss", "cra", "sfx", "mix", "rou", "smo", "tex"]
@@ -28,16 +29,24 @@ def png(value: int = 0) -> bytes:
 
 
 def table(labels: list, names: list[str] | None = None, **columns) -> datasets.Dataset:
-    """A data set with a picture for each label; `names` makes the labels a ClassLabel."""
-    kind = datasets.ClassLabel(names=names) if names else datasets.Value("string" if isinstance(labels[0], str) else "int64")
+    """A dataset with an image for each label; `names` makes the labels a ClassLabel."""
+    kind = (
+        datasets.ClassLabel(names=names)
+        if names
+        else datasets.Value("string" if isinstance(labels[0], str) else "int64")
+    )
     rows = {"image": [{"bytes": png(i % 256), "path": None} for i in range(len(labels))], "label": labels} | columns
     return datasets.Dataset.from_dict(
-        rows, features=datasets.Features({"image": datasets.Image(), "label": kind} | {c: datasets.Value("string") for c in columns})
+        rows,
+        features=datasets.Features(
+            {"image": datasets.Image(), "label": kind} | {c: datasets.Value("string") for c in columns}
+        ),
     )
 
 
 def mars() -> datasets.DatasetDict:
-    """The layout of the default data set: train, val, test, and partitions for few-shot work; a ClassLabel of 15 codes."""
+    """The layout of the default dataset: train, val, test, and partitions for few-shot work; a ClassLabel of 15
+    codes."""
     sizes = {"train": 4, "val": 1, "test": 2, "train_1_shot": 1, "train_2_shot": 2}
     return datasets.DatasetDict({name: table([i % 15 for i in range(15 * n)], CODES) for name, n in sizes.items()})
 
@@ -46,7 +55,7 @@ def check_mars(data) -> None:
     assert data.class_names == CODES
     assert counts(data) == [60, 15, 30]
     summary = dict(data.summary)
-    assert summary["left alone"] == "train_1_shot, train_2_shot" and summary["validation"] == "15 pictures (val)"
+    assert summary["left alone"] == "train_1_shot, train_2_shot" and summary["validation"] == "15 images (val)"
     assert (summary["image column"], summary["label column"]) == ("image", "label")
     assert data.train.labels[:17] == [*range(15), 0, 1]
     assert data.train[16].image.getpixel((0, 0)) == (16, 16, 16) and data.train[16].name == "train[16]"
@@ -76,7 +85,7 @@ def test_the_default_data_sets_layout_from_a_hub_and_then_from_the_cache(tmp_pat
     assert data.source["commit"] == COMMIT and data.source["dataset"] == "me/mars"
     switch_off(monkeypatch)
     check_mars(load("me/mars"))
-    assert "using the cached copy of data set me/mars" in capsys.readouterr().err
+    assert "using the cached copy of dataset me/mars" in capsys.readouterr().err
     assert datasets.config.HF_HUB_OFFLINE, "nothing later may wait for the hub again"
 
 
@@ -101,7 +110,7 @@ def test_several_configurations_are_listed_and_one_can_be_chosen(hub):  # noqa: 
 
 
 def test_a_data_set_unknown_to_the_hub_is_one_line(hub):  # noqa: F811
-    refuse("data set me/none: not on the hub", "me/none")
+    refuse("dataset me/none: not on the hub", "me/none")
 
 
 def test_a_single_saved_data_set_is_train(tmp_path):
@@ -111,23 +120,27 @@ def test_a_single_saved_data_set_is_train(tmp_path):
 
 
 def test_hidden_labels_of_test_are_said_and_test_is_cut_from_train(tmp_path):
-    parts = {"train": table([0, 1] * 6, ["a", "b"]), "val": table([0, 1], ["a", "b"]), "test": table([-1] * 9, ["a", "b"])}
+    parts = {
+        "train": table([0, 1] * 6, ["a", "b"]),
+        "val": table([0, 1], ["a", "b"]),
+        "test": table([-1] * 9, ["a", "b"]),
+    }
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "set")
     data = load(tmp_path / "set")
     assert counts(data) == [10, 2, 2]
-    assert dict(data.summary)["test"] == "2 pictures (cut from train, as test has no labels)"
+    assert dict(data.summary)["test"] == "2 images (cut from train, as test has no labels)"
 
 
 def test_some_missing_labels_are_counted_and_named(tmp_path):
     table([0, 1, -1, 0, None] * 3, ["a", "b"]).save_to_disk(tmp_path / "set")
-    refuse(r"train: 6 of 15 pictures have no label, first train\[2\], train\[4\], train\[7\]", tmp_path / "set")
+    refuse(r"train: 6 of 15 images have no label, first train\[2\], train\[4\], train\[7\]", tmp_path / "set")
 
 
-def test_names_without_pictures_are_left_out_and_said(tmp_path):
+def test_names_without_images_are_left_out_and_said(tmp_path):
     table([0, 2] * 5, ["a", "b", "c"]).save_to_disk(tmp_path / "set")
     data = load(tmp_path / "set")
     assert data.class_names == ["a", "c"] and set(data.test.labels) == {0, 1}
-    assert "no picture has them: b" in dict(data.summary)["class names"]
+    assert "no image has them: b" in dict(data.summary)["class names"]
 
 
 def test_integers_are_sorted_as_numbers(tmp_path):
@@ -136,7 +149,9 @@ def test_integers_are_sorted_as_numbers(tmp_path):
 
 
 def test_columns_are_found_by_type_before_name(tmp_path):
-    data = table([0, 1] * 5, ["a", "b"], path=["x"] * 10, category=["y"] * 10).rename_columns({"image": "scan", "label": "finding"})
+    data = table([0, 1] * 5, ["a", "b"], path=["x"] * 10, category=["y"] * 10).rename_columns(
+        {"image": "scan", "label": "finding"}
+    )
     data.save_to_disk(tmp_path / "set")
     assert load(tmp_path / "set").source["image_column"] == "scan"
     assert load(tmp_path / "set").source["label_column"] == "finding"
@@ -144,7 +159,11 @@ def test_columns_are_found_by_type_before_name(tmp_path):
 
 def test_a_missing_column_lists_those_there_with_the_likely_one(tmp_path):
     table(["a", "b"] * 5).save_to_disk(tmp_path / "set")
-    refuse(r"--image-column imge: no such column. Columns there: image, label. Did you mean image\?", tmp_path / "set", image_column="imge")
+    refuse(
+        r"--image-column imge: no such column. Columns there: image, label. Did you mean image\?",
+        tmp_path / "set",
+        image_column="imge",
+    )
     refuse(
         r"--label-column LABEL: no such column. Columns there: image, label \(image has another use\). Did you mean label\?",
         tmp_path / "set",
@@ -156,7 +175,7 @@ def test_a_missing_column_lists_those_there_with_the_likely_one(tmp_path):
 
 
 def write_csv(path: Path, labels: list[str], separator: str = ",", header: str = "file,label") -> Path:
-    """A table of labels whose pictures lie in pics/, beside it."""
+    """A table of labels whose images lie in pics/, beside it."""
     lines = [header.replace(",", separator)] + [f"pics/{i}.png{separator}{label}" for i, label in enumerate(labels)]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8-sig")
@@ -176,7 +195,7 @@ def test_labels_of_a_csv_file_stay_text(tmp_path, separator):
 
 def test_a_folder_of_csv_files_by_split(tmp_path):
     for split, size in {"train": 8, "val": 2, "test": 4, "train_1_shot": 2}.items():
-        write_csv(tmp_path / f"{split}.csv", ["a", "b"] * (size // 2), header="picture,species")
+        write_csv(tmp_path / f"{split}.csv", ["a", "b"] * (size // 2), header="image,species")
     data = load(tmp_path)
     assert counts(data) == [8, 2, 4] and dict(data.summary)["left alone"] == "train_1_shot"
 
@@ -198,7 +217,9 @@ def test_white_space_around_labels_does_not_make_another_class(tmp_path):
     assert load(tmp_path / "all.jsonl").class_names == ["a", "b"]
 
 
-@pytest.mark.parametrize(("line", "message"), [('{"path": ', "line 2: not JSON"), ("[1]", "line 2: expected an object")])
+@pytest.mark.parametrize(
+    ("line", "message"), [('{"path": ', "line 2: not JSON"), ("[1]", "line 2: expected an object")]
+)
 def test_a_bad_line_of_a_jsonl_file_is_named_by_number(tmp_path, line, message):
     (tmp_path / "all.jsonl").write_text('{"path": "a.png", "label": "a"}\n' + line)
     refuse(message, tmp_path / "all.jsonl")
@@ -209,7 +230,7 @@ def test_labels_of_several_kinds_are_refused(tmp_path):
     refuse("labels of several kinds: 1 int, 1 str", tmp_path / "all.jsonl")
 
 
-def test_several_labels_for_one_picture_are_refused(tmp_path):
+def test_several_labels_for_one_image_are_refused(tmp_path):
     (tmp_path / "all.jsonl").write_text('{"path": "a.png", "label": ["a", "b"]}\n')
     refuse("labels of kind list. Expected one name or whole number", tmp_path / "all.jsonl")
 
@@ -219,22 +240,22 @@ def test_odd_csv_files_say_what_is_wrong(tmp_path):
     path.write_text("file,label\na.png,b,c\n")
     refuse("line 2: more fields than the header", path)
     path.write_text("file,label\na.png\nb.png,b\n")
-    refuse("1 of 2 pictures have no label, first a.png", path)
+    refuse("1 of 2 images have no label, first a.png", path)
     path.write_text("file,label\n")
     refuse("no rows. Expected a header", path)
     path.write_bytes(b"file,label\n\xff\xfe,a\n")
     refuse("not a readable text file in UTF-8", path)
 
 
-def test_picture_files_that_are_not_there_count_as_unreadable(tmp_path):
+def test_image_files_that_are_not_there_count_as_unreadable(tmp_path):
     path = write_csv(tmp_path / "a.csv", ["a", "b"] * 5)
     for file in (tmp_path / "pics").iterdir():
         file.unlink()
-    refuse("pictures of .* are unreadable.*no such file", path)
+    refuse("images of .* are unreadable.*no such file", path)
 
 
-def test_hidden_and_other_files_of_a_picture_folder_are_ignored_and_nested_ones_count(tmp_path):
-    pictures(tmp_path, {"cat/2024/may": 3, "cat": 2, "dog": 5, ".thumbnails": 2, "dog/.cache": 4})
+def test_hidden_and_other_files_of_a_image_folder_are_ignored_and_nested_ones_count(tmp_path):
+    images(tmp_path, {"cat/2024/may": 3, "cat": 2, "dog": 5, ".thumbnails": 2, "dog/.cache": 4})
     (tmp_path / "dog/notes.txt").write_text("x")
     (tmp_path / "cat/.hidden.png").write_bytes(b"x")
     (tmp_path / "labels.csv").write_text("a table beside the folders,of another kind\n")
@@ -245,29 +266,29 @@ def test_hidden_and_other_files_of_a_picture_folder_are_ignored_and_nested_ones_
 
 
 def test_a_class_may_be_called_like_a_split(tmp_path):
-    assert load(pictures(tmp_path, {"bus": 5, "train": 5, "plane": 5})).class_names == ["bus", "plane", "train"]
+    assert load(images(tmp_path, {"bus": 5, "train": 5, "plane": 5})).class_names == ["bus", "plane", "train"]
 
 
-def test_pictures_directly_in_train_are_refused(tmp_path):
-    refuse("directly in train, not in folders of classes. Expected a hub id", pictures(tmp_path, {"train": 5, "test": 5}))
+def test_images_directly_in_train_are_refused(tmp_path):
+    refuse("directly in train, not in folders of classes. Expected a hub id", images(tmp_path, {"train": 5, "test": 5}))
 
 
-def test_pictures_of_test_without_class_folders_have_no_labels(tmp_path):
-    data = load(pictures(tmp_path, {"Train/a": 7, "Train/b": 7, "test": 5}))
+def test_images_of_test_without_class_folders_have_no_labels(tmp_path):
+    data = load(images(tmp_path, {"Train/a": 7, "Train/b": 7, "test": 5}))
     assert counts(data) == [10, 2, 2]
     assert "test has no labels" in dict(data.summary)["test"]
 
 
 def test_links_to_folders_are_followed(tmp_path):
-    pictures(tmp_path / "elsewhere", {"a": 5, "b": 5})
+    images(tmp_path / "elsewhere", {"a": 5, "b": 5})
     (tmp_path / "set").mkdir()
     for name in ("a", "b"):
         (tmp_path / "set" / name).symlink_to(tmp_path / "elsewhere" / name)
     assert sum(counts(load(tmp_path / "set"))) == 10
 
 
-def test_a_picture_folder_with_metadata_is_read_by_the_library(tmp_path):
-    pictures(tmp_path, {"train": 8})
+def test_a_image_folder_with_metadata_is_read_by_the_library(tmp_path):
+    images(tmp_path, {"train": 8})
     rows = [json.dumps({"file_name": f"{i}.png", "species": "ab"[i % 2]}) for i in range(8)]
     (tmp_path / "train/metadata.jsonl").write_text("\n".join(rows))
     data = load(tmp_path)
@@ -279,10 +300,10 @@ def test_what_is_no_data_set_says_what_was_expected(tmp_path):
     refuse("no such file or folder. Expected a hub id", tmp_path / "none")
     refuse("a file of a kind that is not read. Expected a hub id", tmp_path / "a.txt")
     (tmp_path / "empty").mkdir()
-    refuse("nothing there that can be read as a data set. Expected a hub id", tmp_path / "empty")
+    refuse("nothing there that can be read as a dataset. Expected a hub id", tmp_path / "empty")
 
 
-# A column of texts about the pictures
+# A column of texts about the images
 
 
 WHY = ["Reasoning: stripes.\nAnswer: a", None, "", "  two\nlines ", "x", "y"]
@@ -291,7 +312,9 @@ READ = ["stripes.", None, None, "two\nlines", "x", "y"]
 
 def write_why(folder: Path, kind: str) -> Path:
     if kind == "disk":
-        datasets.DatasetDict({"train": table(["a", "b"] * 3, why=WHY), "test": table(["a", "b"])}).save_to_disk(folder / "data")
+        datasets.DatasetDict({"train": table(["a", "b"] * 3, why=WHY), "test": table(["a", "b"])}).save_to_disk(
+            folder / "data"
+        )
         return folder / "data"
     if kind == "parquet":
         table(["a", "b"] * 3, why=WHY).to_parquet(folder / "train.parquet")
@@ -300,7 +323,9 @@ def write_why(folder: Path, kind: str) -> Path:
         draw(folder / f"{i}.png")
     rows = [{"file_name": f"{i}.png", "label": "ab"[i % 2], "why": WHY[i]} for i in range(6)]
     if kind == "jsonl":
-        (folder / "data.jsonl").write_text("\n".join(json.dumps({k: v for k, v in row.items() if v is not None}) for row in rows))
+        (folder / "data.jsonl").write_text(
+            "\n".join(json.dumps({k: v for k, v in row.items() if v is not None}) for row in rows)
+        )
         return folder / "data.jsonl"
     with (folder / "metadata.csv" if kind == "metadata" else folder / "data.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, ["file_name", "label", "why"])
@@ -321,7 +346,7 @@ def test_a_reasoning_column_of_every_kind_of_source(tmp_path, kind):
     assert [own[name] for name in sorted(own)][: len(READ)] == READ[: len(own)]
     count = sum(text is not None for text in data.train.reasonings)
     summary = dict(data.summary)
-    assert summary["reasoning column"] == f"why: {count} of {len(data.train)} training pictures have a text"
+    assert summary["reasoning column"] == f"why: {count} of {len(data.train)} training images have a text"
     assert summary.get("without one", "0").split(",")[0] == str(len(data.train) - count)
     assert data.source["reasoning_column"] == "why"
     assert load(write_why(tmp_path, kind)).train.reasonings == [None] * len(data.train) if kind == "csv" else True
@@ -331,10 +356,12 @@ def test_a_reasoning_column_that_cannot_be_used(tmp_path):
     file = write_why(tmp_path, "csv")
     refuse("--reasoning-column wy: no such column.* Did you mean why", file, reasoning_column="wy")
     refuse("--reasoning-column label: no such column", file, reasoning_column="label")
-    (tmp_path / "empty.csv").write_text("file_name,label,why\n" + "".join(f"{i}.png,{'ab'[i % 2]},\n" for i in range(6)))
-    refuse("--reasoning-column why: no training picture has a text there", tmp_path / "empty.csv", reasoning_column="why")
+    (tmp_path / "empty.csv").write_text(
+        "file_name,label,why\n" + "".join(f"{i}.png,{'ab'[i % 2]},\n" for i in range(6))
+    )
+    refuse("--reasoning-column why: no training image has a text there", tmp_path / "empty.csv", reasoning_column="why")
     lines = [json.dumps({"file_name": f"{i}.png", "label": "ab"[i % 2], "why": i}) for i in range(6)]
     (tmp_path / "numbers.jsonl").write_text("\n".join(lines))
     refuse("0.png has a value of kind int there. Expected text", tmp_path / "numbers.jsonl", reasoning_column="why")
-    folder = pictures(tmp_path / "folder", {"a": 3, "b": 3})
-    refuse("a picture folder has no columns", folder, reasoning_column="why")
+    folder = images(tmp_path / "folder", {"a": 3, "b": 3})
+    refuse("an image folder has no columns", folder, reasoning_column="why")

@@ -16,7 +16,7 @@ from vlm.common.errors import Stopped
 from vlm.training.loop import Trainer
 from vlm.training.stopping import TESTING, TRAINING, StopSignals
 
-# 20 pictures in steps of 2: 10 steps an epoch.
+# 20 images in steps of 2: 10 steps an epoch.
 FLAGS = ["--demo", "--max-samples", 20, "--epochs", 8, "--batch-size", 2, "--eval-batch-size", 20, "--device", "cpu"]
 
 
@@ -35,7 +35,10 @@ def unbroken(tmp_path_factory):
 def stop_when(there, number, output):
     """Start the training in a process of its own and send it a signal once a file is there; exit code and stderr."""
     with subprocess.Popen(
-        command("run_vlm_training.sh", *FLAGS, "--output-dir", output), env=surroundings(), stderr=subprocess.PIPE, text=True
+        command("run_vlm_training.sh", *FLAGS, "--output-dir", output),
+        env=surroundings(),
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         deadline = time.monotonic() + PATIENCE
         while not (there.exists() and there.read_bytes()) and process.poll() is None and time.monotonic() < deadline:
@@ -58,7 +61,9 @@ def test_ctrl_c_saves_the_state_and_says_how_to_go_on(tmp_path, unbroken):
     assert code == 130 and TRACEBACK not in err
     assert "stopping after this step; once more to stop at once." in err
     last = err.splitlines()[-1]
-    assert last.startswith("stopped after step ") and last.endswith(f" of 80; go on with --resume --output-dir {tmp_path}")
+    assert last.startswith("stopped after step ") and last.endswith(
+        f" of 80; go on with --resume --output-dir {tmp_path}"
+    )
     assert goes_on_to_the_same_end(tmp_path, unbroken)
 
 
@@ -67,7 +72,9 @@ def test_a_killed_run_goes_on_from_its_last_epoch(tmp_path, unbroken, capsys):
     assert code == -signal.SIGKILL
     assert goes_on_to_the_same_end(tmp_path, unbroken)
     err = capsys.readouterr().err
-    assert any(f"going on after step {step} of 80." in err for step in range(10, 80, 10)), "not from the last end of an epoch"
+    assert any(f"going on after step {step} of 80." in err for step in range(10, 80, 10)), (
+        "not from the last end of an epoch"
+    )
 
 
 def send_after(monkeypatch, step, *numbers):
@@ -88,7 +95,9 @@ def test_sigterm_as_clusters_send_it_saves_the_state_too(tmp_path, unbroken, mon
     with monkeypatch.context() as patched:
         send_after(patched, 13, signal.SIGTERM)
         assert train(*FLAGS, "--output-dir", tmp_path) == 130
-    assert capsys.readouterr().err.endswith(f"stopped after step 13 of 80; go on with --resume --output-dir {tmp_path}\n")
+    assert capsys.readouterr().err.endswith(
+        f"stopped after step 13 of 80; go on with --resume --output-dir {tmp_path}\n"
+    )
     assert goes_on_to_the_same_end(tmp_path, unbroken)
 
 
@@ -144,7 +153,10 @@ def test_a_run_that_is_going_on_or_done_is_not_overwritten_by_chance(tmp_path, m
     few = ["--demo", "--max-samples", 10, "--epochs", 1, "--output-dir", tmp_path]
     capsys.readouterr()
     assert train(*few) == 2
-    assert capsys.readouterr().err == f"error: {tmp_path} holds an interrupted run: go on with --resume, or delete it with --overwrite.\n"
+    assert (
+        capsys.readouterr().err
+        == f"error: {tmp_path} holds an interrupted run: go on with --resume, or delete it with --overwrite.\n"
+    )
     assert train("--resume", "--epochs", 5, "--output-dir", tmp_path) == 2
     assert "--epochs 5 (the interrupted run has 8)" in capsys.readouterr().err
     assert train(*few, "--overwrite") == 0
@@ -160,13 +172,27 @@ def test_a_loss_that_is_no_number_stops_with_advice(tmp_path, capsys):
     code = train(*FLAGS, "--learning-rate", 1e30, "--max-grad-norm", 0, "--output-dir", tmp_path)
     out, err = capsys.readouterr()
     assert (code, out) == (1, "") and TRACEBACK not in err
-    assert err.splitlines()[-1].startswith("error: the loss is nan after step 10: try a lower --learning-rate (now 1e+30)")
+    assert err.splitlines()[-1].startswith(
+        "error: the loss is nan after step 10: try a lower --learning-rate (now 1e+30)"
+    )
     assert "--dtype" not in err.splitlines()[-1], "it is float32 already"
     assert not (tmp_path / "results.json").exists() and not (tmp_path / "final_model").exists()
 
 
 def test_numbers_that_overflow_between_two_looks_at_the_loss_stop_at_the_evaluation(tmp_path, capsys):
-    flags = ["--demo", "--max-samples", 10, "--epochs", 2, "--batch-size", 10, "--learning-rate", 1e30, "--max-grad-norm", 0]
+    flags = [
+        "--demo",
+        "--max-samples",
+        10,
+        "--epochs",
+        2,
+        "--batch-size",
+        10,
+        "--learning-rate",
+        1e30,
+        "--max-grad-norm",
+        0,
+    ]
     code = train(*flags, "--device", "cpu", "--output-dir", tmp_path)
     err = capsys.readouterr().err
     assert code == 1 and TRACEBACK not in err
@@ -175,7 +201,7 @@ def test_numbers_that_overflow_between_two_looks_at_the_loss_stop_at_the_evaluat
 
 
 def fail_after(monkeypatch, step, failure):
-    """Let the forward pass of training fail after some steps of two pictures. failure: an exception, or a loss."""
+    """Let the forward pass of training fail after some steps of two images. failure: an exception, or a loss."""
     original, calls = VLMClassifier.forward, []
 
     def forward(self, batch, **options):
@@ -194,7 +220,9 @@ def test_the_best_model_so_far_is_kept_where_the_loss_becomes_nan(tmp_path, monk
         fail_after(patched, 15, float("nan"))
         assert train(*FLAGS, "--output-dir", tmp_path) == 1
     err = capsys.readouterr().err
-    assert "the loss is nan after step 20" in err and err.endswith("The best model so far (step 10) is in best_model.\n")
+    assert "the loss is nan after step 20" in err and err.endswith(
+        "The best model so far (step 10) is in best_model.\n"
+    )
     kept = load_file(tmp_path / "best_model" / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in kept.values())
     saved = load_file(tmp_path / "resume_state" / "trained.safetensors")
@@ -204,7 +232,9 @@ def test_the_best_model_so_far_is_kept_where_the_loss_becomes_nan(tmp_path, monk
 OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     MemoryError(),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:120] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:120] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+    ),
     RuntimeError("MPS backend out of memory (MPS allocated: 17.00 GB, other allocations: 1.00 GB)"),
 ]
 
@@ -217,7 +247,14 @@ def test_out_of_memory_ends_with_advice(tmp_path, monkeypatch, capsys, error):
     assert code == 1 and TRACEBACK not in err
     last = err.splitlines()[-1]
     assert last.startswith("error: out of memory")
-    for flag in ("--batch-size", "--gradient-accumulation-steps", "--eval-batch-size", "--tune connector", "--dtype bfloat16", "--model"):
+    for flag in (
+        "--batch-size",
+        "--gradient-accumulation-steps",
+        "--eval-batch-size",
+        "--tune connector",
+        "--dtype bfloat16",
+        "--model",
+    ):
         assert flag in last
 
 
@@ -228,7 +265,10 @@ def test_another_python_is_told_where_the_packages_are(tmp_path, monkeypatch, ca
     monkeypatch.setattr(VLMClassifier, "forward", missing)
     assert train(*FLAGS, "--output-dir", tmp_path / "out") == 2
     error = capsys.readouterr().err
-    assert f"error: {sys.executable} has no package tqdm. Start with ./run_vlm_training.sh" in error and TRACEBACK not in error
+    assert (
+        f"error: {sys.executable} has no package tqdm. Start with ./run_vlm_training.sh" in error
+        and TRACEBACK not in error
+    )
 
 
 def test_debug_shows_the_traceback(tmp_path, monkeypatch):

@@ -10,9 +10,17 @@ def results_of(**changes):
     before = {"accuracy": [0.1, 0.05, 0.2], "ece": [0.02, 0.01, 0.04], "nll": [0.5, 0.4, 0.6]}
     calibration = {"temperature": 1.5, "bias": None, "score": "sum", "scores": {}, "before": before}
     calibration |= {"after": before | {"ece": [0.012, 0.01, 0.03]}} | changes.pop("calibration", {})
-    test = {"accuracy": 0.1, "macro_f1": 0.08, "weighted_f1": 0.09, "calibration": calibration} | changes.pop("test", {})
+    test = {"accuracy": 0.1, "macro_f1": 0.08, "weighted_f1": 0.09, "calibration": calibration} | changes.pop(
+        "test", {}
+    )
     check = {"accuracy": 0.109, "shuffled": 0.031, "gray": 0.062, "chance": 0.0625, "pictures": 64, "warning": None}
-    texts = {"texts": 32, "agree_with_prediction": 30, "invalid": 1, "explanations_agree": 32, "reasoning_names_answer": None}
+    texts = {
+        "texts": 32,
+        "agree_with_prediction": 30,
+        "invalid": 1,
+        "explanations_agree": 32,
+        "reasoning_names_answer": None,
+    }
     return {
         "test": test,
         "texts": texts | changes.pop("texts", {}),
@@ -31,35 +39,50 @@ def table_of(**changes):
 
 def test_figures_are_told_apart_by_words():
     table = table_of()
-    assert table["test accuracy"] == "0.1000  (95% interval 0.0500 to 0.2000, 200 pictures)"
-    assert table["accuracy with other pictures"] == "0.031 exchanged, 0.062 gray, chance 0.062  (64 pictures, 0.109 with their own)"
+    assert table["test accuracy"] == "0.1000  (95% interval 0.0500 to 0.2000, 200 images)"
+    assert (
+        table["accuracy with other images"]
+        == "0.031 exchanged, 0.062 gray, chance 0.062  (64 images, 0.109 with their own)"
+    )
     assert table["texts written freely"] == "30 of 32 answer with the predicted class, 1 with no class at all"
-    assert table["training"] == "35.9 s, 11.16 pictures/s"
-    assert not {"abstaining", "reasonings", "score of a class", "accuracy of the probe", "test accuracy before training"} & table.keys()
-    assert "exchanged" not in table_of(picture_check={"shuffled": None})["accuracy with other pictures"]
+    assert table["training"] == "35.9 s, 11.16 images/s"
+    assert (
+        not {"abstaining", "reasonings", "score of a class", "accuracy of the probe", "test accuracy before training"}
+        & table.keys()
+    )
+    assert "exchanged" not in table_of(picture_check={"shuffled": None})["accuracy with other images"]
     assert table_of(texts={"reasoning_names_answer": 20})["reasonings"].startswith("20 of 32 ")
     assert table_of(settings={"epochs": 0})["training"] == "none (--epochs 0)"
 
 
-@pytest.mark.parametrize(("tower", "words"), [("frozen", "the same vision tower"), ("random weights", "(random weights)")])
-def test_the_probe_names_its_tower(tower, words):
-    assert words in table_of(probe={"accuracy": [0.7, 0.6, 0.8], "tower": tower})["accuracy of the probe"]
+@pytest.mark.parametrize(
+    ("encoder", "words"), [("frozen", "the same vision encoder"), ("random weights", "(random weights)")]
+)
+def test_the_probe_names_its_encoder(encoder, words):
+    assert words in table_of(probe={"accuracy": [0.7, 0.6, 0.8], "encoder": encoder})["accuracy of the probe"]
 
 
 def test_own_metrics_are_the_last_and_have_four_digits():
-    rows = summary_rows(results_of(test={"own_metrics": {"balanced": 1 / 3, "parts": {"a": 0.25, "n": 7}, "failed": None}}))
+    rows = summary_rows(
+        results_of(test={"own_metrics": {"balanced": 1 / 3, "parts": {"a": 0.25, "n": 7}, "failed": None}})
+    )
     assert rows[-3:] == [("balanced", "0.3333"), ("parts", "a 0.2500, n 7"), ("failed", "None")]
 
 
 def test_what_was_not_calibrated_has_no_before():
     table = table_of(calibration={"temperature": 1.0})
     assert table["calibration"] == "none" and "before" not in table["ECE on test"] + table["NLL on test"]
-    assert "0.0200 before" in table_of()["ECE on test"] and table_of()["calibration"] == "temperature 1.500, fitted on validation"
+    assert (
+        "0.0200 before" in table_of()["ECE on test"]
+        and table_of()["calibration"] == "temperature 1.500, fitted on validation"
+    )
     for change in ({"bias": [0.1, -0.1]}, {"score": "mean"}):
         assert table_of(calibration={"temperature": 1.0} | change)["calibration"].endswith("fitted on validation")
 
 
-@pytest.mark.parametrize(("after", "words"), [(0.012, None), (0.03, "no clear change"), (0.05, "worse on test than before")])
+@pytest.mark.parametrize(
+    ("after", "words"), [(0.012, None), (0.03, "no clear change"), (0.05, "worse on test than before")]
+)
 def test_an_error_that_grew_is_called_so(after, words):
     figures = {"accuracy": [0.1, 0, 1], "ece": [after, after - 0.015, 0.1], "nll": [0.5, 0.4, 0.6]}
     line = table_of(calibration={"after": figures})["ECE on test"]
@@ -69,11 +92,14 @@ def test_an_error_that_grew_is_called_so(after, words):
 def test_abstaining_is_a_sentence():
     nothing = {"below": 0.9, "target_precision": None, "validation": {"coverage": 0.0, "accuracy": None}}
     some = nothing | {"test": {"coverage": 0.25, "accuracy": 0.5}}
-    expected = "below a confidence of 0.9000; answers 0.0% of the validation pictures, 25.0% of the test pictures (50.0% of them right)"
+    expected = "below a confidence of 0.9000; answers 0.0% of the validation images, 25.0% of the test images (50.0% of them right)"
     assert table_of(test={"abstention": some})["abstaining"] == expected
 
 
 def test_a_precision_that_no_threshold_reaches_is_told():
     missed = {"below": None, "target_precision": 0.95, "validation": None, "test": None}
     line = table_of(test={"abstention": missed})["abstaining"]
-    assert line == "no confidence was found from which 95% of the predictions on validation are right: the model answers every picture"
+    assert (
+        line
+        == "no confidence was found from which 95% of the predictions on validation are right: the model answers every image"
+    )

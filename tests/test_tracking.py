@@ -51,9 +51,9 @@ def test_without_a_terminal_lines_come_every_ten_seconds_with_rate_and_time_left
         bar.update(10, loss=0.31234, lr=2e-4)
     bar.close()
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "Training: 200/2,000 pictures (10%), 20.0 pictures/s, 01:30 left, loss=0.312, lr=0.0002"
+    assert lines[0] == "Training: 200/2,000 images (10%), 20.0 images/s, 01:30 left, loss=0.312, lr=0.0002"
     assert len(lines) == 6
-    assert lines[-1] == "Training: 1,000/2,000 pictures (50%), 20.0 pictures/s, took 00:50, loss=0.312, lr=0.0002"
+    assert lines[-1] == "Training: 1,000/2,000 images (50%), 20.0 images/s, took 00:50, loss=0.312, lr=0.0002"
 
 
 def test_a_quick_loop_prints_nothing_without_a_terminal(capsys, clock):
@@ -67,7 +67,7 @@ def test_work_of_an_earlier_run_does_not_count_in_the_rate(capsys, clock):
     bar = Bar(1000, "Training", initial=900)
     clock["now"] += 10
     bar.update(50)
-    assert "950/1,000 pictures (95%), 5.0 pictures/s, 00:10 left" in capsys.readouterr().err
+    assert "950/1,000 images (95%), 5.0 images/s, 00:10 left" in capsys.readouterr().err
 
 
 def test_what_is_done_in_a_pause_does_not_count_in_the_rate(capsys, clock):
@@ -80,8 +80,8 @@ def test_what_is_done_in_a_pause_does_not_count_in_the_rate(capsys, clock):
             with bar.paused():
                 clock["now"] += 30
     first, *_, last = capsys.readouterr().err.splitlines()
-    assert first == "Training: 200/400 pictures (50%), 10.0 pictures/s, 00:20 left"
-    assert last == "Training: 400/400 pictures (100%), 10.0 pictures/s, took 00:40"
+    assert first == "Training: 200/400 images (50%), 10.0 images/s, 00:20 left"
+    assert last == "Training: 400/400 images (100%), 10.0 images/s, took 00:40"
 
 
 def test_a_pause_does_not_count_on_a_terminal_either(monkeypatch, clock):
@@ -151,7 +151,7 @@ def test_progress_passes_items_through_and_counts_them(capsys, clock):
 
     assert list(progress(slow(), 4, "Predicting")) == list("abcd")
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("Predicting: 2/4 pictures (50%)") and lines[-1].startswith("Predicting: 4/4 pictures (100%)")
+    assert lines[0].startswith("Predicting: 2/4 images (50%)") and lines[-1].startswith("Predicting: 4/4 images (100%)")
 
 
 def test_batches_count_as_many_as_they_hold(capsys, clock):
@@ -162,7 +162,9 @@ def test_batches_count_as_many_as_they_hold(capsys, clock):
 
     list(progress(batches(), 10, "Testing", count=len))
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("Testing: 4/10 pictures (40%), 0.4 pictures/s") and lines[-1].startswith("Testing: 10/10 pictures")
+    assert lines[0].startswith("Testing: 4/10 images (40%), 0.4 images/s") and lines[-1].startswith(
+        "Testing: 10/10 images"
+    )
 
 
 def test_other_processes_show_no_progress(capsys, clock, monkeypatch):
@@ -221,10 +223,19 @@ def test_wandb_offline_run_holds_the_metrics_below_the_output_folder(tmp_path, w
     with RunLog(tmp_path, True, "test-project", {"learning_rate": 2e-4, "tune": "lora"}) as log:
         log.log("train", 1, epoch=0.1, loss=0.5)
         log.log("validation", 1, epoch=0.1, accuracy=0.75, loss=math.nan)
-    sys.modules["wandb"].teardown()  # the file is written by a process of wandb's, which is complete when that has ended
+    sys.modules[
+        "wandb"
+    ].teardown()  # the file is written by a process of wandb's, which is complete when that has ended
     (recorded,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     content = recorded.read_bytes()
-    for name in (b"train/loss", b"validation/accuracy", b"validation/loss", b"epoch", b"test-project", b"learning_rate"):
+    for name in (
+        b"train/loss",
+        b"validation/accuracy",
+        b"validation/loss",
+        b"epoch",
+        b"test-project",
+        b"learning_rate",
+    ):
         assert name in content
     assert b"train/epoch" not in content
     assert [entry["kind"] for entry in read_log(tmp_path / "log.jsonl")] == ["train", "validation"]

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from tiny import NAMES, random_picture, save_tiny_model
+from tiny import NAMES, random_image, save_tiny_model
 
 from vlm.config.resolve import resolve
 from vlm.evaluation.evaluate import score_split
@@ -13,24 +13,30 @@ from vlm.training.loop import Trainer, learning_rate_at, step_seed
 from vlm.training.setup import set_up
 
 
-def picture_folder(folder, names, each):
+def image_folder(folder, names, each):
     for label, name in enumerate(names):
         (folder / name).mkdir(parents=True)
         for i in range(each):
-            random_picture(100 * label + i).save(folder / name / f"{i}.png")
+            random_image(100 * label + i).save(folder / name / f"{i}.png")
     return folder
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sources")
-    return save_tiny_model(folder / "model"), picture_folder(folder / "pictures", NAMES, each=4)
+    return save_tiny_model(folder / "model"), image_folder(folder / "images", NAMES, each=4)
 
 
 def gradients_of_first_step(sources, output, **more):
     """Gradients of the first optimizer step, in float64, without clipping."""
-    model, pictures = sources
-    flags = {"model": str(model), "dataset": str(pictures), "tune": "full", "max_grad_norm": 0.0, "output_dir": str(output)}
+    model, images = sources
+    flags = {
+        "model": str(model),
+        "dataset": str(images),
+        "tune": "full",
+        "max_grad_norm": 0.0,
+        "output_dir": str(output),
+    }
     run = set_up(resolve(flags | more))
     run.classifier.double()
     trainer = Trainer(run, lambda: False)
@@ -77,7 +83,7 @@ def test_every_step_and_process_has_a_seed_of_its_own():
 
 def test_the_bar_counts_the_time_of_the_training_alone(sources, tmp_path, monkeypatch, capsys):
     """As `train_seconds` does: not the test before the training, and not the evaluations."""
-    model, pictures = sources
+    model, images = sources
     away = []
 
     def slow(*arguments, **options):
@@ -87,8 +93,10 @@ def test_the_bar_counts_the_time_of_the_training_alone(sources, tmp_path, monkey
     monkeypatch.setattr("vlm.training.loop.score_split", slow)
     monkeypatch.setattr("vlm.common.progress.monotonic", lambda: time.monotonic() + sum(away))
     monkeypatch.setattr("vlm.common.progress.SECONDS_WORTH_A_LAST_LINE", 0.0)
-    flags = {"model": str(model), "dataset": str(pictures), "epochs": 2, "zero_shot": True, "output_dir": str(tmp_path)}
+    flags = {"model": str(model), "dataset": str(images), "epochs": 2, "zero_shot": True, "output_dir": str(tmp_path)}
     Trainer(set_up(resolve(flags)), lambda: False).train()
     assert len(away) == 3
-    (last,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("training: ") and "took" in line]
+    (last,) = [
+        line for line in capsys.readouterr().err.splitlines() if line.startswith("training: ") and "took" in line
+    ]
     assert re.search(r"took 00:\d\d", last), last

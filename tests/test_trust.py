@@ -1,4 +1,5 @@
-"""What a run says about trust, end to end: every option that acts after the training, in results.json, the model folder and the page."""
+"""What a run says about trust, end to end: every option that acts after the training, in results.json, the model folder
+and the page."""
 
 import json
 
@@ -9,7 +10,18 @@ from commands import train
 
 from inference_vlm import load_model_and_metadata
 
-FLAGS = ("--demo", "--max-samples", 60, "--epochs", 2, "--objective", "both", "--label-smoothing", 0.1, "--class-balance")
+FLAGS = (
+    "--demo",
+    "--max-samples",
+    60,
+    "--epochs",
+    2,
+    "--objective",
+    "both",
+    "--label-smoothing",
+    0.1,
+    "--class-balance",
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +51,9 @@ def test_what_was_asked_for_stands_in_the_results(results):
     )
 
 
-def test_the_probe_of_the_demo_is_that_of_the_tower_before_the_training(results):
+def test_the_probe_of_the_demo_is_that_of_the_encoder_before_the_training(results):
     probe = results["probe"]
-    assert probe["tower"] == "random weights" and probe["accuracy"][1] <= probe["accuracy"][0] <= probe["accuracy"][2]
+    assert probe["encoder"] == "random weights" and probe["accuracy"][1] <= probe["accuracy"][0] <= probe["accuracy"][2]
     ahead = probe["accuracy"][0] - results["test"]["accuracy"] > 0.02
     assert (probe["warning"] is not None) == ahead
 
@@ -56,7 +68,11 @@ def test_the_model_folder_has_the_same_calibration(run, results):
 
 def test_the_page_says_it_too(run, results):
     page = (run / "report.html").read_text(encoding="utf-8")
-    assert "a bias for each class" in page and "Score of a class: prior" in page and "Abstaining: below a confidence" in page
+    assert (
+        "a bias for each class" in page
+        and "Score of a class: prior" in page
+        and "Abstaining: below a confidence" in page
+    )
     assert "Zero-shot" in page and "Linear probe" in page
 
 

@@ -66,7 +66,9 @@ def test_saved_and_reloaded_model_gives_the_same_scores(folder, tmp_path, tune):
     """Reloaded by our inference and by plain transformers; LoRA merged against unmerged."""
     classifier = train_a_little(prepared(folder, tune))
     expected = scores(classifier)
-    assert (expected - scores(tiny_classifier(folder).eval())).abs().max() > 0.1, "training should have changed something"
+    assert (expected - scores(tiny_classifier(folder).eval())).abs().max() > 0.1, (
+        "training should have changed something"
+    )
     metadata = {"class_names": list(classifier.class_names), "prompts": classifier.prompts.to_json()}
     before = {name: tensor.clone() for name, tensor in classifier.model.state_dict().items()}
     save_model_folder(tmp_path / "model", classifier, metadata, torch.float32)
@@ -87,8 +89,12 @@ def test_saved_and_reloaded_model_gives_the_same_scores(folder, tmp_path, tune):
 
 def test_posterior_of_merged_weights_equals_the_unmerged_one(folder, tmp_path):
     classifier = train_a_little(prepared(folder, "lora"))
-    save_model_folder(tmp_path / "model", classifier, {"class_names": [], "prompts": classifier.prompts.to_json()}, torch.float32)
-    merged = VLMClassifier(load_family(tmp_path / "model", torch.float32, torch.device("cpu")), classifier.prompts).eval()
+    save_model_folder(
+        tmp_path / "model", classifier, {"class_names": [], "prompts": classifier.prompts.to_json()}, torch.float32
+    )
+    merged = VLMClassifier(
+        load_family(tmp_path / "model", torch.float32, torch.device("cpu")), classifier.prompts
+    ).eval()
     torch.testing.assert_close(scores(merged).softmax(-1), scores(classifier).softmax(-1), rtol=0, atol=1e-5)
 
 
@@ -124,5 +130,9 @@ def test_only_matrices_are_decayed(folder):
 def test_the_connector_may_have_a_learning_rate_of_its_own(folder):
     classifier = prepared(folder, "lora")
     connector = {id(p) for p in classifier.family.connector.parameters()}
-    rates = {id(p) in connector: group["peak_lr"] for group in parameter_groups(classifier, 0.1, 1e-4, 1e-3) for p in group["params"]}
+    rates = {
+        id(p) in connector: group["peak_lr"]
+        for group in parameter_groups(classifier, 0.1, 1e-4, 1e-3)
+        for p in group["params"]
+    }
     assert rates == {False: 1e-4, True: 1e-3}

@@ -1,4 +1,5 @@
-"""run_vlm_training.sh and run_tests.sh, run in a copy of the project with a train_vlm.py that writes down how it was called."""
+"""run_vlm_training.sh and run_tests.sh, run in a copy of the project with a train_vlm.py that writes down how it was
+called."""
 
 import json
 import os
@@ -13,7 +14,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MARS = json.loads((ROOT / "tests" / "data" / "mars.json").read_text())
-SCRIPTS = ["run_vlm_training.sh", "run_tests.sh", "setup_env.sh", "setup_env.py", "vlm/__init__.py", "vlm/machine/requirements.py"]
+SCRIPTS = [
+    "run_vlm_training.sh",
+    "run_tests.sh",
+    "setup_env.sh",
+    "setup_env.py",
+    "vlm/__init__.py",
+    "vlm/machine/requirements.py",
+]
 FAKE_TRAINING = """
 import json, os, sys
 print(json.dumps({"arguments": sys.argv[1:], "environment": dict(os.environ), "folder": os.getcwd(), "prefix": sys.prefix}))
@@ -45,19 +53,27 @@ def make_wheel(folder, name, version):
     info = f"{name}-{version}.dist-info"
     with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
         wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         wheel.writestr(f"{info}/RECORD", "")
 
 
 def surroundings(**more):
     """The environment variables of a user without any environment of theirs, plus `more`."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("VIRTUAL_ENV", "CONDA", "VLM_", "PIP_", "PYTORCH", "TOKENIZERS"))}
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("VIRTUAL_ENV", "CONDA", "VLM_", "PIP_", "PYTORCH", "TOKENIZERS"))
+    }
     return kept | {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull} | {k: str(v) for k, v in more.items()}
 
 
 def start(script, *arguments, cwd=None, **variables):
     environment = surroundings(**variables)
-    return subprocess.run([script, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    return subprocess.run(
+        [script, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
 
 
 def report(result):
@@ -76,7 +92,9 @@ def test_the_long_mars_command_arrives_unchanged(project):
         "--dataset", "Mirali33/mb-domars16k", "--class-names", MARS["class_names"], "--system-instructions", MARS["system_instructions"],
         "--prompt-template", MARS["prompt_template"], "--task-description", "", "--epochs", "3",
     ]  # fmt: skip
-    assert report(start(project / "run_vlm_training.sh", *arguments, VLM_PYTHON=sys.executable))["arguments"] == arguments
+    assert (
+        report(start(project / "run_vlm_training.sh", *arguments, VLM_PYTHON=sys.executable))["arguments"] == arguments
+    )
     # And as it is typed into a shell, quotes and all.
     line = shlex.join([str(project / "run_vlm_training.sh"), *arguments])
     assert report(start("bash", "-c", line, VLM_PYTHON=sys.executable))["arguments"] == arguments
@@ -87,16 +105,28 @@ def test_it_runs_through_a_link_and_in_the_folder_of_the_user(project, tmp_path)
     elsewhere.mkdir()
     link = elsewhere / "train"
     link.symlink_to(Path("..") / "the project" / "run_vlm_training.sh")
-    seen = report(start("./train", "--system-instructions", "@rules.txt", cwd=elsewhere, VLM_PYTHON=sys.executable, CDPATH=tmp_path))
+    seen = report(
+        start(
+            "./train", "--system-instructions", "@rules.txt", cwd=elsewhere, VLM_PYTHON=sys.executable, CDPATH=tmp_path
+        )
+    )
     assert Path(seen["folder"]) == elsewhere.resolve()
     assert seen["arguments"] == ["--system-instructions", "@rules.txt"]
 
 
 def test_the_environment_variables_are_set_unless_the_user_set_them(project):
     script = project / "run_vlm_training.sh"
-    wanted = {"TOKENIZERS_PARALLELISM": "false", "PYTORCH_MPS_HIGH_WATERMARK_RATIO": "0.0", "PYTORCH_ENABLE_MPS_FALLBACK": "1"}
+    wanted = {
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTORCH_MPS_HIGH_WATERMARK_RATIO": "0.0",
+        "PYTORCH_ENABLE_MPS_FALLBACK": "1",
+    }
     assert wanted.items() <= report(start(script, VLM_PYTHON=sys.executable))["environment"].items()
-    users = {"TOKENIZERS_PARALLELISM": "true", "PYTORCH_MPS_HIGH_WATERMARK_RATIO": "0.7", "PYTORCH_ENABLE_MPS_FALLBACK": ""}
+    users = {
+        "TOKENIZERS_PARALLELISM": "true",
+        "PYTORCH_MPS_HIGH_WATERMARK_RATIO": "0.7",
+        "PYTORCH_ENABLE_MPS_FALLBACK": "",
+    }
     assert users.items() <= report(start(script, VLM_PYTHON=sys.executable, **users))["environment"].items()
 
 
@@ -131,7 +161,9 @@ def test_no_python_at_all_is_one_line(project, tmp_path):
     assert result.returncode == 2 and "none was found" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("variables", [{"VLM_PYTHON": "no-such-python"}, {"VLM_PROCESSES": "two"}, {"VLM_PROCESSES": "0"}])
+@pytest.mark.parametrize(
+    "variables", [{"VLM_PYTHON": "no-such-python"}, {"VLM_PROCESSES": "two"}, {"VLM_PROCESSES": "0"}]
+)
 def test_a_variable_that_makes_no_sense_is_one_line(project, variables):
     result = start(project / "run_vlm_training.sh", **variables)
     (name, value), lines = next(iter(variables.items())), result.stderr.splitlines()
@@ -143,14 +175,19 @@ def test_packages_that_vlm_python_lacks_are_named_with_the_command_that_installs
     result = start(project / "run_vlm_training.sh", "--demo", VLM_PYTHON=sys.executable)
     assert (result.returncode, result.stdout) == (2, "")
     assert "packaging (found" in result.stderr and "pebble" in result.stderr
-    assert shlex.join([sys.executable, "-m", "pip", "install", "-r", str(project / "requirements.txt")]) in result.stderr
+    assert (
+        shlex.join([sys.executable, "-m", "pip", "install", "-r", str(project / "requirements.txt")]) in result.stderr
+    )
 
 
 def test_several_processes_are_started_by_accelerate(project, tmp_path):
     recorder = make_program(
-        tmp_path / "recorder", f'case $1 in *launch_processes.py) printf "%s\\n" "$@";; *) exec {shlex.quote(sys.executable)} "$@";; esac'
+        tmp_path / "recorder",
+        f'case $1 in *launch_processes.py) printf "%s\\n" "$@";; *) exec {shlex.quote(sys.executable)} "$@";; esac',
     )
-    lines = start(project / "run_vlm_training.sh", "--task-description", "a b", VLM_PYTHON=recorder, VLM_PROCESSES=3).stdout.splitlines()
+    lines = start(
+        project / "run_vlm_training.sh", "--task-description", "a b", VLM_PYTHON=recorder, VLM_PROCESSES=3
+    ).stdout.splitlines()
     launcher = str(project / "launch_processes.py")
     assert lines[0] == launcher and lines[lines.index("--num_processes") + 1] == "3"
     assert lines[-3:] == [str(project / "train_vlm.py"), "--task-description", "a b"]
@@ -159,7 +196,9 @@ def test_several_processes_are_started_by_accelerate(project, tmp_path):
 
 
 def test_run_tests_runs_ruff_and_pytest_and_with_arguments_pytest_alone(project, tmp_path):
-    recorder = make_program(tmp_path / "recorder", f'case $1 in -m) echo "$@";; *) exec {shlex.quote(sys.executable)} "$@";; esac')
+    recorder = make_program(
+        tmp_path / "recorder", f'case $1 in -m) echo "$@";; *) exec {shlex.quote(sys.executable)} "$@";; esac'
+    )
     assert start(project / "run_tests.sh", VLM_PYTHON=recorder).stdout.splitlines() == [
         "-m ruff check .", "-m ruff format --check .", "-m pytest --numprocesses logical --maxprocesses 4 --dist loadfile",
     ]  # fmt: skip
@@ -172,7 +211,8 @@ def test_run_tests_runs_ruff_and_pytest_and_with_arguments_pytest_alone(project,
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory):
-    """A project whose first set-up was interrupted, after two more starts at the same time; and the variables of that machine."""
+    """A project whose first set-up was interrupted, after two more starts at the same time; and the variables of that
+    machine."""
     folder = tmp_path_factory.mktemp("machine")
     wheels = folder / "wheels"
     wheels.mkdir()
@@ -188,7 +228,10 @@ def machine(tmp_path_factory):
     (project / ".venv" / "vlm-setup").write_text("interrupted")
     command, environment = [project / "run_vlm_training.sh", "--demo"], surroundings(**variables)
     both = [
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder) for _ in range(2)
+        subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder
+        )
+        for _ in range(2)
     ]
     outputs = [process.communicate() for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
@@ -213,7 +256,9 @@ def test_the_first_start_installs_the_tested_versions(machine):
 
 def test_a_later_start_skips_the_set_up(machine):
     project, variables = machine
-    result = start(project / "run_vlm_training.sh", **variables | {"PIP_FIND_LINKS": "", "VIRTUAL_ENV": project / ".venv"})
+    result = start(
+        project / "run_vlm_training.sh", **variables | {"PIP_FIND_LINKS": "", "VIRTUAL_ENV": project / ".venv"}
+    )
     assert Path(report(result)["prefix"]) == project / ".venv"
     assert result.stderr == ""
 

@@ -17,7 +17,13 @@ from vlm.families.demo import build_model, build_processor
 
 NAMES = ["cat", "catfish", "cat fish", "Straße", "x", "très long nom de classe", "猫"]
 VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+TEXT = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 def save_tiny_model(folder: Path, seed: int = 0, image_size: int = 16, tie: bool = False) -> Path:
@@ -44,12 +50,12 @@ def tiny_classifier(folder: Path, dtype: torch.dtype = torch.float32, names: lis
     return VLMClassifier(load_family(folder, dtype, torch.device("cpu")), tiny_prompts(tuple(names)))
 
 
-def random_picture(seed: int, width: int = 20, height: int = 14) -> Image.Image:
+def random_image(seed: int, width: int = 20, height: int = 14) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def samples(labels: list[int]) -> list[Sample]:
-    return [Sample(random_picture(i), label, f"picture {i}") for i, label in enumerate(labels)]
+    return [Sample(random_image(i), label, f"image {i}") for i, label in enumerate(labels)]
 
 
 def batch_of(classifier: VLMClassifier, labels: list[int], with_response: bool = True) -> dict:

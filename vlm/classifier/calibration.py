@@ -1,7 +1,9 @@
-"""Honest probabilities: what is taken as the score of a class; a temperature, and a bias per class where asked for, fitted on validation
-data; and the confidence below which there is no answer. All belong to one conversation and one list of classes, and are stored with a key.
+"""Honest probabilities: what is taken as the score of a class; a temperature, and a bias per class where asked for,
+fitted on validation data; and the confidence below which there is no answer. All belong to one conversation and one
+list of classes, and are stored with a key.
 
-N = pictures, C = classes. The sums (N, C) are log-probabilities of the responses, as `vlm/evaluation/evaluate.py` gives them.
+N = images, C = classes. The sums (N, C) are log-probabilities of the responses, as `vlm/evaluation/evaluate.py` gives
+them.
 """
 
 import hashlib
@@ -19,14 +21,15 @@ from torch import Tensor
 from vlm.common.progress import note
 from vlm.conversation.prompts import Prompts
 
-MIN_PICTURES = 20  # below, a temperature would say more about these pictures than about the model
+MIN_IMAGES = 20  # below, a temperature would say more about these images than about the model
 COLDEST, HOTTEST = 0.01, 100.0  # bounds of the temperature
 LOWEST_SCORE = -1e4  # relative to the best class; a class that is impossible counts as this
 
 
 class Scores(NamedTuple):
-    """What a model says of N pictures. sums: (N, C) log-probability of each class's scored text (see vlm/conversation/responses.py). openings: (N,) that
-    of the tokens which all scored texts begin with, a part of each sum."""
+    """What a model says of N images. sums: (N, C) log-probability of each class's scored text (see
+    vlm/conversation/responses.py). openings: (N,) that of the tokens which all scored texts begin with, a part of each
+    sum."""
 
     sums: Tensor
     openings: Tensor
@@ -36,9 +39,9 @@ class Scores(NamedTuple):
 class Calibration:
     """What turns scores into probabilities: softmax of scores / temperature + bias.
 
-    A score is the sum of a class, or one of two others. lengths: the tokens of each class's scored text behind the opening; the score is
-    the mean over them. prior: the sums of the same conversation without a picture, which are subtracted. bias: one number a class, or None.
-    abstain_below: a prediction whose probability is smaller is none.
+    A score is the sum of a class, or one of two others. lengths: the tokens of each class's scored text behind the
+    opening; the score is the mean over them. prior: the sums of the same conversation without an image, which are
+    subtracted. bias: one number a class, or None. abstain_below: a prediction whose probability is smaller is none.
     """
 
     temperature: float = 1.0
@@ -53,9 +56,11 @@ class Calibration:
         return "mean" if self.lengths is not None else "prior" if self.prior is not None else "sum"
 
     def scores(self, sums: Tensor, openings: Tensor | None = None) -> Tensor:
-        """(N, C) what is divided by the temperature, on the CPU, in float64. What is given: see `Scores`; only a mean needs the openings.
+        """(N, C) what is divided by the temperature, on the CPU, in float64. What is given: see `Scores`; only a mean
+        needs the openings.
 
-        The opening cancels in sum and prior, but would dilute a mean, and differently for each length: it is in neither of its two parts.
+        The opening cancels in sum and prior, but would dilute a mean, and differently for each length: it is in neither
+        of its two parts.
         """
         scores = sums.detach().cpu().double()
         if self.lengths is not None:
@@ -63,7 +68,8 @@ class Calibration:
         return scores if self.prior is None else scores - scores.new_tensor(self.prior)
 
     def log_probabilities(self, sums: Tensor, openings: Tensor | None = None) -> Tensor:
-        """(N, C) log-probabilities, in float64 on the CPU: so the temperature makes no two classes equal by rounding. Given: `Scores`."""
+        """(N, C) log-probabilities, in float64 on the CPU: so the temperature makes no two classes equal by rounding.
+        Given: `Scores`."""
         scaled = self.scores(sums, openings) / self.temperature
         if self.bias is not None:
             scaled = scaled + scaled.new_tensor(self.bias)
@@ -75,11 +81,13 @@ class Calibration:
         return self.score == "sum" and self.bias is None
 
     def weighting(self) -> tuple[np.ndarray, np.ndarray]:
-        """What a search compares classes by: sums behind the opening are divided by the first, and the second is added; one number or (C,).
+        """What a search compares classes by: sums behind the opening are divided by the first, and the second is added;
+        one number or (C,).
 
-        A temperature alone is taken as 1 at least, so that the sums are as exact without it. What is left out of the search with the larger
-        one is left out rightly: the true weights are the a-th power, a > 1, of those there, which makes a small share of the total smaller,
-        as long as there are fewer classes than 1 / tolerance.
+        A temperature alone is taken as 1 at least, so that the sums are as exact without it. What is left out of the
+        search with the larger
+        one is left out rightly: the true weights are the a-th power, a > 1, of those there, which makes a small share
+        of the total smaller, as long as there are fewer classes than 1 / tolerance.
         """
         if self.is_temperature:
             return np.array(max(1.0, self.temperature)), np.array(0.0)
@@ -92,18 +100,24 @@ class Calibration:
     def to_json(self, prompts: Prompts) -> dict[str, Any]:
         """What stands in `training_metadata.json`."""
         bias = None if self.bias is None else list(self.bias)
-        kind = {name: None if values is None else list(values) for name, values in (("lengths", self.lengths), ("prior", self.prior))}
+        kind = {
+            name: None if values is None else list(values)
+            for name, values in (("lengths", self.lengths), ("prior", self.prior))
+        }
         fitted = {"temperature": self.temperature, "bias": bias, "abstain_below": self.abstain_below}
         return {"score": self.score, **kind, **fitted, "key": key_of(prompts)}
 
     @classmethod
     def from_metadata(cls, metadata: dict[str, Any], prompts: Prompts) -> "Calibration":
-        """The calibration that is stored with a model, or none, with a note, where it does not belong to these texts and classes."""
+        """The calibration that is stored with a model, or none, with a note, where it does not belong to these texts
+        and classes."""
         stored = metadata.get("calibration")
         if stored is None:
             return cls()
         if not _is_whole(stored, len(prompts.class_names)):
-            note("the calibration in training_metadata.json is damaged: the probabilities are the model's own (temperature 1).")
+            note(
+                "the calibration in training_metadata.json is damaged: the probabilities are the model's own (temperature 1)."
+            )
             return cls()
         if stored.get("key") != key_of(prompts):
             note(
@@ -111,7 +125,9 @@ class Calibration:
                 "probabilities are the model's own (temperature 1), and it abstains from nothing."
             )
             return cls()
-        vectors = {name: None if stored.get(name) is None else tuple(stored[name]) for name in ("bias", "lengths", "prior")}
+        vectors = {
+            name: None if stored.get(name) is None else tuple(stored[name]) for name in ("bias", "lengths", "prior")
+        }
         return cls(float(stored["temperature"]), abstain_below=stored.get("abstain_below"), **vectors)
 
 
@@ -127,8 +143,13 @@ def _is_whole(stored: Any, classes: int) -> bool:
 
     if not isinstance(stored, dict) or not is_number(stored.get("temperature")) or stored["temperature"] <= 0:
         return False
-    vectors = {name: stored[name] for name in ("bias", "lengths", "prior") if stored.get(name) is not None}  # older folders have no score
-    if not all(isinstance(values, list) and len(values) == classes and all(map(is_number, values)) for values in vectors.values()):
+    vectors = {
+        name: stored[name] for name in ("bias", "lengths", "prior") if stored.get(name) is not None
+    }  # older folders have no score
+    if not all(
+        isinstance(values, list) and len(values) == classes and all(map(is_number, values))
+        for values in vectors.values()
+    ):
         return False
     kinds = [name for name, key in (("mean", "lengths"), ("prior", "prior")) if key in vectors] or ["sum"]
     if kinds != [stored.get("score", "sum")] or min(vectors.get("lengths", [1])) < 1:
@@ -141,13 +162,14 @@ def _is_whole(stored: Any, classes: int) -> bool:
 
 
 def fit_calibration(scores: Tensor, labels: Sequence[int], method: str) -> tuple[Calibration, list[str]]:
-    """Fit a calibration to validation data by the mean negative log-likelihood (Guo et al. 2017, arXiv 1706.04599, section 4.2).
+    """Fit a calibration to validation data by the mean negative log-likelihood (Guo et al. 2017, arXiv 1706.04599,
+    section 4.2).
 
     Args:
         scores: (N, C); rows with NaN are left out. labels: (N,) class indices. method: temperature, bias or none.
 
     Returns:
-        the calibration, and what people should know about it. With less than 20 pictures there is none (temperature 1).
+        the calibration, and what people should know about it. With less than 20 images there is none (temperature 1).
     """
     if method == "none":
         return Calibration(), []
@@ -155,10 +177,14 @@ def fit_calibration(scores: Tensor, labels: Sequence[int], method: str) -> tuple
     values, truth = scores.detach().cpu().double().numpy(), np.asarray(labels)
     broken = np.isnan(values).any(axis=1)
     if broken.any():
-        remarks.append(f"{broken.sum()} of {len(broken)} validation pictures have NaN as a score and are left out of the calibration.")
+        remarks.append(
+            f"{broken.sum()} of {len(broken)} validation images have NaN as a score and are left out of the calibration."
+        )
         values, truth = values[~broken], truth[~broken]
-    if len(truth) < MIN_PICTURES:
-        remarks.append(f"{len(truth)} validation pictures are fewer than {MIN_PICTURES}: not calibrated, the temperature is 1.")
+    if len(truth) < MIN_IMAGES:
+        remarks.append(
+            f"{len(truth)} validation images are fewer than {MIN_IMAGES}: not calibrated, the temperature is 1."
+        )
         return Calibration(), remarks
     values = np.maximum(values - values.max(axis=1, keepdims=True), LOWEST_SCORE)
     temperature, remark = fit_temperature(values, truth)
@@ -174,9 +200,10 @@ def fit_calibration(scores: Tensor, labels: Sequence[int], method: str) -> tuple
 def fit_temperature(scores: np.ndarray, labels: np.ndarray) -> tuple[float, str | None]:
     """The temperature with the smallest mean NLL, between 0.01 and 100, and a remark where that is no inner minimum.
 
-    The NLL is convex in 1 / temperature, so the root of its slope is the minimum. Where no picture is wrong the slope has no root: the
-    colder the better, without end. Then probabilities are sharpened at most until their mean confidence is (N + 1) / (N + 2), what
-    Laplace's rule of succession expects of the next picture after N right ones, and never flattened.
+    The NLL is convex in 1 / temperature, so the root of its slope is the minimum. Where no image is wrong the slope has
+    no root: the colder the better, without end. Then probabilities are sharpened at most until their mean confidence is
+    (N + 1) / (N + 2), what Laplace's rule of succession expects of the next image after N right ones, and never
+    flattened.
 
     Args:
         scores: (N, C) finite. labels: (N,).
@@ -199,7 +226,7 @@ def fit_temperature(scores: np.ndarray, labels: np.ndarray) -> tuple[float, str 
             coldest = 1 / COLDEST
             inverse = coldest if confidence(coldest) <= most else brentq(lambda x: confidence(x) - most, 1.0, coldest)
         return 1 / inverse, (
-            f"no validation picture is wrong, so that a fit would know no end: the temperature is bounded to {1 / inverse:.3g}, "
+            f"no validation image is wrong, so that a fit would know no end: the temperature is bounded to {1 / inverse:.3g}, "
             f"where the mean confidence is {confidence(inverse):.4f}."
         )
     hottest, coldest = slope(1 / HOTTEST), slope(1 / COLDEST)
@@ -211,8 +238,9 @@ def fit_temperature(scores: np.ndarray, labels: np.ndarray) -> tuple[float, str 
 
 
 def fit_bias(scores: np.ndarray, labels: np.ndarray, temperature: float) -> tuple[float, np.ndarray]:
-    """Temperature and (C,) biases with the smallest NLL, under normal priors of width 1: on each bias, and on the change of 1 / temperature
-    relative to the given one. So a class with few pictures keeps a bias near 0, and nothing grows without end.
+    """Temperature and (C,) biases with the smallest NLL, under normal priors of width 1: on each bias, and on the
+    change of 1 / temperature relative to the given one. So a class with few images keeps a bias near 0, and nothing
+    grows without end.
 
     Unlike a temperature, biases may change which class is the most probable.
     """
@@ -229,7 +257,14 @@ def fit_bias(scores: np.ndarray, labels: np.ndarray, temperature: float) -> tupl
         return value, gradient + parameters / count
 
     bounds = [(-0.99, None)] + [(None, None)] * classes
-    found = minimize(objective, np.zeros(1 + classes), jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 500, "gtol": 1e-8})
+    found = minimize(
+        objective,
+        np.zeros(1 + classes),
+        jac=True,
+        method="L-BFGS-B",
+        bounds=bounds,
+        options={"maxiter": 500, "gtol": 1e-8},
+    )
     return float(temperature / (1 + found.x[0])), found.x[1:]
 
 
@@ -237,16 +272,17 @@ def fit_bias(scores: np.ndarray, labels: np.ndarray, temperature: float) -> tupl
 
 
 def coverage_and_accuracy(confidence: np.ndarray, correct: np.ndarray, threshold: float) -> dict[str, float | None]:
-    """Share of the pictures that get an answer, and the share of right ones among these (None where there are none)."""
+    """Share of the images that get an answer, and the share of right ones among these (None where there are none)."""
     kept = confidence >= threshold
     return {"coverage": float(kept.mean()), "accuracy": float(correct[kept].mean()) if kept.any() else None}
 
 
 def pick_threshold(confidence: np.ndarray, correct: np.ndarray, target: float) -> float | None:
-    """The threshold that keeps the most pictures with a precision of at least `target` among the kept, or None where none does.
+    """The threshold that keeps the most images with a precision of at least `target` among the kept, or None where none
+    does.
 
-    Of the equal ones it is the middle between the last confidence kept and the next one, so that rounding does not move a picture
-    across; 0 where everything is kept.
+    Of the equal ones it is the middle between the last confidence kept and the next one, so that rounding does not move
+    an image across; 0 where everything is kept.
 
     Args:
         confidence: (N,) probability of the prediction. correct: (N,) bool. target: 0 to 1.

@@ -1,10 +1,11 @@
 """One module, three uses: the loss, the probability of every class, the text. The only owner of the forward pass.
 
-B = batch, P = prefix tokens, L = row tokens (picture and question, when training the response too), K = P + L,
+B = batch, P = prefix tokens, L = row tokens (image and question, when training the response too), K = P + L,
 C = classes, D = width.
 
-The prefix (instructions, class list) stands before the picture and is the same for every sample. Causal attention means that its
-keys and values do not depend on the picture: it is run once, with gradients, and only the rows are run per sample.
+The prefix (instructions, class list) stands before the image and is the same for every sample. Causal attention means
+that its keys and values do not depend on the image: it is run once, with gradients, and only the rows are run per
+sample.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,9 +20,9 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from vlm.classifier import plain
 from vlm.classifier.batching import vlm_collate_fn
 from vlm.classifier.calibration import Calibration
-from vlm.classifier import plain
 from vlm.classifier.label_tree import LabelTree, Search, build_label_tree
 from vlm.classifier.objective import Objective
 from vlm.classifier.prefix import KeysAndValues, Recorded, StepPrefix, expand, in_front
@@ -35,13 +36,14 @@ from vlm.conversation.prompts import Prompts
 from vlm.data.splits import Sample
 from vlm.families.base import Family
 
-# Largest difference between shared and plain forward of the log-probability of a response: float32, and formats of half the size.
+# Largest difference between shared and plain forward of the log-probability of a response: float32, and formats of half
+# the size.
 CHECK_TOLERANCE, HALF_TOLERANCE = 1e-3, 0.5
 
 
 class LossOutput(NamedTuple):
-    """loss: scalar, the summed loss of the response tokens. tokens: how many there are. posterior: scalar, the summed loss of the classes,
-    where it is trained (see vlm/classifier/objective.py).
+    """loss: scalar, the summed loss of the response tokens. tokens: how many there are. posterior: scalar, the summed
+    loss of the classes, where it is trained (see vlm/classifier/objective.py).
     """
 
     loss: Tensor
@@ -50,8 +52,8 @@ class LossOutput(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """scores: (B, C) log-probability of each response. unexplored: (B,) how much the probability of any class can be wrong at most.
-    openings: (B,) log-probability of the tokens that all responses begin with."""
+    """scores: (B, C) log-probability of each response. unexplored: (B,) how much the probability of any class can be
+    wrong at most. openings: (B,) log-probability of the tokens that all responses begin with."""
 
     scores: Tensor
     unexplored: Tensor
@@ -62,9 +64,10 @@ class Scored(NamedTuple):
 class Reading:
     """Prompts that were read: what scoring and writing go on from.
 
-    cache: keys and values of the K tokens: prompt, and the O tokens that all responses begin with. seen: (B, K) bool, True at the
-    prompt; seen_opening: True at those O too. states: (B, 1 + O, D) hidden states of the last prompt token and of those O.
-    next_position: (B,) position of the first token behind the prompt. A model without a shared prefix has the batch itself instead.
+    cache: keys and values of the K tokens: prompt, and the O tokens that all responses begin with. seen: (B, K) bool,
+    True at the prompt; seen_opening: True at those O too. states: (B, 1 + O, D) hidden states of the last prompt token
+    and of those O. next_position: (B,) position of the first token behind the prompt. A model without a shared prefix
+    has the batch itself instead.
     """
 
     cache: Cache | None = None
@@ -95,11 +98,15 @@ class VLMClassifier(nn.Module):
         try:
             self.tree: LabelTree = build_label_tree(self.rendered.scored_ids)
         except ValueError as error:
-            raise UsageError(f"the responses do not tell the classes apart ({error}): give every class a name of its own.") from error
-        self.feature_cache: Any = None  # a `FeatureCache` while training with a frozen vision tower
+            raise UsageError(
+                f"the responses do not tell the classes apart ({error}): give every class a name of its own."
+            ) from error
+        self.feature_cache: Any = None  # a `FeatureCache` while training with a frozen vision encoder
         self.inference_cache: Any = None  # the one that `predict_batch` has opened
         self.objective = Objective(RESPONSE, self.tree, len(self.rendered.opening_ids))  # what the training minimizes
-        self.calibration = Calibration()  # what makes probabilities of the scores; fitted after training, and loaded with a model
+        self.calibration = (
+            Calibration()
+        )  # what makes probabilities of the scores; fitted after training, and loaded with a model
         self._kept_prefix: Cache | None = None
         self._step_prefix: StepPrefix | None = None
         self._prefix_ids = torch.tensor([self.rendered.prefix_ids])
@@ -108,8 +115,8 @@ class VLMClassifier(nn.Module):
 
     def _check_shared_prefix(self) -> None:
         """Hold the shared prefix and the label tree against the plain forward; where they differ, do without them."""
-        picture = Image.effect_noise((64, 48), 80).convert("RGB")
-        batch = send_to_device(self.collate(with_response=False)([Sample(picture, 0, "a picture of noise")]), self.device)
+        image = Image.effect_noise((64, 48), 80).convert("RGB")
+        batch = send_to_device(self.collate(with_response=False)([Sample(image, 0, "an image of noise")]), self.device)
         some = range(min(3, len(self.class_names)))
         try:
             with evaluation_mode(self):
@@ -119,7 +126,9 @@ class VLMClassifier(nn.Module):
         except Exception as error:
             worst, reason = float("inf"), f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         if not worst <= (CHECK_TOLERANCE if self.model.dtype in (torch.float32, torch.float64) else HALF_TOLERANCE):
-            note(f"the shared prefix does not fit this model ({reason}): falling back to the plain forward, which is slower and as exact.")
+            note(
+                f"the shared prefix does not fit this model ({reason}): falling back to the plain forward, which is slower and as exact."
+            )
             self.family.shares_prefix = False
             self.rendered = self.family.render(self.prompts)
             self._prefix_ids = torch.tensor([self.rendered.prefix_ids])
@@ -137,7 +146,7 @@ class VLMClassifier(nn.Module):
         return super().train(mode)
 
     def collate(self, with_response: bool, cache: Any = None) -> Callable[[Sequence[Sample]], dict[str, Any]]:
-        """`vlm_collate_fn` for this model's pictures and conversation, for a loader with any number of processes.
+        """`vlm_collate_fn` for this model's images and conversation, for a loader with any number of processes.
 
         Args:
             cache: a `FeatureCache` in the place of `feature_cache`.
@@ -152,8 +161,9 @@ class VLMClassifier(nn.Module):
 
         Args:
             batch: made with responses where they are trained.
-            first, last: whether the batch is the first, or the last, of an optimizer step. The prefix is run with the first; its gradients
-                come with the backward pass of the last, which has to come after those of the others.
+            first, last: whether the batch is the first, or the last, of an optimizer step. The prefix is run with the
+                first; its gradients come with the backward pass of the last, which has to come after those of the
+                others.
         """
         if not self.family.shares_prefix:
             return self._plain_losses(batch)
@@ -164,8 +174,16 @@ class VLMClassifier(nn.Module):
         states = hidden[:, :length].flatten(0, 1)[batch["predicting"]]
         targets = batch["targets"].flatten()[batch["predicting"] + 1]
         labels = batch["labels"][batch["predicting"] // length]
-        loss = objective.of_tokens(self.family.logits(states), targets, labels) if objective.has_response else hidden.new_zeros(())
-        posterior = objective.of_classes(rows.scores(self.family, hidden, branching), batch["labels"]) if objective.has_posterior else None
+        loss = (
+            objective.of_tokens(self.family.logits(states), targets, labels)
+            if objective.has_response
+            else hidden.new_zeros(())
+        )
+        posterior = (
+            objective.of_classes(rows.scores(self.family, hidden, branching), batch["labels"])
+            if objective.has_posterior
+            else None
+        )
         return LossOutput(loss, len(targets), posterior)
 
     def _plain_losses(self, batch: dict[str, Any]) -> LossOutput:
@@ -191,15 +209,18 @@ class VLMClassifier(nn.Module):
         """(B, L, D) hidden states of the rows behind what is in the cache, and (B,) the position that follows each row.
 
         Args:
-            nodes: the label tree, whose nodes are to be run with the rows; there are as many more states then. branching: see there.
+            nodes: the label tree, whose nodes are to be run with the rows; there are as many more states then.
+                branching: see there.
         """
         ids = batch["input_ids"]
         embeddings = self.family.embed(ids)
-        if batch["pixels"]:  # else a conversation without a picture
-            features = self.family.picture_features(batch["pixels"]).to(embeddings.dtype)
-            if len(batch["picture_places"]) != len(features):
-                raise RuntimeError(f"{len(batch['picture_places'])} picture tokens in the text, {len(features)} picture features")
-            embeddings = embeddings.flatten(0, 1).index_copy(0, batch["picture_places"], features).unflatten(0, ids.shape)
+        if batch["pixels"]:  # else a conversation without an image
+            features = self.family.image_features(batch["pixels"]).to(embeddings.dtype)
+            if len(batch["image_places"]) != len(features):
+                raise RuntimeError(
+                    f"{len(batch['image_places'])} image tokens in the text, {len(features)} image features"
+                )
+            embeddings = embeddings.flatten(0, 1).index_copy(0, batch["image_places"], features).unflatten(0, ids.shape)
         start = len(self.rendered.prefix_ids)
         positions, ends = self.family.positions(start, batch)
         if nodes is None:
@@ -224,7 +245,8 @@ class VLMClassifier(nn.Module):
 
     @torch.no_grad()
     def read(self, batch: dict[str, Any]) -> Reading:
-        """Read prefix, pictures, questions and what all responses begin with, of a batch made with `with_response=False`."""
+        """Read prefix, images, questions and what all responses begin with, of a batch made with
+        `with_response=False`."""
         if not self.family.shares_prefix:
             return Reading(batch=batch)
         cache = expand(self._prefix(), len(batch["input_ids"]))
@@ -248,7 +270,8 @@ class VLMClassifier(nn.Module):
 
     @torch.no_grad()
     def score(self, reading: Reading) -> Tensor:
-        """(B, C) exact log-probability of each class's scored text (see vlm/conversation/responses.py), by a visit of the whole label tree."""
+        """(B, C) exact log-probability of each class's scored text (see vlm/conversation/responses.py), by a visit of
+        the whole label tree."""
         return self.search(reading, tolerance=0.0).scores
 
     @torch.no_grad()
@@ -259,12 +282,13 @@ class VLMClassifier(nn.Module):
         labels: Sequence[int] | None = None,
         proven: int = PROVEN,
     ) -> Scored:
-        """Log-probabilities of the scored texts, the most probable branches of the label tree first (see `label_tree.Search`).
+        """Log-probabilities of the scored texts, the most probable branches of the label tree first (see
+        `label_tree.Search`).
 
         Args:
-            tolerance, proven: see `label_tree.Search`; the probabilities are meant after `calibration` and, where that is a temperature
-                of the sums alone, as they are, too.
-            labels: of each picture a class whose log-probability has to be exact.
+            tolerance, proven: see `label_tree.Search`; the probabilities are meant after `calibration` and, where that
+                is a temperature of the sums alone, as they are, too.
+            labels: of each image a class whose log-probability has to be exact.
         """
         if reading.batch is not None:
             scores = plain.score(self, reading.batch)
@@ -278,7 +302,9 @@ class VLMClassifier(nn.Module):
         scores = np.stack([search.class_log_probabilities() for search in searches])
         kind = torch.promote_types(reading.states.dtype, torch.float32)
         openings = torch.tensor([search.opening for search in searches], dtype=torch.float64)
-        return Scored(torch.from_numpy(scores).to(kind), torch.tensor([search.unexplored for search in searches]), openings)
+        return Scored(
+            torch.from_numpy(scores).to(kind), torch.tensor([search.unexplored for search in searches]), openings
+        )
 
     @torch.no_grad()
     def write(self, reading: Reading, max_new_tokens: int | None = None) -> list[str]:

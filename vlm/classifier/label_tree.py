@@ -3,11 +3,13 @@
 This file knows no model. T = nodes, C = classes.
 
 A node is one token after one history. The log-probability of a class is the sum over the nodes of its path, each node's
-token being predicted by its parent (by the end of the prompt for the first one). Every response ends in the end-of-turn token, so
-that no response is the beginning of another: "cat" and "catfish" are two leaves. Leaves predict nothing and are never run.
+token being predicted by its parent (by the end of the prompt for the first one). Every response ends in the end-of-turn
+token, so that no response is the beginning of another: "cat" and "catfish" are two leaves. Leaves predict nothing and
+are never run.
 
-Log-probability only falls along a branch. So the classes below a node that was not visited have, together, no more probability than the
-node itself: a search that takes the most probable nodes first knows at any time how much it can be wrong at most, and may stop.
+Log-probability only falls along a branch. So the classes below a node that was not visited have, together, no more
+probability than the node itself: a search that takes the most probable nodes first knows at any time how much it can be
+wrong at most, and may stop.
 """
 
 from collections.abc import Sequence
@@ -84,7 +86,8 @@ class LabelTree:
         return found
 
     def sees(self, nodes: np.ndarray, others: np.ndarray) -> np.ndarray:
-        """(..., N, M) bool: whether each of `nodes` (..., N) is one of `others` (..., M) or comes below it; -1 is no node."""
+        """(..., N, M) bool: whether each of `nodes` (..., N) is one of `others` (..., M) or comes below it; -1 is no
+        node."""
         nodes, others = nodes[..., :, None], others[..., None, :]
         return (others >= 0) & (others <= nodes) & (nodes < self.ends[others])
 
@@ -108,7 +111,9 @@ def build_label_tree(responses: Sequence[Sequence[int]]) -> LabelTree:
     Raises:
         ValueError: an empty response, or one that equals or begins another.
     """
-    order = sorted(range(len(responses)), key=lambda c: list(responses[c]))  # neighbors share the most: depth first falls out
+    order = sorted(
+        range(len(responses)), key=lambda c: list(responses[c])
+    )  # neighbors share the most: depth first falls out
     tokens: list[int] = []
     parents: list[int] = []
     depths: list[int] = []
@@ -143,15 +148,17 @@ def _finish(tokens: list[int], parents: list[int], depths: list[int], leaves: np
 
 
 class Search:
-    """The best-first search of the tree for one picture.
+    """The best-first search of the tree for one image.
 
     Args:
-        tolerance: stop when the classes that were not visited have, together, no more than this share of the probability; 0 visits all.
-        temperature, bias: what the log-probabilities behind the opening are divided by, and what is added then, each one number or (C,),
-            before they are compared: the tolerance is meant for the probabilities that come out (see `Calibration.weighting`).
+        tolerance: stop when the classes that were not visited have, together, no more than this share of the
+            probability; 0 visits all.
+        temperature, bias: what the log-probabilities behind the opening are divided by, and what is added then, each
+            one number or (C,), before they are compared: the tolerance is meant for the probabilities that come out
+            (see `Calibration.weighting`).
         label: a class that is visited whatever its probability.
-        proven: so many of the most probable classes have to be known to be these, however improbable. Those with more than the tolerance
-            are in any case: they were visited, and what was not visited has less.
+        proven: so many of the most probable classes have to be known to be these, however improbable. Those with more
+            than the tolerance are in any case: they were visited, and what was not visited has less.
     """
 
     def __init__(
@@ -197,11 +204,13 @@ class Search:
             self.open[node] = self._bound(node)
 
     def _bound(self, node: int) -> float:
-        """Logarithm of the largest weight, exp(log-probability / temperature + bias), that the classes below a node can have together.
+        """Logarithm of the largest weight, exp(log-probability / temperature + bias), that the classes below a node can
+        have together.
 
-        Behind the opening, their probabilities p add up to no more than that of the node, P. None is above 1, so p ** (1 / temperature)
-        is largest with the highest temperature below, t. With 1 / t = a < 1, the sum of p ** a * exp(bias) is at most, by Hoelder's
-        inequality, P ** a * (sum of exp(bias / (1 - a))) ** (1 - a), which is reached; with a >= 1 one class has all at best.
+        Behind the opening, their probabilities p add up to no more than that of the node, P. None is above 1, so p **
+        (1 / temperature) is largest with the highest temperature below, t. With 1 / t = a < 1, the sum of p ** a *
+        exp(bias) is at most, by Hoelder's inequality, P ** a * (sum of exp(bias / (1 - a))) ** (1 - a), which is
+        reached; with a >= 1 one class has all at best.
         """
         classes = self.tree.classes_below(node)
         share, bias = 1 / self.temperature[classes].max(), self.bias[classes]
@@ -216,7 +225,8 @@ class Search:
 
     @property
     def unexplored(self) -> float:
-        """How much any probability can be wrong at most: the share of all weight that the classes not visited may have."""
+        """How much any probability can be wrong at most: the share of all weight that the classes not visited may
+        have."""
         if not self.open:
             return 0.0
         with np.errstate(invalid="ignore"):  # a model whose numbers have overflowed gives NaN, which the metrics refuse
@@ -263,7 +273,8 @@ class Search:
         return [*required, *(node for node in ranked if node not in required)]
 
     def class_log_probabilities(self) -> np.ndarray:
-        """(C,) log-probability of each response. Classes not visited share the most that their branch can have equally."""
+        """(C,) log-probability of each response. Classes not visited share the most that their branch can have
+        equally."""
         result = self.reached[self.tree.leaves].copy()
         for node in self.open:
             classes = self.tree.classes_below(node)

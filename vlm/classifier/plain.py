@@ -1,6 +1,8 @@
-"""The plain full forward: for a model whose parts the shared prefix does not fit, and to check that it does. Exact, and slow.
+"""The plain full forward: for a model whose parts the shared prefix does not fit, and to check that it does. Exact, and
+slow.
 
-B = batch, K = tokens of a whole sequence, V = vocabulary, C = classes. Here the rows of a batch are whole sequences: prefix included.
+B = batch, K = tokens of a whole sequence, V = vocabulary, C = classes. Here the rows of a batch are whole sequences:
+prefix included.
 """
 
 from typing import Any
@@ -46,7 +48,9 @@ def loss(classifier: Any, batch: dict[str, Any]) -> tuple[Tensor, int]:
     for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
         end = len(row)
         targets = torch.tensor(row[end - count :], device=logits.device)
-        total = total + classifier.objective.of_tokens(logits[i, end - count - 1 : end - 1], targets, batch["labels"][i].expand(count))
+        total = total + classifier.objective.of_tokens(
+            logits[i, end - count - 1 : end - 1], targets, batch["labels"][i].expand(count)
+        )
     return total, sum(counts)
 
 
@@ -54,7 +58,9 @@ def log_probabilities(logits: Tensor, row: list[int], count: int) -> Tensor:
     """Log-probability of the last `count` tokens of a row, from its (K, V) logits."""
     end = len(row)
     predicted = logits[end - count - 1 : end - 1].log_softmax(-1)
-    return predicted.gather(1, torch.tensor(row[end - count :], dtype=torch.long, device=logits.device).unsqueeze(1)).sum()
+    return predicted.gather(
+        1, torch.tensor(row[end - count :], dtype=torch.long, device=logits.device).unsqueeze(1)
+    ).sum()
 
 
 @torch.no_grad()
@@ -79,16 +85,20 @@ def scores_in_training(classifier: Any, batch: dict[str, Any]) -> Tensor:
     """(B, C) the scores that the objective is about, with gradients, of a batch made with or without responses."""
     prompts = whole_rows(classifier, batch, "prompts")
     counts = (batch["targets"] != IGNORED).sum(1)
-    begun = (counts - (batch["lengths"] - batch["prompts"])).clamp(min=0).tolist()  # of a response whose answer comes last
+    begun = (
+        (counts - (batch["lengths"] - batch["prompts"])).clamp(min=0).tolist()
+    )  # of a response whose answer comes last
     responses = classifier.rendered.scored_ids
     if classifier.objective.has_response:  # see vlm/classifier/objective.py
         responses = [ids[:count] for ids, count in zip(responses, classifier.tree.parted, strict=True)]
     return scores(classifier, prompts, begun, responses, batch["pixels"])
 
 
-def scores(classifier: Any, prompts: list[list[int]], begun: list[int], responses: list[list[int]], pixels: dict[str, Tensor]) -> Tensor:
-    """(B, number of responses) log-probability of each response behind each prompt. Those that differ in their last token alone take one
-    forward.
+def scores(
+    classifier: Any, prompts: list[list[int]], begun: list[int], responses: list[list[int]], pixels: dict[str, Tensor]
+) -> Tensor:
+    """(B, number of responses) log-probability of each response behind each prompt. Those that differ in their last
+    token alone take one forward.
 
     Args:
         begun: how many tokens at the end of each prompt are the response already.
@@ -101,7 +111,10 @@ def scores(classifier: Any, prompts: list[list[int]], begun: list[int], response
         rows = [prompt + list(stem) for prompt in prompts]
         logits = run(classifier, rows, [count + len(stem) for count in begun], pixels)
         last = torch.tensor([responses[number][-1] for number in numbers], device=logits.device)
-        found = [log_probabilities(logits[i], row, len(stem)) + logits[i, len(row) - 1].log_softmax(-1)[last] for i, row in enumerate(rows)]
+        found = [
+            log_probabilities(logits[i], row, len(stem)) + logits[i, len(row) - 1].log_softmax(-1)[last]
+            for i, row in enumerate(rows)
+        ]
         columns |= dict(zip(numbers, torch.stack(found).unbind(1), strict=True))
     return torch.stack([columns[number] for number in range(len(responses))], dim=1)
 

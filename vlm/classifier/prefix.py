@@ -22,7 +22,8 @@ class Recorded(DynamicLayer):
 
 
 class InFront(DynamicLayer):
-    """A layer with the prefix, which is put in front of what it is given. It remembers nothing, so it may be run again."""
+    """A layer with the prefix, which is put in front of what it is given. It remembers nothing, so it may be run
+    again."""
 
     def __init__(self, keys: Tensor, values: Tensor):
         super().__init__()
@@ -30,7 +31,10 @@ class InFront(DynamicLayer):
 
     def update(self, keys: Tensor, values: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         count = len(keys)
-        whole = [torch.cat([own.expand(count, -1, -1, -1), new], dim=-2) for own, new in ((self.keys, keys), (self.values, values))]
+        whole = [
+            torch.cat([own.expand(count, -1, -1, -1), new], dim=-2)
+            for own, new in ((self.keys, keys), (self.values, values))
+        ]
         return whole[0], whole[1]
 
 
@@ -56,8 +60,8 @@ class StepPrefix:
     """The prefix of one optimizer step of several batches: run once, its gradient collected over the batches.
 
     Each batch but the last goes through `leaves`, where the gradients add up. The last goes through the keys and values
-    themselves, and what was collected joins its gradient on the way back: one backward pass through the prefix for all batches,
-    which with several processes is also the one in which they exchange gradients.
+    themselves, and what was collected joins its gradient on the way back: one backward pass through the prefix for all
+    batches, which with several processes is also the one in which they exchange gradients.
     """
 
     def __init__(self, prefix: KeysAndValues):
@@ -67,10 +71,14 @@ class StepPrefix:
 
     def for_batch(self) -> KeysAndValues:
         """What a batch that is not the last puts in front of its rows."""
-        return [tuple(leaf.to(own.dtype) for leaf, own in zip(*pairs, strict=True)) for pairs in zip(self.leaves, self.prefix, strict=True)]
+        return [
+            tuple(leaf.to(own.dtype) for leaf, own in zip(*pairs, strict=True))
+            for pairs in zip(self.leaves, self.prefix, strict=True)
+        ]
 
     def for_last_batch(self) -> KeysAndValues:
-        """What the last batch puts in front; its backward pass goes through the prefix, with the gradients of all batches."""
+        """What the last batch puts in front; its backward pass goes through the prefix, with the gradients of all
+        batches."""
         for own, leaf in self._pairs():
             if own.requires_grad and leaf.grad is not None:
                 own.register_hook(lambda gradient, leaf=leaf: gradient + leaf.grad.to(gradient.dtype))

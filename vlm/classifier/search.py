@@ -1,7 +1,7 @@
 """The label tree run through a model: the nodes that the searches of a batch ask for, in passes of bounded size.
 
-B = pictures whose search goes on, N = nodes of one pass, A = nodes of earlier passes that are still in the cache, K = tokens of prompt and
-opening, R = nodes of a pass over all pictures, D = width, V = vocabulary.
+B = images whose search goes on, N = nodes of one pass, A = nodes of earlier passes that are still in the cache, K =
+tokens of prompt and opening, R = nodes of a pass over all images, D = width, V = vocabulary.
 """
 
 import itertools
@@ -17,9 +17,11 @@ from vlm.classifier.prefix import expand
 
 TOLERANCE = 1e-4  # how much a probability may be wrong at most
 PROVEN = 1  # the prediction; of the others those with more than the tolerance are proven anyway
-NODES_AT_ONCE = 2048  # of all pictures in one pass
-PASS_COST = 80  # nodes on a CPU: what a pass costs beside its nodes (docs/experiments.md); elsewhere far more, so NODES_AT_ONCE
-NODES_KEPT = 4096  # of all pictures, between passes; above, those that no open branch goes through are dropped
+NODES_AT_ONCE = 2048  # of all images in one pass
+PASS_COST = (
+    80  # nodes on a CPU: what a pass costs beside its nodes (docs/experiments.md); elsewhere far more, so NODES_AT_ONCE
+)
+NODES_KEPT = 4096  # of all images, between passes; above, those that no open branch goes through are dropped
 LOGITS_AT_ONCE = 2**25  # elements of one block of logits: 128 MiB in float32
 
 
@@ -27,19 +29,19 @@ def run_searches(classifier: Any, reading: Any, searches: Sequence[Search]) -> N
     """Run all searches to their end.
 
     Args:
-        classifier: a `VLMClassifier`; reading: what its `read` returned, left as it is. searches: one a picture.
+        classifier: a `VLMClassifier`; reading: what its `read` returned, left as it is. searches: one an image.
     """
     _record_opening(classifier, reading, searches)
     state = _State(classifier, reading)
     for number in itertools.count(1):
-        room = max(1, NODES_AT_ONCE // max(1, len(state.pictures)))
-        chosen = [searches[picture].next(room) for picture in state.pictures]
+        room = max(1, NODES_AT_ONCE // max(1, len(state.images)))
+        chosen = [searches[image].next(room) for image in state.images]
         going_on = [i for i, segments in enumerate(chosen) if segments]
         if not going_on:
             return
         if len(going_on) < len(chosen):
-            state.keep_pictures(going_on)
-        active = [searches[picture] for picture in state.pictures]
+            state.keep_images(going_on)
+        active = [searches[image] for image in state.images]
         segments = [chosen[i] for i in going_on]
         if _all_at_once(active, segments, room, number * _pass_cost(reading.states.device)):
             segments = [search.rest() for search in active]
@@ -56,15 +58,18 @@ def _pass_cost(device: torch.device) -> int:
     return PASS_COST if device.type == "cpu" else NODES_AT_ONCE
 
 
-def _all_at_once(searches: Sequence[Search], segments: Sequence[Sequence[Sequence[int]]], room: int, spare: int) -> bool:
+def _all_at_once(
+    searches: Sequence[Search], segments: Sequence[Sequence[Sequence[int]]], room: int, spare: int
+) -> bool:
     """Whether to visit all that is left, in place of the segments that the searches want.
 
-    What is wanted may be enough, or more passes may have to follow; that is known only afterwards. So the nodes that a visit of all runs in
-    addition, over the batch with its padding, may cost as much as the passes up to and with this one cost beside their nodes. Whichever
-    of the two ways would have been the better one, about twice its cost is the most that is paid.
+    What is wanted may be enough, or more passes may have to follow; that is known only afterwards. So the nodes that a
+    visit of all runs in addition, over the batch with its padding, may cost as much as the passes up to and with this
+    one cost beside their nodes. Whichever of the two ways would have been the better one, about twice its cost is the
+    most that is paid.
 
     Args:
-        room: nodes a picture in one pass. spare: the fixed costs of these passes, in nodes.
+        room: nodes an image in one pass. spare: the fixed costs of these passes, in nodes.
     """
     whole = max(search.left for search in searches)
     wanted = max(sum(map(len, some)) for some in segments)
@@ -85,7 +90,7 @@ def _record(classifier: Any, searches: Sequence[Search], nodes: Sequence[Sequenc
     """Tell the searches the log-probabilities of all children of some nodes (-1: the prompt).
 
     Args:
-        nodes: for each picture. hidden: (B, N, D) their states, padded.
+        nodes: for each image. hidden: (B, N, D) their states, padded.
     """
     tree = classifier.tree
     rows = [(i, n) for i, some in enumerate(nodes) for n in range(len(some))]
@@ -97,11 +102,13 @@ def _record(classifier: Any, searches: Sequence[Search], nodes: Sequence[Sequenc
     for block in _blocks(len(rows), classifier.family.vocabulary):
         here = np.flatnonzero((row_of >= block.start) & (row_of < block.stop))
         logits = classifier.family.logits(states[block])
-        row, token = (torch.from_numpy(x).to(logits.device) for x in (row_of[here] - block.start, tree.tokens[flat[here]]))
+        row, token = (
+            torch.from_numpy(x).to(logits.device) for x in (row_of[here] - block.start, tree.tokens[flat[here]])
+        )
         values[here] = (logits[row, token] - logits.logsumexp(-1)[row]).double().cpu().numpy()
-    picture_of = np.array([i for i, _ in rows])[row_of]
+    image_of = np.array([i for i, _ in rows])[row_of]
     for i, search in enumerate(searches):
-        own = picture_of == i
+        own = image_of == i
         search.record(flat[own], values[own])
 
 
@@ -114,20 +121,20 @@ def _blocks(rows: int, vocabulary: int) -> Iterator[slice]:
 class _State:
     """The cache behind which nodes are run, and which node stands where in it.
 
-    pictures: (B) numbers of the pictures that it holds. nodes: (B, A) node of each token behind the prompt, -1 at padding.
+    images: (B) numbers of the images that it holds. nodes: (B, A) node of each token behind the prompt, -1 at padding.
     """
 
     def __init__(self, classifier: Any, reading: Any):
         self.family = classifier.family
         self.tree: LabelTree = classifier.tree
-        self.pictures = list(range(len(reading.states)))
-        self.cache = expand(reading.cache, len(self.pictures))
+        self.images = list(range(len(reading.states)))
+        self.cache = expand(reading.cache, len(self.images))
         self.seen = reading.seen_opening
         self.next_position = reading.next_position
-        self.nodes = np.empty((len(self.pictures), 0), dtype=int)
+        self.nodes = np.empty((len(self.images), 0), dtype=int)
 
     def run(self, nodes: Sequence[Sequence[int]]) -> Tensor:
-        """(B, N, D) states of nodes of each picture, whose ancestors are in the cache or among them."""
+        """(B, N, D) states of nodes of each image, whose ancestors are in the cache or among them."""
         new = _pad(nodes)
         tokens = np.where(new >= 0, self.tree.tokens[new], 0)
         depths = np.where(new >= 0, self.tree.depths[new], 0)
@@ -139,10 +146,10 @@ class _State:
         embeddings = self.family.embed(torch.from_numpy(tokens).to(device))
         return self.family.run_language(embeddings, positions, self.cache, allowed)
 
-    def keep_pictures(self, which: Sequence[int]) -> None:
-        """Go on with some of the pictures."""
+    def keep_images(self, which: Sequence[int]) -> None:
+        """Go on with some of the images."""
         index = torch.tensor(which, device=self.seen.device)
-        self.pictures = [self.pictures[i] for i in which]
+        self.images = [self.images[i] for i in which]
         self.nodes, self.seen, self.next_position = self.nodes[which], self.seen[index], self.next_position[index]
         for layer in self.cache.layers:
             layer.keys, layer.values = layer.keys[index], layer.values[index]

@@ -1,13 +1,14 @@
 """The label tree in the rows of a training batch: class log-probabilities with gradients, of all classes in one pass.
 
-Every row is made longer by inner nodes of the tree behind the tokens that all scored texts begin with. A node sees prefix, prompt,
-these tokens and its ancestors, by a mask; the row itself sees nothing of them.
+Every row is made longer by inner nodes of the tree behind the tokens that all scored texts begin with. A node sees
+prefix, prompt, these tokens and its ancestors, by a mask; the row itself sees nothing of them.
 
-Either all inner nodes are run, and a class has the log-probability of its whole scored text; or only those that several classes go through,
-and it has that of the text up to where no other class goes on alike: a few nodes instead of hundreds.
+Either all inner nodes are run, and a class has the log-probability of its whole scored text; or only those that several
+classes go through, and it has that of the text up to where no other class goes on alike: a few nodes instead of
+hundreds.
 
-B = batch, L = row tokens without nodes, P = prefix tokens, N = nodes that are run, T = nodes whose log-probability tells classes apart,
-C = classes, D = width, V = vocabulary.
+B = batch, L = row tokens without nodes, P = prefix tokens, N = nodes that are run, T = nodes whose log-probability
+tells classes apart, C = classes, D = width, V = vocabulary.
 """
 
 import numpy as np
@@ -32,7 +33,9 @@ class TreeRows(nn.Module):
         super().__init__()
         run = [node for node in tree.inner if node >= opening and (whole or len(tree.classes_below(node)) > 1)]
         run = np.array(run, dtype=int)
-        row_of = np.full(len(tree.tokens) + 1, 0)  # of the state that predicts a node's children; 0: that behind the opening
+        row_of = np.full(
+            len(tree.tokens) + 1, 0
+        )  # of the state that predicts a node's children; 0: that behind the opening
         row_of[run] = 1 + np.arange(len(run))
         nodes = np.arange(opening, len(tree.tokens))
         parents = tree.parents[nodes]
@@ -46,7 +49,9 @@ class TreeRows(nn.Module):
         self._keep("predicted", tree.tokens[apart][order])
         self._keep("predicting", predicting[order])
         self._keep("paths", self._paths(tree, place_of))
-        self._starts = np.searchsorted(predicting[order], np.arange(len(run) + 2)).tolist()  # first node that each state predicts
+        self._starts = np.searchsorted(
+            predicting[order], np.arange(len(run) + 2)
+        ).tolist()  # first node that each state predicts
 
     def _keep(self, name: str, values: np.ndarray) -> None:
         self.register_buffer(name, torch.from_numpy(values), persistent=False)
@@ -101,8 +106,11 @@ class TreeRows(nn.Module):
             stop = min(start + step, states.shape[1])
             nodes = slice(self._starts[start], self._starts[stop])
             arguments = family, states[:, start:stop], self.predicting[nodes] - start, self.predicted[nodes]
-            # Several blocks are there because all logits would be too many: then they are not kept for the backward pass either.
-            parts.append(checkpoint(_predicted, *arguments, use_reentrant=False) if len(blocks) > 1 else _predicted(*arguments))
+            # Several blocks are there because all logits would be too many: then they are not kept for the backward
+            # pass either.
+            parts.append(
+                checkpoint(_predicted, *arguments, use_reentrant=False) if len(blocks) > 1 else _predicted(*arguments)
+            )
         nothing = parts[0].new_zeros(len(hidden), 1)
         return torch.cat([*parts, nothing], dim=1)[:, self.paths].sum(-1)
 

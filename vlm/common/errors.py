@@ -18,11 +18,13 @@ class RunError(Exception):
 
 
 class Stopped(KeyboardInterrupt):
-    """The user stopped the run; the message says what is left of it. Exit code 130. No `except Exception` holds it up."""
+    """The user stopped the run; the message says what is left of it. Exit code 130. No `except Exception` holds it
+    up."""
 
 
 def reason(error: Exception) -> str:
-    """Why a file could not be read, in a few words: of an error of the system what it says, without its number and the file's name."""
+    """Why a file could not be read, in a few words: of an error of the system what it says, without its number and the
+    file's name."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror[:1].lower() + error.strerror[1:]
     return " ".join(str(error).split()) or type(error).__name__

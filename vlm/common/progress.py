@@ -46,7 +46,8 @@ def _stderr_is_terminal() -> bool:
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Write a file whole or not at all: yields a path beside it, which takes its place when the block ends without an error."""
+    """Write a file whole or not at all: yields a path beside it, which takes its place when the block ends without an
+    error."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -67,7 +68,9 @@ class Bar:
         enabled: False shows nothing.
     """
 
-    def __init__(self, total: int | None, description: str, unit: str = "pictures", initial: int = 0, enabled: bool = True) -> None:
+    def __init__(
+        self, total: int | None, description: str, unit: str = "images", initial: int = 0, enabled: bool = True
+    ) -> None:
         self.total, self.description, self.unit = total, description, unit
         self.initial = self.done = initial
         self._figures: dict[str, Any] = {}
@@ -77,11 +80,17 @@ class Bar:
         if self._open and _stderr_is_terminal():
             # leave=None: a bar within another one disappears when it is complete
             self._bar = tqdm(
-                total=total, desc=description, unit=f" {unit}", initial=initial, file=sys.stderr, dynamic_ncols=True, leave=None
+                total=total,
+                desc=description,
+                unit=f" {unit}",
+                initial=initial,
+                file=sys.stderr,
+                dynamic_ncols=True,
+                leave=None,
             )
 
     def update(self, n: int = 1, **figures: Any) -> None:
-        """Count `n` more. `figures`, such as loss=0.31, are shown until they are given anew."""
+        """Count `n` more. `figures`, such as loss=0.31, are shown until they are given again."""
         self.done += n
         self._figures |= figures
         if self._bar is not None:
@@ -124,7 +133,10 @@ class Bar:
         count = f"{self.done:,} {self.unit}"
         if self.total:
             count = f"{self.done:,}/{self.total:,} {self.unit} ({self.done / self.total:.0%})"
-        parts = [f"{self.description}: {count}", f"{rate:,.1f} {self.unit}/s" if rate >= 1 else f"{rate:.2g} {self.unit}/s"]
+        parts = [
+            f"{self.description}: {count}",
+            f"{rate:,.1f} {self.unit}/s" if rate >= 1 else f"{rate:.2g} {self.unit}/s",
+        ]
         if last:
             parts.append(f"took {tqdm.format_interval(elapsed)}")
         elif self.total and rate > 0:
@@ -132,13 +144,21 @@ class Bar:
         note(", ".join(parts + self._shown()))
 
     def _shown(self) -> list[str]:
-        return [f"{name}={value if isinstance(value, int | str) else format(value, '.3g')}" for name, value in self._figures.items()]
+        return [
+            f"{name}={value if isinstance(value, int | str) else format(value, '.3g')}"
+            for name, value in self._figures.items()
+        ]
 
 
 def progress(
-    iterable: Iterable[Item], total: int | None, description: str, unit: str = "pictures", count: Callable[[Item], int] = lambda item: 1
+    iterable: Iterable[Item],
+    total: int | None,
+    description: str,
+    unit: str = "images",
+    count: Callable[[Item], int] = lambda item: 1,
 ) -> Iterator[Item]:
-    """Go through `iterable` with a `Bar`. count: how many of the total an item is. To show figures, use `Bar` itself."""
+    """Go through `iterable` with a `Bar`. count: how many of the total an item is. To show figures, use `Bar`
+    itself."""
     with Bar(total, description, unit) as bar:
         for item in iterable:
             yield item
@@ -146,7 +166,8 @@ def progress(
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """The entries of a `log.jsonl`, oldest first; none if there is no such file. A line that a kill cut short is left out."""
+    """The entries of a `log.jsonl`, oldest first; none if there is no such file. A line that a kill cut short is left
+    out."""
     path = Path(path)
     if not path.exists():
         return []
@@ -175,7 +196,9 @@ class RunLog:
         UsageError: Weights & Biases cannot be used as it is set up.
     """
 
-    def __init__(self, folder: str | Path, use_wandb: bool, project: str, settings: dict[str, Any], resume: bool = False) -> None:
+    def __init__(
+        self, folder: str | Path, use_wandb: bool, project: str, settings: dict[str, Any], resume: bool = False
+    ) -> None:
         self.path = Path(folder) / LOG_NAME
         self._file, self._wandb = None, None
         if not is_main_process():
@@ -190,7 +213,8 @@ class RunLog:
             self._write({"kind": "wandb", "step": 0, "id": self._wandb.id})
 
     def log(self, kind: str, step: int, **figures: Any) -> None:
-        """Append one line: kind, step, time (seconds since 1970) and the figures; a figure that is not finite becomes null.
+        """Append one line: kind, step, time (seconds since 1970) and the figures; a figure that is not finite becomes
+        null.
 
         On W&B the figures are called kind/name, such as train/loss; `epoch` has no kind.
         """
@@ -198,7 +222,10 @@ class RunLog:
             return
         self._write({"kind": kind, "step": step, "time": round(time(), 3)} | figures)
         if self._wandb is not None:
-            named = {name if name == "epoch" else f"{kind}/{name}": _plain(value, float("nan")) for name, value in figures.items()}
+            named = {
+                name if name == "epoch" else f"{kind}/{name}": _plain(value, float("nan"))
+                for name, value in figures.items()
+            }
             self._try_wandb(lambda: self._wandb.log(named, step=step))
 
     def truncate_after(self, step: int) -> None:
@@ -229,7 +256,9 @@ class RunLog:
         if self._file is not None:
             self._file.close()
         with replacing(self.path) as path:
-            path.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries), encoding="utf-8")
+            path.write_text(
+                "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries), encoding="utf-8"
+            )
         self._file = self.path.open("a", encoding="utf-8")
 
     def _try_wandb(self, action: Any) -> None:
@@ -241,7 +270,8 @@ class RunLog:
 
 
 def _plain(value: Any, not_finite: float | None = None) -> Any:
-    """A value as JSON has it: what NumPy and torch have becomes Python's, and `not_finite` stands for NaN and infinity."""
+    """A value as JSON has it: what NumPy and torch have becomes Python's, and `not_finite` stands for NaN and
+    infinity."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, dict):
@@ -256,7 +286,9 @@ def _start_wandb(folder: Path, project: str, settings: dict[str, Any], run_id: s
     try:
         import wandb
     except ImportError as error:
-        raise UsageError(f"--use-wandb: wandb cannot be imported ({error}). Run `pip install wandb`, or leave out --use-wandb.") from error
+        raise UsageError(
+            f"--use-wandb: wandb cannot be imported ({error}). Run `pip install wandb`, or leave out --use-wandb."
+        ) from error
     known = {
         name: value
         for name, value in WANDB_SETTINGS.items()

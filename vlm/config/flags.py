@@ -13,7 +13,8 @@ UNRECOGNIZED = "unrecognized arguments: "  # how argparse begins what it says of
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in a line or two what is wrong with a command line, and which flag may have been meant; all flags are in `--help` alone."""
+    """Says in a line or two what is wrong with a command line, and which flag may have been meant; all flags are in
+    `--help` alone."""
 
     def error(self, message: str) -> NoReturn:
         hint = ""
@@ -28,7 +29,7 @@ def build_parser() -> Parser:
     """The parser of `train_vlm.py`, made from the fields of `Settings`."""
     parser = Parser(
         prog="train_vlm.py",
-        description="Train a small vision-language model to classify pictures.",
+        description="Train a small vision-language model to classify images.",
         epilog="Example: python train_vlm.py --demo",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,

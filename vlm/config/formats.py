@@ -28,8 +28,8 @@ def lay_out(response_format: str, reasoning: str, answer: str) -> str:
 def stated_format(template: str | None) -> str | None:
     """The format that a question template asks for, or None where it asks for none.
 
-    "Reasoning:", or a word like it, and "Answer:" state an order: the last ones that begin a line, else the first ones anywhere. "Answer:"
-    alone states that there is no reasoning, if no word of it is found at all but to exclude it.
+    "Reasoning:", or a word like it, and "Answer:" state an order: the last ones that begin a line, else the first ones
+    anywhere. "Answer:" alone states that there is no reasoning, if no word of it is found at all but to exclude it.
     """
     template = template or ""
     on_lines = [[found.start() for found in label.finditer(template)] for label in LABELED_LINES]
@@ -48,9 +48,11 @@ def choose_format(given: str | None, template: str | None) -> str:
 
 
 def reasoning_of(text: str) -> str:
-    """The reasoning alone, of a text that may be laid out as a response, whatever its format; white space around it is dropped.
+    """The reasoning alone, of a text that may be laid out as a response, whatever its format; white space around it is
+    dropped.
 
-    A "Reasoning:" at the beginning goes, and all lines from one that begins with "Answer:", or, where that is the first line, this line.
+    A "Reasoning:" at the beginning goes, and all lines from one that begins with "Answer:", or, where that is the first
+    line, this line.
     """
     text = text.strip()
     first = ANSWER_LINE.match(text)

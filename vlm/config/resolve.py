@@ -16,7 +16,7 @@ from vlm.config.settings import (
     DEFAULT_DATASET,
     DEFAULT_MODEL,
     DEMO_DEFAULTS,
-    PICTURES_PER_STEP,
+    IMAGES_PER_STEP,
     POSTERIOR,
     RESPONSE,
     TUNING_DEFAULTS,
@@ -82,7 +82,7 @@ def _check_same_run(given: dict[str, Any], saved: dict[str, Any]) -> None:
     if different:
         raise UsageError(
             f"--resume goes on with the settings of the interrupted run, but was given {', '.join(different)}. "
-            "Leave these out, or start anew with --overwrite."
+            "Leave these out, or start again with --overwrite."
         )
 
 
@@ -99,17 +99,18 @@ def _fill(settings: Settings) -> None:
     if settings.batch_size is not None and settings.batch_size >= 1:
         set_batch_size(settings, settings.batch_size)
     if settings.eval_batch_size is None:
-        settings.eval_batch_size = max(PICTURES_PER_STEP, settings.batch_size or 1)
+        settings.eval_batch_size = max(IMAGES_PER_STEP, settings.batch_size or 1)
     if not settings.demo:
         settings.model = settings.model or DEFAULT_MODEL
         settings.dataset = settings.dataset or DEFAULT_DATASET
 
 
 def set_batch_size(settings: Settings, batch_size: int) -> None:
-    """Fill in the batch size, and what follows from it. One that was not given is found when model and device are known (`vlm.machine.memory`)."""
+    """Fill in the batch size, and what follows from it. One that was not given is found when model and device are known
+    (`vlm.machine.memory`)."""
     settings.batch_size = batch_size
     if settings.gradient_accumulation_steps is None:
-        settings.gradient_accumulation_steps = math.ceil(PICTURES_PER_STEP / batch_size)
+        settings.gradient_accumulation_steps = math.ceil(IMAGES_PER_STEP / batch_size)
 
 
 def _from_file(name: str, value: Any) -> Any:
@@ -143,7 +144,9 @@ def _problems(s: Settings) -> list[str]:
     expect(number or s.image_size == AUTO, "image_size", "a number of pixels, or auto")
     for name in ("image_splitting", "max_pixels"):
         if number and getattr(s, name):
-            problems.append(f"--image-size and --{name.replace('_', '-')} exclude each other: both say how large pictures become.")
+            problems.append(
+                f"--image-size and --{name.replace('_', '-')} exclude each other: both say how large images become."
+            )
     expect((s.min_pixels or 0) <= (s.max_pixels or math.inf), "min_pixels", f"no more than --max-pixels {s.max_pixels}")
     for name in ("learning_rate", "connector_learning_rate", "lora_alpha", "save_minutes", "cache_size"):
         expect(0 < getattr(s, name) < math.inf, name, "a number above 0")
@@ -151,7 +154,11 @@ def _problems(s: Settings) -> list[str]:
         expect(0 <= getattr(s, name) < math.inf, name, "a number of at least 0")
     for name in ("validation_ratio", "test_ratio"):
         expect(0 < getattr(s, name) < 1, name, "a share between 0 and 1, such as 0.15")
-    expect(s.validation_ratio + s.test_ratio < 1, "validation_ratio", f"less than 1 together with --test-ratio {s.test_ratio}")
+    expect(
+        s.validation_ratio + s.test_ratio < 1,
+        "validation_ratio",
+        f"less than 1 together with --test-ratio {s.test_ratio}",
+    )
     expect(0 <= s.warmup_ratio < 1, "warmup_ratio", "a share of at least 0 and below 1")
     expect(0 <= s.label_smoothing < 1, "label_smoothing", "a share of at least 0 and below 1")
     expect(0 <= s.lora_dropout < 1, "lora_dropout", "a share of at least 0 and below 1")
@@ -171,23 +178,41 @@ def _contradictions(s: Settings) -> list[str]:
     """What cannot be asked for together."""
     problems = []
     if s.abstain_below is not None and s.target_precision is not None:
-        problems.append("--abstain-below and --target-precision exclude each other: a fixed threshold, or one picked on validation.")
+        problems.append(
+            "--abstain-below and --target-precision exclude each other: a fixed threshold, or one picked on validation."
+        )
     if s.demo and (s.model or s.dataset):
-        problems.append("--demo brings its own model and data set: leave out --model and --dataset, or leave out --demo.")
+        problems.append(
+            "--demo brings its own model and dataset: leave out --model and --dataset, or leave out --demo."
+        )
     if s.reasoning_column and s.response_format == "answer-only":
-        problems.append("--reasoning-column is for responses with a reasoning, not answer-only (--response-format, or --prompt-template).")
+        problems.append(
+            "--reasoning-column is for responses with a reasoning, not answer-only (--response-format, or --prompt-template)."
+        )
     if s.reasoning_column and s.objective == POSTERIOR:
-        problems.append("--objective posterior teaches the answer alone, and --reasoning-column a text: take --objective both.")
+        problems.append(
+            "--objective posterior teaches the answer alone, and --reasoning-column a text: take --objective both."
+        )
     if s.label_smoothing and s.objective == RESPONSE:
-        problems.append("--label-smoothing is about classes, and --objective response about tokens: take --objective posterior or both.")
+        problems.append(
+            "--label-smoothing is about classes, and --objective response about tokens: take --objective posterior or both."
+        )
     if s.load_in_4bit and s.load_in_8bit:
-        problems.append("--load-in-4bit and --load-in-8bit exclude each other: 4 bits need less memory, 8 are closer to the model.")
+        problems.append(
+            "--load-in-4bit and --load-in-8bit exclude each other: 4 bits need less memory, 8 are closer to the model."
+        )
     if s.freeze_connector and s.tune != "lora":
-        problems.append(f"--freeze-connector is for --tune lora, not {s.tune}, which trains the connector: leave it out.")
+        problems.append(
+            f"--freeze-connector is for --tune lora, not {s.tune}, which trains the connector: leave it out."
+        )
     if s.freeze_connector and s.connector_learning_rate != s.learning_rate:
-        problems.append("--connector-learning-rate and --freeze-connector exclude each other: a frozen connector is not trained.")
+        problems.append(
+            "--connector-learning-rate and --freeze-connector exclude each other: a frozen connector is not trained."
+        )
     if s.bits and s.tune != "lora":
-        problems.append(f"--load-in-{s.bits}bit is for --tune lora, not {s.tune}: quantized weights cannot be trained themselves.")
+        problems.append(
+            f"--load-in-{s.bits}bit is for --tune lora, not {s.tune}: quantized weights cannot be trained themselves."
+        )
     if s.resume and s.overwrite:
         problems.append("--resume and --overwrite exclude each other: go on with the earlier run, or delete it.")
     return problems

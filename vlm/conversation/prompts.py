@@ -15,7 +15,10 @@ from vlm.config.settings import Settings
 
 SYSTEM = "You are an expert in {task_description}. Every image belongs to exactly one of these classes: {classes}"
 QUESTION = "Please classify this image for the {task_description} task. Strictly use this format:\n"
-SHOWN_REASONING, SHOWN_ANSWER = "[what you see in the image]", "[one class name]"  # what the question shows of a response
+SHOWN_REASONING, SHOWN_ANSWER = (
+    "[what you see in the image]",
+    "[one class name]",
+)  # what the question shows of a response
 REASONING = "Looking at this image, I can see {description}. Based on the visual features, this appears to be {class}."
 DESCRIPTION = "features of {class}"
 CLOSING_PUNCTUATION = ".!?,;:"
@@ -25,10 +28,11 @@ CLOSING_PUNCTUATION = ".!?,;:"
 class Prompts:
     """Everything that is said to the model and everything it may answer.
 
-    system: text before the picture, the same for every sample. question: text after it. class_names and responses: one
-    entry a class, in the order of the labels. response_format: the order of reasoning and answer (see vlm/config/formats.py).
-    reasoning_tokens: the most that the model writes of a reasoning of its own, trained on texts of the data set; 0: there are none,
-    each class has one response. question_first: the question stands before the picture, where it is the same for every sample, too.
+    system: text before the image, the same for every sample. question: text after it. class_names and responses: one
+    entry a class, in the order of the labels. response_format: the order of reasoning and answer (see
+    vlm/config/formats.py). reasoning_tokens: the most that the model writes of a reasoning of its own, trained on texts
+    of the dataset; 0: there are none, each class has one response. question_first: the question stands before the
+    image, where it is the same for every sample, too.
     """
 
     system: str
@@ -40,9 +44,14 @@ class Prompts:
     question_first: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """A later field is left out where it has no part in the conversation: the digest of an older one stays as it was."""
+        """A later field is left out where it has no part in the conversation: the digest of an older one stays as it
+        was."""
         values = asdict(self)
-        return values if self.question_first else {name: value for name, value in values.items() if name != "question_first"}
+        return (
+            values
+            if self.question_first
+            else {name: value for name, value in values.items() if name != "question_first"}
+        )
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Prompts":
@@ -52,7 +61,7 @@ class Prompts:
 
     @property
     def free(self) -> bool:
-        """Whether the model was trained on reasonings of the pictures' own."""
+        """Whether the model was trained on reasonings of the images' own."""
         return self.reasoning_tokens > 0
 
     @property
@@ -61,7 +70,8 @@ class Prompts:
         return self.response_format != "reasoning-first"
 
     def response(self, label: int, reasoning: str | None = None) -> str:
-        """What a picture of a class is answered with: its own reasoning laid out, or, without one, the response of the class."""
+        """What an image of a class is answered with: its own reasoning laid out, or, without one, the response of the
+        class."""
         return lay_out(self.response_format, reasoning, self.class_names[label]) if reasoning else self.responses[label]
 
     def messages(self) -> list[dict[str, Any]]:
@@ -69,7 +79,10 @@ class Prompts:
         user = [{"type": "image"}, {"type": "text", "text": self.question}]
         if self.question_first:
             user = [{"type": "text", "text": self.question + "\n"}, {"type": "image"}]
-        return [{"role": "system", "content": [{"type": "text", "text": self.system}]}, {"role": "user", "content": user}]
+        return [
+            {"role": "system", "content": [{"type": "text", "text": self.system}]},
+            {"role": "user", "content": user},
+        ]
 
 
 def build_prompts(settings: Settings, class_names: list[str]) -> Prompts:
@@ -109,7 +122,9 @@ def fill(template: str, values: dict[str, str]) -> str:
 def _class_list(class_names: list[str], descriptions: dict[str, str]) -> str:
     if not descriptions:
         return ", ".join(class_names)
-    return "".join(f"\n- {name}: {descriptions[name]}" if name in descriptions else f"\n- {name}" for name in class_names)
+    return "".join(
+        f"\n- {name}: {descriptions[name]}" if name in descriptions else f"\n- {name}" for name in class_names
+    )
 
 
 def read_descriptions(path: str, class_names: list[str]) -> dict[str, str]:
@@ -119,19 +134,25 @@ def read_descriptions(path: str, class_names: list[str]) -> dict[str, str]:
     except (OSError, ValueError) as error:
         raise UsageError(f"--class-descriptions {path}: not a readable JSON file ({reason(error)}).") from error
     if not isinstance(values, dict) or not all(isinstance(text, str) for text in values.values()):
-        raise UsageError(f'--class-descriptions {path}: expected a JSON object of texts, such as {{"{class_names[0]}": "..."}}.')
+        raise UsageError(
+            f'--class-descriptions {path}: expected a JSON object of texts, such as {{"{class_names[0]}": "..."}}.'
+        )
     unknown = sorted(set(values) - set(class_names))
     if unknown:
-        raise UsageError(f"--class-descriptions {path} describes {', '.join(unknown)}; the classes are {', '.join(class_names)}.")
+        raise UsageError(
+            f"--class-descriptions {path} describes {', '.join(unknown)}; the classes are {', '.join(class_names)}."
+        )
     return values
 
 
-def parse_answer(text: str, class_names: list[str] | tuple[str, ...], response_format: str = DEFAULT_FORMAT) -> str | None:
+def parse_answer(
+    text: str, class_names: list[str] | tuple[str, ...], response_format: str = DEFAULT_FORMAT
+) -> str | None:
     """The class that a text answers with, or None.
 
-    What stands on the line of the last "Answer:" (of the first one, in a format that begins with the answer) has to be a class name, after
-    trimming case, white space and closing punctuation. A name inside a longer text does not count: "cat or dog" is no answer, and
-    "catfish" is not "cat".
+    What stands on the line of the last "Answer:" (of the first one, in a format that begins with the answer) has to be
+    a class name, after trimming case, white space and closing punctuation. A name inside a longer text does not count:
+    "cat or dog" is no answer, and "catfish" is not "cat".
     """
     found = re.findall(r"answer\s*:[ \t]*([^\n]*)", text, flags=re.IGNORECASE)
     if not found:

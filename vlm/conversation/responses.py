@@ -1,7 +1,8 @@
 """The tokens of responses: which of them are trained, and which stand for a class when it is scored.
 
-The scored text of a class is its whole response where each class has one. Where the reasonings are the pictures' own, it is the answer
-where it stands: "Answer: X" and the line end, before any reasoning, or "X" and the end of turn, behind the reasoning and "Answer:".
+The scored text of a class is its whole response where each class has one. Where the reasonings are the images' own, it
+is the answer where it stands: "Answer: X" and the line end, before any reasoning, or "X" and the end of turn, behind
+the reasoning and "Answer:".
 """
 
 from collections.abc import Sequence
@@ -31,7 +32,9 @@ def scored_ids(family: "Family", prompts: Prompts, response_ids: list[list[int]]
     whole = [family.response_ids(prompts, text) for text in texts]
     if prompts.answer_first:
         return [_first_line(family, ids) for ids in whole]
-    opened = family.response_ids(prompts, texts[0][: len(texts[0]) - len(prompts.class_names[0])].rstrip())  # up to "Answer:"
+    opened = family.response_ids(
+        prompts, texts[0][: len(texts[0]) - len(prompts.class_names[0])].rstrip()
+    )  # up to "Answer:"
     return [ids[common_start(opened, *whole) :] for ids in whole]
 
 
@@ -51,9 +54,10 @@ def common_start(*sequences: Sequence[int]) -> int:
 
 
 def before_answer(family: "Family", rendered: "Rendered", reasoning: str) -> list[int]:
-    """The tokens of a response from its beginning to where the scored text stands, in a format that ends with the answer.
+    """The tokens of a response from its beginning to where the scored text stands, in a format that ends with the
+    answer.
 
-    A placeholder of a picture, should a model have spelled one, is left out.
+    A placeholder of an image, should a model have spelled one, is left out.
     """
     text = lay_out(rendered.prompts.response_format, reasoning, rendered.prompts.class_names[0])
     ids = family.response_ids(rendered.prompts, text)
@@ -61,30 +65,37 @@ def before_answer(family: "Family", rendered: "Rendered", reasoning: str) -> lis
 
 
 def before_reasoning(family: "Family", rendered: "Rendered", label: int) -> list[int]:
-    """The tokens of a response from its beginning to where the reasoning stands, in a format that begins with the answer of a class."""
-    texts = [lay_out(rendered.prompts.response_format, text, rendered.prompts.class_names[label]) for text in (ANY_REASONING, "")]
+    """The tokens of a response from its beginning to where the reasoning stands, in a format that begins with the
+    answer of a class."""
+    texts = [
+        lay_out(rendered.prompts.response_format, text, rendered.prompts.class_names[label])
+        for text in (ANY_REASONING, "")
+    ]
     first, second = (family.response_ids(rendered.prompts, text.rstrip()) for text in texts)
     return first[: common_start(first, second)]
 
 
 def response_of(sample: Sample, family: "Family", rendered: "Rendered") -> list[int]:
-    """The tokens that a sample is trained on: its own reasoning laid out, else the response of its class. Needs no weights."""
+    """The tokens that a sample is trained on: its own reasoning laid out, else the response of its class. Needs no
+    weights."""
     if not (sample.reasoning and rendered.prompts.free):
         return rendered.response_ids[sample.label]
     return family.response_ids(rendered.prompts, rendered.prompts.response(sample.label, sample.reasoning))
 
 
 def response_lengths(split: Any, family: "Family", rendered: "Rendered") -> list[int]:
-    """How many tokens the response of each sample of a `Split` has, without decoding its picture.
+    """How many tokens the response of each sample of a `Split` has, without decoding its image.
 
     Raises:
-        UsageError: a reasoning holds the token that stands for a picture.
+        UsageError: a reasoning holds the token that stands for an image.
     """
     lengths = []
     for label, reasoning, name in zip(split.labels, split.reasonings, split.names, strict=True):
         ids = response_of(Sample(None, label, name, reasoning), family, rendered)
         if family.image_token_id in ids:
-            raise UsageError(f"the reasoning of {name} holds {family.image_token}, which stands for a picture: leave it out.")
+            raise UsageError(
+                f"the reasoning of {name} holds {family.image_token}, which stands for an image: leave it out."
+            )
         lengths.append(len(ids))
     return lengths
 

@@ -19,13 +19,14 @@ def number_labels(
     Args:
         labels: by split, without missing ones; "train" must be there.
         own: the names that the labels are indices into; None: the labels themselves are the names, sorted.
-        given: the user's names: the data set's own in another order, or as many new ones, by index.
+        given: the user's names: the dataset's own in another order, or as many new ones, by index.
 
     Returns:
         The names in order; the numbers by split; how this came about, in a few phrases.
 
     Raises:
-        UsageError: labels that are no classes, a label that train does not have, names that do not fit, less than two classes.
+        UsageError: labels that are no classes, a label that train does not have, names that do not fit, less than two
+            classes.
     """
     if own is None:
         own, numbers = _sorted_names(labels)
@@ -35,19 +36,25 @@ def number_labels(
         for split, values in labels.items():
             for value in values:
                 if not 0 <= value < len(own):
-                    raise UsageError(f"{split}: the label {value} is outside the names: the data set has {len(own)} (0 to {len(own) - 1}).")
-        how = ["names of the data set"]
+                    raise UsageError(
+                        f"{split}: the label {value} is outside the names: the dataset has {len(own)} (0 to {len(own) - 1})."
+                    )
+        how = ["names of the dataset"]
     names = own
     if given is not None:
         names, order, how = _apply_given(own, given)
         numbers = {split: [order[number] for number in values] for split, values in numbers.items()}
     names, numbers, unused = _drop_unused(names, numbers)
     if unused:
-        how.append(f"left out, as no picture has them: {', '.join(unused)}")
+        how.append(f"left out, as no image has them: {', '.join(unused)}")
     if broken := [name for name in names if len(name.splitlines()) > 1]:
-        raise UsageError(f"a class name of several lines ({broken[0]!r}): an answer is one line. Give other names with --class-names.")
+        raise UsageError(
+            f"a class name of several lines ({broken[0]!r}): an answer is one line. Give other names with --class-names."
+        )
     if len(names) < 2:
-        raise UsageError(f"only one class ({', '.join(names)}) in the data set. Expected pictures of at least two classes.")
+        raise UsageError(
+            f"only one class ({', '.join(names)}) in the dataset. Expected images of at least two classes."
+        )
     return names, numbers, how
 
 
@@ -56,12 +63,18 @@ def _sorted_names(labels: dict[str, list[Any]]) -> tuple[list[str], dict[str, li
     values = {split: [_plain(value) for value in column] for split, column in labels.items()}
     kinds = Counter(type(value) for column in values.values() for value in column)
     if len(kinds) > 1:
-        raise UsageError(f"labels of several kinds: {', '.join(f'{n} {kind.__name__}' for kind, n in kinds.items())}. Expected one kind.")
+        raise UsageError(
+            f"labels of several kinds: {', '.join(f'{n} {kind.__name__}' for kind, n in kinds.items())}. Expected one kind."
+        )
     if not set(kinds) <= {str, int, bool}:
-        raise UsageError(f"labels of kind {next(iter(kinds)).__name__}. Expected one name or whole number for each picture.")
+        raise UsageError(
+            f"labels of kind {next(iter(kinds)).__name__}. Expected one name or whole number for each image."
+        )
     distinct = sorted({value for column in values.values() for value in column})
     index = {value: number for number, value in enumerate(distinct)}
-    return [str(value) for value in distinct], {split: [index[value] for value in column] for split, column in values.items()}
+    return [str(value) for value in distinct], {
+        split: [index[value] for value in column] for split, column in values.items()
+    }
 
 
 def _plain(value: Any) -> Any:
@@ -74,18 +87,22 @@ def _apply_given(own: list[str], given: list[str]) -> tuple[list[str], list[int]
     """The user's names; for each own index the index of its name among them; how they were matched."""
     if len(given) != len(own):
         raise UsageError(
-            f"--class-names has {len(given)} names, but the data set has {len(own)} classes: {', '.join(own)}. Give every name, or none."
+            f"--class-names has {len(given)} names, but the dataset has {len(own)} classes: {', '.join(own)}. Give every name, or none."
         )
     for key in (str, str.casefold):
         position = {key(name): number for number, name in enumerate(given)}
         if len(position) == len(given) and set(position) == {key(name) for name in own}:
-            return list(given), [position[key(name)] for name in own], ["--class-names, matched by name with the data set's own"]
+            return (
+                list(given),
+                [position[key(name)] for name in own],
+                ["--class-names, matched by name with the dataset's own"],
+            )
     lower = [name.casefold() for name in own]
     for number, name in enumerate(given):
         if name.casefold() in lower and lower[number] != name.casefold():
             missing = [other for other in own if other.casefold() not in {n.casefold() for n in given}]
             raise UsageError(
-                f"--class-names: {name} is one of the data set's own names, but {', '.join(missing)} of them is not given. "
+                f"--class-names: {name} is one of the dataset's own names, but {', '.join(missing)} of them is not given. "
                 "Give all of them, in any order, or only new ones, which rename by index."
             )
     renamed = [f"{old} -> {new}" for old, new in zip(own, given, strict=True) if old != new]
@@ -93,7 +110,7 @@ def _apply_given(own: list[str], given: list[str]) -> tuple[list[str], list[int]
 
 
 def _drop_unused(names: list[str], numbers: dict[str, list[int]]) -> tuple[list[str], dict[str, list[int]], list[str]]:
-    """Leave out the names that no picture has.
+    """Leave out the names that no image has.
 
     Raises:
         UsageError: a class that is to be recognized in another split cannot be learned from train.
@@ -104,9 +121,13 @@ def _drop_unused(names: list[str], numbers: dict[str, list[int]]) -> tuple[list[
             if value not in learned:
                 raise UsageError(
                     f"{split}: the label {names[value]} is outside the names of train ({', '.join(names[i] for i in sorted(learned))}). "
-                    "Remove these pictures, or add some of this class to train."
+                    "Remove these images, or add some of this class to train."
                 )
     kept = sorted(learned)
     index = {number: i for i, number in enumerate(kept)}
     unused = [name for number, name in enumerate(names) if number not in index]
-    return [names[i] for i in kept], {split: [index[value] for value in values] for split, values in numbers.items()}, unused
+    return (
+        [names[i] for i in kept],
+        {split: [index[value] for value in values] for split, values in numbers.items()},
+        unused,
+    )

@@ -1,4 +1,5 @@
-"""Models and data sets on the hub: whether they can be had, in seconds; from the cache where the hub cannot be reached."""
+"""Models and datasets on the hub: whether they can be had, in seconds; from the cache where the hub cannot be
+reached."""
 
 import json
 import os
@@ -24,7 +25,7 @@ REQUEST_SECONDS = 5
 PATIENCE_SECONDS = 8
 # Nothing that runs code when it is loaded: no *.py, and no pickles (*.bin, *.pt).
 MODEL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
-NOUNS = {"model": "model", "dataset": "data set"}
+NOUNS = {"model": "model", "dataset": "dataset"}
 
 
 def model_folder(name: str, revision: str | None = None) -> tuple[Path, str | None]:
@@ -38,7 +39,8 @@ def model_folder(name: str, revision: str | None = None) -> tuple[Path, str | No
         The folder with config.json and safetensors weights, and the commit; None for a folder that was given.
 
     Raises:
-        UsageError: there is no such model, it cannot be used, or the hub cannot be reached and the model is not in the cache.
+        UsageError: there is no such model, it cannot be used, or the hub cannot be reached and the model is not in the
+            cache.
         RunError: the download broke off.
     """
     if looks_like_path(name):
@@ -62,13 +64,13 @@ def model_folder(name: str, revision: str | None = None) -> tuple[Path, str | No
 
 
 def check_dataset_reachable(name: str) -> str | None:
-    """Make sure that a data set of the hub can be loaded, from the hub or from the cache.
+    """Make sure that a dataset of the hub can be loaded, from the hub or from the cache.
 
     Returns:
-        The newest commit on the hub; None when the hub cannot be reached and the cached data set is used.
+        The newest commit on the hub; None when the hub cannot be reached and the cached dataset is used.
 
     Raises:
-        UsageError: there is no such data set, or the hub cannot be reached and the data set is not in the cache.
+        UsageError: there is no such dataset, or the hub cannot be reached and the dataset is not in the cache.
     """
     info, silence = _ask("dataset", name)
     if info is not None:
@@ -82,7 +84,7 @@ def check_dataset_reachable(name: str) -> str | None:
         raise _not_cached("dataset", name, silence) from error
     except ValueError:
         pass  # several configurations are in the cache: which one is said later
-    note(f"note: {silence}: using the cached copy of data set {name}.")
+    note(f"note: {silence}: using the cached copy of dataset {name}.")
     return None
 
 
@@ -92,9 +94,10 @@ def looks_like_path(name: str) -> bool:
 
 
 def _ask(kind: str, name: str, revision: str | None = None) -> tuple[Any, str]:
-    """What the hub says of a model or data set, and ""; or None and why it says nothing.
+    """What the hub says of a model or dataset, and ""; or None and why it says nothing.
 
-    When it cannot be reached, the hub's library is set offline, so that nothing later in this process waits for it again.
+    When it cannot be reached, the hub's library is set offline, so that nothing later in this process waits for it
+    again.
     """
     if is_offline_mode():
         return None, "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "the hub cannot be reached"
@@ -110,7 +113,8 @@ def _ask(kind: str, name: str, revision: str | None = None) -> tuple[Any, str]:
 
 
 def _within(seconds: float, call: Callable[[], Any]) -> Any:
-    """The result of `call`, or TimeoutError. A request's own timeout holds for each address anew, and not for the name look-up."""
+    """The result of `call`, or TimeoutError. A request's own timeout holds for each address again, and not for the name
+    look-up."""
     future: Future = Future()
 
     def work() -> None:
@@ -146,9 +150,13 @@ def _download(name: str, revision: str | None, silence: str) -> Path:
 def _refused(kind: str, name: str, revision: str | None, error: Exception) -> UsageError:
     noun = NOUNS[kind]
     if isinstance(error, GatedRepoError):
-        return UsageError(f"{noun} {name}: access must be asked for on its page on the hub; then log in with `hf auth login`.")
+        return UsageError(
+            f"{noun} {name}: access must be asked for on its page on the hub; then log in with `hf auth login`."
+        )
     if isinstance(error, RevisionNotFoundError):
-        return UsageError(f"{noun} {name}: no revision {revision} on the hub. Expected a branch, a tag or a whole commit hash.")
+        return UsageError(
+            f"{noun} {name}: no revision {revision} on the hub. Expected a branch, a tag or a whole commit hash."
+        )
     if isinstance(error, RepositoryNotFoundError):
         return UsageError(
             f"{noun} {name}: not on the hub, not a folder here, or private. "
@@ -160,12 +168,14 @@ def _refused(kind: str, name: str, revision: str | None, error: Exception) -> Us
 def _not_cached(kind: str, name: str, silence: str) -> UsageError:
     return UsageError(
         f"there is no folder {name} here, {silence}, and {NOUNS[kind]} {name} is not, or not completely, in the cache.\n"
-        "       Without the hub name a model and a data set in folders (--model, --dataset), or use --demo to try things out."
+        "       Without the hub name a model and a dataset in folders (--model, --dataset), or use --demo to try things out."
     )
 
 
 def _broken_off(name: str, error: Exception) -> RunError:
-    return RunError(f"model {name}: the download broke off ({_one_line(error)}). Run it again: it goes on where it stopped.")
+    return RunError(
+        f"model {name}: the download broke off ({_one_line(error)}). Run it again: it goes on where it stopped."
+    )
 
 
 def _one_line(error: Exception) -> str:
@@ -181,7 +191,9 @@ def _check_files(name: str, files: list[str]) -> None:
     if "config.json" not in files:
         raise UsageError(f"model {name}: no config.json there. Expected a model in the layout of transformers.")
     if not any(file.endswith(".safetensors") and "/" not in file for file in files):
-        raise UsageError(f"model {name}: no weights as *.safetensors there; other formats are not loaded. Choose a model that has them.")
+        raise UsageError(
+            f"model {name}: no weights as *.safetensors there; other formats are not loaded. Choose a model that has them."
+        )
 
 
 def _check_folder(name: str, folder: Path) -> None:

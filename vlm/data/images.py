@@ -1,4 +1,4 @@
-"""Any picture -> an upright RGB picture, or `UnreadablePicture` with the reason in one line."""
+"""Any image -> an upright RGB image, or `UnreadableImage` with the reason in one line."""
 
 import hashlib
 import io
@@ -12,72 +12,74 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vlm.common.errors import UsageError, reason
 
-# Files with these endings are taken for pictures when a folder is searched.
-PICTURE_ENDINGS = {
+# Files with these endings are taken for images when a folder is searched.
+IMAGE_ENDINGS = {
     ".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp",
 }  # fmt: skip
 
 
-class UnreadablePicture(ValueError):
-    """A picture that cannot be used. The message is one line: its name and why."""
+class UnreadableImage(ValueError):
+    """An image that cannot be used. The message is one line: its name and why."""
 
 
-def open_picture(source: Any, name: str | None = None) -> Image.Image:
-    """Read and decode one picture.
+def open_image(source: Any, name: str | None = None) -> Image.Image:
+    """Read and decode one image.
 
     The first frame of an animation is taken, the EXIF orientation is applied, and transparent parts are put over white.
-    Pictures with more than 8 bits a channel (16-bit, 32-bit, floating point) have no fixed white point: they are
-    stretched linearly from their own smallest to their own largest value; a picture of one single value becomes black.
+    Images with more than 8 bits a channel (16-bit, 32-bit, floating point) have no fixed white point: they are
+    stretched linearly from their own smallest to their own largest value; an image of one single value becomes black.
 
     Args:
-        source: a path, the bytes of a file, a PIL picture of any mode (taken at the frame it is at), or an array HxW, HxWx1,
-            HxWx3 or HxWx4 (RGBA) of booleans, uint8, floats in 0..1, or wider numbers (stretched as above).
-        name: what to call the picture in the error; default: the path.
+        source: a path, the bytes of a file, a PIL image of any mode (taken at the frame it is at), or an array HxW,
+            HxWx1, HxWx3 or HxWx4 (RGBA) of booleans, uint8, floats in 0..1, or wider numbers (stretched as above).
+        name: what to call the image in the error; default: the path.
 
     Returns:
-        An RGB picture that is loaded and holds no file open.
+        An RGB image that is loaded and holds no file open.
 
     Raises:
-        UnreadablePicture: no such file, not a picture, truncated, damaged, or larger than `PIL.Image.MAX_IMAGE_PIXELS`.
+        UnreadableImage: no such file, not an image, truncated, damaged, or larger than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     try:
         return _read(source)
     except MemoryError:
         raise
     except Exception as error:  # damaged files make the decoders raise almost anything
-        raise UnreadablePicture(f"{name or _name_of(source)}: {_reason(error)}") from error
+        raise UnreadableImage(f"{name or _name_of(source)}: {_reason(error)}") from error
 
 
-def picture_key(picture: Image.Image) -> str:
-    """What an RGB picture is known by: a hash (SHA-256) of its size and pixels, so that equal pictures have one key."""
-    content = hashlib.sha256(f"{picture.width}x{picture.height}".encode())
-    content.update(picture.tobytes())
+def image_key(image: Image.Image) -> str:
+    """What an RGB image is known by: a hash (SHA-256) of its size and pixels, so that equal images have one key."""
+    content = hashlib.sha256(f"{image.width}x{image.height}".encode())
+    content.update(image.tobytes())
     return content.hexdigest()
 
 
-def find_pictures(paths: Sequence[str | Path]) -> list[Path]:
-    """Files as they are, folders searched for pictures anywhere below them, sorted by path, hidden ones left out.
+def find_images(paths: Sequence[str | Path]) -> list[Path]:
+    """Files as they are, folders searched for images anywhere below them, sorted by path, hidden ones left out.
 
-    A path that is not there is kept among others, to be reported as a picture that cannot be read.
+    A path that is not there is kept among others, to be reported as an image that cannot be read.
 
     Raises:
-        UsageError: not one of the paths is there, or a folder has no picture.
+        UsageError: not one of the paths is there, or a folder has no image.
     """
     found: list[Path] = []
     if not any(map(os.path.exists, paths)):
         others = ", nor is any of the others" if len(paths) > 1 else ""
-        raise UsageError(f"{paths[0]} is not there{others}: expected a picture file or a folder of pictures.")
+        raise UsageError(f"{paths[0]} is not there{others}: expected an image file or a folder of images.")
     for path in map(Path, paths):
-        pictures = [path / file for file in visible_files(path) if is_picture(file)] if path.is_dir() else [path]
-        if not pictures:
-            raise UsageError(f"{path} holds no picture; these endings are taken for one: {' '.join(sorted(PICTURE_ENDINGS))}.")
-        found += pictures
+        images = [path / file for file in visible_files(path) if is_image(file)] if path.is_dir() else [path]
+        if not images:
+            raise UsageError(
+                f"{path} holds no image; these endings are taken for one: {' '.join(sorted(IMAGE_ENDINGS))}."
+            )
+        found += images
     return found
 
 
-def is_picture(path: Path) -> bool:
-    """Whether a file is a picture by its ending."""
-    return path.suffix.lower() in PICTURE_ENDINGS
+def is_image(path: Path) -> bool:
+    """Whether a file is an image by its ending."""
+    return path.suffix.lower() in IMAGE_ENDINGS
 
 
 def visible_files(folder: Path) -> list[Path]:
@@ -91,12 +93,14 @@ def visible_files(folder: Path) -> list[Path]:
 
 def _read(source: Any) -> Image.Image:
     if source is None:
-        raise ValueError("there is no picture")
+        raise ValueError("there is no image")
     if isinstance(source, np.ndarray):
         return _to_rgb(_from_array(source))
     if isinstance(source, Image.Image):
         return _to_rgb(source)
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes | bytearray | memoryview) else Path(source)) as image:
+    with Image.open(
+        io.BytesIO(source) if isinstance(source, bytes | bytearray | memoryview) else Path(source)
+    ) as image:
         limit = Image.MAX_IMAGE_PIXELS  # PIL itself refuses only what is twice as large
         if limit and image.width * image.height > limit:
             raise ValueError(f"{image.width}x{image.height} is more than the {limit} pixels that are safe to decode")
@@ -107,7 +111,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     image.load()
     try:
         image = ImageOps.exif_transpose(image)
-    except Exception:  # damaged EXIF data are no reason to lose a picture
+    except Exception:  # damaged EXIF data are no reason to lose an image
         image = image.copy()
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = Image.fromarray(_stretch(np.asarray(image)))
@@ -145,11 +149,11 @@ def _stretch(values: np.ndarray) -> np.ndarray:
 
 
 def _name_of(source: Any) -> str:
-    return str(source) if isinstance(source, str | Path) else f"a picture given as {type(source).__name__}"
+    return str(source) if isinstance(source, str | Path) else f"an image given as {type(source).__name__}"
 
 
 def _reason(error: Exception) -> str:
-    """Why a picture could not be read, in a few words without line breaks."""
+    """Why an image could not be read, in a few words without line breaks."""
     if isinstance(error, UnidentifiedImageError):
-        return "not a picture, or damaged, or of an unknown format"
+        return "not an image, or damaged, or of an unknown format"
     return reason(error)

@@ -1,4 +1,5 @@
-"""Any labeled source of pictures -> rows of (picture, label) by split. Nothing is decoded here, and labels stay as they are."""
+"""Any labeled source of images -> rows of (image, label) by split. Nothing is decoded here, and labels stay as they
+are."""
 
 import csv
 import io
@@ -14,7 +15,7 @@ from vlm.common.errors import UsageError, did_you_mean, reason
 from vlm.config.formats import reasoning_of
 from vlm.config.settings import Settings
 from vlm.data.hub import check_dataset_reachable, looks_like_path
-from vlm.data.images import is_picture, visible_files
+from vlm.data.images import is_image, visible_files
 
 SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -23,25 +24,36 @@ SPLIT_NAMES = {
 }
 IMAGE_COLUMNS = ("image", "img", "picture", "photo", "pixel_values", "file", "file_name", "filename", "path", "image_path", "file_path",
                  "filepath", "image_file", "images", "pictures")  # fmt: skip
-LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "species", "class_name", "label_name", "fine_label", "y")
+LABEL_COLUMNS = (
+    "label",
+    "labels",
+    "class",
+    "category",
+    "target",
+    "species",
+    "class_name",
+    "label_name",
+    "fine_label",
+    "y",
+)
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")
 LIBRARY_ENDINGS = (".parquet", ".arrow")  # a folder with such files is left to the `datasets` library
 LIBRARY_FILES = ("metadata.csv", "metadata.jsonl")
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 EXPECTED = (
-    "Expected a hub id, a folder CLASS/PICTURE or SPLIT/CLASS/PICTURE, a CSV or JSONL file with paths and labels, "
+    "Expected a hub id, a folder CLASS/IMAGE or SPLIT/CLASS/IMAGE, a CSV or JSONL file with paths and labels, "
     "or a folder written by save_to_disk."
 )
 
 
 @dataclass
 class Rows:
-    """The rows of one split: by index, what `open_picture` takes, the label as it was found, and a name for messages.
+    """The rows of one split: by index, what `open_image` takes, the label as it was found, and a name for messages.
 
-    reasonings: a text about each picture, or None for it, where a column of them was named.
+    reasonings: a text about each image, or None for it, where a column of them was named.
     """
 
-    pictures: Sequence[Any]
+    images: Sequence[Any]
     labels: list[Any]
     names: list[str]
     reasonings: list[str | None] | None = None
@@ -49,7 +61,7 @@ class Rows:
 
 @dataclass
 class Source:
-    """A data set as read: `splits` by role (train, validation, test).
+    """A dataset as read: `splits` by role (train, validation, test).
 
     `class_names` is there where the labels are indices into it; `others` are the splits that are left alone.
     """
@@ -66,7 +78,7 @@ class Source:
 
 
 def read_source(settings: Settings) -> Source:
-    """Read the data set that the settings name.
+    """Read the dataset that the settings name.
 
     Raises:
         UsageError: there is none, its layout or columns are not understood, or it has no split to train on.
@@ -146,7 +158,9 @@ def _reasonings(values: Sequence[Any], names: list[str]) -> list[str | None]:
     """
     for value, name in zip(values, names, strict=True):
         if not (value is None or isinstance(value, str) or value != value):
-            raise UsageError(f"--reasoning-column: {name} has a value of kind {type(value).__name__} there. Expected text.")
+            raise UsageError(
+                f"--reasoning-column: {name} has a value of kind {type(value).__name__} there. Expected text."
+            )
     return [reasoning_of(value) or None if isinstance(value, str) else None for value in values]
 
 
@@ -154,70 +168,92 @@ def _read_digits() -> Source:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    pictures = (digits.images * (255 / 16)).round().astype(np.uint8)  # Nx8x8, 0..16 -> 0..255
-    names = [f"digit {i}" for i in range(len(pictures))]
-    rows = Rows(pictures, digits.target.tolist(), names)
+    images = (digits.images * (255 / 16)).round().astype(np.uint8)  # Nx8x8, 0..16 -> 0..255
+    names = [f"digit {i}" for i in range(len(images))]
+    rows = Rows(images, digits.target.tolist(), names)
     return Source("scikit-learn's handwritten digits", {"train": rows}, {"train": "train"}, class_names=list(DIGITS))
 
 
 def _read_folder(folder: Path, settings: Settings) -> Source:
-    if (folder / "dataset_dict.json").exists() or ((folder / "state.json").exists() and (folder / "dataset_info.json").exists()):
+    if (folder / "dataset_dict.json").exists() or (
+        (folder / "state.json").exists() and (folder / "dataset_info.json").exists()
+    ):
         import datasets
 
         data = _loaded(folder, lambda: datasets.load_from_disk(str(folder)))
-        return _from_library(data if isinstance(data, dict) else {"train": data}, settings, "save_to_disk folder", folder)
-    tables = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() in TABLES and path.stem != "metadata"}
+        return _from_library(
+            data if isinstance(data, dict) else {"train": data}, settings, "save_to_disk folder", folder
+        )
+    tables = {
+        path.stem: path
+        for path in sorted(folder.iterdir())
+        if path.suffix.lower() in TABLES and path.stem != "metadata"
+    }
     roles, others = sort_splits(tables)
     if "train" in roles:
         return _read_tables({role: tables[name] for role, name in roles.items()}, others, settings)
     files = visible_files(folder)
-    pictures = [file for file in files if is_picture(file) and len(file.parts) > 1]
-    if len(tables) == 1 and len({picture.parts[0] for picture in pictures}) < 2:
+    images = [file for file in files if is_image(file) and len(file.parts) > 1]
+    if len(tables) == 1 and len({image.parts[0] for image in images}) < 2:
         return _read_tables({"train": next(iter(tables.values()))}, [], settings)
-    if pictures and not any(file.name in LIBRARY_FILES or file.suffix in LIBRARY_ENDINGS for file in files if len(file.parts) <= 2):
-        return _read_picture_folders(folder, pictures)
-    if files and not tables and all(is_picture(file) and len(file.parts) == 1 for file in files):
-        raise UsageError(f"--dataset {folder}: the pictures lie directly in it, and nothing says their classes. Make one folder a class.")
+    if images and not any(
+        file.name in LIBRARY_FILES or file.suffix in LIBRARY_ENDINGS for file in files if len(file.parts) <= 2
+    ):
+        return _read_image_folders(folder, images)
+    if files and not tables and all(is_image(file) and len(file.parts) == 1 for file in files):
+        raise UsageError(
+            f"--dataset {folder}: the images lie directly in it, and nothing says their classes. Make one folder a class."
+        )
     return _read_with_library(str(folder), settings, "folder", folder)
 
 
-def _read_picture_folders(folder: Path, pictures: list[Path]) -> Source:
-    """CLASS/PICTURE or SPLIT/CLASS/PICTURE, with further folders below CLASS. Pictures directly in SPLIT have no label.
+def _read_image_folders(folder: Path, images: list[Path]) -> Source:
+    """CLASS/IMAGE or SPLIT/CLASS/IMAGE, with further folders below CLASS. Images directly in SPLIT have no label.
 
-    A class may be called "train" (of vehicles, say): folders are splits if no folder with another name holds pictures directly.
+    A class may be called "train" (of vehicles, say): folders are splits if no folder with another name holds images
+    directly.
     """
-    roles, others = sort_splits(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    direct = {picture.parts[0] for picture in pictures if len(picture.parts) == 2}
+    roles, others = sort_splits(
+        path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
+    )
+    direct = {image.parts[0] for image in images if len(image.parts) == 2}
     if not roles or direct - set(roles.values()):
-        rows = Rows([folder / picture for picture in pictures], [picture.parts[0] for picture in pictures], list(map(str, pictures)))
-        return Source("picture folder", {"train": rows}, {"train": "the folder"})
+        rows = Rows([folder / image for image in images], [image.parts[0] for image in images], list(map(str, images)))
+        return Source("image folder", {"train": rows}, {"train": "the folder"})
     splits = {}
     for role, name in roles.items():
-        found = [picture for picture in pictures if picture.parts[0] == name]
-        labels = [picture.parts[1] if len(picture.parts) > 2 else None for picture in found]
-        splits[role] = Rows([folder / picture for picture in found], labels, list(map(str, found)))
+        found = [image for image in images if image.parts[0] == name]
+        labels = [image.parts[1] if len(image.parts) > 2 else None for image in found]
+        splits[role] = Rows([folder / image for image in found], labels, list(map(str, found)))
     if "train" in splits and splits["train"].labels and not any(splits["train"].labels):
-        raise UsageError(f"--dataset {folder}: the pictures lie directly in {roles['train']}, not in folders of classes. {EXPECTED}")
-    return Source("picture folder", splits, roles, others)
+        raise UsageError(
+            f"--dataset {folder}: the images lie directly in {roles['train']}, not in folders of classes. {EXPECTED}"
+        )
+    return Source("image folder", splits, roles, others)
 
 
 def _read_tables(paths: dict[str, Path], others: list[str], settings: Settings) -> Source:
-    """CSV and JSONL files, by role; the paths of pictures in them are relative to the file."""
-    tables = {role: _read_csv(path) if path.suffix.lower() in (".csv", ".tsv") else _read_jsonl(path) for role, path in paths.items()}
+    """CSV and JSONL files, by role; the paths of images in them are relative to the file."""
+    tables = {
+        role: _read_csv(path) if path.suffix.lower() in (".csv", ".tsv") else _read_jsonl(path)
+        for role, path in paths.items()
+    }
     for role, table in tables.items():
         if not table:
-            raise UsageError(f"{paths[role]}: no rows. Expected a header (CSV) and one line for each picture.")
+            raise UsageError(f"{paths[role]}: no rows. Expected a header (CSV) and one line for each image.")
     columns = list(dict.fromkeys(column for table in tables.values() for row in table[:1000] for column in row))
     image = choose_column("--image-column", settings.image_column, columns, [], IMAGE_COLUMNS)
-    label = choose_column("--label-column", settings.label_column, [c for c in columns if c != image], [], LABEL_COLUMNS, [image])
+    label = choose_column(
+        "--label-column", settings.label_column, [c for c in columns if c != image], [], LABEL_COLUMNS, [image]
+    )
     reasoning = _reasoning_column(settings, [c for c in columns if c not in (image, label)], [image, label])
     splits = {}
     for role, table in tables.items():
         names = [str(row.get(image) or "") for row in table]
-        pictures = [paths[role].parent / name if name else None for name in names]
+        images = [paths[role].parent / name if name else None for name in names]
         names = [name or f"row {i + 1}" for i, name in enumerate(names)]
         texts = _reasonings([row.get(reasoning) for row in table], names) if reasoning else None
-        splits[role] = Rows(pictures, [row.get(label) for row in table], names, texts)
+        splits[role] = Rows(images, [row.get(label) for row in table], names, texts)
     kind = "CSV" if all(path.suffix.lower() in (".csv", ".tsv") for path in paths.values()) else "JSONL"
     split_names = {role: path.name for role, path in paths.items()}
     return Source(f"{kind} file", splits, split_names, others, None, image, label, reasoning)
@@ -227,7 +263,9 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
     """The rows of a table with a header, separated by commas, semicolons or tabs."""
     text = _read_text(path)
     header = text.split("\n", 1)[0]
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count), skipinitialspace=True)
+    reader = csv.DictReader(
+        io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count), skipinitialspace=True
+    )
     rows = []
     try:
         for row in reader:
@@ -250,7 +288,9 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
             except ValueError as error:
                 raise UsageError(f"{path}, line {number}: not JSON ({error}).") from error
             if not isinstance(row, dict):
-                raise UsageError(f'{path}, line {number}: expected an object such as {{"image": "a.png", "label": "cat"}}.')
+                raise UsageError(
+                    f'{path}, line {number}: expected an object such as {{"image": "a.png", "label": "cat"}}.'
+                )
             rows.append(row)
     return rows
 
@@ -273,8 +313,14 @@ def _read_with_library(name: str, settings: Settings, kind: str, folder: Path = 
             names = datasets.get_dataset_config_names(name)
             if settings.dataset_config in names or len(names) < 2:
                 raise
-            found = f"no configuration {settings.dataset_config}" if settings.dataset_config else "there are several configurations"
-            raise UsageError(f"--dataset {name}: {found}. Choose one with --dataset-config: {', '.join(names)}.") from error
+            found = (
+                f"no configuration {settings.dataset_config}"
+                if settings.dataset_config
+                else "there are several configurations"
+            )
+            raise UsageError(
+                f"--dataset {name}: {found}. Choose one with --dataset-config: {', '.join(names)}."
+            ) from error
 
     return _from_library(_loaded(name, load), settings, kind, folder)
 
@@ -287,13 +333,13 @@ def _loaded(name: str | Path, load: Callable[[], Any]) -> Any:
         raise
     except Exception as error:
         if type(error).__name__ == "EmptyDatasetError":
-            raise UsageError(f"--dataset {name}: nothing there that can be read as a data set. {EXPECTED}") from error
+            raise UsageError(f"--dataset {name}: nothing there that can be read as a dataset. {EXPECTED}") from error
         text = " ".join(str(error).split())
         raise UsageError(f"--dataset {name}: cannot be loaded ({type(error).__name__}: {text}). {EXPECTED}") from error
 
 
 class _Column:
-    """The pictures of a column of a `datasets.Dataset`, read from disk when asked for and not decoded. Can be pickled."""
+    """The images of a column of a `datasets.Dataset`, read from disk when asked for and not decoded. Can be pickled."""
 
     def __init__(self, data: Any, column: str, folder: Path) -> None:
         import datasets
@@ -323,8 +369,8 @@ def _from_library(data: dict[str, Any], settings: Settings, kind: str, folder: P
     if "train" not in roles:
         return Source(kind, {}, {}, others)
     features = data[roles["train"]].features
-    pictures = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    image = choose_column("--image-column", settings.image_column, list(features), pictures, IMAGE_COLUMNS)
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    image = choose_column("--image-column", settings.image_column, list(features), images, IMAGE_COLUMNS)
     rest = [name for name in features if name != image]
     classes = [name for name in rest if isinstance(features[name], datasets.ClassLabel)]
     label = choose_column("--label-column", settings.label_column, rest, classes, LABEL_COLUMNS, [image])
@@ -333,7 +379,9 @@ def _from_library(data: dict[str, Any], settings: Settings, kind: str, folder: P
     for role, name in roles.items():
         part = data[name].with_format(None)
         if image not in part.features:
-            raise UsageError(f"--image-column {image}: train has it, but {name} has not. Columns there: {', '.join(part.features)}.")
+            raise UsageError(
+                f"--image-column {image}: train has it, but {name} has not. Columns there: {', '.join(part.features)}."
+            )
         labels = part[label][:] if label in part.features else [None] * len(part)
         own = [f"{name}[{i}]" for i in range(len(part))]
         texts = _reasonings(part[reasoning][:], own) if reasoning in part.features else None

@@ -1,4 +1,5 @@
-"""Does the picture matter? A few test pictures again, with another picture than their own, and with a gray one. N = pictures."""
+"""Does the image matter? A few test images again, with another image than their own, and with a gray one. N =
+images."""
 
 from typing import Any
 
@@ -11,25 +12,29 @@ from vlm.data.splits import Sample, Split, balanced_positions
 from vlm.evaluation.evaluate import score_split
 from vlm.evaluation.reliability import may_be_chance
 
-PICTURES = 64
+IMAGES = 64
 GRAY = (128, 128, 128)
 
 
-def check_pictures(classifier: VLMClassifier, split: Split, scores: Scores, batch_size: int = 8, seed: int = 0) -> dict[str, Any]:
-    """Accuracy on at most 64 pictures, of the classes in turn: as they are, exchanged, and gray.
+def check_images(
+    classifier: VLMClassifier, split: Split, scores: Scores, batch_size: int = 8, seed: int = 0
+) -> dict[str, Any]:
+    """Accuracy on at most 64 images, of the classes in turn: as they are, exchanged, and gray.
 
-    All samples have the same texts, so what the model says of a picture under another label is what it has said of it already: the
-    exchange takes no forward pass. A gray picture is scored once for each size that occurs.
+    All samples have the same texts, so what the model says of an image under another label is what it has said of it
+    already: the exchange takes no forward pass. A gray image is scored once for each size that occurs.
 
     Args:
         scores: of the whole split, as from `score_split`.
 
     Returns:
-        pictures: how many. accuracy: with their own pictures. shuffled: with the picture of a sample of another class, far below chance
-        in a good model (None where there is one class only). gray. chance: what the same answer to all could reach. warning: None or, where
-        the accuracy cannot be told from one of these two (see `may_be_chance`), a sentence that says so.
+        images: how many. accuracy: with their own images. shuffled: with the image of a sample of another class, far
+            below chance
+        in a good model (None where there is one class only). gray. chance: what the same answer to all could reach.
+        warning: None or, where the accuracy cannot be told from one of these two (see `may_be_chance`), a sentence that
+            says so.
     """
-    chosen = np.array(balanced_positions(split.labels, PICTURES, [seed, 3]))
+    chosen = np.array(balanced_positions(split.labels, IMAGES, [seed, 3]))
     labels = np.array(split.labels)[chosen]
     predictions = classifier.calibration.log_probabilities(*scores).argmax(1).numpy()[chosen]
     right = predictions == labels
@@ -52,19 +57,22 @@ def check_pictures(classifier: VLMClassifier, split: Split, scores: Scores, batc
     ]
     if close:
         result["warning"] = (
-            f"nothing shows that the picture matters: of {len(chosen)} test pictures {result['accuracy']:.0%} are right, which cannot be "
-            f"told from the accuracy with {' and with '.join(close)} pictures ({', '.join(_percent(result, name) for name in close)})."
+            f"nothing shows that the image matters: of {len(chosen)} test images {result['accuracy']:.0%} are right, which cannot be "
+            f"told from the accuracy with {' and with '.join(close)} images ({', '.join(_percent(result, name) for name in close)})."
         )
     return result
 
 
 def other_class_partners(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """(N,) for each sample another one, each used once, at random and of another class unless one class has more than half of all."""
+    """(N,) for each sample another one, each used once, at random and of another class unless one class has more than
+    half of all."""
     classes, numbers = np.unique(labels, return_inverse=True)
     order = rng.permutation(len(labels))
     order = order[np.argsort(rng.permutation(len(classes))[numbers][order], kind="stable")]
     largest = np.bincount(numbers).max()
-    shift = rng.integers(largest, max(largest, len(labels) - largest) + 1)  # past the end of one's own class, and not around to it again
+    shift = rng.integers(
+        largest, max(largest, len(labels) - largest) + 1
+    )  # past the end of one's own class, and not around to it again
     partners = np.empty_like(order)
     partners[order] = np.roll(order, -shift)
     return partners
@@ -72,8 +80,8 @@ def other_class_partners(labels: np.ndarray, rng: np.random.Generator) -> np.nda
 
 def _gray_predictions(classifier: VLMClassifier, sizes: list[tuple[int, int]], batch_size: int) -> np.ndarray:
     different = sorted(set(sizes))
-    pictures = [Sample(Image.new("RGB", size, GRAY), 0, f"a gray picture of {size[0]} x {size[1]}") for size in different]
-    scores = score_split(classifier, pictures, batch_size, description="gray pictures")
+    images = [Sample(Image.new("RGB", size, GRAY), 0, f"a gray image of {size[0]} x {size[1]}") for size in different]
+    scores = score_split(classifier, images, batch_size, description="gray images")
     predictions = classifier.calibration.log_probabilities(*scores).argmax(1).tolist()
     found = dict(zip(different, predictions, strict=True))
     return np.array([found[size] for size in sizes])

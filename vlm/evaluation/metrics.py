@@ -17,12 +17,16 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from vlm.common.errors import RunError, UsageError
 from vlm.common.progress import note
 
-SMALLEST_LOG_PROBABILITY = -100.0  # what a probability of 0 counts as in `nll`, so that one sample cannot make it infinite
+SMALLEST_LOG_PROBABILITY = (
+    -100.0
+)  # what a probability of 0 counts as in `nll`, so that one sample cannot make it infinite
 
 Metric = Callable[[np.ndarray, np.ndarray, np.ndarray, list[str]], Any]
 
 
-def classification_metrics(labels: Sequence[int], log_probabilities: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
+def classification_metrics(
+    labels: Sequence[int], log_probabilities: np.ndarray, class_names: Sequence[str]
+) -> dict[str, Any]:
     """The standard figures, as JSON values. The prediction is the most probable class.
 
     A class without samples has a support of 0 and counts with an F1 of 0 in `macro_f1`, as in scikit-learn.
@@ -34,23 +38,28 @@ def classification_metrics(labels: Sequence[int], log_probabilities: np.ndarray,
 
     Returns:
         accuracy, macro_f1, weighted_f1, nll (mean negative log-likelihood of the true class, in nats), samples,
-        per_class {name: precision, recall, f1, support}, confusion_matrix (C lists of C counts: rows truth, columns prediction).
+        per_class {name: precision, recall, f1, support}, confusion_matrix (C lists of C counts: rows truth, columns
+        prediction).
 
     Raises:
         RunError: a log-probability is NaN.
     """
     labels, scores = np.asarray(labels, dtype=np.int64), np.asarray(log_probabilities, dtype=np.float64)
     if scores.shape != (len(labels), len(class_names)) or len(labels) == 0:
-        raise ValueError(f"{len(labels)} labels and {len(class_names)} classes do not go with log-probabilities of shape {scores.shape}")
+        raise ValueError(
+            f"{len(labels)} labels and {len(class_names)} classes do not go with log-probabilities of shape {scores.shape}"
+        )
     broken = int(np.isnan(scores).any(axis=1).sum())
     if broken:
         raise RunError(
-            f"{broken} of {len(labels)} pictures got NaN as a class probability: numbers overflowed in the model. "
+            f"{broken} of {len(labels)} images got NaN as a class probability: numbers overflowed in the model. "
             "Try a smaller --learning-rate, or --dtype float32."
         )
     predictions = scores.argmax(axis=1)
     classes = range(len(class_names))
-    precision, recall, f1, support = precision_recall_fscore_support(labels, predictions, labels=classes, zero_division=0)
+    precision, recall, f1, support = precision_recall_fscore_support(
+        labels, predictions, labels=classes, zero_division=0
+    )
     true_scores = np.maximum(scores[np.arange(len(labels)), labels], SMALLEST_LOG_PROBABILITY)
     return {
         "accuracy": float((predictions == labels).mean()),
@@ -59,7 +68,12 @@ def classification_metrics(labels: Sequence[int], log_probabilities: np.ndarray,
         "nll": float(-true_scores.mean()),
         "samples": len(labels),
         "per_class": {
-            name: {"precision": float(precision[i]), "recall": float(recall[i]), "f1": float(f1[i]), "support": int(support[i])}
+            name: {
+                "precision": float(precision[i]),
+                "recall": float(recall[i]),
+                "f1": float(f1[i]),
+                "support": int(support[i]),
+            }
             for i, name in enumerate(class_names)
         },
         "confusion_matrix": confusion_matrix(labels, predictions, labels=classes).tolist(),
@@ -74,7 +88,9 @@ def load_metric(specification: str) -> Metric:
     """
     path_text, colon, name = specification.rpartition(":")
     if not colon or not path_text or not name:
-        raise UsageError(f"--metrics {specification}: expected FILE.py:FUNCTION, such as my_metrics.py:balanced_accuracy.")
+        raise UsageError(
+            f"--metrics {specification}: expected FILE.py:FUNCTION, such as my_metrics.py:balanced_accuracy."
+        )
     path = Path(path_text)
     if path.suffix != ".py" or not path.is_file():
         raise UsageError(f"--metrics {specification}: there is no Python file {path_text}; expected FILE.py:FUNCTION.")
@@ -96,7 +112,11 @@ def _import_file(path: Path, specification: str) -> Any:
 
 
 def user_metrics(
-    metrics: Sequence[Metric], labels: np.ndarray, predictions: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str]
+    metrics: Sequence[Metric],
+    labels: np.ndarray,
+    predictions: np.ndarray,
+    probabilities: np.ndarray,
+    class_names: Sequence[str],
 ) -> dict[str, float | dict[str, float | None] | None]:
     """What the user's own metrics give, by function name; a second function of the same name is called name_2.
 

@@ -1,6 +1,7 @@
-"""The probe: a linear classifier on the vision tower's own features, the number that tells whether the VLM earns its cost.
+"""The probe: a linear classifier on the vision encoder's own features, the number that tells whether the VLM earns its
+cost.
 
-B = pictures, N = pictures of a split, W = width of the features.
+B = images, N = images of a split, W = width of the features.
 """
 
 import time
@@ -36,11 +37,13 @@ def probe(family: Family, data: Data, cache: FeatureCache | None = None) -> tupl
     How strongly it is regularized is chosen by the accuracy on validation, the stronger of equal ones.
 
     Args:
-        family: the model whose vision tower is probed. cache: features of the same tower, used for the pictures that are in it.
+        family: the model whose vision encoder is probed. cache: features of the same encoder, used for the images that
+            are in it.
 
     Returns:
-        accuracy: that on test, with its 95% interval; validation_accuracy; C: as chosen; features: how many a picture; seconds. And (N,)
-        bool, which test pictures are right. None, with a note, where the tower does not hand over its features.
+        accuracy: that on test, with its 95% interval; validation_accuracy; C: as chosen; features: how many an image;
+            seconds. And (N,)
+        bool, which test images are right. None, with a note, where the encoder does not hand over its features.
     """
     started = time.monotonic()
     with evaluation_mode(family.model):
@@ -49,7 +52,7 @@ def probe(family: Family, data: Data, cache: FeatureCache | None = None) -> tupl
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            note(f"no probe: this model's vision tower hands over no features of its own ({type(error).__name__}).")
+            note(f"no probe: this model's vision encoder hands over no features of its own ({type(error).__name__}).")
             return None
         splits = (data.train, data.validation, data.test)
         with Bar(sum(map(len, splits)), "features of the probe") as bar:
@@ -66,18 +69,23 @@ def probe(family: Family, data: Data, cache: FeatureCache | None = None) -> tupl
     return found, correct
 
 
-def _fit(train: np.ndarray, labels: list[int], validation: np.ndarray, truth: list[int]) -> tuple[float, Pipeline, float]:
+def _fit(
+    train: np.ndarray, labels: list[int], validation: np.ndarray, truth: list[int]
+) -> tuple[float, Pipeline, float]:
     """The best C, the classifier fitted with it, and its accuracy on validation.
 
-    On one thread: the solver takes hundreds of small steps, and threads that wait for each other at each take many times longer when
-    anything else runs (1,009 rows of 768 random numbers in 16 classes, on 2 busy cores: more than 50 s with 2 threads, 4 s with one).
+    On one thread: the solver takes hundreds of small steps, and threads that wait for each other at each take many
+    times longer when anything else runs (1,009 rows of 768 random numbers in 16 classes, on 2 busy cores: more than 50
+    s with 2 threads, 4 s with one).
     """
     found = []
     with Bar(len(STRENGTHS), "fitting the probe", "fits") as bar, threadpool_limits(1):
         for strength in STRENGTHS:
             model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=ITERATIONS))
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ConvergenceWarning)  # after so many steps the rest does not change what is right
+                warnings.simplefilter(
+                    "ignore", ConvergenceWarning
+                )  # after so many steps the rest does not change what is right
                 model.fit(train, labels)
             found.append((strength, model, float((model.predict(validation) == truth).mean())))
             bar.update()
@@ -86,9 +94,10 @@ def _fit(train: np.ndarray, labels: list[int], validation: np.ndarray, truth: li
 
 @torch.no_grad()
 def pooled_features(family: Family, samples: list[Sample], cache: FeatureCache | None = None) -> np.ndarray:
-    """(B, W) float32: the mean of the tower's features over all patches, or tiles and patches, of each picture.
+    """(B, W) float32: the mean of the encoder's features over all patches, or tiles and patches, of each image.
 
-    Pictures that take equally many go through the tower together; others one by one, so that none gets a share of its neighbor.
+    Images that take equally many go through the encoder together; others one by one, so that none gets a share of its
+    neighbor.
     """
     encoded = [_encode(family, sample, cache) for sample in samples]
     shapes = [{name: tensor.shape for name, tensor in inputs.items()} for inputs in encoded]
@@ -96,7 +105,9 @@ def pooled_features(family: Family, samples: list[Sample], cache: FeatureCache |
     device = next(family.model.parameters()).device
     pooled = []
     for group in [encoded] if together else [[inputs] for inputs in encoded]:
-        hidden = family.tower_features({name: torch.cat([inputs[name] for inputs in group]).to(device) for name in group[0]})
+        hidden = family.encoder_features(
+            {name: torch.cat([inputs[name] for inputs in group]).to(device) for name in group[0]}
+        )
         pooled.append(hidden.float().reshape(len(group), -1, hidden.shape[-1]).mean(1).cpu())
     return torch.cat(pooled).numpy()
 
@@ -115,16 +126,17 @@ def _features_of(family: Family, split: Split, cache: FeatureCache | None, bar: 
 
 
 def compare(theirs: np.ndarray, ours: np.ndarray) -> str | None:
-    """A warning where the VLM's test accuracy is more than 2 points below the probe's, which says so where that may be chance.
+    """A warning where the VLM's test accuracy is more than 2 points below the probe's, which says so where that may be
+    chance.
 
     Args:
-        theirs, ours: (N,) bool, which pictures are right by the probe and by the VLM.
+        theirs, ours: (N,) bool, which images are right by the probe and by the VLM.
     """
     ahead = theirs.mean() - ours.mean()
     if ahead <= WORSE + 1e-9:
         return None
     if may_be_chance(theirs, ours):
-        return f"the probe is {100 * ahead:.1f} points ahead, which may be chance: {len(ours)} test pictures are too few to tell."
+        return f"the probe is {100 * ahead:.1f} points ahead, which may be chance: {len(ours)} test images are too few to tell."
     return (
         f"the probe is {100 * ahead:.1f} points ahead: a linear classifier on the vision features alone does better than the VLM. Train "
         "longer, try another --learning-rate or --tune, or use the classifier."

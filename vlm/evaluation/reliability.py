@@ -1,6 +1,7 @@
-"""How far the probabilities can be trusted: accuracy, NLL, Brier score and calibration error, each with an interval. NumPy only.
+"""How far the probabilities can be trusted: accuracy, NLL, Brier score and calibration error, each with an interval.
+NumPy only.
 
-N = pictures, C = classes, R = resamples.
+N = images, C = classes, R = resamples.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,26 +27,29 @@ def confidence_and_correctness(log_probabilities: np.ndarray, labels: Sequence[i
 def reliability_figures(
     log_probabilities: np.ndarray, labels: Sequence[int], resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, Interval]:
-    """Figures with their 95% intervals: Wilson's for the accuracy, the others by the bootstrap over pictures (Efron & Tibshirani 1993).
+    """Figures with their 95% intervals: Wilson's for the accuracy, the others by the bootstrap over images (Efron &
+    Tibshirani 1993).
 
-    A bootstrap interval of a share near 1 is too narrow (that of 0.98 of 269 pictures is a 90% one), and that of a share of 1 has no width.
-    Those of NLL and Brier score are percentile ones. That of the ECE is the basic one (Davison & Hinkley 1997, section 5.2), cut at 0
-    and 1: a resample holds pictures several times, which adds to its ECE, so that a percentile interval would lie too high. It is
-    widened to the value where that would lie outside.
+    A bootstrap interval of a share near 1 is too narrow (that of 0.98 of 269 images is a 90% one), and that of a share
+    of 1 has no width. Those of NLL and Brier score are percentile ones. That of the ECE is the basic one (Davison &
+    Hinkley 1997, section 5.2), cut at 0 and 1: a resample holds images several times, which adds to its ECE, so that a
+    percentile interval would lie too high. It is widened to the value where that would lie outside.
 
     Args:
         log_probabilities: (N, C) finite or -inf, each row sums to 1 after exp.
         labels: (N,) class indices.
 
     Returns:
-        accuracy; nll (nats a picture); brier (squared distance of the probabilities from the truth, summed over the classes, 0 to 2:
-        Brier 1950); ece (see `calibration_error`). The same seed and N give the same resamples.
+        accuracy; nll (nats an image); brier (squared distance of the probabilities from the truth, summed over the
+        classes, 0 to 2: Brier 1950); ece (see `calibration_error`). The same seed and N give the same resamples.
     """
     labels = np.asarray(labels)
     confidence, correct = confidence_and_correctness(log_probabilities, labels)
     truth = log_probabilities[np.arange(len(labels)), labels]
     probabilities = np.exp(log_probabilities)
-    values = np.stack([-np.maximum(truth, SMALLEST_LOG_PROBABILITY), (probabilities**2).sum(axis=1) - 2 * np.exp(truth) + 1], axis=1)
+    values = np.stack(
+        [-np.maximum(truth, SMALLEST_LOG_PROBABILITY), (probabilities**2).sum(axis=1) - 2 * np.exp(truth) + 1], axis=1
+    )
     order = _by_confidence(confidence)
     gaps, rank = (confidence - correct)[order], np.argsort(order)
     means, errors = [], []
@@ -54,7 +58,9 @@ def reliability_figures(
         errors.append(_binned_error(gaps[np.sort(rank[drawn], axis=1)]))
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(np.concatenate(means), [tail, 1 - tail], axis=0)
-    result = {name: [float(values[:, i].mean()), float(low[i]), float(high[i])] for i, name in enumerate(("nll", "brier"))}
+    result = {
+        name: [float(values[:, i].mean()), float(low[i]), float(high[i])] for i, name in enumerate(("nll", "brier"))
+    }
     ece = float(_binned_error(gaps[None])[0])
     below, above = np.quantile(np.concatenate(errors), [tail, 1 - tail])
     interval = [ece, max(0.0, min(ece, float(2 * ece - above))), min(1.0, max(ece, float(2 * ece - below)))]
@@ -62,19 +68,23 @@ def reliability_figures(
 
 
 def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
-    """Expected calibration error over 15 bins of equal mass (Nixon et al. 2019, arXiv 1904.01685): sorted by confidence, the pictures are
-    cut into bins of as equal a count as possible; the distance of mean confidence and accuracy, weighted by the count.
+    """Expected calibration error over 15 bins of equal mass (Nixon et al. 2019, arXiv 1904.01685): sorted by
+    confidence, the images are cut into bins of as equal a count as possible; the distance of mean confidence and
+    accuracy, weighted by the count.
 
-    Bins of equal width (Guo et al. 2017) would leave nearly all pictures of a good model in the last one.
+    Bins of equal width (Guo et al. 2017) would leave nearly all images of a good model in the last one.
     """
     order = _by_confidence(confidence)
     return float(_binned_error((confidence - correct)[order][None])[0])
 
 
 def reliability_bins(confidence: np.ndarray, correct: np.ndarray) -> list[list[float]]:
-    """[mean confidence, accuracy, pictures] of each of the bins of `calibration_error`, from the least confident on."""
+    """[mean confidence, accuracy, images] of each of the bins of `calibration_error`, from the least confident on."""
     order = _by_confidence(confidence)
-    return [[float(confidence[part].mean()), float(correct[part].mean()), len(part)] for part in np.split(order, _starts(len(order))[1:])]
+    return [
+        [float(confidence[part].mean()), float(correct[part].mean()), len(part)]
+        for part in np.split(order, _starts(len(order))[1:])
+    ]
 
 
 def accuracy_interval(correct: np.ndarray) -> Interval:
@@ -83,17 +93,18 @@ def accuracy_interval(correct: np.ndarray) -> Interval:
 
 
 def may_be_chance(better: np.ndarray, other: np.ndarray) -> bool:
-    """Whether `better` is not ahead of `other`, or not by what the exact test of McNemar (1947) at 5% tells from chance.
+    """Whether `better` is not ahead of `other`, or not by what the exact test of McNemar (1947) at 5% tells from
+    chance.
 
     Args:
-        better, other: (N,) bool, which of the same pictures each has right.
+        better, other: (N,) bool, which of the same images each has right.
     """
     gained, lost = int((better & ~other).sum()), int((other & ~better).sum())
     return gained <= lost or bool(binomtest(gained, gained + lost).pvalue > 1 - LEVEL)
 
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
-    """95% interval of a share (Wilson 1927), which is right for few pictures and near 0 and 1 too."""
+    """95% interval of a share (Wilson 1927), which is right for few images and near 0 and 1 too."""
     z = 1.959964
     share, total = correct / max(total, 1), max(total, 1)
     middle = (share + z**2 / (2 * total)) / (1 + z**2 / total)
@@ -102,7 +113,7 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
 
 
 def _resamples(count: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """(rows, N) pictures drawn with repetition, `resamples` rows in blocks of bounded size."""
+    """(rows, N) images drawn with repetition, `resamples` rows in blocks of bounded size."""
     rng = np.random.default_rng(seed)
     rows = max(1, ELEMENTS_AT_ONCE // count)
     for start in range(0, resamples, rows):
@@ -110,14 +121,14 @@ def _resamples(count: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
 
 
 def _by_confidence(confidence: np.ndarray) -> np.ndarray:
-    """(N,) positions from the least confident picture on. Equal ones are mixed: a split is often sorted by class, and bins of pictures that
-    are all right, or all wrong, would make an error that is none."""
+    """(N,) positions from the least confident image on. Equal ones are mixed: a split is often sorted by class, and
+    bins of images that are all right, or all wrong, would make an error that is none."""
     mixed = np.random.default_rng(0).permutation(len(confidence))
     return mixed[np.argsort(confidence[mixed], kind="stable")]
 
 
 def _starts(count: int) -> np.ndarray:
-    """Where each bin begins among so many sorted pictures; with less than 15 each has its own."""
+    """Where each bin begins among so many sorted images; with less than 15 each has its own."""
     bins = min(BINS, count)
     return np.arange(bins) * count // bins
 

@@ -10,7 +10,10 @@ from typing import Any
 import torch
 import transformers
 from transformers import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from vlm.common.errors import UsageError
 from vlm.families.base import Family
@@ -23,27 +26,34 @@ FAMILIES: tuple[type[Family], ...] = (Idefics3Family, Qwen2VLFamily, Qwen25VLFam
 
 
 def load_family(
-    folder: Path, dtype: torch.dtype, device: torch.device, pictures: Mapping[str, Any] | None = None, bits: int | None = None
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    images: Mapping[str, Any] | None = None,
+    bits: int | None = None,
 ) -> Family:
     """Load model and processor from a local folder.
 
     Args:
-        pictures: how pictures are processed, by the names of the settings. A training run passes what was given (`{}` for nothing);
-            the family's `picture_defaults` stand for the rest, whatever the folder says: published folders are made for documents
-            and ask for thousands of tokens. The processor that is saved with the model holds these values. Inference passes None,
-            which keeps them.
+        images: how images are processed, by the names of the settings. A training run passes what was given (`{}` for
+            nothing); the family's `image_defaults` stand for the rest, whatever the folder says: published folders are
+            made for documents and ask for thousands of tokens. The processor that is saved with the model holds these
+            values. Inference passes None, which keeps them.
         bits: 4 or 8 for a quantized language model (see vlm/families/quantization.py).
 
     Raises:
-        UsageError: the folder holds no model that this program can train, or its family does not know one of the options.
+        UsageError: the folder holds no model that this program can train, or its family does not know one of the
+            options.
     """
-    if device.type == "cpu":  # torch's attention shares keys and values between heads itself there; with a mask, no other device does
+    if (
+        device.type == "cpu"
+    ):  # torch's attention shares keys and values between heads itself there; with a mask, no other device does
         os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
     model_type = read_config(folder).get("model_type")
     family = _family_of(model_type)
     if family is GenericFamily:
         _check_kind(folder, model_type)
-    return family.load(folder, dtype, device, bits=bits, **_picture_options(family, pictures))
+    return family.load(folder, dtype, device, bits=bits, **_image_options(family, images))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -64,16 +74,18 @@ def _family_of(model_type: str | None) -> type[Family]:
     return next((family for family in FAMILIES if model_type in family.model_types), GenericFamily)
 
 
-def _picture_options(family: type[Family], given: Mapping[str, Any] | None) -> dict[str, Any]:
+def _image_options(family: type[Family], given: Mapping[str, Any] | None) -> dict[str, Any]:
     """What `load_processor` is asked for. Raises UsageError for an option that belongs to another family."""
     if given is None:
         return {}
     for name in given:
-        if name not in family.picture_defaults:
-            owners = " and ".join(other.title for other in FAMILIES if name in other.picture_defaults)
-            known = ", ".join("--" + option.replace("_", "-") for option in family.picture_defaults)
-            raise UsageError(f"--{name.replace('_', '-')} is for {owners}: leave it out{f', or use {known}' if known else ''}.")
-    return {**family.picture_defaults, **given}
+        if name not in family.image_defaults:
+            owners = " and ".join(other.title for other in FAMILIES if name in other.image_defaults)
+            known = ", ".join("--" + option.replace("_", "-") for option in family.image_defaults)
+            raise UsageError(
+                f"--{name.replace('_', '-')} is for {owners}: leave it out{f', or use {known}' if known else ''}."
+            )
+    return {**family.image_defaults, **given}
 
 
 def _check_kind(folder: Path, model_type: str | None) -> None:
@@ -81,7 +93,9 @@ def _check_kind(folder: Path, model_type: str | None) -> None:
     if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         return
     if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise UsageError(f"the model in {folder} ({model_type}) reads text only: choose an image-text-to-text model, see --list-models.")
+        raise UsageError(
+            f"the model in {folder} ({model_type}) reads text only: choose an image-text-to-text model, see --list-models."
+        )
     raise UsageError(
         f"the model in {folder} is of type {model_type}, which transformers {transformers.__version__} does not know as an "
         "image-text-to-text model: choose another, see --list-models, or a newer transformers."

@@ -24,7 +24,7 @@ from vlm.common.errors import UsageError
 from vlm.config.settings import ImageSize
 from vlm.conversation.prompts import Prompts
 from vlm.conversation.responses import scored_ids
-from vlm.families.encoded import CONNECTED_FEATURES, TOWER_FEATURES, EncodedPictures, Rendered
+from vlm.families.encoded import CONNECTED_FEATURES, ENCODER_FEATURES, EncodedImages, Rendered
 from vlm.families.images.sizes import size_text
 from vlm.families.quantization import forget_quantizer, loading_options
 
@@ -33,7 +33,8 @@ COMPILATIONS = 4  # of a block: for rows and prefix, with and without gradients
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' progress bars, which are for files of gigabytes and print the same lines for each small one."""
+    """Without transformers' progress bars, which are for files of gigabytes and print the same lines for each small
+    one."""
     was_on = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -44,22 +45,26 @@ def quiet() -> Iterator[None]:
 
 
 def _run_again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs) if torch.is_grad_enabled() else forward(*args, **kwargs)
+    return (
+        checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        if torch.is_grad_enabled()
+        else forward(*args, **kwargs)
+    )
 
 
 class Family:
-    """One architecture: how it reads text and pictures, and what its parts are called.
+    """One architecture: how it reads text and images, and what its parts are called.
 
-    A family file says `model_types`, `vision`, `connector`, `language`, `encode_pictures`, `vision_features` and, where they
-    differ, the rest.
+    A family file says `model_types`, `vision`, `connector`, `language`, `encode_images`, `vision_features` and, where
+    they differ, the rest.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
     title: ClassVar[str] = ""  # what people call it
-    # The settings about pictures that it knows, with their values in training where none is given (see `load_family`).
-    picture_defaults: ClassVar[dict[str, Any]] = {}
+    # The settings about images that it knows, with their values in training where none is given (see `load_family`).
+    image_defaults: ClassVar[dict[str, Any]] = {}
     shares_prefix = True  # else everything goes through `full_logits`, with the prefix in every row
-    can_cache = True  # whether what the tower makes of several pictures is what it makes of each, one after the other
+    can_cache = True  # whether what the encoder makes of several images is what it makes of each, one after the other
     must_be_checked = False  # whether the shared prefix has to be held against the plain forward first
 
     def __init__(self, model: nn.Module, processor: Any):
@@ -68,7 +73,7 @@ class Family:
         self.tokenizer = processor.tokenizer
 
     def without_weights(self) -> "Family":
-        """The same family for loader processes, which only encode pictures and should get no copy of the weights."""
+        """The same family for loader processes, which only encode images and should get no copy of the weights."""
         light = copy.copy(self)
         light.model = None
         return light
@@ -76,14 +81,21 @@ class Family:
     # Loading
 
     @classmethod
-    def load(cls, folder: Path, dtype: torch.dtype, device: torch.device, bits: int | None = None, **pictures: Any) -> "Family":
-        """Load weights (safetensors only) and processor from a local folder. `pictures` goes to `load_processor`.
+    def load(
+        cls, folder: Path, dtype: torch.dtype, device: torch.device, bits: int | None = None, **images: Any
+    ) -> "Family":
+        """Load weights (safetensors only) and processor from a local folder. `images` goes to `load_processor`.
 
-        The weights are read into tensors of `dtype`, the language model's linear layers of `bits` bits where that is given, one after the
+        The weights are read into tensors of `dtype`, the language model's linear layers of `bits` bits where that is
+        given, one after the
         other: there is never a second copy of them.
         """
-        processor = cls.load_processor(folder, **pictures)
-        kept = cls.outline(AutoConfig.from_pretrained(folder, local_files_only=True)).linear_layers(language=False) if bits else []
+        processor = cls.load_processor(folder, **images)
+        kept = (
+            cls.outline(AutoConfig.from_pretrained(folder, local_files_only=True)).linear_layers(language=False)
+            if bits
+            else []
+        )
         try:
             with quiet():
                 model, report = AutoModelForImageTextToText.from_pretrained(
@@ -94,14 +106,17 @@ class Family:
             raise UsageError(f"the weights in {folder} cannot be read: {str(error).splitlines()[0]}") from error
         missing = sorted(report["missing_keys"])
         if missing:
-            raise UsageError(f"the weights in {folder} are incomplete: {len(missing)} are missing, such as {missing[0]}. Download it anew.")
+            raise UsageError(
+                f"the weights in {folder} are incomplete: {len(missing)} are missing, such as {missing[0]}. Download it again."
+            )
         if bits:
             forget_quantizer(model)
         return cls(model.to(device), processor)
 
     @classmethod
     def outline(cls, config: PreTrainedConfig) -> "Family":
-        """The architecture alone, with neither values of the weights nor processor: to name its parts and count their parameters."""
+        """The architecture alone, with neither values of the weights nor processor: to name its parts and count their
+        parameters."""
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config)
         family = cls.__new__(cls)
@@ -109,8 +124,9 @@ class Family:
         return family
 
     @classmethod
-    def load_processor(cls, folder: Path, **pictures: Any) -> Any:
-        """The processor in a folder, with the options named in `picture_defaults`; one that is None or left out is as the folder says."""
+    def load_processor(cls, folder: Path, **images: Any) -> Any:
+        """The processor in a folder, with the options named in `image_defaults`; one that is None or left out is as the
+        folder says."""
         raise NotImplementedError
 
     def save(self, folder: Path, state: dict[str, Tensor], dtype: torch.dtype) -> None:
@@ -128,7 +144,7 @@ class Family:
 
     @property
     def vision(self) -> nn.Module:
-        """The vision tower, without the connector."""
+        """The vision encoder, without the connector."""
         raise NotImplementedError
 
     @property
@@ -144,34 +160,40 @@ class Family:
     def linear_layers(self, language: bool) -> list[str]:
         """Names of the linear layers in the language model, or (False) of all others."""
         inside = {id(module) for module in self.language.modules()}
-        return [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear) and (id(module) in inside) == language]
+        return [
+            name
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear) and (id(module) in inside) == language
+        ]
 
     @property
     def edges(self) -> tuple[int, int] | None:
-        """Pixels of a picture's edge, as it is processed and as published; None where pictures keep sizes of their own."""
+        """Pixels of an image's edge, as it is processed and as published; None where images keep sizes of their own."""
         return None
 
     def size_text(self, wish: ImageSize) -> str:
         """What `--image-size` came to and what it costs, for people."""
         if self.edges is None:
             return f"as {self.title} takes it."
-        loads = [self.picture_load(image_size=ImageSize(edge)) for edge in self.edges]
+        loads = [self.image_load(image_size=ImageSize(edge)) for edge in self.edges]
         return size_text(wish, *self.edges, *loads)
 
-    def picture_load(self, **pictures: Any) -> tuple[int, int]:
-        """Patches that the vision tower reads of the largest picture, and the tokens that it becomes; of the configuration alone.
+    def image_load(self, **images: Any) -> tuple[int, int]:
+        """Patches that the vision encoder reads of the largest image, and the tokens that it becomes; of the
+        configuration alone.
 
         Args:
-            pictures: as in `load_processor`.
+            images: as in `load_processor`.
         """
         raise NotImplementedError
 
     def layers(self) -> list[GradientCheckpointingLayer]:
-        """The blocks of both towers."""
+        """The blocks of both encoders."""
         return [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
     def checkpoint_layers(self) -> None:
-        """Gradient checkpointing (Chen et al. 2016, arXiv 1604.06174): every block keeps its input alone, and is run again on the way back.
+        """Gradient checkpointing (Chen et al. 2016, arXiv 1604.06174): every block keeps its input alone, and is run
+        again on the way back.
 
         transformers' own switch leaves out the cache, and with it the prefix.
         """
@@ -179,10 +201,12 @@ class Family:
             layer.forward = partial(_run_again, layer.forward)
 
     def compile_layers(self, backend: str = "inductor") -> None:
-        """Let torch compile the blocks of the language model: at the first use, and again for lengths of another kind."""
+        """Let torch compile the blocks of the language model: at the first use, and again for lengths of another
+        kind."""
         inside = {id(module) for module in self.language.modules()}
         blocks = [layer for layer in self.layers() if id(layer) in inside]
-        # They share their code, of which torch gives up after eight compilations; each block's number is a reason for one.
+        # They share their code, of which torch gives up after eight compilations; each block's number is a reason for
+        # one.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILATIONS * len(blocks))
         for layer in blocks:
             layer.compile(backend=backend, dynamic=True)
@@ -191,12 +215,12 @@ class Family:
 
     @property
     def image_token(self) -> str:
-        """The placeholder of a picture in the rendered conversation."""
+        """The placeholder of an image in the rendered conversation."""
         return self.processor.image_token
 
     @property
     def image_token_id(self) -> int:
-        """The token whose embedding is replaced by a picture feature."""
+        """The token whose embedding is replaced by an image feature."""
         return self.tokenizer.convert_tokens_to_ids(self.image_token)
 
     @property
@@ -217,12 +241,14 @@ class Family:
         """Conversation and responses -> token ids.
 
         Raises:
-            UsageError: a text holds a picture placeholder or a special token that breaks the conversation.
+            UsageError: a text holds an image placeholder or a special token that breaks the conversation.
         """
         opening = self.apply_template(prompts.messages(), add_generation_prompt=True)
         pieces = opening.split(self.image_token)
         if len(pieces) != 2:
-            raise UsageError(f"the texts hold {len(pieces) - 2} {self.image_token} of their own, which stands for a picture: leave it out.")
+            raise UsageError(
+                f"the texts hold {len(pieces) - 2} {self.image_token} of their own, which stands for an image: leave it out."
+            )
         return self.rendered(prompts, self.tokenize(pieces[0]), self.tokenize(pieces[1]))
 
     def rendered(self, prompts: Prompts, prefix: list[int], question: list[int]) -> Rendered:
@@ -231,7 +257,8 @@ class Family:
         return Rendered(prefix, question, responses, scored_ids(self, prompts, responses), self.max_length, prompts)
 
     def response_ids(self, prompts: Prompts, text: str) -> list[int]:
-        """The tokens of one response to a conversation that was rendered, end of turn included. Runs in loader processes, too."""
+        """The tokens of one response to a conversation that was rendered, end of turn included. Runs in loader
+        processes, too."""
         turn = self.turn(prompts, text)
         return self.tokenize(turn[: turn.rindex(self.end_of_turn)] + self.end_of_turn)
 
@@ -251,28 +278,28 @@ class Family:
         """Token ids -> text without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
-    # Pictures
+    # Images
 
-    def encode_pictures(self, pictures: list[Image.Image]) -> EncodedPictures:
-        """RGB pictures -> tensors and tokens. Runs in loader processes, without the weights."""
+    def encode_images(self, images: list[Image.Image]) -> EncodedImages:
+        """RGB images -> tensors and tokens. Runs in loader processes, without the weights."""
         raise NotImplementedError
 
     def vision_features(self, inputs: dict[str, Tensor]) -> Tensor:
-        """What the vision tower makes of the pictures, before the connector: one row for each row of pixels."""
+        """What the vision encoder makes of the images, before the connector: one row for each row of pixels."""
         raise NotImplementedError
 
-    def picture_features(self, inputs: dict[str, Tensor]) -> Tensor:
-        """(number of placeholders of all pictures, D) features in the order of the placeholders."""
+    def image_features(self, inputs: dict[str, Tensor]) -> Tensor:
+        """(number of placeholders of all images, D) features in the order of the placeholders."""
         if CONNECTED_FEATURES in inputs:
             return inputs[CONNECTED_FEATURES]
-        return self.connect(self.tower_features(inputs), inputs)
+        return self.connect(self.encoder_features(inputs), inputs)
 
-    def tower_features(self, inputs: dict[str, Tensor]) -> Tensor:
+    def encoder_features(self, inputs: dict[str, Tensor]) -> Tensor:
         """`vision_features`, or those of the cache where a batch was made of them."""
-        if TOWER_FEATURES in inputs:
-            return inputs[TOWER_FEATURES]
+        if ENCODER_FEATURES in inputs:
+            return inputs[ENCODER_FEATURES]
         frozen = not any(p.requires_grad for p in self.vision.parameters())
-        with torch.no_grad() if frozen else nullcontext():  # a frozen tower would keep a graph otherwise
+        with torch.no_grad() if frozen else nullcontext():  # a frozen encoder would keep a graph otherwise
             return self.vision_features(inputs)
 
     def connect(self, hidden: Tensor, inputs: dict[str, Tensor]) -> Tensor:
@@ -280,19 +307,19 @@ class Family:
         features = self.connector(hidden)
         return features.reshape(-1, features.shape[-1])
 
-    def features_of_each(self, pictures: Sequence[EncodedPictures], connected: bool) -> list[Tensor]:
-        """The features of several pictures, each encoded by itself, from one pass over all of them.
+    def features_of_each(self, images: Sequence[EncodedImages], connected: bool) -> list[Tensor]:
+        """The features of several images, each encoded by itself, from one pass over all of them.
 
         Args:
-            connected: behind the connector, where a picture has one row for each of its placeholders; else before it, where it has
-                as many as of pixels (tiles or patches).
+            connected: behind the connector, where an image has one row for each of its placeholders; else before it,
+                where it has as many as of pixels (tiles or patches).
         """
         device = next(self.model.parameters()).device
-        inputs = {name: torch.cat([one.inputs[name] for one in pictures]).to(device) for name in pictures[0].inputs}
+        inputs = {name: torch.cat([one.inputs[name] for one in images]).to(device) for name in images[0].inputs}
         if connected:
-            rows = [one.token_ids[0].count(self.image_token_id) for one in pictures]
-            return list(self.picture_features(inputs).split(rows))
-        return list(self.tower_features(inputs).split([len(one.inputs["pixel_values"]) for one in pictures]))
+            rows = [one.token_ids[0].count(self.image_token_id) for one in images]
+            return list(self.image_features(inputs).split(rows))
+        return list(self.encoder_features(inputs).split([len(one.inputs["pixel_values"]) for one in images]))
 
     # The language model
 
@@ -309,10 +336,13 @@ class Family:
         """Positions of the rows of a batch (see `vlm_collate_fn`) that follow `start` prefix tokens.
 
         Returns:
-            what `run_language` takes for the rows, (1, L) here, and (B,) the position of the first token after each row.
+            what `run_language` takes for the rows, (1, L) here, and (B,) the position of the first token after each
+            row.
         """
         length = batch["input_ids"].shape[1]
-        return torch.arange(start, start + length, device=batch["input_ids"].device).unsqueeze(0), start + batch["lengths"]
+        return torch.arange(start, start + length, device=batch["input_ids"].device).unsqueeze(0), start + batch[
+            "lengths"
+        ]
 
     def text_positions(self, positions: Tensor) -> Tensor:
         """(B, L) positions of text tokens -> what `run_language` takes."""
@@ -321,16 +351,23 @@ class Family:
     def new_cache(self) -> Cache:
         return DynamicCache(config=self.model.config)
 
-    def run_language(self, embeddings: Tensor, positions: Tensor, cache: Cache | None = None, mask: Tensor | None = None) -> Tensor:
+    def run_language(
+        self, embeddings: Tensor, positions: Tensor, cache: Cache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         """(B, L, D) -> hidden states (B, L, D).
 
         Args:
             positions: from `positions` or `text_positions`.
             cache: keys and values of earlier tokens; the new ones are added to it.
-            mask: (B, 1, L, K) bool, True where a token (L) sees another (K); without it every token sees itself and all before it.
+            mask: (B, 1, L, K) bool, True where a token (L) sees another (K); without it every token sees itself and all
+                before it.
         """
         return self.language(
-            inputs_embeds=embeddings, position_ids=positions, past_key_values=cache, attention_mask=mask, use_cache=cache is not None
+            inputs_embeds=embeddings,
+            position_ids=positions,
+            past_key_values=cache,
+            attention_mask=mask,
+            use_cache=cache is not None,
         ).last_hidden_state
 
     def full_logits(self, ids: Tensor, mask: Tensor, response: Tensor, inputs: dict[str, Tensor]) -> Tensor:

@@ -1,4 +1,5 @@
-"""The embedded default: a small Idefics3 with its own tokenizer and processor, built on the spot, with random weights."""
+"""The embedded default: a small Idefics3 with its own tokenizer and processor, built on the spot, with random
+weights."""
 
 import re
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from vlm.families.base import quiet
 MODEL_NAME = "demo"  # what the metadata calls the model
 IMAGE_SIZE = 32  # pixels; the digits have 8
 PATCH_SIZE = 8  # 2 x 2 of their pixels
-SCALE_FACTOR = 2  # 2 x 2 patches become one picture token: 4 tokens a picture
+SCALE_FACTOR = 2  # 2 x 2 patches become one image token: 4 tokens an image
 SPECIAL_TOKENS = ["<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>", "<global-img>"]
 # The layout of SmolVLM-Instruct: see docs/architecture.md.
 CHAT_TEMPLATE = (
@@ -42,7 +43,13 @@ def build_demo_model(folder: Path, settings: Settings, class_names: list[str]) -
     model = build_model(
         processor,
         vision={"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4},
-        text={"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2},
+        text={
+            "hidden_size": 96,
+            "intermediate_size": 256,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        },
         image_size=IMAGE_SIZE,
         patch_size=PATCH_SIZE,
         scale_factor=SCALE_FACTOR,
@@ -57,18 +64,23 @@ def build_processor(
 ) -> Idefics3Processor:
     """A processor whose byte-level BPE tokenizer, trained on `corpus`, can write any text.
 
-    With `class_names` the tokens may be whole phrases, with a class name always a token of its own. A model that starts from nothing
-    then learns the classes, not the spelling of the sentences around them: the demo's response has 8 tokens where words make 32.
+    With `class_names` the tokens may be whole phrases, with a class name always a token of its own. A model that starts
+    from nothing then learns the classes, not the spelling of the sentences around them: the demo's response has 8
+    tokens where words make 32.
     """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if class_names:
         names = "|".join(map(re.escape, sorted(class_names, key=len, reverse=True)))
         apart = pre_tokenizers.Split(Regex(f" ?\\b({names})\\b"), behavior="isolated")
-        bpe.pre_tokenizer = pre_tokenizers.Sequence([apart, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        bpe.pre_tokenizer = pre_tokenizers.Sequence(
+            [apart, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=1000, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
+    )
     # " Assistant:" and the like are in every conversation; words are repeated so that each becomes a token of its own.
     bpe.train_from_iterator([*corpus, " System: User: Assistant:"] * 4, trainer)
     tokenizer = PreTrainedTokenizerFast(
@@ -89,7 +101,12 @@ def build_processor(
 
 
 def build_model(
-    processor: Idefics3Processor, vision: dict[str, int], text: dict[str, int], image_size: int, patch_size: int, scale_factor: int
+    processor: Idefics3Processor,
+    vision: dict[str, int],
+    text: dict[str, int],
+    image_size: int,
+    patch_size: int,
+    scale_factor: int,
 ) -> Idefics3ForConditionalGeneration:
     """A model with random weights that fits the processor."""
     tokenizer = processor.tokenizer

@@ -1,4 +1,4 @@
-"""What a family makes of texts and pictures, for the rest of the program."""
+"""What a family makes of texts and images, for the rest of the program."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,12 +9,12 @@ from vlm.conversation.prompts import Prompts
 from vlm.conversation.responses import common_start
 
 # Names of cached features among a batch's pixels: before and behind the connector.
-TOWER_FEATURES, CONNECTED_FEATURES = "tower_features", "connected_features"
+ENCODER_FEATURES, CONNECTED_FEATURES = "encoder_features", "connected_features"
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """The conversation as token ids. The picture's own tokens stand between prefix and question."""
+    """The conversation as token ids. The image's own tokens stand between prefix and question."""
 
     prefix_ids: list[int]
     question_ids: list[int]
@@ -30,10 +30,10 @@ class Rendered:
 
 
 @dataclass(frozen=True)
-class EncodedPictures:
-    """Pictures as the model takes them.
+class EncodedImages:
+    """Images as the model takes them.
 
-    inputs: tensors of all pictures one after the other (a picture may take several rows). token_ids: for each picture
+    inputs: tensors of all images one after the other (an image may take several rows). token_ids: for each image
     the tokens that stand for it in the text, placeholders and wrappers.
     """
 
@@ -41,7 +41,7 @@ class EncodedPictures:
     token_ids: list[list[int]]
 
 
-def beside_pictures(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the model takes of pictures that is neither pixels nor features of them, such as their sizes."""
-    features = (TOWER_FEATURES, CONNECTED_FEATURES)
+def beside_images(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the model takes of images that is neither pixels nor features of them, such as their sizes."""
+    features = (ENCODER_FEATURES, CONNECTED_FEATURES)
     return {name: tensor for name, tensor in inputs.items() if not name.startswith("pixel") and name not in features}

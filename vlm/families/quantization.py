@@ -1,7 +1,7 @@
 """Weights in 4 or 8 bits through bitsandbytes, where it is installed, for training LoRA on top of them (QLoRA).
 
-Only the linear layers of the language model are quantized: they are most of the weights, and LoRA makes up for what rounding loses. What
-is saved is a plain model (see `merged_state_dict`).
+Only the linear layers of the language model are quantized: they are most of the weights, and LoRA makes up for what
+rounding loses. What is saved is a plain model (see `merged_state_dict`).
 """
 
 import importlib.util
@@ -40,8 +40,8 @@ def check_quantization(bits: int | None, device: torch.device) -> None:
 def loading_options(bits: int | None, dtype: torch.dtype, device: torch.device, kept: list[str]) -> dict[str, Any]:
     """What `from_pretrained` is told; nothing where `bits` is None.
 
-    NF4 with blocks of 64 weights for 4 bits (QLoRA, Dettmers et al. 2023, arXiv 2305.14314), rows of int8 for 8 bits (LLM.int8(),
-    Dettmers et al. 2022, arXiv 2208.07339).
+    NF4 with blocks of 64 weights for 4 bits (QLoRA, Dettmers et al. 2023, arXiv 2305.14314), rows of int8 for 8 bits
+    (LLM.int8(), Dettmers et al. 2022, arXiv 2208.07339).
 
     Args:
         kept: names of the linear layers that are not quantized.

@@ -1,6 +1,7 @@
-"""Qwen2-VL-Instruct and Qwen2.5-VL-Instruct of every size, without the video half of their processor, which needs torchvision.
+"""Qwen2-VL-Instruct and Qwen2.5-VL-Instruct of every size, without the video half of their processor, which needs
+torchvision.
 
-B = batch, L = tokens of a row, N = patches of all pictures, D = width. Four neighboring patches become one picture token.
+B = batch, L = tokens of a row, N = patches of all images, D = width. Four neighboring patches become one image token.
 """
 
 import json
@@ -17,17 +18,17 @@ from transformers.vision_utils import get_vision_window_index
 from vlm.common.errors import UsageError
 from vlm.config.settings import ImageSize
 from vlm.families.base import Family
-from vlm.families.encoded import EncodedPictures
+from vlm.families.encoded import EncodedImages
 from vlm.families.images.resizing import equals, native_patches
 
 MIN_PIXELS = 4 * 28 * 28  # as published
-MAX_PIXELS = 256 * 28 * 28  # 448 x 448: 256 picture tokens, where the published 16384 * 28 * 28 runs out of memory
-LONGEST_SHAPE = 200  # the processor refuses pictures whose sides differ by more than this factor
+MAX_PIXELS = 256 * 28 * 28  # 448 x 448: 256 image tokens, where the published 16384 * 28 * 28 runs out of memory
+LONGEST_SHAPE = 200  # the processor refuses images whose sides differ by more than this factor
 
 
 # Both keep their published names, under which they are saved and others load them.
 class Qwen2VLProcessor(transformers.Qwen2VLProcessor):
-    """Pictures and text, no videos."""
+    """Images and text, no videos."""
 
     @classmethod
     def get_attributes(cls) -> list[str]:
@@ -35,7 +36,7 @@ class Qwen2VLProcessor(transformers.Qwen2VLProcessor):
 
 
 class Qwen2_5_VLProcessor(transformers.Qwen2_5_VLProcessor):
-    """Pictures and text, no videos."""
+    """Images and text, no videos."""
 
     @classmethod
     def get_attributes(cls) -> list[str]:
@@ -45,7 +46,8 @@ class Qwen2_5_VLProcessor(transformers.Qwen2_5_VLProcessor):
 class PatchLinear(nn.Module):
     """A Conv3d over patches of exactly its kernel's size, as the matrix product that it is.
 
-    The weight is the convolution's own, in name and shape. Conv3d is several times slower (`benchmarks/patch_embed.py`).
+    The weight is the convolution's own, in name and shape. Conv3d is several times slower
+    (`benchmarks/patch_embed.py`).
     """
 
     def __init__(self, convolution: nn.Conv3d):
@@ -58,23 +60,23 @@ class PatchLinear(nn.Module):
 
 
 def _most(max_pixels: int, image_size: ImageSize | None) -> int:
-    """The most pixels of a picture. Raises UsageError for an image size below that of one token."""
+    """The most pixels of an image. Raises UsageError for an image size below that of one token."""
     if image_size is None or image_size.auto:
         return max_pixels
     if image_size.pixels < 28:
-        raise UsageError(f"--image-size {image_size.pixels}: expected at least 28 pixels, the edge of one picture token.")
+        raise UsageError(f"--image-size {image_size.pixels}: expected at least 28 pixels, the edge of one image token.")
     return image_size.pixels**2
 
 
-def by_processor(images: Any, pictures: list[Image.Image]) -> dict[str, Any]:
-    """What transformers gives of RGB pictures."""
-    return images(pictures, return_tensors="pt")
+def by_processor(image_processor: Any, images: list[Image.Image]) -> dict[str, Any]:
+    """What transformers gives of RGB images."""
+    return image_processor(images, return_tensors="pt")
 
 
 class Qwen2VLFamily(Family):
     model_types = ("qwen2_vl",)
     title = "Qwen2-VL"
-    picture_defaults = {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS, "image_size": None}
+    image_defaults = {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS, "image_size": None}
     processor_class = Qwen2VLProcessor
     end_of_turn = "<|im_end|>"
 
@@ -86,16 +88,20 @@ class Qwen2VLFamily(Family):
 
     @classmethod
     def load_processor(
-        cls, folder: Path, min_pixels: int | None = None, max_pixels: int | None = None, image_size: ImageSize | None = None
+        cls,
+        folder: Path,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        image_size: ImageSize | None = None,
     ) -> Any:
         """The published processor without videos.
 
-        A picture is resized to multiples of 28 pixels, its shape kept about, so that it has between `min_pixels` and `max_pixels`. With
-        `image_size` exactly, it has at most the pixels of a square with that edge; auto is no different from nothing, as pictures keep
-        their size anyway.
+        An image is resized to multiples of 28 pixels, its shape kept about, so that it has between `min_pixels` and
+        `max_pixels`. With `image_size` exactly, it has at most the pixels of a square with that edge; auto is no
+        different from nothing, as images keep their size anyway.
         """
         processor = cls.processor_class.from_pretrained(folder, local_files_only=True)
-        # The PIL pictures do not depend on whether torchvision is installed.
+        # The PIL images do not depend on whether torchvision is installed.
         processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
         processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
         saved = processor.image_processor.size
@@ -103,7 +109,10 @@ class Qwen2VLFamily(Family):
         if least > most:
             flag = f"--max-pixels {most}" if most == max_pixels else f"the {most} of --image-size"
             raise UsageError(f"--min-pixels {least} is more than {flag}: give both.")
-        processor.image_processor.size = {"shortest_edge": least, "longest_edge": most}  # pixels, whatever they are called
+        processor.image_processor.size = {
+            "shortest_edge": least,
+            "longest_edge": most,
+        }  # pixels, whatever they are called
         return processor
 
     def save(self, folder: Path, state: dict[str, Tensor], dtype: torch.dtype) -> None:
@@ -112,17 +121,17 @@ class Qwen2VLFamily(Family):
         Older programs read it and, where torchvision is installed, so does the video half of transformers' processor.
         """
         super().save(folder, state, dtype)
-        images = self.processor.image_processor
-        images.save_pretrained(folder)
+        image_processor = self.processor.image_processor
+        image_processor.save_pretrained(folder)
         file = folder / "preprocessor_config.json"
         config = json.loads(file.read_text(encoding="utf-8")) | {
-            "min_pixels": images.size["shortest_edge"],
-            "max_pixels": images.size["longest_edge"],
+            "min_pixels": image_processor.size["shortest_edge"],
+            "max_pixels": image_processor.size["longest_edge"],
             "processor_class": self.processor_class.__name__,
         }
         file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
-    # The parts. transformers keeps the connector, which it calls merger, inside of the vision tower.
+    # The parts. transformers keeps the connector, which it calls merger, inside of the vision encoder.
 
     @property
     def vision(self) -> nn.Module:
@@ -141,46 +150,47 @@ class Qwen2VLFamily(Family):
     def stop_ids(self) -> list[int]:
         return self.tokenizer.convert_tokens_to_ids([self.end_of_turn, "<|endoftext|>"])
 
-    # Pictures
+    # Images
 
     def size_text(self, wish: ImageSize) -> str:
         most = self.processor.image_processor.size["longest_edge"]
         tokens = most // (self.processor.image_processor.patch_size * self.processor.image_processor.merge_size) ** 2
-        return f"that of the pictures, at most {most:,} pixels: up to {tokens} picture tokens."
+        return f"that of the images, at most {most:,} pixels: up to {tokens} image tokens."
 
-    def picture_load(
+    def image_load(
         self, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS, image_size: ImageSize | None = None
     ) -> tuple[int, int]:
         vision = self.model.config.vision_config
         patches = max(min_pixels, _most(max_pixels, image_size)) // vision.patch_size**2
         return patches, patches // vision.spatial_merge_size**2
 
-    def encode_pictures(self, pictures: list[Image.Image]) -> EncodedPictures:
-        """Patches of all pictures, one after the other, and their grids: (pictures, 3) frames, rows, columns of patches."""
-        for picture in pictures:
-            if max(picture.size) > LONGEST_SHAPE * min(picture.size):
-                shape = f"{picture.width} x {picture.height}"
+    def encode_images(self, images: list[Image.Image]) -> EncodedImages:
+        """Patches of all images, one after the other, and their grids: (images, 3) frames, rows, columns of patches."""
+        for image in images:
+            if max(image.size) > LONGEST_SHAPE * min(image.size):
+                shape = f"{image.width} x {image.height}"
                 raise UsageError(
-                    f"a picture has {shape} pixels: {self.title} takes at most {LONGEST_SHAPE} times as long as wide; crop it."
+                    f"an image has {shape} pixels: {self.title} takes at most {LONGEST_SHAPE} times as long as wide; crop it."
                 )
-        images = self.processor.image_processor
-        batch = native_patches(images, pictures) if self.resizes_fast else by_processor(images, pictures)
-        counts = batch["image_grid_thw"].prod(1) // images.merge_size**2
-        return EncodedPictures(dict(batch), [[self.image_token_id] * count for count in counts.tolist()])
+        image_processor = self.processor.image_processor
+        batch = native_patches(image_processor, images) if self.resizes_fast else by_processor(image_processor, images)
+        counts = batch["image_grid_thw"].prod(1) // image_processor.merge_size**2
+        return EncodedImages(dict(batch), [[self.image_token_id] * count for count in counts.tolist()])
 
     def vision_features(self, inputs: dict[str, Tensor]) -> Tensor:
         """(N, vision width), the four patches of a token next to each other.
 
-        The forward runs the merger too, and its result is dropped: about one part in seventy of the tower's work.
+        The forward runs the merger too, and its result is dropped: about one part in seventy of the encoder's work.
         """
         return self.model.model.visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).last_hidden_state
 
     # Positions: three of each token, time, row and column (M-RoPE, Wang et al. 2024, arXiv 2409.12191, section 2.1)
 
     def positions(self, start: int, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """(3, B, L) for rows that begin with a picture: its tokens all have the time `start`, and count rows and columns from there.
+        """(3, B, L) for rows that begin with an image: its tokens all have the time `start`, and count rows and columns
+        from there.
 
-        The text goes on behind the larger of rows and columns, as if the picture were that many tokens long.
+        The text goes on behind the larger of rows and columns, as if the image were that many tokens long.
         """
         if not batch["pixels"]:
             return super().positions(start, batch)
@@ -199,10 +209,13 @@ class Qwen25VLFamily(Qwen2VLFamily):
     processor_class = Qwen2_5_VLProcessor
 
     def vision_features(self, inputs: dict[str, Tensor]) -> Tensor:
-        """The tower sorts the tokens by attention window; here they are back in the order of the picture."""
+        """The encoder sorts the tokens by attention window; here they are back in the order of the image."""
         hidden = super().vision_features(inputs)
         visual = self.model.model.visual
         order, _ = get_vision_window_index(
-            inputs["image_grid_thw"], visual.spatial_merge_size, window_size=visual.window_size, patch_size=visual.patch_size
+            inputs["image_grid_thw"],
+            visual.spatial_merge_size,
+            window_size=visual.window_size,
+            patch_size=visual.patch_size,
         )
         return hidden.unflatten(0, (-1, visual.spatial_merge_unit))[order.argsort().to(hidden.device)].flatten(0, 1)

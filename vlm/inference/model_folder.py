@@ -1,4 +1,5 @@
-"""The model folder and the state to resume from, each written whole or not at all. Tensors are safetensors, the rest is JSON."""
+"""The model folder and the state to resume from, each written whole or not at all. Tensors are safetensors, the rest is
+JSON."""
 
 import json
 import os
@@ -20,10 +21,11 @@ from vlm.training.tuning import merged_state_dict
 
 @dataclass
 class Progress:
-    """Where a run stands. epoch and step_in_epoch: what comes next. step: optimizer steps done. seconds: of training so far.
+    """Where a run stands. epoch and step_in_epoch: what comes next. step: optimizer steps done. seconds: of training so
+    far.
 
-    zero_shot: the test metrics of the model before the first step, where they were asked for. alignment: see vlm/training/first_stage.py, where
-    the connector was never trained.
+    zero_shot: the test metrics of the model before the first step, where they were asked for. alignment: see
+    vlm/training/first_stage.py, where the connector was never trained.
     """
 
     epoch: int = 0
@@ -61,7 +63,8 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def usual_modes(folder: Path) -> None:
-    """Give the files of a folder the mode that files of the user have: safetensors are written for their owner alone."""
+    """Give the files of a folder the mode that files of the user have: safetensors are written for their owner
+    alone."""
     mask = os.umask(0o022)
     os.umask(mask)
     for path in folder.iterdir():
@@ -103,14 +106,17 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     """The metadata in a model folder or beside it.
 
     Raises:
-        UsageError: there is none, it is not readable, or what lies beside the folder tells of a model that was made from it.
+        UsageError: there is none, it is not readable, or what lies beside the folder tells of a model that was made
+            from it.
     """
     for path in (folder / METADATA, folder.parent / METADATA):
         if path.is_file():
             try:
                 metadata = json.loads(path.read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
-                raise UsageError(f"{path} is not readable ({error}). It is written by train_vlm.py with the model.") from error
+                raise UsageError(
+                    f"{path} is not readable ({error}). It is written by train_vlm.py with the model."
+                ) from error
             if not isinstance(metadata, dict) or not {"class_names", "prompts"} <= metadata.keys():
                 raise UsageError(f"{path} names no classes and prompts: it was not written by train_vlm.py.")
             if path.parent != folder and _is_where_it_started(folder, metadata):
@@ -118,7 +124,9 @@ def read_metadata(folder: Path) -> dict[str, Any]:
             if (folder / "best_model").is_dir():
                 raise UsageError(f"{folder} is the folder of a run: its model is {folder / 'best_model'}.")
             return metadata
-    raise UsageError(f"no {METADATA} in {folder} or beside it: --model-dir takes a folder such as vlm_results/best_model.")
+    raise UsageError(
+        f"no {METADATA} in {folder} or beside it: --model-dir takes a folder such as vlm_results/best_model."
+    )
 
 
 def _is_where_it_started(folder: Path, metadata: dict[str, Any]) -> bool:
@@ -138,12 +146,15 @@ def save_state(
     fingerprint: dict[str, Any],
     scaler: dict[str, Any] | None,
 ) -> None:
-    """Save what a resumed run needs: learned weights by name, optimizer, progress, settings. The rest is a function of seed and step."""
+    """Save what a resumed run needs: learned weights by name, optimizer, progress, settings. The rest is a function of
+    seed and step."""
 
     def write(new: Path) -> None:
         save_file({name: p.detach().contiguous() for name, p in learned.items()}, new / "trained.safetensors")
         states = optimizer.state_dict()["state"]
-        tensors = {f"{index}.{name}": value.contiguous() for index, state in states.items() for name, value in state.items()}
+        tensors = {
+            f"{index}.{name}": value.contiguous() for index, state in states.items() for name, value in state.items()
+        }
         save_file(tensors, new / "optimizer.safetensors")
         values = {"settings": settings, "fingerprint": fingerprint, "scaler": scaler, "progress": asdict(progress)}
         (new / "state.json").write_text(json.dumps(values), encoding="utf-8")  # infinities are kept here
@@ -166,7 +177,7 @@ def load_state(output: Path, learned: dict[str, torch.Tensor], optimizer: torch.
     """
     saved = load_file(output / STATE / "trained.safetensors")
     if saved.keys() != learned.keys() or any(saved[name].shape != p.shape for name, p in learned.items()):
-        raise RunError(f"the state in {output / STATE} does not fit this model: start anew with --overwrite.")
+        raise RunError(f"the state in {output / STATE} does not fit this model: start again with --overwrite.")
     with torch.no_grad():
         for name, parameter in learned.items():
             parameter.copy_(saved[name])

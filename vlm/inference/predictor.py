@@ -21,7 +21,7 @@ from vlm.common.errors import RunError, UsageError
 from vlm.common.progress import Bar
 from vlm.config.settings import CACHE_GB
 from vlm.conversation.prompts import Prompts
-from vlm.data.images import UnreadablePicture, open_picture
+from vlm.data.images import UnreadableImage, open_image
 from vlm.data.splits import Sample
 from vlm.families import load_family
 from vlm.families.features import FeatureCache, open_cache
@@ -34,18 +34,22 @@ Result = TypeVar("Result")
 
 
 def load_model_and_metadata(
-    model_dir: str | Path = "vlm_results/best_model", device: str = "auto", dtype: str = "auto", abstain_below: float | None = None
+    model_dir: str | Path = "vlm_results/best_model",
+    device: str = "auto",
+    dtype: str = "auto",
+    abstain_below: float | None = None,
 ) -> tuple[VLMClassifier, Any, dict[str, Any]]:
     """Load what `train_vlm.py` saved.
 
     Args:
         model_dir: folder with the weights; `training_metadata.json` lies in it or beside it.
         device: auto, cpu, cuda or mps. dtype: auto, float32, bfloat16 or float16.
-        abstain_below: a prediction whose confidence is smaller is None; default: as stored with the model; 0 switches it off.
+        abstain_below: a prediction whose confidence is smaller is None; default: as stored with the model; 0 switches
+            it off.
 
     Returns:
-        model: a `VLMClassifier` in evaluation mode, with its calibration; `model.model` is the transformers model. processor: that of
-            transformers.
+        model: a `VLMClassifier` in evaluation mode, with its calibration; `model.model` is the transformers model.
+            processor: that of transformers.
         metadata: the content of `training_metadata.json`.
 
     Raises:
@@ -54,7 +58,9 @@ def load_model_and_metadata(
     folder = Path(model_dir).expanduser()
     recover(folder)
     if not folder.is_dir():
-        raise UsageError(f"{folder} is not a folder: train a model first (./run_vlm_training.sh --demo), or name its folder.")
+        raise UsageError(
+            f"{folder} is not a folder: train a model first (./run_vlm_training.sh --demo), or name its folder."
+        )
     metadata = read_metadata(folder)
     chosen, _ = pick_device(device)
     family = load_family(folder, pick_dtype(dtype, chosen), chosen)
@@ -66,25 +72,30 @@ def load_model_and_metadata(
 
 
 def predict_single_image(
-    model: VLMClassifier, processor: Any, image: str | Path | Image.Image | np.ndarray, metadata: dict[str, Any], explain: bool = True
+    model: VLMClassifier,
+    processor: Any,
+    image: str | Path | Image.Image | np.ndarray,
+    metadata: dict[str, Any],
+    explain: bool = True,
 ) -> tuple[str | None, float, str]:
-    """Classify one picture.
+    """Classify one image.
 
     Args:
         model, processor, metadata: what `load_model_and_metadata` returned.
-        image: path, PIL picture, or array (HxW, HxWx1, HxWx3 or HxWx4).
+        image: path, PIL image, or array (HxW, HxWx1, HxWx3 or HxWx4).
         explain: give the text; without it `full_response` is empty, and nothing is written but what scoring needs.
 
     Returns:
-        prediction: the most probable class, or None where the model abstains. confidence: the probability of the most probable class
-        within the label set, calibrated, 0 to 1. full_response: a text whose answer is the prediction (see `vlm.classifier.reasoning.explain`); empty
-        where there is none.
+        prediction: the most probable class, or None where the model abstains. confidence: the probability of the most
+            probable class
+        within the label set, calibrated, 0 to 1. full_response: a text whose answer is the prediction (see
+        `vlm.classifier.reasoning.explain`); empty where there is none.
 
     Raises:
-        UnreadablePicture: the picture cannot be decoded. RunError: the model gives no numbers.
+        UnreadableImage: the image cannot be decoded. RunError: the model gives no numbers.
     """
     _check_same_model(model, processor, metadata)
-    batch = model.collate(with_response=False)([Sample(open_picture(image), 0, "picture")])
+    batch = model.collate(with_response=False)([Sample(open_image(image), 0, "image")])
     result = _predict(model, batch, explain)[0]
     if "error" in result:
         raise RunError(result["error"])
@@ -102,21 +113,24 @@ def predict_batch(
     exhaustive: bool = False,
     feature_cache: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """Classify many picture files, with a progress bar on stderr.
+    """Classify many image files, with a progress bar on stderr.
 
     Args:
         image_paths: files; a file that is named twice is classified once.
-        batch_size: pictures in one forward pass; default: as many as the free memory has room for, up to 16 on the CPU and 128 on a GPU.
+        batch_size: images in one forward pass; default: as many as the free memory has room for, up to 16 on the CPU
+            and 128 on a GPU.
         explain: give the texts; without it `full_response` is empty, and nothing is written but what scoring needs.
-        exhaustive: score every class to the end. Without it, classes that are too improbable to matter are left out early, and a
-            probability may be wrong by `error_bound`.
-        feature_cache: look the pictures' vision features up in the cache and add those that are missing (see `_cache_of`): the next
-            call on the same pictures skips the vision tower.
+        exhaustive: score every class to the end. Without it, classes that are too improbable to matter are left out
+            early, and a probability may be wrong by `error_bound`.
+        feature_cache: look the images' vision features up in the cache and add those that are missing (see
+            `_cache_of`): the next call on the same images skips the vision encoder.
 
     Returns:
-        For each path, in the order given: prediction (str), confidence (0 to 1, within the label set), probabilities ({class:
-        probability}, calibrated, they add up to 1), error_bound (0 to 0.0001: how much a probability can be wrong at most) and
-        full_response (str). Where the model abstains, prediction is None, abstained True and full_response empty; for a file that
+        For each path, in the order given: prediction (str), confidence (0 to 1, within the label set), probabilities
+            ({class:
+        probability}, calibrated, they add up to 1), error_bound (0 to 0.0001: how much a probability can be wrong at
+        most) and full_response (str). Where the model abstains, prediction is None, abstained True and full_response
+        empty; for a file that
         cannot be read: error (str), prediction None.
     """
     _check_same_model(model, processor, metadata)
@@ -131,7 +145,9 @@ def predict_batch(
         model.inference_cache = _cache_of(model, metadata)
     model.feature_cache = model.inference_cache if feature_cache else None
     chunks = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
-    prepared = (map if feature_cache else _ahead)(partial(_prepare, model), chunks)  # the cache runs the vision tower, one thread at a time
+    prepared = (map if feature_cache else _ahead)(
+        partial(_prepare, model), chunks
+    )  # the cache runs the vision encoder, one thread at a time
     try:
         with Bar(len(paths), "classifying", enabled=show_progress) as bar:
             for chunk, (batch, errors) in zip(chunks, prepared, strict=True):
@@ -146,8 +162,8 @@ def predict_batch(
 def _cache_of(model: VLMClassifier, metadata: dict[str, Any]) -> FeatureCache | None:
     """The cache for a trained model, with the size and number format of its training.
 
-    Features before the connector where the cache has a folder for this vision tower, as it has after a training unless that had
-    --freeze-connector; else behind the connector, where they are fewer.
+    Features before the connector where the cache has a folder for this vision encoder, as it has after a training
+    unless that had --freeze-connector; else behind the connector, where they are fewer.
     """
     settings = metadata.get("settings", {})
     options = settings.get("cache_dtype", "float32"), settings.get("cache_size", CACHE_GB)
@@ -156,7 +172,8 @@ def _cache_of(model: VLMClassifier, metadata: dict[str, Any]) -> FeatureCache | 
 
 
 def _ahead(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """`map` in a thread that is one item ahead: pictures are decoded and resized while the model is busy with the ones before."""
+    """`map` in a thread that is one item ahead: images are decoded and resized while the model is busy with the ones
+    before."""
     with ThreadPoolExecutor(max_workers=1) as thread:
         waiting: list[Future[Result]] = []
         for item in items:
@@ -167,12 +184,12 @@ def _ahead(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Re
 
 
 def _prepare(model: VLMClassifier, paths: list[str]) -> tuple[dict[str, Any] | None, dict[str, dict[str, Any]]]:
-    """The batch of the pictures that can be read, None where there is none, and the results of the others."""
+    """The batch of the images that can be read, None where there is none, and the results of the others."""
     samples, errors = [], {}
     for path in paths:
         try:
-            samples.append(Sample(open_picture(path), 0, path))
-        except UnreadablePicture as error:
+            samples.append(Sample(open_image(path), 0, path))
+        except UnreadableImage as error:
             errors[path] = {"prediction": None, "error": str(error)}
     if model.feature_cache:
         model.feature_cache.add_missing(model.family, samples)
@@ -180,7 +197,9 @@ def _prepare(model: VLMClassifier, paths: list[str]) -> tuple[dict[str, Any] | N
 
 
 @torch.no_grad()
-def _predict(model: VLMClassifier, batch: dict[str, Any], explain: bool, tolerance: float = TOLERANCE) -> list[dict[str, Any]]:
+def _predict(
+    model: VLMClassifier, batch: dict[str, Any], explain: bool, tolerance: float = TOLERANCE
+) -> list[dict[str, Any]]:
     if model.training:
         model.eval()
     batch = send_to_device(batch, model.device)
@@ -188,9 +207,13 @@ def _predict(model: VLMClassifier, batch: dict[str, Any], explain: bool, toleran
     probabilities = model.calibration.log_probabilities(found.scores, found.openings).exp()
     predictions = probabilities.argmax(-1).tolist()
     abstained = [model.calibration.abstains(confidence) for confidence in probabilities.amax(-1).tolist()]
-    texts = explain_predictions(model, found, predictions) if explain and not all(abstained) else [""] * len(predictions)
+    texts = (
+        explain_predictions(model, found, predictions) if explain and not all(abstained) else [""] * len(predictions)
+    )
     results: list[dict[str, Any]] = []
-    for row, best, bound, text, without in zip(probabilities, predictions, found.unexplored.tolist(), texts, abstained, strict=True):
+    for row, best, bound, text, without in zip(
+        probabilities, predictions, found.unexplored.tolist(), texts, abstained, strict=True
+    ):
         if row.isnan().any():
             results.append({"prediction": None, "error": "the model's scores are no numbers: try --dtype float32"})
             continue
@@ -202,7 +225,11 @@ def _predict(model: VLMClassifier, batch: dict[str, Any], explain: bool, toleran
             "full_response": text,
         }
         if without:
-            result |= {"prediction": None, "abstained": True, "full_response": ""}  # no text answers where the prediction does not
+            result |= {
+                "prediction": None,
+                "abstained": True,
+                "full_response": "",
+            }  # no text answers where the prediction does not
         results.append(result)
     return results
 
@@ -210,7 +237,9 @@ def _predict(model: VLMClassifier, batch: dict[str, Any], explain: bool, toleran
 def _check_same_model(model: VLMClassifier, processor: Any, metadata: dict[str, Any]) -> None:
     """The three belong together: a processor or class list of another model would give wrong answers without a word."""
     if not isinstance(model, VLMClassifier):
-        raise TypeError(f"model is a {type(model).__name__}: pass the three values that load_model_and_metadata returned.")
+        raise TypeError(
+            f"model is a {type(model).__name__}: pass the three values that load_model_and_metadata returned."
+        )
     if processor is not model.family.processor or tuple(metadata["class_names"]) != model.class_names:
         raise ValueError(
             "model, processor and metadata belong to different models: pass the three that one load_model_and_metadata returned."

@@ -46,7 +46,9 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
         UsageError: float16 anywhere but on CUDA, where its gradients can be scaled.
     """
     if wanted == "float16" and device.type != "cuda":
-        raise UsageError(f"--dtype float16 works on CUDA only, and the device is {device.type}: use float32 or bfloat16.")
+        raise UsageError(
+            f"--dtype float16 works on CUDA only, and the device is {device.type}: use float32 or bfloat16."
+        )
     if wanted != "auto":
         return DTYPES[wanted]
     # Chips before Ampere emulate bfloat16, slowly.
@@ -63,9 +65,11 @@ def pick_threads(wanted: int | None) -> int:
 
 
 def share_of_cores() -> int:
-    """The physical cores that this process may use, shared fairly with the other processes of the run on this machine; at least 1.
+    """The physical cores that this process may use, shared fairly with the other processes of the run on this machine;
+    at least 1.
 
-    Two threads on one core (hyper-threading) get in each other's way in matrix products. A container may be allowed less than it sees.
+    Two threads on one core (hyper-threading) get in each other's way in matrix products. A container may be allowed
+    less than it sees.
     """
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = min(usable, psutil.cpu_count(logical=False) or usable, _quota() or usable)
@@ -73,7 +77,8 @@ def share_of_cores() -> int:
 
 
 def _quota(file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int | None:
-    """Cores that a container on Linux may use at a time, rounded up (`docker run --cpus`); None where nothing is said."""
+    """Cores that a container on Linux may use at a time, rounded up (`docker run --cpus`); None where nothing is
+    said."""
     try:
         quota, period = map(int, file.read_text(encoding="ascii").split())
     except (OSError, ValueError):  # another system, or "max"
@@ -87,4 +92,6 @@ def check_compiler(device: torch.device) -> None:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(2, device=device))
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(f"--compile does not work here ({reason}): install a C++ compiler such as g++, or leave it out.") from error
+        raise UsageError(
+            f"--compile does not work here ({reason}): install a C++ compiler such as g++, or leave it out."
+        ) from error

@@ -1,6 +1,7 @@
 """What `test_vlm_setup.py` checks: whether this machine can train, and the cure for each thing in the way.
 
-A check is a function that yields findings. Packages are imported inside the checks, since they may be missing or broken.
+A check is a function that yields findings. Packages are imported inside the checks, since they may be missing or
+broken.
 """
 
 import importlib.util
@@ -25,10 +26,11 @@ REQUIREMENTS = ROOT / "requirements.txt"
 OK, WARNING, FAILURE = "ok", "warning", "failure"
 COLORS = {OK: "\033[32m", WARNING: "\033[33m", FAILURE: "\033[31m"}
 GIB = 2**30
-# Estimates for the default model, 0.5 billion weights: 2 GB in float32 and twice that while a model is saved; activations; PyTorch.
+# Estimates for the default model, 0.5 billion weights: 2 GB in float32 and twice that while a model is saved;
+# activations; PyTorch.
 MEMORY_GIB = 6
 OUTPUT_GIB = 7  # best_model, final_model, the state to resume from, and one more copy while one of them is written
-DOWNLOADS_GIB = 4  # the model and the data set
+DOWNLOADS_GIB = 4  # the model and the dataset
 LEAST_GIB = 0.5  # not even the demo has enough
 HUB_SECONDS = 3
 TRAINING_SECONDS = 600
@@ -47,11 +49,16 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def examine_machine(
-    checks: Sequence[Check], last: Check | None, write: Callable[[str], object] = print, color: bool = False, debug: bool = False
+    checks: Sequence[Check],
+    last: Check | None,
+    write: Callable[[str], object] = print,
+    color: bool = False,
+    debug: bool = False,
 ) -> int:
     """Run the checks, write a line for each finding, and return the exit code: 0 this machine can train, 1 it cannot.
 
-    `last` is left out after a failure, since it would only fail for the same reason. With `debug` an error in a check is raised.
+    `last` is left out after a failure, since it would only fail for the same reason. With `debug` an error in a check
+    is raised.
     """
     levels = []
 
@@ -81,7 +88,9 @@ def _findings(check: Check, debug: bool) -> Iterator[Finding]:
         if debug:
             raise
         name = getattr(check, "__name__", "check")
-        yield Finding(FAILURE, f"{name}: {type(error).__name__}: {_last_line(str(error))}", "--debug shows the traceback")
+        yield Finding(
+            FAILURE, f"{name}: {type(error).__name__}: {_last_line(str(error))}", "--debug shows the traceback"
+        )
 
 
 def _line(finding: Finding, color: bool) -> str:
@@ -116,7 +125,11 @@ def packages(requirements: Path = REQUIREMENTS) -> Iterator[Finding]:
             yield Finding(OK, f"{package.name} {package.found}")
         else:
             found = f"{package.found} is installed" if package.found else "not installed"
-            yield Finding(FAILURE, f"{package.name}: {found}, {package.wanted} is needed", _pip("install", "-r", str(requirements)))
+            yield Finding(
+                FAILURE,
+                f"{package.name}: {found}, {package.wanted} is needed",
+                _pip("install", "-r", str(requirements)),
+            )
 
 
 def _pip(*words: str) -> str:
@@ -127,12 +140,19 @@ def transformers(load: Callable[[str], object] = importlib.import_module) -> Ite
     """Whether transformers can be used: it comes in many parts, and another package may break some."""
     try:
         library = load("transformers")
-        for name in ("AutoModelForImageTextToText", "AutoProcessor", "Idefics3ForConditionalGeneration", "Idefics3Processor"):
+        for name in (
+            "AutoModelForImageTextToText",
+            "AutoProcessor",
+            "Idefics3ForConditionalGeneration",
+            "Idefics3Processor",
+        ):
             getattr(library, name)
     except Exception as error:
         text = f"transformers cannot be imported: {type(error).__name__}: {_last_line(str(error))}"
         if _installed("torchvision"):
-            yield Finding(FAILURE, f"{text} (often a torchvision that does not match torch)", _pip("uninstall", "torchvision"))
+            yield Finding(
+                FAILURE, f"{text} (often a torchvision that does not match torch)", _pip("uninstall", "torchvision")
+            )
         else:
             yield Finding(FAILURE, text, _pip("install", "--force-reinstall", "-r", str(REQUIREMENTS)))
     else:
@@ -153,7 +173,10 @@ def device() -> Iterator[Finding]:
     found, text = pick_device("auto")
     torch.ones(2, 2, device=found).matmul(torch.ones(2, 2, device=found)).sum().item()
     dtype = str(pick_dtype("auto", found)).removeprefix("torch.")
-    yield Finding(OK, f"device: {text}, computing in {dtype}; {psutil.cpu_count(logical=False) or os.cpu_count()} physical CPU cores")
+    yield Finding(
+        OK,
+        f"device: {text}, computing in {dtype}; {psutil.cpu_count(logical=False) or os.cpu_count()} physical CPU cores",
+    )
     if found.type == "cuda":
         free, total = torch.cuda.mem_get_info()
         yield _enough("GPU memory", free, total, MEMORY_GIB, "a smaller --model, or --tune connector")
@@ -185,12 +208,19 @@ def memory(limit_file: Path = Path("/sys/fs/cgroup/memory.max")) -> Iterator[Fin
     yield _enough("memory", min(machine.available, total), total, MEMORY_GIB, cure, LEAST_GIB)
 
 
-def disk(output: Path | None = None, usage: Callable[[Path], tuple[int, int, int]] = shutil.disk_usage) -> Iterator[Finding]:
+def disk(
+    output: Path | None = None, usage: Callable[[Path], tuple[int, int, int]] = shutil.disk_usage
+) -> Iterator[Finding]:
     """Free space where the results go, and where the hub's files are kept."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     places = (
-        ("results", output or Path(Settings().output_dir), OUTPUT_GIB, "free some space, or --output-dir on another disk"),
+        (
+            "results",
+            output or Path(Settings().output_dir),
+            OUTPUT_GIB,
+            "free some space, or --output-dir on another disk",
+        ),
         ("downloads", Path(HF_HUB_CACHE), DOWNLOADS_GIB, "free some space, or set HF_HOME to a folder on another disk"),
     )
     for name, folder, wanted, cure in places:
@@ -199,12 +229,15 @@ def disk(output: Path | None = None, usage: Callable[[Path], tuple[int, int, int
 
 
 def vision_features() -> Iterator[Finding]:
-    """Where the features of pictures are kept, and how large they are and may become."""
+    """Where the features of images are kept, and how large they are and may become."""
     from vlm.families.features import cache_root
 
     folder = cache_root()
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    yield Finding(OK, f"vision features ({folder}): {size / 1e9:.1f} GB, and never more than --cache-size {Settings().cache_size:g}")
+    yield Finding(
+        OK,
+        f"vision features ({folder}): {size / 1e9:.1f} GB, and never more than --cache-size {Settings().cache_size:g}",
+    )
 
 
 def _existing(folder: Path) -> Path:
@@ -222,7 +255,11 @@ def output_folder(output: Path | None = None) -> Iterator[Finding]:
         with tempfile.TemporaryFile(dir=_existing(output)):
             yield Finding(OK, f"results can be written to {output.absolute()}")
     except OSError as error:
-        yield Finding(FAILURE, f"results cannot be written to {output.absolute()}: {error.strerror}", "give another folder by --output-dir")
+        yield Finding(
+            FAILURE,
+            f"results cannot be written to {output.absolute()}: {error.strerror}",
+            "give another folder by --output-dir",
+        )
 
 
 def hub(run: Run = subprocess.run) -> Iterator[Finding]:
@@ -243,31 +280,37 @@ def hub(run: Run = subprocess.run) -> Iterator[Finding]:
             yield Finding(OK, f"default {kind} {name}: in the cache")
         elif missing:
             yield Finding(
-                WARNING, f"default {kind} {name}: not in the cache", f"train once with the hub in reach, or give --{kind} a folder"
+                WARNING,
+                f"default {kind} {name}: not in the cache",
+                f"train once with the hub in reach, or give --{kind} a folder",
             )
         else:
             yield Finding(OK, f"default {kind} {name}: not in the cache yet; the first run downloads it")
 
 
 def _why_unreachable(run: Run) -> str:
-    """ "" if the hub answers. Asked in a process of its own, since the look-up of a name cannot be given a time limit."""
+    """ "" if the hub answers. Asked in a process of its own, since the look-up of a name cannot be given a time
+    limit."""
     ask = f"from huggingface_hub import HfApi; HfApi().model_info({DEFAULT_MODEL!r}, timeout={HUB_SECONDS})"
     try:
         result = run([sys.executable, "-c", ask], capture_output=True, text=True, timeout=HUB_SECONDS + 5)
     except subprocess.TimeoutExpired:
         return f"no answer within {HUB_SECONDS + 5} seconds"
-    return re.sub(r"^[\w.]+: ", "", _last_line(result.stderr)) if result.returncode else ""  # without the name of the exception
+    return (
+        re.sub(r"^[\w.]+: ", "", _last_line(result.stderr)) if result.returncode else ""
+    )  # without the name of the exception
 
 
 def training(run: Run = subprocess.run, root: Path = ROOT, debug: bool = False) -> Iterator[Finding]:
-    """Train the demo on a few pictures, save, load and predict, as a user would. With `debug` all that it prints is shown."""
+    """Train the demo on a few images, save, load and predict, as a user would. With `debug` all that it prints is
+    shown."""
     with tempfile.TemporaryDirectory(prefix="vlm_check_") as name:
         folder = Path(name)
-        picture, table = folder / "digit.png", folder / "predictions.jsonl"
-        _draw_digit(picture)
+        image, table = folder / "digit.png", folder / "predictions.jsonl"
+        _draw_digit(image)
         model = folder / "run" / "best_model"
         train = ["train_vlm.py", "--demo", "--max-samples", "100", "--epochs", "1", "--output-dir", str(folder / "run")]
-        predict = ["inference_vlm.py", "--model-dir", str(model), str(picture), "--output", str(table)]
+        predict = ["inference_vlm.py", "--model-dir", str(model), str(image), "--output", str(table)]
         for what, (script, *flags) in (("train and save", train), ("load and predict", predict)):
             start = time.monotonic()
             problem = _try([sys.executable, str(root / script), *flags], run, folder, debug)
@@ -278,7 +321,9 @@ def training(run: Run = subprocess.run, root: Path = ROOT, debug: bool = False) 
             yield Finding(OK, f"{what}: {time.monotonic() - start:.0f} s")
         answer = json.loads(table.read_text(encoding="utf-8").splitlines()[0])
         if answer.get("prediction") is None:
-            yield Finding(FAILURE, f"load and predict: no prediction in {answer}", "report this: it is a mistake in the program")
+            yield Finding(
+                FAILURE, f"load and predict: no prediction in {answer}", "report this: it is a mistake in the program"
+            )
 
 
 def _try(command: list[str], run: Run, folder: Path, debug: bool) -> str:

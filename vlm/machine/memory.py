@@ -1,15 +1,16 @@
 """How much memory a training run needs: computed from the configuration, before anything is loaded.
 
     training    weights + gradients + optimizer + activations
-    evaluation  weights + optimizer + keys and values of two forward passes, and the larger of vision tower and logits
+    evaluation  weights + optimizer + keys and values of two forward passes, and the larger of vision encoder and logits
     saving      weights + optimizer + the weights that have to be copied to be saved
 
-The three come one after the other, so what a run needs is the largest. Weights that are trained are float32, with a float32 gradient
-and two float32 values of AdamW each; all others are in the number format of the device (see `prepare_tuning`). The parameters are
-counted on the true modules, without their values.
+The three come one after the other, so what a run needs is the largest. Weights that are trained are float32, with a
+float32 gradient and two float32 values of AdamW each; all others are in the number format of the device (see
+`prepare_tuning`). The parameters are counted on the true modules, without their values.
 
-What a block of the transformer keeps for the backward pass, numbers for each token (D = width, Q = width of queries, K = of keys and values
-together, I = inner width; "wide" is what the MLP's first layers put out: I, or 2 I where a gate is multiplied):
+What a block of the transformer keeps for the backward pass, numbers for each token (D = width, Q = width of queries, K
+= of keys and values together, I = inner width; "wide" is what the MLP's first layers put out: I, or 2 I where a gate is
+multiplied):
 
     always                       2 D (inputs of the two norms, float32) + 2 Q (queries, result of the attention) + K + wide
                                    (+ I with a gate)
@@ -17,9 +18,9 @@ together, I = inner width; "wide" is what the MLP's first layers put out: I, or 
     trained too                    other linear layers: 2 D, and one for each layer where autocast converts it
     where LoRA is trained        + the inputs of the linear layers; with dropout one for each layer, and the noise
 
-Keys and values of a row include the shared prefix's and, but on a CPU, are repeated for each of the heads that share them; the mask of a
-layer has a number for each pair of row token and key. Tokens that no trained weight comes before keep nothing: all of the vision tower
-unless all weights are trained, and the prefix where the connector alone is.
+Keys and values of a row include the shared prefix's and, but on a CPU, are repeated for each of the heads that share
+them; the mask of a layer has a number for each pair of row token and key. Tokens that no trained weight comes before
+keep nothing: all of the vision encoder unless all weights are trained, and the prefix where the connector alone is.
 
 Measured against it: benchmarks/memory_estimate.py, docs/models.md.
 """
@@ -36,7 +37,7 @@ from torch import nn
 from vlm.classifier.search import LOGITS_AT_ONCE, NODES_AT_ONCE, NODES_KEPT
 from vlm.common.progress import note
 from vlm.config.resolve import set_batch_size
-from vlm.config.settings import BOTH, PICTURES_PER_STEP, POSTERIOR, RESPONSE, Settings
+from vlm.config.settings import BOTH, IMAGES_PER_STEP, POSTERIOR, RESPONSE, Settings
 from vlm.conversation.prompts import Prompts
 from vlm.families import outline, read_config
 from vlm.families.base import Family
@@ -47,15 +48,18 @@ CHARACTERS_PER_TOKEN = 3  # of English; a low guess, so that the estimate is no 
 BATCHES = (128, 64, 32, 16, 8, 4, 2)
 BATCH_ON_CPU, BATCH_ON_GPU = 16, 128  # more is no faster
 TRAINING_SHARE = 0.7  # of the free memory, which others want a part of, and for what the estimate lacks
-LIBRARIES = 100 * 2**20  # what torch's own libraries take when they are first used, and a batch of pictures; measured: 70 to 110 MiB
+LIBRARIES = (
+    100 * 2**20
+)  # what torch's own libraries take when they are first used, and a batch of images; measured: 70 to 110 MiB
 BYTES_OF_BITS = {4: 0.5 + 4 / 64, 8: 1.0}  # a float32 scale for each block of 64 weights of 4 bits
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Tokens of the conversation: before the picture (run once for a batch), behind it, and of a response; and the classes.
+    """Tokens of the conversation: before the image (run once for a batch), behind it, and of a response; and the
+    classes.
 
-    edge: longest edge of the pictures, for `--image-size auto`; None: as published.
+    edge: longest edge of the images, for `--image-size auto`; None: as published.
     """
 
     prefix: int = 200
@@ -66,9 +70,12 @@ class Texts:
 
     @classmethod
     def of(cls, prompts: Prompts, reasonings: Sequence[str] = (), edge: int | None = None) -> "Texts":
-        """About as many as the texts have, and the reasonings of the pictures' own; the exact numbers would take the tokenizer."""
+        """About as many as the texts have, and the reasonings of the images' own; the exact numbers would take the
+        tokenizer."""
         longest = max(map(len, [*prompts.responses, *reasonings]))
-        before, behind = (prompts.system + prompts.question, "") if prompts.question_first else (prompts.system, prompts.question)
+        before, behind = (
+            (prompts.system + prompts.question, "") if prompts.question_first else (prompts.system, prompts.question)
+        )
         lengths = (len(text) // CHARACTERS_PER_TOKEN + 10 for text in (before, behind, "." * longest))
         return cls(*lengths, classes=len(prompts.class_names), edge=edge)
 
@@ -96,7 +103,7 @@ class Need:
 
 @dataclass(frozen=True)
 class Block:
-    """The widths of one tower's blocks, and how many there are: see the top of this file."""
+    """The widths of one encoder's blocks, and how many there are: see the top of this file."""
 
     count: int
     width: int
@@ -108,15 +115,18 @@ class Block:
     rms_norm: bool
 
     @classmethod
-    def of(cls, tower: nn.Module) -> "Block":
-        """Read from the first block: of a list of modules that holds all linear layers of the tower, the innermost such list."""
-        lists = [m for m in tower.modules() if isinstance(m, nn.ModuleList)]
+    def of(cls, encoder: nn.Module) -> "Block":
+        """Read from the first block: of a list of modules that holds all linear layers of the encoder, the innermost
+        such list."""
+        lists = [m for m in encoder.modules() if isinstance(m, nn.ModuleList)]
         blocks = max(reversed(lists), key=lambda m: sum(isinstance(part, nn.Linear) for part in m.modules()))
         linears = {name: m for name, m in blocks[0].named_modules() if isinstance(m, nn.Linear)}
         attention = [m for name, m in linears.items() if "att" in name]
         mlp = [m for name, m in linears.items() if "att" not in name]
         inner, width = max((m.in_features, m.out_features) for m in mlp)
-        queries = sum(m.in_features - width for m in attention) + width  # all but the last layer of the attention read the width
+        queries = (
+            sum(m.in_features - width for m in attention) + width
+        )  # all but the last layer of the attention read the width
         return cls(
             count=len(blocks),
             width=width,
@@ -158,7 +168,8 @@ def estimate(family: Family, settings: Settings, dtype: torch.dtype, device: str
         weights=weights,
         gradients=trained * FLOAT32,
         optimizer=2 * trained * FLOAT32,
-        activations=int(_activations(family, settings, size, device, texts)) + (trained * size if size < FLOAT32 else 0),
+        activations=int(_activations(family, settings, size, device, texts))
+        + (trained * size if size < FLOAT32 else 0),
         evaluation=int(_evaluation(family, settings, size, texts)),
         saving=_copied(family, settings, size) if device == "cpu" else 0,  # a GPU's weights are copied to the CPU
     )
@@ -182,20 +193,23 @@ def _language_layers(family: Family) -> list[nn.Linear]:
     return [family.model.get_submodule(name) for name in family.linear_layers(language=True)]
 
 
-def _picture_load(family: Family, settings: Settings, texts: Texts) -> tuple[int, int]:
-    """Patches and tokens of the largest picture, with the options that the family knows."""
-    options = settings.picture_options(texts.edge)
-    return family.picture_load(**{name: value for name, value in options.items() if name in family.picture_defaults})
+def _image_load(family: Family, settings: Settings, texts: Texts) -> tuple[int, int]:
+    """Patches and tokens of the largest image, with the options that the family knows."""
+    options = settings.image_options(texts.edge)
+    return family.image_load(**{name: value for name, value in options.items() if name in family.image_defaults})
 
 
 def _activations(family: Family, settings: Settings, size: int, device: str, texts: Texts) -> float:
     """Bytes at the end of the forward pass, when they are most, and what the first steps back add."""
     block, batch, full = Block.of(family.language), settings.batch_size or 1, settings.tune == "full"
-    patches, tokens = _picture_load(family, settings, texts)
+    patches, tokens = _image_load(family, settings, texts)
     response = 0 if settings.objective == POSTERIOR else texts.response
-    nodes = {RESPONSE: 0, POSTERIOR: texts.response * texts.classes, BOTH: texts.classes}[settings.objective or BOTH]  # about, and at most
+    nodes = {RESPONSE: 0, POSTERIOR: texts.response * texts.classes, BOTH: texts.classes}[
+        settings.objective or BOTH
+    ]  # about, and at most
     logits_of = response
-    if not family.shares_prefix:  # whole rows and their logits: one for the response, and at most one for each class (see vlm/classifier/plain.py)
+    # whole rows and their logits: one for the response, and at most one for each class (see vlm/classifier/plain.py)
+    if not family.shares_prefix:
         batch *= {None: 2, RESPONSE: 1, POSTERIOR: texts.classes, BOTH: 1 + texts.classes}[settings.objective]
         texts, nodes, response = replace(texts, question=texts.prefix + texts.question, prefix=0), 0, texts.response
         logits_of = tokens + texts.question + response
@@ -204,12 +218,16 @@ def _activations(family: Family, settings: Settings, size: int, device: str, tex
     prefix = 0 if settings.tune == "connector" else texts.prefix
     per_token = block.count * block.kept(size, trained=full)
     if settings.tune == "lora":
-        noise = 0 if not settings.lora_dropout else 1 if device == "cuda" else FLOAT32  # CUDA keeps which, the others by how much
+        noise = (
+            0 if not settings.lora_dropout else 1 if device == "cuda" else FLOAT32
+        )  # CUDA keeps which, the others by how much
         inputs = sum(m.in_features for m in _language_layers(family))
         if not noise and size == FLOAT32:  # layers that read the same tensor keep it once
             inputs = block.count * (2 * block.width + block.inner)
         per_token += inputs * (size + noise)
-    shared = block.keys if device == "cpu" else 2 * block.queries  # elsewhere a mask makes transformers repeat them for each head
+    shared = (
+        block.keys if device == "cpu" else 2 * block.queries
+    )  # elsewhere a mask makes transformers repeat them for each head
     attended = block.count * batch * keys * (shared * size + row * size)
     vision = Block.of(family.vision)
     seen = vision.count * (vision.kept(size, trained=True) + vision.keys * size) if full else 0
@@ -223,16 +241,25 @@ def _activations(family: Family, settings: Settings, size: int, device: str, tex
     logits = 3 * predicted * FLOAT32  # logits, their softmax, its gradient
     head = vocabulary.numel() * FLOAT32 if full else 0  # its new gradient, beside the one it is added to
     attended += prefix * block.count * block.keys * size
-    return LIBRARIES + (prefix + batch * row) * per_token + attended + batch * (patches * seen + tokens * connector * size) + logits + head
+    return (
+        LIBRARIES
+        + (prefix + batch * row) * per_token
+        + attended
+        + batch * (patches * seen + tokens * connector * size)
+        + logits
+        + head
+    )
 
 
 def _evaluation(family: Family, settings: Settings, size: int, texts: Texts) -> float:
     block, batch = Block.of(family.language), settings.eval_batch_size
-    patches, tokens = _picture_load(family, settings, texts)
+    patches, tokens = _image_load(family, settings, texts)
     nodes = min(texts.response * texts.classes, NODES_KEPT + NODES_AT_ONCE)
     keys = batch * (2 * (texts.prefix + tokens + texts.question) + nodes) * block.count * block.keys * size
     scored = batch * (1 + nodes) * family.model.get_output_embeddings().weight.shape[0]
-    passing = batch * max(patches * Block.of(family.vision).passing(size), (tokens + texts.question) * block.passing(size))
+    passing = batch * max(
+        patches * Block.of(family.vision).passing(size), (tokens + texts.question) * block.passing(size)
+    )
     blocks = 3 if size == FLOAT32 else 3.5  # logits of a block, their logarithms, and those of the block before
     logits = blocks * min(scored, LOGITS_AT_ONCE)
     if not family.shares_prefix:  # transformers' own forward: logits of whole rows
@@ -242,7 +269,8 @@ def _evaluation(family: Family, settings: Settings, size: int, texts: Texts) -> 
 
 
 def _copied(family: Family, settings: Settings, size: int) -> int:
-    """Bytes of the weights that are not saved as they are: those that LoRA is merged into, and float32 ones saved in another format."""
+    """Bytes of the weights that are not saved as they are: those that LoRA is merged into, and float32 ones saved in
+    another format."""
     if settings.tune == "lora":
         return sum(m.weight.numel() for m in _language_layers(family)) * size
     every = sum(p.numel() for p in family.model.parameters() if p.requires_grad)
@@ -250,29 +278,39 @@ def _copied(family: Family, settings: Settings, size: int) -> int:
 
 
 def largest_batch(classifier: Any, settings: Mapping[str, Any]) -> int:
-    """How many pictures a batch of an inference may have: as many as half of the free memory has room for.
+    """How many images a batch of an inference may have: as many as half of the free memory has room for.
 
     Args:
         classifier: a `VLMClassifier`. settings: those of its training, from the metadata.
     """
     rendered, most = classifier.rendered, BATCH_ON_GPU if classifier.device.type == "cuda" else BATCH_ON_CPU
-    texts = Texts(len(rendered.prefix_ids), len(rendered.question_ids), max(map(len, rendered.response_ids)), len(rendered.response_ids))
+    texts = Texts(
+        len(rendered.prefix_ids),
+        len(rendered.question_ids),
+        max(map(len, rendered.response_ids)),
+        len(rendered.response_ids),
+    )
     known = {item.name for item in fields(Settings)}
     settings = Settings(**{name: value for name, value in settings.items() if name in known})
     for batch in (b for b in BATCHES if b <= most):
-        need = _evaluation(classifier.family, replace(settings, eval_batch_size=batch), classifier.model.dtype.itemsize, texts)
+        need = _evaluation(
+            classifier.family, replace(settings, eval_batch_size=batch), classifier.model.dtype.itemsize, texts
+        )
         if need < free_memory(classifier.device) / 2:
             return batch
     return 1
 
 
-def largest_training_batch(family: Family, settings: Settings, dtype: torch.dtype, device: torch.device, texts: Texts, free: int) -> int:
-    """How many pictures of an optimizer step go through the model at once: the most that a part of the free memory has room for.
+def largest_training_batch(
+    family: Family, settings: Settings, dtype: torch.dtype, device: torch.device, texts: Texts, free: int
+) -> int:
+    """How many images of an optimizer step go through the model at once: the most that a part of the free memory has
+    room for.
 
     Args:
         free: bytes.
     """
-    most = PICTURES_PER_STEP // (settings.gradient_accumulation_steps or 1)
+    most = IMAGES_PER_STEP // (settings.gradient_accumulation_steps or 1)
     for batch_size in (b for b in BATCHES if b <= most):
         need = estimate(family, replace(settings, batch_size=batch_size), dtype, device.type, texts).total
         if need < TRAINING_SHARE * free:
@@ -283,7 +321,11 @@ def largest_training_batch(family: Family, settings: Settings, dtype: torch.dtyp
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on a device, with what torch keeps of it for later."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (
+            torch.cuda.mem_get_info(device)[0]
+            + torch.cuda.memory_reserved(device)
+            - torch.cuda.memory_allocated(device)
+        )
     return psutil.virtual_memory().available
 
 
@@ -296,10 +338,12 @@ def fit_to_memory(
     processes: int = 1,
     least: Callable[[int], int] = lambda batch_size: batch_size,
 ) -> None:
-    """Fill in a batch size that was not given, and print a warning where the model in a folder will not fit, with what would help.
+    """Fill in a batch size that was not given, and print a warning where the model in a folder will not fit, with what
+    would help.
 
     Args:
-        processes: of this run; on a CPU they share its memory. least: the smallest of the batch sizes that all processes have found.
+        processes: of this run; on a CPU they share its memory. least: the smallest of the batch sizes that all
+            processes have found.
     """
     free = free_memory(device) // (processes if device.type == "cpu" else 1)
     try:
@@ -334,4 +378,8 @@ def _help(family: Family, settings: Settings, dtype: torch.dtype, device: torch.
         if sensible:
             less = estimate(family, replace(settings, **values), dtype, device.type, texts).total
             tried.append(f"{flags} ({less / GIB:.1f} GiB)")
-    return f"Less is needed by {', '.join(tried)}, or a smaller --model (see --list-models)." if tried else "Take a smaller --model."
+    return (
+        f"Less is needed by {', '.join(tried)}, or a smaller --model (see --list-models)."
+        if tried
+        else "Take a smaller --model."
+    )

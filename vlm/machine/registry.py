@@ -1,6 +1,7 @@
 """The models that this program is made for, and what it takes to train them: `train_vlm.py --list-models`.
 
-Nothing is asked of the hub: the architectures below are those of the published config.json files, without what no size depends on.
+Nothing is asked of the hub: the architectures below are those of the published config.json files, without what no size
+depends on.
 """
 
 from dataclasses import replace
@@ -16,7 +17,8 @@ from vlm.machine.device import pick_device, pick_dtype
 from vlm.machine.memory import GIB, Texts, estimate, free_memory
 from vlm.report.figures import format_table
 
-# https://huggingface.co/NAME/blob/main/config.json. The counted parameters are those that the hub shows for the published weights.
+# https://huggingface.co/NAME/blob/main/config.json. The counted parameters are those that the hub shows for the
+# published weights.
 SIGLIP_BASE_512 = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 512, "patch_size": 16,
 }  # fmt: skip
@@ -73,15 +75,20 @@ NOT_TAKEN = "-"
 
 
 def count_parameters(family: Family) -> dict[str, int]:
-    """Parameters by part: vision, connector, language (blocks and norms), embeddings (of words, and a head of its own)."""
-    words = {id(p): p for m in (family.model.get_input_embeddings(), family.model.get_output_embeddings()) for p in m.parameters()}
+    """Parameters by part: vision, connector, language (blocks and norms), embeddings (of words, and a head of its
+    own)."""
+    words = {
+        id(p): p
+        for m in (family.model.get_input_embeddings(), family.model.get_output_embeddings())
+        for p in m.parameters()
+    }
     counts = {"vision": family.vision, "connector": family.connector, "language": family.language}
     sizes = {name: sum(p.numel() for p in part.parameters() if id(p) not in words) for name, part in counts.items()}
     return sizes | {"embeddings": sum(p.numel() for p in words.values())}
 
 
 def list_models(settings: Settings) -> None:
-    """Print the table, for the device, number format, batch size and picture options of the settings."""
+    """Print the table, for the device, number format, batch size and image options of the settings."""
     device, _ = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
     free = free_memory(device)
@@ -89,7 +96,7 @@ def list_models(settings: Settings) -> None:
     texts = Texts()
     print(
         f"\nGiB of memory that training takes on {device.type} in {str(dtype).removeprefix('torch.')}, with --batch-size "
-        f"{settings.batch_size or 1}, one picture a sample,\n{texts.prefix} + {texts.question} + {texts.response} tokens of instructions, "
+        f"{settings.batch_size or 1}, one image a sample,\n{texts.prefix} + {texts.question} + {texts.response} tokens of instructions, "
         f"question and response, {texts.classes} classes. Free now: {free / GIB:.1f} GiB; {MARK} does not fit.\n"
         + (f"{NOT_TAKEN}: does not take --image-size {settings.image_size}.\n" if settings.image_size != AUTO else "")
         + "Any other image-text-to-text model in the layout of transformers can be named too. How it is computed: docs/models.md."
@@ -98,7 +105,11 @@ def list_models(settings: Settings) -> None:
 
 def _with_mode(settings: Settings, mode: str) -> Settings:
     """The settings with a tuning mode; only LoRA is trained on quantized weights."""
-    return replace(settings, tune=mode) if mode == "lora" else replace(settings, tune=mode, load_in_4bit=False, load_in_8bit=False)
+    return (
+        replace(settings, tune=mode)
+        if mode == "lora"
+        else replace(settings, tune=mode, load_in_4bit=False, load_in_8bit=False)
+    )
 
 
 def model_table(settings: Settings, dtype: torch.dtype, device: str, free: int) -> str:

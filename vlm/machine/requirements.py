@@ -1,4 +1,5 @@
-"""Which packages the requirement files ask for, and what is installed of them. Works before any of them is installed."""
+"""Which packages the requirement files ask for, and what is installed of them. Works before any of them is
+installed."""
 
 from importlib import metadata
 from pathlib import Path
@@ -6,7 +7,8 @@ from typing import NamedTuple
 
 
 class Package(NamedTuple):
-    """One line of a requirement file. wanted: such as "torch>=2.6,<2.14"; found: the installed version, None: not installed."""
+    """One line of a requirement file. wanted: such as "torch>=2.6,<2.14"; found: the installed version, None: not
+    installed."""
 
     name: str
     wanted: str

@@ -1,4 +1,4 @@
-"""Pictures and tables for people: training curves, confusion matrix, reliability diagram, aligned text tables.
+"""Images and tables for people: training curves, confusion matrix, reliability diagram, aligned text tables.
 
 Figures are drawn by matplotlib's object interface, so that the backend of a notebook stays as it is.
 """
@@ -34,8 +34,8 @@ def training_curves(history: Sequence[dict[str, Any]], path: str | Path, best_st
     """Draw loss and accuracy over the optimizer steps, as a PNG.
 
     Args:
-        history: entries of `log.jsonl`: kind "train" with step and loss, kind "validation" with step, loss and accuracy.
-            Other kinds, and figures that are missing, null or NaN, are left out.
+        history: entries of `log.jsonl`: kind "train" with step and loss, kind "validation" with step, loss and
+            accuracy. Other kinds, and figures that are missing, null or NaN, are left out.
         path: the PNG; replaced if there.
         best_step: the step of the best model, which is marked.
     """
@@ -50,7 +50,9 @@ def training_curves(history: Sequence[dict[str, Any]], path: str | Path, best_st
     _draw_points(accuracy_axes, steps, accuracy, VALIDATION_COLOR, "validation")
     if best_step in steps:
         best = accuracy[list(steps).index(best_step)]
-        accuracy_axes.plot(best_step, best, "*", color=BEST_COLOR, markersize=13, label=f"best: {best:.3f} at step {best_step}")
+        accuracy_axes.plot(
+            best_step, best, "*", color=BEST_COLOR, markersize=13, label=f"best: {best:.3f} at step {best_step}"
+        )
         loss_axes.axvline(best_step, color=BEST_COLOR, linestyle=":", label="best model")
     for axes, title, unit in ((loss_axes, "Loss", "loss"), (accuracy_axes, "Accuracy", "share of correct predictions")):
         _finish(axes, title, unit)
@@ -74,14 +76,17 @@ def _draw_loss(axes: Axes, history: Sequence[dict[str, Any]]) -> None:
 
 
 def wants_log_scale(loss: np.ndarray, shown: np.ndarray) -> bool:
-    """Whether the losses that are `shown` span so much that most of them would lie flat; `loss`: the raw ones, all above 0."""
+    """Whether the losses that are `shown` span so much that most of them would lie flat; `loss`: the raw ones, all
+    above 0."""
     positive = len(shown) > 0 and loss.min(initial=np.inf) > 0 and shown.min() > 0
     return bool(positive and shown.max() / shown.min() > RANGE_FOR_LOG_SCALE)
 
 
 def series(history: Sequence[dict[str, Any]], kind: str, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and finite values of one figure."""
-    pairs = [(entry["step"], entry[name]) for entry in history if entry.get("kind") == kind and entry.get(name) is not None]
+    pairs = [
+        (entry["step"], entry[name]) for entry in history if entry.get("kind") == kind and entry.get(name) is not None
+    ]
     pairs = [pair for pair in pairs if math.isfinite(pair[1])]
     steps, values = zip(*pairs, strict=True) if pairs else ((), ())
     return np.array(steps, dtype=float), np.array(values, dtype=float)
@@ -97,7 +102,8 @@ def accuracy_range(values: np.ndarray) -> tuple[float, float]:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Mean over a window around each value; the window is smaller at the ends, so that it stays in the middle and does not lag."""
+    """Mean over a window around each value; the window is smaller at the ends, so that it stays in the middle and does
+    not lag."""
     here = np.arange(len(values))
     reach = np.minimum(np.minimum(here, here[::-1]), math.ceil(len(values) / SMOOTHING / 2))
     sums = np.concatenate([[0.0], np.cumsum(values)])
@@ -115,15 +121,17 @@ def _finish(axes: Axes, title: str, unit: str) -> None:
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     if axes.lines:
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)  # below, where it covers nothing
+        axes.legend(
+            loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False
+        )  # below, where it covers nothing
     else:
         axes.set_axis_off()
         axes.text(0.5, 0.5, "nothing was measured", ha="center", va="center", color="gray", transform=axes.transAxes)
 
 
 def confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence[str], path: str | Path) -> None:
-    """Draw a confusion matrix as a PNG: the color is the share of the true class, blue where right and orange where wrong. Up to 30
-    classes each cell has its count.
+    """Draw a confusion matrix as a PNG: the color is the share of the true class, blue where right and orange where
+    wrong. Up to 30 classes each cell has its count.
 
     Args:
         matrix: C rows of C counts; rows are the true classes, columns the predicted ones.
@@ -141,7 +149,9 @@ def confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence[str]
     axes = figure.add_axes((0, 0, 1, 1))
     right = np.eye(classes, dtype=bool)
     for i, (hidden, colors, kind) in enumerate(((~right, "Blues", "right"), (right, "Oranges", "wrong"))):
-        image = axes.imshow(np.ma.masked_array(shares, hidden | (counts == 0)), cmap=colors, vmin=-0.1, vmax=1)  # a single picture is seen
+        image = axes.imshow(
+            np.ma.masked_array(shares, hidden | (counts == 0)), cmap=colors, vmin=-0.1, vmax=1
+        )  # a single image is seen
         bar = figure.colorbar(image, cax=figure.add_axes((1 + (0.2 + 0.3 * i) / side, 0, 0.2 / side, 1)))
         bar.ax.set_ylim(0, 1)
         bar.ax.set_title(kind, fontsize=8, rotation=45, ha="left", va="bottom")
@@ -162,14 +172,17 @@ def confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence[str]
 
 
 def _draw_grid(axes: Axes, classes: int, points: float) -> None:
-    """Lines between the cells, thinner where these are small and none where they are tiny, and a frame around each one on the diagonal."""
+    """Lines between the cells, thinner where these are small and none where they are tiny, and a frame around each one
+    on the diagonal."""
     if classes <= MOST_TICK_LABELS:
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_ticks(np.arange(0.5, classes - 1), minor=True)
         axes.grid(which="minor", color="lightgray", linewidth=min(0.8, points / 20))
         axes.tick_params(which="minor", length=0)
     for i in range(classes):
-        axes.add_patch(Rectangle((i - 0.5, i - 0.5), 1, 1, fill=False, edgecolor="tab:blue", linewidth=min(1.2, points / 12)))
+        axes.add_patch(
+            Rectangle((i - 0.5, i - 0.5), 1, 1, fill=False, edgecolor="tab:blue", linewidth=min(1.2, points / 12))
+        )
 
 
 def _name_classes(axes: Axes, class_names: Sequence[str], points: float) -> None:
@@ -177,21 +190,24 @@ def _name_classes(axes: Axes, class_names: Sequence[str], points: float) -> None
     names = [_shorten(_printable(class_names[i])) for i in shown]
     font = float(np.clip(0.62 * points, 5, 10))
     fits = max(map(_width, names)) * 0.65 * font < points
-    turned = {} if fits else {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if points > 20 else {"rotation": 90}
+    turned = (
+        {} if fits else {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if points > 20 else {"rotation": 90}
+    )
     # parse_math=False: a class name with dollar signs is no formula
     axes.set_yticks(list(shown), names, fontsize=font, parse_math=False)
     axes.set_xticks(list(shown), names, fontsize=font, parse_math=False, **turned)
 
 
 def reliability_diagram(calibration: dict[str, Any], path: str | Path) -> None:
-    """Draw accuracy over confidence before and after the calibration, if any, as a PNG; in an honest model the points lie on the diagonal.
+    """Draw accuracy over confidence before and after the calibration, if any, as a PNG; in an honest model the points
+    lie on the diagonal.
 
-    Each point is one bin, its area the bin's share of the pictures: bins of equal mass have equal ones. Both axes begin below the lowest
-    point, since those of a good model crowd at the top.
+    Each point is one bin, its area the bin's share of the images: bins of equal mass have equal ones. Both axes begin
+    below the lowest point, since those of a good model crowd at the top.
 
     Args:
-        calibration: as in results.json: before and after, each with ece [value, low, high], and reliability, for each the list of
-            [mean confidence, accuracy, pictures].
+        calibration: as in results.json: before and after, each with ece [value, low, high], and reliability, for each
+            the list of [mean confidence, accuracy, images].
         path: the PNG; replaced if there.
     """
     figure = Figure(figsize=(6, 6.4), layout="constrained")
@@ -207,7 +223,16 @@ def reliability_diagram(calibration: dict[str, Any], path: str | Path) -> None:
         value, low, high = calibration[state]["ece"]
         label = f"{name}: ECE {value:.3f} ({low:.3f} to {high:.3f})"
         axes.plot(confidence, accuracy, color=color, alpha=0.5, linewidth=1)
-        axes.scatter(confidence, accuracy, s=600 * count / count.sum(), color=color, marker=marker, alpha=0.8, label=label, zorder=3)
+        axes.scatter(
+            confidence,
+            accuracy,
+            s=600 * count / count.sum(),
+            color=color,
+            marker=marker,
+            alpha=0.8,
+            label=label,
+            zorder=3,
+        )
     axes.set(title="Reliability", xlabel="confidence", ylabel="share of correct predictions")
     axes.set(xlim=limits, ylim=limits)
     axes.set_aspect("equal")
@@ -230,12 +255,15 @@ def _shorten(name: str) -> str:
 
 def _save(figure: Figure, path: str | Path) -> None:
     with replacing(path) as beside, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a name in a script that the font lacks is drawn as boxes
+        warnings.filterwarnings(
+            "ignore", message="Glyph .* missing"
+        )  # a name in a script that the font lacks is drawn as boxes
         FigureCanvasAgg(figure).print_figure(beside, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.15)
 
 
 def format_table(rows: Sequence[Sequence[Any]], headers: Sequence[str] | None = None) -> str:
-    """A plain text table with aligned columns: numbers to the right, floats with three decimals, None as an empty cell."""
+    """A plain text table with aligned columns: numbers to the right, floats with three decimals, None as an empty
+    cell."""
     columns = list(zip(*rows, strict=True))
     lines = [[_cell(value) for value in row] for row in rows]
     if headers is not None:
@@ -243,32 +271,35 @@ def format_table(rows: Sequence[Sequence[Any]], headers: Sequence[str] | None = 
     if not lines:
         return ""
     widths = [max(_width(line[i]) for line in lines) for i in range(len(lines[0]))]
-    numeric = [any(_is_number(v) for v in column) and all(v is None or _is_number(v) for v in column) for column in columns]
+    numeric = [
+        any(_is_number(v) for v in column) and all(v is None or _is_number(v) for v in column) for column in columns
+    ]
     numeric = numeric or [False] * len(widths)
     if headers is not None:
         lines.insert(1, ["-" * width for width in widths])
     return "\n".join("  ".join(map(_pad, line, widths, numeric)).rstrip() for line in lines)
 
 
-def probed_tower(tower: str | None) -> str:
-    """In words, which vision tower the probe was fitted on; `tower` as `probe` in results.json has it."""
+def probed_encoder(encoder: str | None) -> str:
+    """In words, which vision encoder the probe was fitted on; `encoder` as `probe` in results.json has it."""
     known = {
-        "frozen": "the same vision tower, which is frozen",
-        "before the training": "the vision tower as it was before the training",
-        "random weights": "the vision tower before the training (random weights)",
+        "frozen": "the same vision encoder, which is frozen",
+        "before the training": "the vision encoder as it was before the training",
+        "random weights": "the vision encoder before the training (random weights)",
     }
-    return known.get(tower, "the vision tower")
+    return known.get(encoder, "the vision encoder")
 
 
 def per_class_table(metrics: dict[str, Any]) -> str:
     """The table of what `classification_metrics` gives: one line a class, then the averages of F1 and the accuracy."""
     rows: list[tuple[Any, ...]] = [
-        (name, figures["precision"], figures["recall"], figures["f1"], figures["support"]) for name, figures in metrics["per_class"].items()
+        (name, figures["precision"], figures["recall"], figures["f1"], figures["support"])
+        for name, figures in metrics["per_class"].items()
     ]
     rows.append(("macro average", None, None, metrics["macro_f1"], metrics["samples"]))
     rows.append(("weighted average", None, None, metrics["weighted_f1"], metrics["samples"]))
     rows.append(("accuracy", None, metrics["accuracy"], None, metrics["samples"]))
-    return format_table(rows, ("class", "precision", "recall", "F1", "pictures"))
+    return format_table(rows, ("class", "precision", "recall", "F1", "images"))
 
 
 def _is_number(value: Any) -> bool:

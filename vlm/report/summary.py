@@ -1,8 +1,9 @@
-"""The table at the end of a run, in words for somebody who has not read the code. A function of what stands in results.json alone."""
+"""The table at the end of a run, in words for somebody who has not read the code. A function of what stands in
+results.json alone."""
 
 from typing import Any
 
-from vlm.report.figures import probed_tower
+from vlm.report.figures import probed_encoder
 
 
 def summary_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
@@ -10,7 +11,12 @@ def summary_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
     test, texts = results["test"], results["texts"]
     low, high = test["calibration"]["after"]["accuracy"][1:]
     validation = results["validation"]
-    rows = [("test accuracy", f"{test['accuracy']:.4f}  (95% interval {low:.4f} to {high:.4f}, {results['pictures']['test']} pictures)")]
+    rows = [
+        (
+            "test accuracy",
+            f"{test['accuracy']:.4f}  (95% interval {low:.4f} to {high:.4f}, {results['pictures']['test']} images)",
+        )
+    ]
     if "zero_shot" in results:
         rows.append(("test accuracy before training", f"{results['zero_shot']['accuracy']:.4f}"))
     rows += [
@@ -19,7 +25,7 @@ def summary_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
         ("validation accuracy", f"{validation['accuracy']:.4f}  (step {validation['step']}, the best{_before_fit(test['calibration'])})"),
         *_calibration_rows(test["calibration"]),
         *([("abstaining", abstention_line(test["abstention"]))] if test.get("abstention") else []),
-        _picture_row(results["picture_check"]),
+        _image_row(results["picture_check"]),
         ("texts written freely", f"{texts['agree_with_prediction']} of {texts['texts']} answer with the predicted class, "
                                  f"{texts['invalid']} with no class at all{_unread(texts)}"),
         ("explanations", f"{texts['explanations_agree']} of {texts['texts']} answer with the predicted class"),
@@ -35,7 +41,12 @@ def _probe_row(probe: dict[str, Any] | None) -> list[tuple[str, str]]:
     if probe is None:
         return []
     value, low, high = probe["accuracy"]
-    return [("accuracy of the probe", f"{value:.4f}  ({low:.4f} to {high:.4f}, logistic regression on {probed_tower(probe['tower'])})")]
+    return [
+        (
+            "accuracy of the probe",
+            f"{value:.4f}  ({low:.4f} to {high:.4f}, logistic regression on {probed_encoder(probe['encoder'])})",
+        )
+    ]
 
 
 def _calibration_rows(calibration: dict[str, Any]) -> list[tuple[str, str]]:
@@ -49,11 +60,15 @@ def _calibration_rows(calibration: dict[str, Any]) -> list[tuple[str, str]]:
         if fitted and value > before[key][0]:
             worse = ": no clear change" if low <= before[key][0] <= high else ": worse on test than before"
         values.append((f"{name} on test", f"{value:.4f}  ({low:.4f} to {high:.4f}{earlier}{worse}; {MEANING[key]})"))
-    how = f"temperature {calibration['temperature']:.3f}" + (" and a bias for each class" if calibration["bias"] else "")
+    how = f"temperature {calibration['temperature']:.3f}" + (
+        " and a bias for each class" if calibration["bias"] else ""
+    )
     rows = [("calibration", f"{how}, fitted on validation" if fitted else "none")]
     if calibration["score"] != "sum":
         compared = ", ".join(f"{name} {figures['nll']:.4f}" for name, figures in calibration["scores"].items())
-        rows.append(("score of a class", calibration["score"] + (f"  (NLL on validation: {compared})" if compared else "")))
+        rows.append(
+            ("score of a class", calibration["score"] + (f"  (NLL on validation: {compared})" if compared else ""))
+        )
     return rows + values
 
 
@@ -65,24 +80,32 @@ MEANING = {
 
 
 def _before_fit(calibration: dict[str, Any]) -> str:
-    """What the validation accuracy of the training lacks: it is by the sum and without biases, which alone change what is predicted."""
+    """What the validation accuracy of the training lacks: it is by the sum and without biases, which alone change what
+    is predicted."""
     return "; before score and biases were fitted" if calibration["bias"] or calibration["score"] != "sum" else ""
 
 
 def _unread(texts: dict[str, Any]) -> str:
-    """What texts that disagree mean for the user, where most do: too short a training for texts, or one that does not teach them."""
-    return "" if 2 * texts["agree_with_prediction"] >= texts["texts"] else "; predictions and explanations do not depend on them"
+    """What texts that disagree mean for the user, where most do: too short a training for texts, or one that does not
+    teach them."""
+    return (
+        ""
+        if 2 * texts["agree_with_prediction"] >= texts["texts"]
+        else "; predictions and explanations do not depend on them"
+    )
 
 
 def is_calibrated(calibration: dict[str, Any]) -> bool:
     """Whether anything was fitted: a temperature alone that is 1 changes nothing."""
-    return calibration.get("temperature") != 1 or bool(calibration.get("bias")) or calibration.get("score", "sum") != "sum"
+    return (
+        calibration.get("temperature") != 1 or bool(calibration.get("bias")) or calibration.get("score", "sum") != "sum"
+    )
 
 
 def missed_target(target: float) -> str:
     """Why a model does not abstain though it was asked to reach a precision; a sentence without its full stop."""
     right = f"{100 * target:g}% of the predictions on validation are right"
-    return f"no confidence was found from which {right}: the model answers every picture"
+    return f"no confidence was found from which {right}: the model answers every image"
 
 
 def abstention_line(abstention: dict[str, Any]) -> str:
@@ -93,22 +116,24 @@ def abstention_line(abstention: dict[str, Any]) -> str:
     for split in ("validation", "test"):
         coverage, accuracy = abstention[split]["coverage"], abstention[split]["accuracy"]
         right = "" if accuracy is None else f" ({accuracy:.1%} of them right)"
-        shares.append(f"{coverage:.1%} of the {split} pictures{right}")
+        shares.append(f"{coverage:.1%} of the {split} images{right}")
     return f"below a confidence of {abstention['below']:.4f}; answers {', '.join(shares)}"
 
 
-def _picture_row(check: dict[str, Any]) -> tuple[str, str]:
-    known = [(name, check[key]) for name, key in (("exchanged", "shuffled"), ("gray", "gray")) if check[key] is not None]
+def _image_row(check: dict[str, Any]) -> tuple[str, str]:
+    known = [
+        (name, check[key]) for name, key in (("exchanged", "shuffled"), ("gray", "gray")) if check[key] is not None
+    ]
     others = ", ".join(f"{value:.3f} {name}" for name, value in known)
-    counts = f"{check['pictures']} pictures, {check['accuracy']:.3f} with their own"
-    return "accuracy with other pictures", f"{others}, chance {check['chance']:.3f}  ({counts})"
+    counts = f"{check['pictures']} images, {check['accuracy']:.3f} with their own"
+    return "accuracy with other images", f"{others}, chance {check['chance']:.3f}  ({counts})"
 
 
 def _training_row(results: dict[str, Any]) -> tuple[str, str]:
     timings = results["timings"]
     if not results["settings"]["epochs"]:
         return "training", "none (--epochs 0)"
-    return "training", f"{timings['train_seconds']:.1f} s, {timings['train_pictures_per_second']} pictures/s"
+    return "training", f"{timings['train_seconds']:.1f} s, {timings['train_pictures_per_second']} images/s"
 
 
 def _own(value: Any) -> str:

@@ -1,9 +1,10 @@
-"""Training pictures as a connector sees them that was not aligned on them.
+"""Training images as a connector sees them that was not aligned on them.
 
-Behind the connector that was aligned on all training pictures (vlm/training/alignment.py) these are clearer than pictures of the other splits will
-ever be. A language model that is trained on them learns to be sure, and is wrong later. So the training pictures are cut into five folds;
-for each a connector is aligned on the other four, and it alone turns the fold's pictures into what the language model is trained on.
-Everything else goes through the connector of all pictures, which is saved with the model. None is trained any further.
+Behind the connector that was aligned on all training images (vlm/training/alignment.py) these are clearer than images
+of the other splits will ever be. A language model that is trained on them learns to be sure, and is wrong later. So the
+training images are cut into five folds; for each a connector is aligned on the other four, and it alone turns the
+fold's images into what the language model is trained on. Everything else goes through the connector of all images,
+which is saved with the model. None is trained any further.
 
 Predictors that feed others should be fitted on other data than theirs, as in stacked generalization (Wolpert 1992,
 doi 10.1016/S0893-6080(05)80023-1). Figures: docs/experiments.md.
@@ -21,7 +22,7 @@ from vlm.common.modes import evaluation_mode
 from vlm.common.progress import note
 from vlm.data.splits import Split
 from vlm.families.base import Family
-from vlm.families.features import PICTURES_AT_ONCE, FeatureCache
+from vlm.families.features import IMAGES_AT_ONCE, FeatureCache
 from vlm.training.alignment import BATCH_SIZE, STEPS, Autocast, align
 
 FOLDS = 5
@@ -30,21 +31,22 @@ Weights = dict[str, Tensor]  # of a connector
 
 
 def can_cross_fit(train: Split) -> bool:
-    """Whether each fold has pictures of each class, and the alignment sees pictures again, without which it cannot know them.
+    """Whether each fold has images of each class, and the alignment sees images again, without which it cannot know
+    them.
 
     Args:
-        train: knows the key of each of its pictures.
+        train: knows the key of each of its images.
     """
     different = Counter(dict(zip(train.keys, train.labels, strict=True)).values())
     return min(different[label] for label in set(train.labels)) >= FOLDS and len(train) < STEPS * BATCH_SIZE
 
 
 def weights_for_folds(connector: nn.Module, train: Split) -> list[Weights]:
-    """The weights of a connector for each fold, to be aligned; none where the pictures do not allow it, with a note."""
+    """The weights of a connector for each fold, to be aligned; none where the images do not allow it, with a note."""
     if can_cross_fit(train):
         return [_copy(connector) for _ in range(FOLDS)]
     note(
-        f"LoRA is trained on pictures that the connector was aligned on: cross-fitting takes {FOLDS} different pictures of each class, and "
+        f"LoRA is trained on images that the connector was aligned on: cross-fitting takes {FOLDS} different images of each class, and "
         f"fewer than {STEPS * BATCH_SIZE:,} in all."
     )
     return []
@@ -55,7 +57,7 @@ def _copy(connector: nn.Module) -> Weights:
 
 
 def folds_of(split: Split, seed: int) -> dict[str, int]:
-    """The fold of each picture, by its key: at random, of each class as many in each fold. Equal pictures share one."""
+    """The fold of each image, by its key: at random, of each class as many in each fold. Equal images share one."""
     folds: dict[str, int] = {}
     of_class: Counter[int] = Counter()
     for i in torch.randperm(len(split), generator=torch.Generator().manual_seed(seed)).tolist():
@@ -74,7 +76,7 @@ def align_folds(
     seed: int = 0,
     autocast: Autocast = nullcontext,
 ) -> None:
-    """Align a connector for each fold on the pictures of the others.
+    """Align a connector for each fold on the images of the others.
 
     Args:
         connectors: for each fold those of the family's connector, which stays as it is.
@@ -83,7 +85,15 @@ def align_folds(
     for k, connector in enumerate(connectors):
         others = train.take([i for i, key in enumerate(train.keys) if folds[key] != k])
         with connector_of(family, connector):
-            align(family, class_names, others, cache, seed, autocast, f"aligning the connector without fold {k + 1} of {FOLDS}")
+            align(
+                family,
+                class_names,
+                others,
+                cache,
+                seed,
+                autocast,
+                f"aligning the connector without fold {k + 1} of {FOLDS}",
+            )
             for name, weight in family.connector.state_dict().items():
                 connector[name].copy_(weight)  # in place: a saved state holds these very tensors
 
@@ -97,10 +107,11 @@ def out_of_fold_cache(
     seed: int = 0,
     autocast: Autocast = nullcontext,
 ) -> FeatureCache | None:
-    """The features of the training pictures behind the connectors of their folds; None where they cannot be kept.
+    """The features of the training images behind the connectors of their folds; None where they cannot be kept.
 
     Args:
-        cache: the features before the connector. connectors, seed: those of `align_folds`. root: the folder that they are kept in.
+        cache: the features before the connector. connectors, seed: those of `align_folds`. root: the folder that they
+            are kept in.
     """
     found = FeatureCache(family, True, cache.halved, cache.limit_gb, connectors, root)
     folds = folds_of(train, seed)
@@ -109,10 +120,10 @@ def out_of_fold_cache(
     for k, connector in enumerate(connectors):
         keys = [key for fold, key in missing if fold == k]
         with evaluation_mode(family.model), connector_of(family, connector), autocast():
-            for start in range(0, len(keys), PICTURES_AT_ONCE):
-                pictures = {key: cache.encode([key]) for key in keys[start : start + PICTURES_AT_ONCE]}
-                left -= len(pictures)
-                if not found.add(family, {key: one for key, one in pictures.items() if one}, left):
+            for start in range(0, len(keys), IMAGES_AT_ONCE):
+                images = {key: cache.encode([key]) for key in keys[start : start + IMAGES_AT_ONCE]}
+                left -= len(images)
+                if not found.add(family, {key: one for key, one in images.items() if one}, left):
                     return None
     return found
 

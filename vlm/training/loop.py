@@ -1,8 +1,8 @@
 """fit: set-up, epochs, steps, evaluation, saving. Our own loop on accelerate.
 
-Order, dropout and learning rate are functions of (seed, epoch, step), so that a resumed run goes on exactly where the other stopped:
-no generator state has to be saved. The loss of a step is the mean over all its response tokens, that of the classes the mean over
-all its pictures, however the step is cut into batches and processes.
+Order, dropout and learning rate are functions of (seed, epoch, step), so that a resumed run goes on exactly where the
+other stopped: no generator state has to be saved. The loss of a step is the mean over all its response tokens, that of
+the classes the mean over all its images, however the step is cut into batches and processes.
 """
 
 import math
@@ -27,7 +27,15 @@ from vlm.data.splits import Split
 from vlm.evaluation.evaluate import metrics_of_scores, score_split
 from vlm.evaluation.metrics import load_metric
 from vlm.families.features import FeatureCache
-from vlm.inference.model_folder import METADATA, Progress, load_state, read_state, save_model_folder, save_state, write_json
+from vlm.inference.model_folder import (
+    METADATA,
+    Progress,
+    load_state,
+    read_state,
+    save_model_folder,
+    save_state,
+    write_json,
+)
 from vlm.training.first_stage import first_stage, forget_features
 from vlm.training.output import output_folder
 from vlm.training.results import finish
@@ -38,7 +46,9 @@ STEPS_PER_LINE = 10  # optimizer steps between two lines of the log
 
 
 def fit(
-    settings: Settings, should_stop: Callable[[], bool] = lambda: False, enter: Callable[[str], None] = lambda phase: None
+    settings: Settings,
+    should_stop: Callable[[], bool] = lambda: False,
+    enter: Callable[[str], None] = lambda phase: None,
 ) -> dict[str, Any]:
     """Train, evaluate, save.
 
@@ -50,7 +60,8 @@ def fit(
         What stands in `results.json` (empty on processes other than the main one).
 
     Raises:
-        UsageError: settings or data with which the run cannot start. RunError: it had to stop. Stopped: it was asked to.
+        UsageError: settings or data with which the run cannot start. RunError: it had to stop. Stopped: it was asked
+            to.
     """
     with output_folder(settings):
         metrics = [load_metric(name) for name in settings.metrics or ()]  # a mistake here should not wait for the end
@@ -67,7 +78,12 @@ def fit(
 class Trainer:
     """The state of a training run and its loop."""
 
-    def __init__(self, run: Run, should_stop: Callable[[], bool] = lambda: False, enter: Callable[[str], None] = lambda phase: None):
+    def __init__(
+        self,
+        run: Run,
+        should_stop: Callable[[], bool] = lambda: False,
+        enter: Callable[[str], None] = lambda phase: None,
+    ):
         self.run = run
         self.settings = run.settings
         self.accelerator = run.accelerator
@@ -79,7 +95,9 @@ class Trainer:
         self.log: RunLog | None = None
         self.losses: list[Tensor] = []
         self.last_save = time.monotonic()
-        self.training_cache: FeatureCache | None = None  # what the training reads in the place of the classifier's cache
+        self.training_cache: FeatureCache | None = (
+            None  # what the training reads in the place of the classifier's cache
+        )
 
     def resume(self) -> None:
         """Go on from the newest saved state; without one the run starts from the beginning."""
@@ -92,7 +110,7 @@ class Trainer:
             if before != value:
                 raise UsageError(
                     f"--resume: the interrupted run had {before} {name}, this one has {value}, so it would not go on "
-                    "where the other stopped. Make them equal, or start anew with --overwrite."
+                    "where the other stopped. Make them equal, or start again with --overwrite."
                 )
         self.progress = Progress(**state["progress"])
         load_state(self.run.output, self.run.learned, self.run.optimizer)
@@ -104,21 +122,28 @@ class Trainer:
         """What the order of the samples, and how they are seen, depend on beside the settings."""
         return {
             "processes": self.accelerator.num_processes,
-            "training pictures": len(self.run.data.train),
-            "connectors of folds (which need vision features to be kept, see --cache-size)": len(self.run.fold_connectors),
+            "training images": len(self.run.data.train),
+            "connectors of folds (which need vision features to be kept, see --cache-size)": len(
+                self.run.fold_connectors
+            ),
         }
 
     def train(self) -> None:
         """All epochs that are left, then the final model."""
         settings = self.settings
         if self.accelerator.is_main_process:
-            self.log = RunLog(self.run.output, settings.use_wandb, settings.wandb_project, settings.to_json(), settings.resume)
+            self.log = RunLog(
+                self.run.output, settings.use_wandb, settings.wandb_project, settings.to_json(), settings.resume
+            )
             self.log.truncate_after(self.progress.step)
         self.run.model.train()
-        pictures = len(self.run.data.train)
-        done = min(self.progress.epoch * pictures + self.progress.step_in_epoch * self._pictures_per_step(), settings.epochs * pictures)
+        images = len(self.run.data.train)
+        done = min(
+            self.progress.epoch * images + self.progress.step_in_epoch * self._images_per_step(),
+            settings.epochs * images,
+        )
         try:
-            with Bar(settings.epochs * pictures, "training", initial=done) as bar:
+            with Bar(settings.epochs * images, "training", initial=done) as bar:
                 if settings.zero_shot and self.progress.zero_shot is None:
                     with bar.paused():
                         self._test_untouched()
@@ -126,7 +151,9 @@ class Trainer:
                     self.training_cache = first_stage(self.run, self.progress)
                 self.enter(TRAINING if settings.epochs else TESTING)
                 if self.accelerator.is_main_process:
-                    write_json(self.run.output / METADATA, self.run.metadata)  # from here on there is a run to go on with
+                    write_json(
+                        self.run.output / METADATA, self.run.metadata
+                    )  # from here on there is a run to go on with
                 if not settings.epochs:
                     self._evaluate()
                 for epoch in range(self.progress.epoch, settings.epochs):
@@ -134,18 +161,26 @@ class Trainer:
                 forget_features(self.run)
                 self.enter(TESTING)
             if self.accelerator.is_main_process:
-                save_model_folder(self.run.output / "final_model", self.run.classifier, self.run.metadata, self.run.dtype)
+                save_model_folder(
+                    self.run.output / "final_model", self.run.classifier, self.run.metadata, self.run.dtype
+                )
         finally:
             if self.log:
                 self.log.close()
 
-    def _pictures_per_step(self) -> int:
+    def _images_per_step(self) -> int:
         return self.settings.batch_size * self.settings.gradient_accumulation_steps * self.accelerator.num_processes
 
     def _plan(self, epoch: int) -> list[Step]:
         s, a = self.settings, self.accelerator
         return epoch_plan(
-            len(self.run.data.train), s.batch_size, s.gradient_accumulation_steps, s.seed, epoch, a.num_processes, a.process_index
+            len(self.run.data.train),
+            s.batch_size,
+            s.gradient_accumulation_steps,
+            s.seed,
+            epoch,
+            a.num_processes,
+            a.process_index,
         )
 
     def _epoch(self, epoch: int, bar: Bar) -> None:
@@ -193,9 +228,11 @@ class Trainer:
         run, settings = self.run, self.settings
         counts = 1.0 if step.counts else 0.0
         of_tokens = counts / sum(self.response_lengths[index] for index in step.indices)
-        of_pictures = counts / len(step.indices)
+        of_images = counts / len(step.indices)
         for group in run.optimizer.param_groups:
-            group["lr"] = learning_rate_at(self.progress.step, self.total_steps, settings.warmup_ratio, group["peak_lr"])
+            group["lr"] = learning_rate_at(
+                self.progress.step, self.total_steps, settings.warmup_ratio, group["peak_lr"]
+            )
         torch.manual_seed(step_seed(settings.seed, self.progress.step, self.accelerator.process_index))
         total = torch.zeros((), device=self.accelerator.device)
         for number, _ in enumerate(step.batches, start=1):
@@ -203,7 +240,7 @@ class Trainer:
             synchronize = number == len(step.batches)  # processes exchange gradients once a step
             with nullcontext() if synchronize else self.accelerator.no_sync(run.model):
                 found = run.model(batch, first=number == 1, last=synchronize)
-                loss = found.loss * of_tokens + (0.0 if found.posterior is None else found.posterior * of_pictures)
+                loss = found.loss * of_tokens + (0.0 if found.posterior is None else found.posterior * of_images)
                 # Several processes average their gradients; the sum is wanted.
                 self.accelerator.backward(loss * self.accelerator.num_processes)
             total += loss.detach()
@@ -220,13 +257,21 @@ class Trainer:
         """
         loss = float(self.accelerator.reduce(torch.stack(self.losses).mean(), "sum"))
         self.losses.clear()
-        rate = learning_rate_at(self.progress.step - 1, self.total_steps, self.settings.warmup_ratio, self.settings.learning_rate)
+        rate = learning_rate_at(
+            self.progress.step - 1, self.total_steps, self.settings.warmup_ratio, self.settings.learning_rate
+        )
         self._log("train", loss=loss, learning_rate=rate)
         if not math.isfinite(loss):
-            best = f"The best model so far (step {self.progress.best_step}) is in best_model." if self.progress.best_step else ""
+            best = (
+                f"The best model so far (step {self.progress.best_step}) is in best_model."
+                if self.progress.best_step
+                else ""
+            )
             advice = [f"a lower --learning-rate (now {self.settings.learning_rate:g})", "a smaller --max-grad-norm"]
             advice += ["--dtype float32"] if self.run.dtype != torch.float32 else []
-            raise RunError(f"the loss is {loss} after step {self.progress.step}: try {' or '.join(advice)}. {best}".rstrip())
+            raise RunError(
+                f"the loss is {loss} after step {self.progress.step}: try {' or '.join(advice)}. {best}".rstrip()
+            )
         return {"loss": loss, "lr": rate}
 
     def _log(self, kind: str, **figures: float) -> None:
@@ -250,7 +295,9 @@ class Trainer:
         if better:
             p.best_accuracy, p.best_loss, p.best_step = metrics["accuracy"], loss, p.step
             if self.accelerator.is_main_process:
-                metadata = self.run.metadata | {"validation": {"step": p.step, "accuracy": metrics["accuracy"], "loss": loss}}
+                metadata = self.run.metadata | {
+                    "validation": {"step": p.step, "accuracy": metrics["accuracy"], "loss": loss}
+                }
                 save_model_folder(self.run.output / "best_model", self.run.classifier, metadata, self.run.dtype)
 
     def _test_untouched(self) -> None:
@@ -265,7 +312,12 @@ class Trainer:
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         with self.accelerator.autocast():
             part = score_split(
-                self.run.classifier, split, self.settings.eval_batch_size, range(rank, len(split), world), self.run.workers, description
+                self.run.classifier,
+                split,
+                self.settings.eval_batch_size,
+                range(rank, len(split), world),
+                self.run.workers,
+                description,
             )
         scores = Scores(*(values.new_empty(len(split), *values.shape[1:]) for values in part))
         for other, theirs in enumerate(gather_object([part])):

@@ -1,4 +1,5 @@
-"""LoRA's product in fewer passes over memory than peft's, where nothing but the plain product is asked for. The modules stay peft's.
+"""LoRA's product in fewer passes over memory than peft's, where nothing but the plain product is asked for. The modules
+stay peft's.
 
 N = tokens, I = inputs, O = outputs, R = rank.
 """
@@ -19,11 +20,14 @@ def join_products(model: nn.Module, adapter: str) -> None:
 
 
 def _forward(layer: LoraLinear, adapter: str, general: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """peft's forward, or the joined one: the same numbers but for rounding. peft's would make a float32 copy of x under autocast."""
+    """peft's forward, or the joined one: the same numbers but for rounding. peft's would make a float32 copy of x under
+    autocast."""
     base, down, up = layer.get_base_layer(), layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     plain = type(base) is nn.Linear and not (args or kwargs or layer.disable_adapters or layer.merged)
     drops = layer.training and isinstance(layer.lora_dropout[adapter], nn.Dropout) and layer.lora_dropout[adapter].p > 0
-    casts = torch.is_autocast_enabled(x.device.type)  # LoRA's weights are float32 then, and the products in the format of the others
+    casts = torch.is_autocast_enabled(
+        x.device.type
+    )  # LoRA's weights are float32 then, and the products in the format of the others
     dtype = torch.get_autocast_dtype(x.device.type) if casts else x.dtype
     alike = base.weight.dtype == dtype and (casts or down.dtype == dtype)
     if not (plain and alike) or drops or base.weight.requires_grad:
@@ -32,10 +36,13 @@ def _forward(layer: LoraLinear, adapter: str, general: Any, x: Tensor, *args: An
 
 
 class _Joined(torch.autograd.Function):
-    """x W^T + b + scale (x A^T) B^T for a frozen W. The second product is added to the first in place, forward and backward."""
+    """x W^T + b + scale (x A^T) B^T for a frozen W. The second product is added to the first in place, forward and
+    backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
+    ) -> Tensor:
         """x: (..., I). weight: (O, I). bias: (O,). down: (R, I). up: (O, R) -> (..., O)."""
         rows = x.flatten(0, -2)
         inner = rows @ down.T

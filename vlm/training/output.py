@@ -1,4 +1,5 @@
-"""The output folder: what a run writes there, and that no other run is lost in it. Light: it is looked at before torch is imported."""
+"""The output folder: what a run writes there, and that no other run is lost in it. Light: it is looked at before torch
+is imported."""
 
 import shutil
 import tempfile
@@ -13,33 +14,39 @@ from vlm.config.settings import Settings
 METADATA = "training_metadata.json"
 RESULTS = "results.json"
 STATE = "resume_state"
-FOLD_FEATURES = "fold_features"  # while a run trains on pictures behind the connectors of folds (vlm/training/cross_fit.py)
-DEMO_PICTURES = "demo_pictures"
+FOLD_FEATURES = (
+    "fold_features"  # while a run trains on images behind the connectors of folds (vlm/training/cross_fit.py)
+)
+DEMO_IMAGES = "demo_images"
 DEMO_MODEL = "demo_model"
 # Everything a run writes, which is what --overwrite deletes.
 WRITTEN = (
-    "best_model", "final_model", DEMO_MODEL, DEMO_PICTURES, STATE, FOLD_FEATURES, "wandb", METADATA, RESULTS, "log.jsonl",
+    "best_model", "final_model", DEMO_MODEL, DEMO_IMAGES, STATE, FOLD_FEATURES, "wandb", METADATA, RESULTS, "log.jsonl",
     "training_curves.png", "confusion_matrix.png", "reliability.png", "report.html",
 )  # fmt: skip
 
 
 def check_output(settings: Settings) -> None:
-    """See that no earlier run would be lost, and that the next one does not take this one's pictures for a class.
+    """See that no earlier run would be lost, and that the next one does not take this one's images for a class.
 
     Raises:
-        UsageError: the folder holds a run that is neither resumed nor overwritten, or lies in the folder of the pictures.
+        UsageError: the folder holds a run that is neither resumed nor overwritten, or lies in the folder of the images.
     """
     output = Path(settings.output_dir)
-    if settings.dataset and Path(settings.dataset).is_dir() and output.resolve().is_relative_to(Path(settings.dataset).resolve()):
+    if (
+        settings.dataset
+        and Path(settings.dataset).is_dir()
+        and output.resolve().is_relative_to(Path(settings.dataset).resolve())
+    ):
         raise UsageError(
-            f"--output-dir {output} is in the folder of --dataset {settings.dataset}: the results would be taken for a class of pictures. "
+            f"--output-dir {output} is in the folder of --dataset {settings.dataset}: the results would be taken for a class of images. "
             "Choose a folder beside it."
         )
     if settings.overwrite:
         return
     if (output / RESULTS).exists():
         todo = (
-            "there is nothing to resume; start anew with --overwrite"
+            "there is nothing to resume; start again with --overwrite"
             if settings.resume
             else "choose another --output-dir, or --overwrite it"
         )
@@ -50,7 +57,8 @@ def check_output(settings: Settings) -> None:
 
 @contextmanager
 def output_folder(settings: Settings) -> Iterator[None]:
-    """Make the output folder. Where the block ends in an error before the run has begun, which `METADATA` says, it is taken away again.
+    """Make the output folder. Where the block ends in an error before the run has begun, which `METADATA` says, it is
+    taken away again.
 
     Only what was not there before is taken away. Does nothing but check on processes other than the main one.
 
@@ -83,7 +91,9 @@ def _make(output: Path) -> None:
         with tempfile.TemporaryFile(dir=output):
             pass
     except OSError as error:
-        raise UsageError(f"--output-dir {output} cannot be written ({error.strerror}): choose another folder.") from error
+        raise UsageError(
+            f"--output-dir {output} cannot be written ({error.strerror}): choose another folder."
+        ) from error
 
 
 def _clear(output: Path) -> None:

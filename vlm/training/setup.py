@@ -21,7 +21,7 @@ from vlm.classifier.objective import Objective, balanced_weights, usual_objectiv
 from vlm.common.errors import UsageError
 from vlm.common.progress import note
 from vlm.config.formats import stated_format
-from vlm.config.settings import PICTURES_PER_STEP, Settings
+from vlm.config.settings import IMAGES_PER_STEP, Settings
 from vlm.conversation.prompts import build_prompts
 from vlm.conversation.responses import longest_reasoning
 from vlm.data.hub import model_folder
@@ -44,15 +44,18 @@ SHOWN_SETTINGS = (
     "tune", "objective", "epochs", "batch_size", "gradient_accumulation_steps", "learning_rate", "connector_learning_rate", "weight_decay",
     "warmup_ratio", "eval_steps", "seed", "output_dir",
 )  # fmt: skip
-LONGEST_WAIT = timedelta(hours=12)  # of one process for another: one computes the vision features, or writes, while the others wait
+LONGEST_WAIT = timedelta(
+    hours=12
+)  # of one process for another: one computes the vision features, or writes, while the others wait
 PRECISIONS = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @dataclass
 class Run:
-    """A run that can start. folder: the model as it was before. model: the classifier as the training calls it, wrapped where there are
-    several processes. aligns: whether its connector learns the names of the classes first. fold_connectors: none, or those of
-    each fold (see vlm/training/cross_fit.py). learned: the weights that will not be as in `folder`, by name.
+    """A run that can start. folder: the model as it was before. model: the classifier as the training calls it, wrapped
+    where there are several processes. aligns: whether its connector learns the names of the classes first.
+    fold_connectors: none, or those of each fold (see vlm/training/cross_fit.py). learned: the weights that will not be
+    as in `folder`, by name.
     """
 
     settings: Settings
@@ -93,10 +96,12 @@ def set_up(settings: Settings) -> Run:
     prompts = build_prompts(settings, data.class_names)
     folder, revision = _find_model(settings, data.class_names, accelerator)
     texts = Texts.of(prompts, [text for text in data.train.reasonings if text], data.edge)
-    fit_to_memory(folder, settings, dtype, accelerator.device, texts, accelerator.num_processes, partial(least, accelerator))
-    pictures = settings.picture_options(data.edge)
-    family = load_family(folder, dtype, accelerator.device, pictures, settings.bits)
-    image_size = family.size_text(pictures["image_size"]) if "image_size" in pictures else None
+    fit_to_memory(
+        folder, settings, dtype, accelerator.device, texts, accelerator.num_processes, partial(least, accelerator)
+    )
+    images = settings.image_options(data.edge)
+    family = load_family(folder, dtype, accelerator.device, images, settings.bits)
+    image_size = family.size_text(images["image_size"]) if "image_size" in images else None
     if image_size:
         note(f"image size: {image_size}\n")
     aligns = needs_alignment(family, settings)
@@ -109,7 +114,9 @@ def set_up(settings: Settings) -> Run:
     if settings.reasoning_column:
         prompts = replace(prompts, reasoning_tokens=longest_reasoning(data.train, family))
     classifier = VLMClassifier(family, prompts)
-    settings.objective = settings.objective or usual_objective(classifier.tree, len(classifier.rendered.opening_ids), family.shares_prefix)
+    settings.objective = settings.objective or usual_objective(
+        classifier.tree, len(classifier.rendered.opening_ids), family.shares_prefix
+    )
     classifier.objective = build_objective(settings, classifier, data.train.labels)
     note(format_table(_settings_rows(settings, classifier, reason, dtype, accelerator.num_processes)) + "\n")
     preflight(classifier, data.train[0])
@@ -123,15 +130,35 @@ def set_up(settings: Settings) -> Run:
             classifier.feature_cache = fill_cache(family, splits, settings.cache_size, settings.cache_dtype, workers)
     aligns = aligns and _can_align(settings, accelerator, classifier)
     learned: dict[str, Tensor] = dict(trained_parameters(classifier))
-    if settings.freeze_connector:  # one that is aligned was trainable until here, so that the features are those before it
+    if (
+        settings.freeze_connector
+    ):  # one that is aligned was trainable until here, so that the features are those before it
         family.connector.requires_grad_(False)
     folds = weights_for_folds(family.connector, data.train) if aligns and settings.freeze_connector else []
-    learned |= {f"fold_connectors.{k}.{name}": weight for k, weights in enumerate(folds) for name, weight in weights.items()}
-    groups = parameter_groups(classifier, settings.weight_decay, settings.learning_rate, settings.connector_learning_rate)
+    learned |= {
+        f"fold_connectors.{k}.{name}": weight for k, weights in enumerate(folds) for name, weight in weights.items()
+    }
+    groups = parameter_groups(
+        classifier, settings.weight_decay, settings.learning_rate, settings.connector_learning_rate
+    )
     optimizer = torch.optim.AdamW(groups, fused=accelerator.device.type in ("cpu", "cuda"))
     model, optimizer = accelerator.prepare(classifier, optimizer)
     metadata = _metadata(settings, data, classifier, revision, image_size)
-    return Run(settings, accelerator, dtype, data, folder, classifier, model, optimizer, aligns, folds, learned, metadata, workers)
+    return Run(
+        settings,
+        accelerator,
+        dtype,
+        data,
+        folder,
+        classifier,
+        model,
+        optimizer,
+        aligns,
+        folds,
+        learned,
+        metadata,
+        workers,
+    )
 
 
 def _can_align(settings: Settings, accelerator: Accelerator, classifier: VLMClassifier) -> bool:
@@ -139,7 +166,9 @@ def _can_align(settings: Settings, accelerator: Accelerator, classifier: VLMClas
     kept = bool(least(accelerator, int(classifier.feature_cache is not None)))
     if not kept:
         hardly = ", and --freeze-connector leaves it so: the model can hardly see" if settings.freeze_connector else ""
-        note(f"the connector was never trained{hardly}. It would learn the names of the classes first if vision features were kept.")
+        note(
+            f"the connector was never trained{hardly}. It would learn the names of the classes first if vision features were kept."
+        )
     return kept
 
 
@@ -149,10 +178,12 @@ def least(accelerator: Accelerator, number: int) -> int:
 
 
 def build_objective(settings: Settings, classifier: VLMClassifier, labels: Sequence[int]) -> Objective:
-    """What the training minimizes, by the settings and the labels of the training pictures."""
+    """What the training minimizes, by the settings and the labels of the training images."""
     weights = balanced_weights(labels, len(classifier.class_names)) if settings.class_balance else None
     opening = len(classifier.rendered.opening_ids)
-    return Objective(settings.objective, classifier.tree, opening, settings.label_smoothing, weights).to(classifier.device)
+    return Objective(settings.objective, classifier.tree, opening, settings.label_smoothing, weights).to(
+        classifier.device
+    )
 
 
 def _find_model(settings: Settings, class_names: list[str], accelerator: Accelerator) -> tuple[Path, str | None]:
@@ -166,7 +197,9 @@ def _find_model(settings: Settings, class_names: list[str], accelerator: Acceler
     return folder, None
 
 
-def _settings_rows(settings: Settings, classifier: VLMClassifier, device: str, dtype: torch.dtype, processes: int) -> list[tuple[str, str]]:
+def _settings_rows(
+    settings: Settings, classifier: VLMClassifier, device: str, dtype: torch.dtype, processes: int
+) -> list[tuple[str, str]]:
     trained = sum(p.numel() for p in classifier.parameters() if p.requires_grad)
     every = classifier.model.num_parameters()  # quantized ones too, of which there are several in a number
     quantized = f", the language model's weights in {settings.bits} bits" if settings.bits else ""
@@ -177,16 +210,24 @@ def _settings_rows(settings: Settings, classifier: VLMClassifier, device: str, d
         ("response format", _format_row(settings)),
         ("trained parameters", f"{trained:,} of {every:,} ({trained / every:.1%})"),
     ]
-    shown = {name: "each epoch" if getattr(settings, name) is None else str(getattr(settings, name)) for name in SHOWN_SETTINGS}
+    shown = {
+        name: "each epoch" if getattr(settings, name) is None else str(getattr(settings, name))
+        for name in SHOWN_SETTINGS
+    }
     if settings.connector_learning_rate == settings.learning_rate:  # so it is where the connector is frozen, too
         del shown["connector_learning_rate"]
     if settings.batch_size == 1:
-        shown["batch_size"] += f" (with --batch-size {PICTURES_PER_STEP} a step is faster; it needs more memory)"
+        shown["batch_size"] += f" (with --batch-size {IMAGES_PER_STEP} a step is faster; it needs more memory)"
     rows += [(name.replace("_", " "), value) for name, value in shown.items()]
     if processes > 1:
         rows.append(("processes", f"{processes}, each with batches of its own"))
     if settings.tune != "full" and not settings.no_feature_cache and classifier.family.can_cache:
-        rows.append(("vision features", f"kept in {cache_root()}, all runs together at most {settings.cache_size:g} GB (--cache-size)"))
+        rows.append(
+            (
+                "vision features",
+                f"kept in {cache_root()}, all runs together at most {settings.cache_size:g} GB (--cache-size)",
+            )
+        )
     return rows
 
 
@@ -206,7 +247,9 @@ def _point_out_contradictions(settings: Settings) -> None:
     texts = (settings.system_instructions or "{classes}") + (template or "")
     if settings.class_descriptions and "{classes}" not in texts:
         only = "no text of this run" if settings.response_format == "answer-only" else "the responses alone"
-        note(f"the class descriptions are in {only}: put {{classes}} into --system-instructions, where the list of classes belongs.\n")
+        note(
+            f"the class descriptions are in {only}: put {{classes}} into --system-instructions, where the list of classes belongs.\n"
+        )
     if stated not in (None, settings.response_format):
         note(
             f"--prompt-template asks for {stated}, --response-format says {settings.response_format}: the responses are "
@@ -218,48 +261,52 @@ def preflight(classifier: VLMClassifier, sample: Sample) -> None:
     """Print one sample as the model sees it, the tokens in the loss marked.
 
     Raises:
-        UsageError: the sample has no picture token or no response token.
+        UsageError: the sample has no image token or no response token.
     """
     family, rendered, objective = classifier.family, classifier.rendered, classifier.objective
     batch = vlm_collate_fn([sample], family, rendered, objective.has_response)
     ids, targets = batch["input_ids"][0], batch["targets"][0]
-    pictures = int((ids == family.image_token_id).sum())
+    images = int((ids == family.image_token_id).sum())
     responses = int((targets != IGNORED).sum())
     parts = [f"the {responses} in [[ ]] are in the loss"] if objective.has_response else []
     if objective.has_posterior:
         parts.append("the class is learned where the classes' responses part")
     note(
         f"One sample as the model sees it ({sample.name}, {classifier.class_names[sample.label]}): {len(rendered.prefix_ids)} tokens run "
-        f"once for all, then {len(ids)} with {pictures} picture tokens; {', and '.join(parts)}."
+        f"once for all, then {len(ids)} with {images} image tokens; {', and '.join(parts)}."
     )
     note(render_sample(classifier, ids.tolist(), targets.tolist()) + "\n")
-    if not pictures:
+    if not images:
         raise UsageError(
-            "the sample above has no picture token: the model would learn from the text alone. Check the processor of the model."
+            "the sample above has no image token: the model would learn from the text alone. Check the processor of the model."
         )
     if objective.has_response and not responses:
-        raise UsageError("the sample above has no response token: there is nothing to learn. Check the class names and the responses.")
+        raise UsageError(
+            "the sample above has no response token: there is nothing to learn. Check the class names and the responses."
+        )
 
 
 def render_sample(classifier: VLMClassifier, ids: Sequence[int], targets: Sequence[int]) -> str:
-    """Prefix and row as text: runs of picture tokens shortened, what is in the loss between [[ and ]]."""
+    """Prefix and row as text: runs of image tokens shortened, what is in the loss between [[ and ]]."""
     family = classifier.family
     text, run = [family.tokenizer.decode(classifier.rendered.prefix_ids)], []
-    pictures, in_loss = 0, False
+    images, in_loss = 0, False
     for token, target in [*zip(ids, targets, strict=True), (None, IGNORED)]:
         if token == family.image_token_id:
-            pictures += 1
+            images += 1
             continue
-        if (target != IGNORED) != in_loss or pictures or token is None:
+        if (target != IGNORED) != in_loss or images or token is None:
             text.append(family.tokenizer.decode(run))
-            text.append(f"{family.image_token} x {pictures}" if pictures else "")
+            text.append(f"{family.image_token} x {images}" if images else "")
             text.append(("]]" if in_loss else "[[") if (target != IGNORED) != in_loss else "")
-            run, pictures, in_loss = [], 0, target != IGNORED
+            run, images, in_loss = [], 0, target != IGNORED
         run.append(token)
     return "  | " + "".join(text).replace("\n", "\n  | ")
 
 
-def _metadata(settings: Settings, data: Data, classifier: VLMClassifier, revision: str | None, image_size: str | None) -> dict[str, Any]:
+def _metadata(
+    settings: Settings, data: Data, classifier: VLMClassifier, revision: str | None, image_size: str | None
+) -> dict[str, Any]:
     """What the model folder tells inference, and people."""
     return {
         "format_version": 1,
@@ -272,6 +319,7 @@ def _metadata(settings: Settings, data: Data, classifier: VLMClassifier, revisio
         "dataset": data.source,
         "settings": settings.to_json(),
         "image_size": image_size,
-        "versions": {"vlm": vlm.__version__, "python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "versions": {"vlm": vlm.__version__, "python": platform.python_version()}
+        | {name: version(name) for name in PACKAGES},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -12,8 +12,8 @@ TRAINING, TESTING = "training", "testing"  # what `Trainer` enters; before these
 class StopSignals:
     """The wish to stop, from Ctrl-C or SIGTERM, which clusters send.
 
-    During the training the first signal asks the run to save and stop after the step, and the second ends it at once. Before the first
-    step and behind the last one there is nothing to save, so the first signal ends it.
+    During the training the first signal asks the run to save and stop after the step, and the second ends it at once.
+    Before the first step and behind the last one there is nothing to save, so the first signal ends it.
 
     Args:
         output: the output folder, to say how to go on.

@@ -1,4 +1,5 @@
-"""What is trained: all weights, the connector, or LoRA on the language model with or without the connector; and how it is merged."""
+"""What is trained: all weights, the connector, or LoRA on the language model with or without the connector; and how it
+is merged."""
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -14,10 +15,12 @@ ADAPTER = "default"
 
 
 def prepare_tuning(family: Family, settings: Settings, aligns: bool = False) -> None:
-    """Freeze and unfreeze the parts, add LoRA, and keep what is trained in float32 whatever the number format of the rest.
+    """Freeze and unfreeze the parts, add LoRA, and keep what is trained in float32 whatever the number format of the
+    rest.
 
     Args:
-        aligns: whether the connector learns something before the training, and so is no frozen one yet (see vlm/training/alignment.py).
+        aligns: whether the connector learns something before the training, and so is no frozen one yet (see
+            vlm/training/alignment.py).
 
     LoRA (Hu et al. 2021) is put on every linear layer of the language model, in place: the modules keep their names.
     """
@@ -27,7 +30,11 @@ def prepare_tuning(family: Family, settings: Settings, aligns: bool = False) -> 
         targets = family.linear_layers(language=True)
         torch.manual_seed(settings.seed)  # the matrices start at random
         config = LoraConfig(
-            r=settings.lora_rank, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout, target_modules=targets, bias="none"
+            r=settings.lora_rank,
+            lora_alpha=settings.lora_alpha,
+            lora_dropout=settings.lora_dropout,
+            target_modules=targets,
+            bias="none",
         )
         inject_adapter_in_model(config, model, adapter_name=ADAPTER)
         join_products(model, ADAPTER)
@@ -35,7 +42,9 @@ def prepare_tuning(family: Family, settings: Settings, aligns: bool = False) -> 
         family.connector.requires_grad_(True)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float() if parameter.dtype in (torch.bfloat16, torch.float16) else parameter.data
+            parameter.data = (
+                parameter.data.float() if parameter.dtype in (torch.bfloat16, torch.float16) else parameter.data
+            )
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -51,7 +60,10 @@ def merged_state_dict(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]
     state = {}
     for name, tensor in model.state_dict().items():
         layer, _, part = name.partition(".base_layer.")
-        if ".lora_" not in name and part in ("", "bias"):  # the other parts are the weight, which follows, and how it is quantized
+        if ".lora_" not in name and part in (
+            "",
+            "bias",
+        ):  # the other parts are the weight, which follows, and how it is quantized
             kind = dtype if tensor.is_floating_point() else tensor.dtype
             state[f"{layer}.{part}" if part else name] = tensor.detach().to("cpu", kind)
     for name, module in model.named_modules():
@@ -62,8 +74,11 @@ def merged_state_dict(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]
     return state
 
 
-def parameter_groups(classifier: nn.Module, weight_decay: float, learning_rate: float, connector_learning_rate: float) -> list[dict]:
-    """AdamW groups: matrices are decayed, biases and norms are not; the connector may have a peak learning rate of its own.
+def parameter_groups(
+    classifier: nn.Module, weight_decay: float, learning_rate: float, connector_learning_rate: float
+) -> list[dict]:
+    """AdamW groups: matrices are decayed, biases and norms are not; the connector may have a peak learning rate of its
+    own.
 
     Each group keeps its peak as `peak_lr`, from which the schedule is computed.
     """

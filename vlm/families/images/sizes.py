@@ -1,10 +1,10 @@
-"""What `--image-size` comes to, in families whose pictures all become squares of one size."""
+"""What `--image-size` comes to, in families whose images all become squares of one size."""
 
 from vlm.common.errors import UsageError
 from vlm.config.settings import ImageSize
 
-# `auto` goes down to this share of the published edge and no further, however small the pictures are: a pretrained tower sees
-# little in a few patches. docs/experiments.md has the measurements.
+# `auto` goes down to this share of the published edge and no further, however small the images are: a pretrained
+# encoder sees little in a few patches. docs/experiments.md has the measurements.
 LEAST_SHARE = 0.5
 
 
@@ -12,8 +12,8 @@ def pick_size(wish: ImageSize | None, unit: int, published: int, title: str, enl
     """The edge in pixels.
 
     Args:
-        wish: None: the published size. auto: the smallest one that loses nothing of the pictures, between half the published size and
-            all of it.
+        wish: None: the published size. auto: the smallest one that loses nothing of the images, between half the
+            published size and all of it.
         unit: pixels that come together to one token in a line; all multiples of it work, and the published size.
         enlarges: whether more than the published size works too.
 
@@ -37,12 +37,14 @@ def pick_size(wish: ImageSize | None, unit: int, published: int, title: str, enl
     )
 
 
-def size_text(wish: ImageSize, edge: int, published: int, load: tuple[int, int], published_load: tuple[int, int]) -> str:
-    """The choice and its cost, for people. load: patches and tokens of a picture, of `picture_load`."""
-    why = f" (auto: 95% of the pictures are at most {wish.pixels} px)" if wish.auto else ""
+def size_text(
+    wish: ImageSize, edge: int, published: int, load: tuple[int, int], published_load: tuple[int, int]
+) -> str:
+    """The choice and its cost, for people. load: patches and tokens of an image, of `image_load`."""
+    why = f" (auto: 95% of the images are at most {wish.pixels} px)" if wish.auto else ""
     if edge == published:
-        return f"{edge} px, as published{why}: {load[1]} picture tokens."
+        return f"{edge} px, as published{why}: {load[1]} image tokens."
     return (
-        f"{edge} of {published} px{why}: {load[1]} picture tokens instead of {published_load[1]}, "
+        f"{edge} of {published} px{why}: {load[1]} image tokens instead of {published_load[1]}, "
         f"about {load[0] / published_load[0]:.0%} of the vision work."
     )

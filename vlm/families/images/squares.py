@@ -1,7 +1,7 @@
-"""Processors that make squares of one size of all pictures, as most do: which size, and how to set another.
+"""Processors that make squares of one size of all images, as most do: which size, and how to set another.
 
-Known are two ways of saying it: `size` with height and width (SigLIP, InternVL), and `size` with the shortest edge and `crop_size`
-with the square that is cut out of the middle (CLIP, DINOv2).
+Known are two ways of saying it: `size` with height and width (SigLIP, InternVL), and `size` with the shortest edge and
+`crop_size` with the square that is cut out of the middle (CLIP, DINOv2).
 """
 
 import copy
@@ -26,8 +26,8 @@ def edge_of(images: Any) -> int | None:
 def with_edge(processor: Any, edge: int, tokens: int) -> Any:
     """The processor as one that makes squares of another edge, which become so many tokens; the tokenizer is shared.
 
-    A part that is cut out of the middle stays the same part. Where a processor counts the tokens by itself, from the pixels, it keeps
-    no number of them.
+    A part that is cut out of the middle stays the same part. Where a processor counts the tokens by itself, from the
+    pixels, it keeps no number of them.
     """
     resized = copy.copy(processor)
     images = resized.image_processor = copy.deepcopy(processor.image_processor)
@@ -41,6 +41,7 @@ def with_edge(processor: Any, edge: int, tokens: int) -> Any:
 
 
 def patch_and_unit(config: PreTrainedConfig) -> tuple[int, int]:
-    """Pixels in a line of a patch, and of a picture token, of several patches where the model puts neighbors together."""
+    """Pixels in a line of a patch, and of an image token, of several patches where the model puts neighbors
+    together."""
     patch = first(getattr(config.vision_config, "patch_size", 16))
     return patch, round(patch * getattr(config, "scale_factor", 1) / getattr(config, "downsample_ratio", 1))

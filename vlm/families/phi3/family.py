@@ -1,6 +1,6 @@
 """Phi-3.5-vision-instruct, as a model of our own: no remote code.
 
-B = batch, L = tokens of a row, T = tiles of all pictures, N = picture tokens of all pictures, D = width.
+B = batch, L = tokens of a row, T = tiles of all images, N = image tokens of all images, D = width.
 """
 
 import json
@@ -21,12 +21,12 @@ from vlm.common.errors import UsageError
 from vlm.config.settings import ImageSize
 from vlm.conversation.prompts import Prompts
 from vlm.families.base import Family
-from vlm.families.encoded import EncodedPictures, Rendered
+from vlm.families.encoded import EncodedImages, Rendered
 from vlm.families.phi3.images import TILE, Phi3VisionProcessor, count_tokens, naming_its_code
 
-PICTURE = "<|image_1|>"  # the picture in the text
-PICTURES = re.compile(r"<\|image_\d+\|>")
-PLACEHOLDER = "<|image|>"  # a token that the published processor reserves for pictures, and never writes
+IMAGE = "<|image_1|>"  # the image in the text
+IMAGES = re.compile(r"<\|image_\d+\|>")
+PLACEHOLDER = "<|image|>"  # a token that the published processor reserves for images, and never writes
 WORDS = "model.embed_tokens.weight"
 WORDS_AGAIN = "model.vision_embed_tokens.wte.weight"  # the published files have them twice, and some programs want both
 ROOM_TO_WRITE = 64  # tokens; what `VLMClassifier.write` allows at least
@@ -41,7 +41,8 @@ def _check_size(image_size: ImageSize | None) -> None:
 
 
 class Part(nn.Module):
-    """Some parts of a module, which stay its own, with one of its methods: what is published as one module is several here."""
+    """Some parts of a module, which stay its own, with one of its methods: what is published as one module is several
+    here."""
 
     def __init__(self, owner: nn.Module, names: Iterable[str], run: Callable[..., Any]):
         super().__init__()
@@ -56,8 +57,8 @@ class Part(nn.Module):
 class Phi3VisionFamily(Family):
     model_types = ("phi3_v",)
     title = "Phi-3.5-vision"
-    picture_defaults = {"num_crops": 1, "image_size": None}  # 313 tokens a picture, where the published 4 takes up to 781
-    image_token = PICTURE
+    image_defaults = {"num_crops": 1, "image_size": None}  # 313 tokens an image, where the published 4 takes up to 781
+    image_token = IMAGE
     end_of_turn = "<|end|>"
 
     def __init__(self, model: nn.Module, processor: Phi3VisionProcessor):
@@ -70,8 +71,8 @@ class Phi3VisionFamily(Family):
     # Loading
 
     @classmethod
-    def load(cls, folder: Path, dtype: torch.dtype, device: torch.device, **pictures: Any) -> "Phi3VisionFamily":
-        family = super().load(folder, dtype, device, **pictures)
+    def load(cls, folder: Path, dtype: torch.dtype, device: torch.device, **images: Any) -> "Phi3VisionFamily":
+        family = super().load(folder, dtype, device, **images)
         family.published = {
             name: json.loads((folder / name).read_text(encoding="utf-8"))
             for name in ("config.json", "generation_config.json")
@@ -80,20 +81,24 @@ class Phi3VisionFamily(Family):
         return family
 
     @classmethod
-    def load_processor(cls, folder: Path, num_crops: int | None = None, image_size: ImageSize | None = None) -> Phi3VisionProcessor:
-        """Tokenizer and picture processing as published. A picture has at most `num_crops` tiles, besides its global view."""
+    def load_processor(
+        cls, folder: Path, num_crops: int | None = None, image_size: ImageSize | None = None
+    ) -> Phi3VisionProcessor:
+        """Tokenizer and image processing as published. An image has at most `num_crops` tiles, besides its global
+        view."""
         _check_size(image_size)
         return Phi3VisionProcessor.from_folder(folder, num_crops)
 
     def save(self, folder: Path, state: dict[str, Tensor], dtype: torch.dtype) -> None:
-        """Write the layout that was published: names of the weights, configuration, tokenizer, picture settings."""
+        """Write the layout that was published: names of the weights, configuration, tokenizer, image settings."""
         super().save(folder, state | {WORDS_AGAIN: state[WORDS].to("cpu", copy=True)}, dtype)
         for name, content in self.published.items():
             if name == "config.json":
                 content = naming_its_code(content) | {"torch_dtype": str(dtype).removeprefix("torch.")}
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
-    # The parts. The published layout has the vision tower and the connector in one module, and that inside of the language model.
+    # The parts. The published layout has the vision encoder and the connector in one module, and that inside of the
+    # language model.
 
     @property
     def vision(self) -> nn.Module:
@@ -121,7 +126,8 @@ class Phi3VisionFamily(Family):
 
     @property
     def switch_length(self) -> int | None:
-        """Tokens up to which the short factors of the positions hold (LongRoPE, Ding et al. 2024, arXiv 2402.13753), if there are two."""
+        """Tokens up to which the short factors of the positions hold (LongRoPE, Ding et al. 2024, arXiv 2402.13753), if
+        there are two."""
         rope = self.model.config.rope_parameters
         return rope["original_max_position_embeddings"] if rope["rope_type"] == "longrope" else None
 
@@ -129,21 +135,25 @@ class Phi3VisionFamily(Family):
     def max_length(self) -> int:
         """Only as far as the short factors hold, 4,096 tokens.
 
-        In a longer row all positions take the long factors, those of the prefix too: a prefix that is run once has the short ones.
+        In a longer row all positions take the long factors, those of the prefix too: a prefix that is run once has the
+        short ones.
         """
         config = self.model.config
         return min(config.max_position_embeddings, config.sliding_window or math.inf, self.switch_length or math.inf)
 
     def render(self, prompts: Prompts) -> Rendered:
-        """As published: the text on either side of the picture is tokenized by itself, each with its beginning-of-text token.
+        """As published: the text on either side of the image is tokenized by itself, each with its beginning-of-text
+        token.
 
         Raises:
-            UsageError: a text holds a picture placeholder.
+            UsageError: a text holds an image placeholder.
         """
         opening = self.apply_template(prompts.messages(), add_generation_prompt=True)
-        pieces = PICTURES.split(opening)
+        pieces = IMAGES.split(opening)
         if len(pieces) != 2 or PLACEHOLDER in "".join([opening, *prompts.responses]):
-            raise UsageError(f"the texts hold a placeholder of their own, such as {PICTURE} or {PLACEHOLDER}: leave it out.")
+            raise UsageError(
+                f"the texts hold a placeholder of their own, such as {IMAGE} or {PLACEHOLDER}: leave it out."
+            )
         rendered = self.rendered(prompts, self.tokenize(pieces[0]), self.tokenize(pieces[1]))
         # Room for whatever is written later, so that no row passes the switch of the positions on its way.
         room = max(ROOM_TO_WRITE, 2 * max(map(len, rendered.response_ids)), 2 * prompts.reasoning_tokens)
@@ -151,7 +161,7 @@ class Phi3VisionFamily(Family):
 
     def response_ids(self, prompts: Prompts, text: str) -> list[int]:
         """Tokenized together with what stands before it, since the first word may depend on it."""
-        question = PICTURES.split(self.apply_template(prompts.messages(), add_generation_prompt=True))[1]
+        question = IMAGES.split(self.apply_template(prompts.messages(), add_generation_prompt=True))[1]
         turn = self.turn(prompts, text)
         ids = self.tokenize(question + turn[: turn.rindex(self.end_of_turn)] + self.end_of_turn)
         return ids[len(self.tokenize(question)) :]
@@ -159,7 +169,12 @@ class Phi3VisionFamily(Family):
     def apply_template(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
         """The published template takes plain text."""
         plain = [
-            {**message, "content": "".join(f"{PICTURE}\n" if part["type"] == "image" else part["text"] for part in message["content"])}
+            {
+                **message,
+                "content": "".join(
+                    f"{IMAGE}\n" if part["type"] == "image" else part["text"] for part in message["content"]
+                ),
+            }
             for message in messages
         ]
         return self.tokenizer.apply_chat_template(plain, add_generation_prompt=add_generation_prompt, tokenize=False)
@@ -167,22 +182,25 @@ class Phi3VisionFamily(Family):
     def tokenize(self, text: str) -> list[int]:
         return [self.tokenizer.bos_token_id, *super().tokenize(text)]
 
-    # Pictures
+    # Images
 
     def size_text(self, wish: ImageSize) -> str:
-        crops, load = self.processor.image_processor.num_crops, self.picture_load(num_crops=self.processor.image_processor.num_crops)
-        return f"{TILE} px, to which {self.title} is fixed, with --num-crops {crops}: up to {load[1]} picture tokens."
+        crops, load = (
+            self.processor.image_processor.num_crops,
+            self.image_load(num_crops=self.processor.image_processor.num_crops),
+        )
+        return f"{TILE} px, to which {self.title} is fixed, with --num-crops {crops}: up to {load[1]} image tokens."
 
-    def picture_load(self, num_crops: int = 1, image_size: ImageSize | None = None) -> tuple[int, int]:
+    def image_load(self, num_crops: int = 1, image_size: ImageSize | None = None) -> tuple[int, int]:
         _check_size(image_size)
         vision = self.model.config.clip()
         patches = (1 + num_crops) * (vision.image_size // vision.patch_size) ** 2
         return patches, max(count_tokens(rows, num_crops // rows) for rows in range(1, num_crops + 1))
 
-    def encode_pictures(self, pictures: list[Image.Image]) -> EncodedPictures:
-        inputs = self.processor.image_processor(pictures)
+    def encode_images(self, images: list[Image.Image]) -> EncodedImages:
+        inputs = self.processor.image_processor(images)
         counts = [count_tokens(rows, columns) for rows, columns in (inputs["image_sizes"] // TILE).tolist()]
-        return EncodedPictures(inputs, [[self.placeholder_id] * count for count in counts])
+        return EncodedImages(inputs, [[self.placeholder_id] * count for count in counts])
 
     def vision_features(self, inputs: dict[str, Tensor]) -> Tensor:
         """(T, patches, vision width)."""
@@ -198,14 +216,21 @@ class Phi3VisionFamily(Family):
     def new_cache(self) -> Cache:
         return DynamicCache()  # without the sliding window of the configuration, which is longer than any row
 
-    def run_language(self, embeddings: Tensor, positions: Tensor, cache: Cache | None = None, mask: Tensor | None = None) -> Tensor:
+    def run_language(
+        self, embeddings: Tensor, positions: Tensor, cache: Cache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         """As in any family, up to the switch of the positions.
 
         Raises:
-            UsageError: a text is written past it: the tokens before it would need other positions than they have in the cache.
+            UsageError: a text is written past it: the tokens before it would need other positions than they have in the
+                cache.
         """
         keys = embeddings.shape[1] + (cache.get_seq_length() if cache is not None else 0)
         limit = self.switch_length or math.inf
-        if keys > limit and int(positions.max()) >= limit:  # looking at the positions makes a GPU wait, so only if need be
-            raise UsageError(f"the text would grow longer than {limit} tokens, where this model's positions change: write less.")
+        if (
+            keys > limit and int(positions.max()) >= limit
+        ):  # looking at the positions makes a GPU wait, so only if need be
+            raise UsageError(
+                f"the text would grow longer than {limit} tokens, where this model's positions change: write less."
+            )
         return super().run_language(embeddings, positions, cache, mask)

@@ -1,6 +1,7 @@
-"""Phi-3.5-vision's pictures: one picture -> tiles of 336 x 336 pixels and a global view; and its processor.
+"""Phi-3.5-vision's images: one image -> tiles of 336 x 336 pixels and a global view; and its processor.
 
-The partition into tiles is that of InternLM-XComposer2-4KHD (Dong et al. 2024, arXiv 2404.06512), as published with the model.
+The partition into tiles is that of InternLM-XComposer2-4KHD (Dong et al. 2024, arXiv 2404.06512), as published with the
+model.
 """
 
 import json
@@ -25,61 +26,70 @@ KEPT = (
 CODE = "microsoft/Phi-3.5-vision-instruct"  # where the published files have the code that they name
 
 
-def fit_to_tiles(picture: Image.Image, num_crops: int) -> Image.Image:
-    """Enlarge or shrink a picture to whole tiles, at most `num_crops`, and fill up with white.
+def fit_to_tiles(image: Image.Image, num_crops: int) -> Image.Image:
+    """Enlarge or shrink an image to whole tiles, at most `num_crops`, and fill up with white.
 
     The longer side takes as many tiles as can be had; the shorter one is filled up equally on both sides.
     """
-    portrait = picture.height > picture.width
+    portrait = image.height > image.width
     if portrait:
-        picture = picture.transpose(Image.Transpose.TRANSPOSE)
-    ratio = picture.width / picture.height
+        image = image.transpose(Image.Transpose.TRANSPOSE)
+    ratio = image.width / image.height
     columns = max(s for s in range(1, num_crops + 1) if s * math.ceil(s / ratio) <= num_crops)
     width = columns * TILE
     height = max(1, int(width / ratio))
     padded = Image.new("RGB", (width, math.ceil(height / TILE) * TILE), (255, 255, 255))
-    padded.paste(picture.convert("RGB").resize((width, height), Image.Resampling.BILINEAR), (0, (padded.height - height) // 2))
+    padded.paste(
+        image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR), (0, (padded.height - height) // 2)
+    )
     return padded.transpose(Image.Transpose.TRANSPOSE) if portrait else padded
 
 
 def count_tokens(rows: int, columns: int) -> int:
-    """Tokens of a picture of rows x columns tiles: theirs and the global view's, a newline after each line, one separator."""
+    """Tokens of an image of rows x columns tiles: theirs and the global view's, a newline after each line, one
+    separator."""
     return (rows * columns + 1) * TOKENS**2 + (rows + 1) * TOKENS + 1
 
 
 class Phi3VisionImages:
-    """How pictures are processed: the settings in preprocessor_config.json, under their names."""
+    """How images are processed: the settings in preprocessor_config.json, under their names."""
 
-    def __init__(self, num_crops: int, image_mean: tuple[float, ...] = CLIP_MEAN, image_std: tuple[float, ...] = CLIP_STD):
+    def __init__(
+        self, num_crops: int, image_mean: tuple[float, ...] = CLIP_MEAN, image_std: tuple[float, ...] = CLIP_STD
+    ):
         self.num_crops = num_crops
         self.image_mean = image_mean
         self.image_std = image_std
 
-    def __call__(self, pictures: list[Image.Image]) -> dict[str, Tensor]:
-        """Pictures -> pixels and sizes.
+    def __call__(self, images: list[Image.Image]) -> dict[str, Tensor]:
+        """Images -> pixels and sizes.
 
         Returns:
-            pixel_values: (all tiles, 3, 336, 336), of each picture the global view, then its tiles line by line.
+            pixel_values: (all tiles, 3, 336, 336), of each image the global view, then its tiles line by line.
             image_sizes: (B, 2) height and width in pixels.
         """
         tiles, sizes = [], []
-        for picture in pictures:
-            pixels = self._normalized(fit_to_tiles(picture, self.num_crops))
+        for image in images:
+            pixels = self._normalized(fit_to_tiles(image, self.num_crops))
             height, width = pixels.shape[1:]
             overview = torch.nn.functional.interpolate(pixels.unsqueeze(0), size=(TILE, TILE), mode="bicubic")
-            cut = pixels.reshape(3, height // TILE, TILE, width // TILE, TILE).permute(1, 3, 0, 2, 4).reshape(-1, 3, TILE, TILE)
+            cut = (
+                pixels.reshape(3, height // TILE, TILE, width // TILE, TILE)
+                .permute(1, 3, 0, 2, 4)
+                .reshape(-1, 3, TILE, TILE)
+            )
             tiles += [overview, cut]
             sizes.append([height, width])
         return {"pixel_values": torch.cat(tiles), "image_sizes": torch.tensor(sizes)}
 
-    def _normalized(self, picture: Image.Image) -> Tensor:
+    def _normalized(self, image: Image.Image) -> Tensor:
         """(3, height, width), float32."""
-        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous().float().div(255)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div(255)
         return pixels.sub(torch.tensor(self.image_mean).view(3, 1, 1)).div(torch.tensor(self.image_std).view(3, 1, 1))
 
 
 class Phi3VisionProcessor:
-    """Tokenizer and picture processing. The published files are kept as they are, for the programs that read them."""
+    """Tokenizer and image processing. The published files are kept as they are, for the programs that read them."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, image_processor: Phi3VisionImages, files: dict[str, bytes]):
         self.tokenizer = tokenizer
@@ -116,4 +126,6 @@ def naming_its_code(settings: dict[str, Any]) -> dict[str, Any]:
     places = settings.get("auto_map")
     if not places:
         return settings
-    return settings | {"auto_map": {kind: place if "--" in place else f"{CODE}--{place}" for kind, place in places.items()}}
+    return settings | {
+        "auto_map": {kind: place if "--" in place else f"{CODE}--{place}" for kind, place in places.items()}
+    }

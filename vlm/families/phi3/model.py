@@ -1,17 +1,25 @@
-"""Phi-3.5-vision for transformers, which does not know it: CLIP ViT-L/14-336, a projector and Phi-3, under the published names.
+"""Phi-3.5-vision for transformers, which does not know it: CLIP ViT-L/14-336, a projector and Phi-3, under the
+published names.
 
-T = tiles of 336 x 336 pixels, N = picture tokens, W = width of the vision tower, D = width of the language model.
+T = tiles of 336 x 336 pixels, N = image tokens, W = width of the vision encoder, D = width of the language model.
 """
 
 import math
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, CLIPVisionConfig, CLIPVisionModel, Phi3Config, Phi3ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
 
 from vlm.common.errors import UsageError
 
-# openai/clip-vit-large-patch14-336. The published config.json names the tower and says its width, nothing else.
+# openai/clip-vit-large-patch14-336. The published config.json names the encoder and says its width, nothing else.
 CLIP_L_336 = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
     "image_size": 336, "patch_size": 14, "hidden_act": "quick_gelu", "projection_dim": 768,
@@ -20,11 +28,11 @@ LAYOUT = {
     "embedding_cls": "image", "hd_transform_order": "sub_glb", "projection_cls": "mlp", "use_hd_transform": True,
     "with_learnable_separator": True,
 }  # fmt: skip
-NEWLINE, SEPARATOR = -1, -2  # where the two learned tokens stand in the table of picture tokens: at its end
+NEWLINE, SEPARATOR = -1, -2  # where the two learned tokens stand in the table of image tokens: at its end
 
 
 class Phi3VConfig(Phi3Config):
-    """The published config.json: Phi-3's, with the vision tower and the layout of the picture tokens."""
+    """The published config.json: Phi-3's, with the vision encoder and the layout of the image tokens."""
 
     model_type = "phi3_v"
     img_processor: dict | None = None
@@ -34,21 +42,25 @@ class Phi3VConfig(Phi3Config):
         others.pop("_attn_implementation", None)  # the published one is FlashAttention, whatever the caller asks for
         rope = others.get("rope_scaling")
         if rope and "factor" not in rope:  # else transformers warns, and computes the same
-            others["rope_scaling"] = rope | {"factor": self.max_position_embeddings / self.original_max_position_embeddings}
+            others["rope_scaling"] = rope | {
+                "factor": self.max_position_embeddings / self.original_max_position_embeddings
+            }
         super().__post_init__(**others)
 
     def clip(self) -> CLIPVisionConfig:
-        """The vision tower. `clip_config` in `img_processor` is not published: small models for tests say their sizes there."""
+        """The vision encoder. `clip_config` in `img_processor` is not published: small models for tests say their sizes
+        there."""
         given = self.img_processor or {}
         sizes = CLIP_L_336 | {"hidden_size": given.get("image_dim_out", CLIP_L_336["hidden_size"])}
         return CLIPVisionConfig(**sizes | given.get("clip_config", {}))
 
 
 class VisionEmbedding(nn.Module):
-    """Tiles -> picture tokens. The names of its parts are those of the published weights.
+    """Tiles -> image tokens. The names of its parts are those of the published weights.
 
     Raises:
-        UsageError: the configuration asks for another layout of the picture tokens than Phi-3-vision and Phi-3.5-vision have.
+        UsageError: the configuration asks for another layout of the image tokens than Phi-3-vision and Phi-3.5-vision
+            have.
     """
 
     def __init__(self, config: Phi3VConfig):
@@ -56,7 +68,9 @@ class VisionEmbedding(nn.Module):
         layout = config.embd_layer or LAYOUT
         other = [f"{name} {layout[name]}" for name in LAYOUT if layout.get(name, LAYOUT[name]) != LAYOUT[name]]
         if other:
-            raise UsageError(f"this model lays out its pictures in another way ({', '.join(other)}): only Phi-3.5-vision's is known.")
+            raise UsageError(
+                f"this model lays out its images in another way ({', '.join(other)}): only Phi-3.5-vision's is known."
+            )
         clip = config.clip()
         merged = 4 * clip.hidden_size
         self.img_processor = CLIPVisionModel(clip)
@@ -67,27 +81,30 @@ class VisionEmbedding(nn.Module):
         self.glb_GN = nn.Parameter(torch.zeros(1, 1, merged))
 
     @property
-    def tower(self) -> nn.Module:
-        """Older versions of transformers have the tower one level deeper."""
+    def encoder(self) -> nn.Module:
+        """Older versions of transformers have the encoder one level deeper."""
         return getattr(self.img_processor, "vision_model", self.img_processor)
 
     def patches(self, pixels: Tensor) -> Tensor:
         """(T, 3, 336, 336) -> (T, patches, W), from the last layer but one: the last one is not even run."""
-        tower = self.tower
-        hidden = tower.pre_layrnorm(tower.embeddings(pixels))
-        for layer in tower.encoder.layers[:-1]:
+        encoder = self.encoder
+        hidden = encoder.pre_layrnorm(encoder.embeddings(pixels))
+        for layer in encoder.encoder.layers[:-1]:
             hidden = layer(hidden, attention_mask=None)
         return hidden[:, 1:]  # without the class token
 
     def project(self, patches: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
-        """(T, patches, W) of all pictures -> (N, D), the tokens of one picture after the other.
+        """(T, patches, W) of all images -> (N, D), the tokens of one image after the other.
 
         Args:
-            sizes: rows and columns of tiles of each picture; its global view comes first, so that it has 1 + rows * columns tiles.
+            sizes: rows and columns of tiles of each image; its global view comes first, so that it has 1 + rows *
+                columns tiles.
         """
         tiles, count, width = patches.shape
         side = math.isqrt(count) // 2
-        merged = patches.reshape(tiles, side, 2, side, 2, width).transpose(2, 3).reshape(-1, 4 * width)  # 2 x 2 patches a token
+        merged = (
+            patches.reshape(tiles, side, 2, side, 2, width).transpose(2, 3).reshape(-1, 4 * width)
+        )  # 2 x 2 patches a token
         table = torch.cat([merged, self.glb_GN.view(1, -1), self.sub_GN.view(1, -1)])
         orders, start = [], 0
         for rows, columns in sizes:
@@ -98,10 +115,11 @@ class VisionEmbedding(nn.Module):
 
 
 def token_order(rows: int, columns: int, side: int) -> Tensor:
-    """(N,) where each token of one picture is found: among the tokens of its tiles, `side` x `side` each, or NEWLINE or SEPARATOR.
+    """(N,) where each token of one image is found: among the tokens of its tiles, `side` x `side` each, or NEWLINE or
+    SEPARATOR.
 
-    The tiles lie together as they do in the picture and are read line by line, a newline after each; then the separator; then the
-    global view, read in the same way.
+    The tiles lie together as they do in the image and are read line by line, a newline after each; then the separator;
+    then the global view, read in the same way.
     """
     tiles = torch.arange((1 + rows * columns) * side**2).view(-1, side, side)
     crops = tiles[1:].view(rows, columns, side, side).transpose(1, 2).reshape(rows * side, columns * side)
@@ -110,7 +128,8 @@ def token_order(rows: int, columns: int, side: int) -> Tensor:
 
 
 class Phi3VForCausalLM(Phi3ForCausalLM):
-    """The weights under their published names. Text goes through `forward`; pictures are put into `inputs_embeds` by the family."""
+    """The weights under their published names. Text goes through `forward`; images are put into `inputs_embeds` by the
+    family."""
 
     config: Phi3VConfig
     config_class = Phi3VConfig
@@ -123,10 +142,11 @@ class Phi3VForCausalLM(Phi3ForCausalLM):
         self.post_init()
 
     def requires_grad_(self, requires_grad: bool = True) -> "Phi3VForCausalLM":
-        """As usual, but what pictures do not pass through is never trained: several processes would wait for its gradients."""
+        """As usual, but what images do not pass through is never trained: several processes would wait for its
+        gradients."""
         super().requires_grad_(requires_grad)
-        tower = self.model.vision_embed_tokens.tower
-        for unused in (tower.encoder.layers[-1], tower.post_layernorm):
+        encoder = self.model.vision_embed_tokens.encoder
+        for unused in (encoder.encoder.layers[-1], encoder.post_layernorm):
             unused.requires_grad_(False)
         return self
 

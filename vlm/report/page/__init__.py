@@ -1,6 +1,7 @@
-"""report.html: one file that shows a run to people, without network and scripts. A function of results, data and predictions alone.
+"""report.html: one file that shows a run to people, without network and scripts. A function of results, data and
+predictions alone.
 
-N = test pictures, C = classes.
+N = test images, C = classes.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,11 +10,11 @@ from typing import Any
 
 from vlm.common.progress import replacing
 from vlm.data.splits import Data
-from vlm.report.page.content import Content, Prediction, shown_pictures
-from vlm.report.page.markup import Markup, element, join
 from vlm.report.page import sections, top
+from vlm.report.page.content import Content, Prediction, shown_images
+from vlm.report.page.markup import Markup, element, join
 
-__all__ = ["PAGE", "Prediction", "shown_pictures", "write_page"]
+__all__ = ["PAGE", "Prediction", "shown_images", "write_page"]
 
 PAGE = "report.html"
 STYLE = Path(__file__).with_name("style.css")
@@ -24,7 +25,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[Content], Markup | None]], ...] = (
     ("comparison", "How it compares", sections.comparison),
     ("confusion", "Confusion matrix", sections.confusion),
     ("mistakes", "Most confident mistakes", sections.mistakes),
-    ("uncertain", "Least certain pictures", sections.uncertain),
+    ("uncertain", "Least certain images", sections.uncertain),
     ("classes", "Each class", sections.per_class),
     ("metrics", "Metrics", sections.metrics),
     ("reliability", "Reliability", sections.reliability),
@@ -35,12 +36,12 @@ SECTIONS: tuple[tuple[str, str, Callable[[Content], Markup | None]], ...] = (
 
 
 def write_page(path: str | Path, results: dict[str, Any], data: Data, predictions: Sequence[Prediction]) -> None:
-    """Write the page, whole or not at all. Its size is bounded, whatever the number of pictures and classes.
+    """Write the page, whole or not at all. Its size is bounded, whatever the number of images and classes.
 
     Args:
         results: what stands in `results.json`. Only `test` must be there; what else is missing is left out.
-        data: the pictures, for thumbnails and counts.
-        predictions: one for each picture of `data.test`, in its order.
+        data: the images, for thumbnails and counts.
+        predictions: one for each image of `data.test`, in its order.
     """
     page = render_page(Content(results, data, predictions))
     with replacing(path) as beside:
@@ -62,7 +63,9 @@ def render_page(content: Content) -> str:
     )
     body = element(
         "body",
-        element("header", element("h1", title), element("p", top.subtitle(content), class_="quiet"), top.headline(content)),
+        element(
+            "header", element("h1", title), element("p", top.subtitle(content), class_="quiet"), top.headline(content)
+        ),
         element("nav", *links, aria_label="Sections"),
         element("main", *(element("section", element("h2", title), body, id=name) for name, title, body in shown)),
     )

@@ -78,7 +78,13 @@ def line_chart(lines: Sequence[Line], x: Axis, y: Axis, title: str, mark: float 
         parts.append(element("path", d=f"M{x.place(mark)} {y.start}V{y.end}", class_="mark"))
     parts += [part for line in lines for part in _draw(line, x, y)]
     ends = "; ".join(f"{line.label} from {line.y[0]:.3g} to {line.y[-1]:.3g}" for line in lines)
-    svg = element("svg", *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=f"{title}, {y.label} over {x.label}: {ends}.")
+    svg = element(
+        "svg",
+        *parts,
+        viewBox=f"0 0 {WIDTH} {HEIGHT}",
+        role="img",
+        aria_label=f"{title}, {y.label} over {x.label}: {ends}.",
+    )
     keys = [element("span", element("i", class_=line.style), line.label) for line in lines]
     return element("figure", element("h3", title), svg, element("figcaption", *keys, class_="legend"))
 
@@ -94,7 +100,9 @@ def _grid(x: Axis, y: Axis) -> list[Markup]:
         parts.append(element("text", f"{tick:,.6g}", x=x.place(tick), y=y.start + 18, text_anchor="middle"))
     middle = (y.start + y.end) / 2
     parts.append(element("text", x.label, x=(x.start + x.end) / 2, y=HEIGHT - 6, text_anchor="middle"))
-    parts.append(element("text", y.label, x=0, y=0, text_anchor="middle", transform=f"translate(12 {middle}) rotate(-90)"))
+    parts.append(
+        element("text", y.label, x=0, y=0, text_anchor="middle", transform=f"translate(12 {middle}) rotate(-90)")
+    )
     return parts
 
 
@@ -103,4 +111,11 @@ def _draw(line: Line, x: Axis, y: Axis) -> list[Markup]:
     kept = sorted({*range(0, len(line.x), every), len(line.x) - 1})
     points = [(x.place(line.x[i]), y.place(line.y[i])) for i in kept]
     path = element("path", d="M" + "L".join(f"{a} {b}" for a, b in points), class_=f"line {line.style}")
-    return [path, *(element("circle", cx=a, cy=b, r=3.5, class_=line.style) for a, b in points if line.dots and len(points) <= MOST_DOTS)]
+    return [
+        path,
+        *(
+            element("circle", cx=a, cy=b, r=3.5, class_=line.style)
+            for a, b in points
+            if line.dots and len(points) <= MOST_DOTS
+        ),
+    ]

@@ -1,4 +1,4 @@
-"""What the page shows: results, data and predictions, and what is chosen from them. N = test pictures, C = classes."""
+"""What the page shows: results, data and predictions, and what is chosen from them. N = test images, C = classes."""
 
 import math
 from collections.abc import Sequence
@@ -11,14 +11,15 @@ import numpy as np
 from vlm.data.splits import Data
 from vlm.evaluation.reliability import wilson_interval
 
-MOST_PICTURES = 12  # mistakes, and as many uncertain pictures
+MOST_IMAGES = 12  # mistakes, and as many uncertain images
 MOST_CONFUSIONS = 10
 WIDE = 0.1  # an interval of accuracy that is wider says little
 
 
 @dataclass
 class Prediction:
-    """One test picture as the page shows it. probabilities: (C,), sums to 1; text: what the model wrote, of the shown pictures only."""
+    """One test image as the page shows it. probabilities: (C,), sums to 1; text: what the model wrote, of the shown
+    images only."""
 
     name: str
     label: int
@@ -81,7 +82,8 @@ class Content:
 
     @cached_property
     def favorite(self) -> tuple[str, int] | None:
-        """The class that a collapsed model answers, and how often: at least a third of all answers and twice the class's pictures."""
+        """The class that a collapsed model answers, and how often: at least a third of all answers and twice the
+        class's images."""
         answers, support = self.counts.sum(axis=0), self.counts.sum(axis=1)
         most = int(answers.argmax())
         collapsed = 3 * answers[most] >= answers.sum() and answers[most] >= 2 * support[most]
@@ -89,12 +91,15 @@ class Content:
 
     @cached_property
     def confusions(self) -> list[tuple[str, str, int, int]]:
-        """(truth, prediction, pictures, pictures of the true class) of the most frequent kinds of mistake."""
+        """(truth, prediction, images, images of the true class) of the most frequent kinds of mistake."""
         wrong = self.counts - np.diag(np.diag(self.counts))
         rows, columns = np.nonzero(wrong)
         order = np.argsort(-wrong[rows, columns], kind="stable")[:MOST_CONFUSIONS]
         support = self.counts.sum(axis=1)
-        return [(self.names[rows[i]], self.names[columns[i]], int(wrong[rows[i], columns[i]]), int(support[rows[i]])) for i in order]
+        return [
+            (self.names[rows[i]], self.names[columns[i]], int(wrong[rows[i], columns[i]]), int(support[rows[i]]))
+            for i in order
+        ]
 
     @cached_property
     def mistakes(self) -> list[int]:
@@ -105,21 +110,22 @@ class Content:
         return least_certain(self.predictions)
 
 
-def shown_pictures(predictions: Sequence[Prediction]) -> list[int]:
-    """Positions of the pictures that the page shows one by one: those worth an explanation."""
+def shown_images(predictions: Sequence[Prediction]) -> list[int]:
+    """Positions of the images that the page shows one by one: those worth an explanation."""
     return confident_mistakes(predictions) + least_certain(predictions)
 
 
 def confident_mistakes(predictions: Sequence[Prediction]) -> list[int]:
     """Positions of the wrong predictions with the highest confidence, highest first."""
     wrong = [i for i, p in enumerate(predictions) if p.predicted != p.label]
-    return sorted(wrong, key=lambda i: -predictions[i].confidence)[:MOST_PICTURES]
+    return sorted(wrong, key=lambda i: -predictions[i].confidence)[:MOST_IMAGES]
 
 
 def least_certain(predictions: Sequence[Prediction]) -> list[int]:
-    """Positions of the predictions with the lowest confidence, lowest first, without the mistakes that are shown already."""
+    """Positions of the predictions with the lowest confidence, lowest first, without the mistakes that are shown
+    already."""
     left = set(range(len(predictions))) - set(confident_mistakes(predictions))
-    return sorted(left, key=lambda i: (predictions[i].confidence, i))[:MOST_PICTURES]
+    return sorted(left, key=lambda i: (predictions[i].confidence, i))[:MOST_IMAGES]
 
 
 def triple(value: Any) -> tuple[float, float | None, float | None] | None:

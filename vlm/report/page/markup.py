@@ -1,4 +1,5 @@
-"""HTML out of Python values: whatever is not marked as HTML is escaped, so that no class name or file name can become markup."""
+"""HTML out of Python values: whatever is not marked as HTML is escaped, so that no class name or file name can become
+markup."""
 
 import base64
 import html
@@ -9,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 THUMBNAIL = 128  # pixels, the longer side
-SMALL = 64  # pixels; a picture that is no larger is kept as it is, without loss
+SMALL = 64  # pixels; an image that is no larger is kept as it is, without loss
 LONGEST_TEXT = 400  # characters of an explanation, a setting or a file name
 VOID = {"br", "img", "meta"}  # elements that have no end tag
 
@@ -26,14 +27,18 @@ def element(tag: str, *children: Any, **attributes: Any) -> Markup:
         attributes: `class_` is written class, `aria_label` aria-label; None is left out.
     """
     given = "".join(
-        f' {name.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"' for name, value in attributes.items() if value is not None
+        f' {name.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
+        for name, value in attributes.items()
+        if value is not None
     )
     return Markup(f"<{tag}{given}>" if tag in VOID else f"<{tag}{given}>{join(children)}</{tag}>")
 
 
 def join(parts: Iterable[Any]) -> Markup:
     """The parts one after the other, each escaped that is not `Markup`; None is left out."""
-    return Markup("".join(part if isinstance(part, Markup) else html.escape(str(part)) for part in parts if part is not None))
+    return Markup(
+        "".join(part if isinstance(part, Markup) else html.escape(str(part)) for part in parts if part is not None)
+    )
 
 
 def shorten(text: str, longest: int) -> str:
@@ -48,7 +53,7 @@ def class_name(name: str, longest: int = 40) -> Markup:
 
 
 def thumbnail(image: Image.Image, alt: str) -> Markup:
-    """A small copy of a picture within the page itself."""
+    """A small copy of an image within the page itself."""
     small = max(image.size) <= SMALL
     copy = image.copy()
     copy.thumbnail((THUMBNAIL, THUMBNAIL))
@@ -57,7 +62,7 @@ def thumbnail(image: Image.Image, alt: str) -> Markup:
 
 
 def data_address(image: Image.Image, kind: str, **options: Any) -> str:
-    """A picture as a `data:` address."""
+    """An image as a `data:` address."""
     file = io.BytesIO()
     image.save(file, kind, **options)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
@@ -66,19 +71,25 @@ def data_address(image: Image.Image, kind: str, **options: Any) -> str:
 def table(headers: list[Any], rows: Iterable[list[Any]], caption: str | None = None) -> Markup:
     """A table whose first column is text and heads its row; the other columns are numbers, to the right."""
     head = element("tr", *(element("th", header, scope="col") for header in headers))
-    body = (element("tr", element("th", row[0], scope="row"), *(element("td", cell) for cell in row[1:])) for row in rows)
+    body = (
+        element("tr", element("th", row[0], scope="row"), *(element("td", cell) for cell in row[1:])) for row in rows
+    )
     parts = element("caption", caption) if caption else None, element("thead", head), element("tbody", *body)
     return element("div", element("table", *parts), class_="scroll")
 
 
 def facts(rows: Sequence[tuple[str, Any]]) -> Markup:
-    return element("dl", *(element("div", element("dt", k), element("dd", shorten(str(v), LONGEST_TEXT))) for k, v in rows))
+    return element(
+        "dl", *(element("div", element("dt", k), element("dd", shorten(str(v), LONGEST_TEXT))) for k, v in rows)
+    )
 
 
 def bar(value: float, low: float | None = None, high: float | None = None) -> Markup:
     """A bar from 0 to 1, with its interval."""
     span = element("i", class_="span", style=f"left:{low:.2%};width:{high - low:.2%}") if low is not None else None
-    return element("span", element("i", class_="fill", style=f"width:{value:.2%}"), span, class_="bar", aria_hidden="true")
+    return element(
+        "span", element("i", class_="fill", style=f"width:{value:.2%}"), span, class_="bar", aria_hidden="true"
+    )
 
 
 def percent(share: float) -> str:

@@ -1,13 +1,14 @@
-"""The sections of the page. Each takes the content and gives its markup, or None where there is nothing to show. C = classes."""
+"""The sections of the page. Each takes the content and gives its markup, or None where there is nothing to show. C =
+classes."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from vlm.data.images import UnreadablePicture
+from vlm.data.images import UnreadableImage
 from vlm.data.splits import Split
-from vlm.report.figures import accuracy_range, probed_tower, reliability_states, series, smooth, wants_log_scale
+from vlm.report.figures import accuracy_range, probed_encoder, reliability_states, series, smooth, wants_log_scale
 from vlm.report.page.charts import Axis, Line, axis_around, line_chart
 from vlm.report.page.content import Content, Prediction, triple
 from vlm.report.page.markup import (
@@ -28,7 +29,7 @@ from vlm.report.page.matrix import matrix
 from vlm.report.summary import MEANING, abstention_line, is_calibrated
 
 HOW_IT_WAS_STARTED = {"resume", "overwrite"}  # not what the result depends on
-MOST_SAMPLES = 100  # classes with a picture in the section on the data
+MOST_SAMPLES = 100  # classes with an image in the section on the data
 MOST_ROWS = 100  # classes in the table of classes
 
 
@@ -36,13 +37,17 @@ def comparison(content: Content) -> Markup | None:
     """The accuracy beside that of cheaper answers; None where there is only the most frequent class to compare with."""
     results = content.results
     check, probe = results.get("picture_check") or {}, results.get("probe") or {}
-    subset = f"on {check['pictures']:,} pictures, {percent(check['accuracy'])} with their own" if check else ""
+    subset = f"on {check['pictures']:,} images, {percent(check['accuracy'])} with their own" if check else ""
     rows = [
         ("This model", None, content.accuracy),
-        ("Linear probe", f"logistic regression on {probed_tower(probe.get('tower'))}", triple(probe.get("accuracy"))),
+        (
+            "Linear probe",
+            f"logistic regression on {probed_encoder(probe.get('encoder'))}",
+            triple(probe.get("accuracy")),
+        ),
         ("Zero-shot", "the same model before training", triple((results.get("zero_shot") or {}).get("accuracy"))),
-        ("Other picture", f"pictures shuffled, {subset}", triple(check.get("shuffled"))),
-        ("No picture", f"a gray one, {subset}", triple(check.get("gray"))),
+        ("Other image", f"images shuffled, {subset}", triple(check.get("shuffled"))),
+        ("No image", f"a gray one, {subset}", triple(check.get("gray"))),
     ]
     rows = [row for row in rows if row[2]]
     if len(rows) == 1:
@@ -56,13 +61,13 @@ def confusion(content: Content) -> Markup:
     """The matrix and the most frequent confusions."""
     pairs = content.confusions
     rows = [[join([class_name(a, 24), " taken for ", class_name(b, 24)]), f"{n:,} of {s:,}"] for a, b, n, s in pairs]
-    frequent = table(["most frequent mistakes", "pictures"], rows) if rows and len(content.names) > 2 else None
+    frequent = table(["most frequent mistakes", "images"], rows) if rows and len(content.names) > 2 else None
     return element("div", matrix(content), frequent, class_="side")
 
 
 def mistakes(content: Content) -> Markup:
     if not content.mistakes:
-        return element("p", "The model makes no mistake on the test pictures.")
+        return element("p", "The model makes no mistake on the test images.")
     total = int(content.counts.sum() - content.counts.trace())
     what = "mistakes, the most confident first" if total > 1 else "mistake"
     return join([_cut_line(len(content.mistakes), total, what), _cards(content, content.mistakes)])
@@ -71,7 +76,7 @@ def mistakes(content: Content) -> Markup:
 def uncertain(content: Content) -> Markup | None:
     if not content.uncertain:
         return None
-    line = "The test pictures with the lowest confidence, lowest first; mistakes that are shown above are left out."
+    line = "The test images with the lowest confidence, lowest first; mistakes that are shown above are left out."
     return join([element("p", line, class_="quiet"), _cards(content, content.uncertain)])
 
 
@@ -80,7 +85,7 @@ def _cards(content: Content, positions: Sequence[int]) -> Markup:
 
 
 def _card(content: Content, position: int) -> Markup:
-    """Picture, truth, prediction, the three most probable classes, and the text."""
+    """Image, truth, prediction, the three most probable classes, and the text."""
     p = content.predictions[position]
     best = np.argsort(-p.probabilities, kind="stable")[:3].tolist()
     rows = [_probability(content, p, i) for i in best + ([] if p.label in best else [p.label])]
@@ -94,7 +99,7 @@ def _card(content: Content, position: int) -> Markup:
     text = element("blockquote", shorten(p.text.strip(), LONGEST_TEXT)) if p.text else None
     file = element("p", shorten(p.name, 44), class_="quiet file", title=shorten(p.name, LONGEST_TEXT))
     side = element("div", *summary, element("ul", *rows, class_="top"))
-    return element("article", element("div", _picture(content.data.test, position, alt), side, class_="pair"), text, file)
+    return element("article", element("div", _image(content.data.test, position, alt), side, class_="pair"), text, file)
 
 
 def _probability(content: Content, prediction: Prediction, number: int) -> Markup:
@@ -111,7 +116,7 @@ def per_class(content: Content) -> Markup:
          f"{figures[name]['support']:,}"]
         for name in order[:MOST_ROWS]
     ]  # fmt: skip
-    head = ["class", "precision", "recall", "F1", "", "pictures"]
+    head = ["class", "precision", "recall", "F1", "", "images"]
     return join([_cut_line(len(rows), len(order), "classes, the lowest F1 first"), table(head, rows)])
 
 
@@ -120,17 +125,28 @@ def metrics(content: Content) -> Markup:
     before = content.calibration.get("before", {}) if is_calibrated(content.calibration) else {}
     known = (
         ("Accuracy", "accuracy", content.accuracy), ("Macro F1", "macro_f1", None), ("Weighted F1", "weighted_f1", None),
-        ("NLL, nats a picture", "nll", None), ("Brier score", "brier", None), ("ECE", "ece", None), ("Loss, nats a token", "loss", None),
+        ("NLL, nats an image", "nll", None), ("Brier score", "brier", None), ("ECE", "ece", None), ("Loss, nats a token", "loss", None),
     )  # fmt: skip
-    rows = [[label, *_measured(value or after.get(key, test.get(key)), before.get(key), bool(before))] for label, key, value in known]
+    rows = [
+        [label, *_measured(value or after.get(key, test.get(key)), before.get(key), bool(before))]
+        for label, key, value in known
+    ]
     for name, value in test.get("own_metrics", {}).items():
         for key, number in value.items() if isinstance(value, dict) else (("", value),):
             rows.append([shorten(f"{name} {key}".strip(), 60), *_measured(number, None, bool(before))])
     best = content.results.get("validation", {}).get("accuracy")
     rows.append(["Validation accuracy", *_measured(best, None, bool(before))])
     head = ["test split", "value", "95% interval"] + (["before calibration"] if before else [])
-    notes = [_text_line(content), _temperature_line(content), _score_line(content), _abstention_line(content), _glossary(content)]
-    return join([table(head, [row for row in rows if row[1] != "–"]), *(element("p", n, class_="quiet") for n in notes if n)])
+    notes = [
+        _text_line(content),
+        _temperature_line(content),
+        _score_line(content),
+        _abstention_line(content),
+        _glossary(content),
+    ]
+    return join(
+        [table(head, [row for row in rows if row[1] != "–"]), *(element("p", n, class_="quiet") for n in notes if n)]
+    )
 
 
 def _measured(value: Any, before: Any, with_before: bool) -> list[str]:
@@ -176,7 +192,11 @@ def _score_line(content: Content) -> str | None:
     """Which score was taken, and what the others would have given."""
     known = [(name, triple(figures.get("nll"))) for name, figures in (content.calibration.get("scores") or {}).items()]
     compared = ", ".join(f"{name} {nll[0]:.4f}" for name, nll in known if nll)
-    return f"Score of a class: {content.calibration.get('score')}. NLL on validation of each, calibrated: {compared}." if compared else None
+    return (
+        f"Score of a class: {content.calibration.get('score')}. NLL on validation of each, calibrated: {compared}."
+        if compared
+        else None
+    )
 
 
 def reliability(content: Content) -> Markup | None:
@@ -192,9 +212,7 @@ def reliability(content: Content) -> Markup | None:
         return None
     lines.insert(0, Line("perfect", [0, 1], [0, 1], "plain"))
     chart = line_chart(lines, Axis("mean confidence", 0, 1), Axis("accuracy", 0, 1), "Confidence and accuracy")
-    words = (
-        "Each point stands for pictures of similar confidence. Below the dashed line the model is too sure of itself, above it too unsure."
-    )
+    words = "Each point stands for images of similar confidence. Below the dashed line the model is too sure of itself, above it too unsure."
     return element("div", chart, element("p", words, class_="quiet"), class_="side")
 
 
@@ -216,33 +234,53 @@ def curves(content: Content) -> Markup | None:
     if len(at):
         lines = [Line("validation", at, accuracy, "second", dots=True)]
         charts.append(
-            line_chart(lines, Axis("optimizer step", 0, last, whole=True), Axis("accuracy", *accuracy_range(accuracy)), "Accuracy", best)
+            line_chart(
+                lines,
+                Axis("optimizer step", 0, last, whole=True),
+                Axis("accuracy", *accuracy_range(accuracy)),
+                "Accuracy",
+                best,
+            )
         )
-    mark = element("p", f"The upright line marks step {best:,}, whose model was saved and tested.", class_="quiet") if best else None
+    mark = (
+        element("p", f"The upright line marks step {best:,}, whose model was saved and tested.", class_="quiet")
+        if best
+        else None
+    )
     return join([element("div", *charts, class_="side"), mark]) if charts else None
 
 
 def data(content: Content) -> Markup:
-    """What was detected, the counts of each class, and one training picture of each."""
+    """What was detected, the counts of each class, and one training image of each."""
     splits = [("train", content.data.train), ("validation", content.data.validation), ("test", content.data.test)]
-    counts = [np.bincount(np.asarray(split.labels, dtype=np.int64), minlength=len(content.names)) for _, split in splits]
+    counts = [
+        np.bincount(np.asarray(split.labels, dtype=np.int64), minlength=len(content.names)) for _, split in splits
+    ]
     first: dict[int, int] = {}
     for position, label in enumerate(content.data.train.labels):
         first.setdefault(label, position)
     cards = []
     for number, name in enumerate(content.names[:MOST_SAMPLES]):
-        picture = _picture(content.data.train, first[number], f"A training picture of {shorten(name, 60)}") if number in first else None
-        numbers = " · ".join(f"{split[0]}\N{NO-BREAK SPACE}{count[number]:,}" for split, count in zip(splits, counts, strict=True))
-        cards.append(element("figure", picture, element("figcaption", class_name(name), element("span", numbers, class_="quiet"))))
+        image = (
+            _image(content.data.train, first[number], f"A training image of {shorten(name, 60)}")
+            if number in first
+            else None
+        )
+        numbers = " · ".join(
+            f"{split[0]}\N{NO-BREAK SPACE}{count[number]:,}" for split, count in zip(splits, counts, strict=True)
+        )
+        cards.append(
+            element("figure", image, element("figcaption", class_name(name), element("span", numbers, class_="quiet")))
+        )
     smallest = element("p", _spread(counts[0]), class_="quiet")
     detected = facts([(key, value) for key, value in content.data.summary])
-    cut = _cut_line(len(cards), len(content.names), "classes, each with a training picture and its number of pictures")
+    cut = _cut_line(len(cards), len(content.names), "classes, each with a training image and its number of images")
     return join([detected, smallest, cut, element("div", *cards, class_="samples")])
 
 
 def _spread(counts: np.ndarray) -> str:
     low, middle, high = int(counts.min()), float(np.median(counts)), int(counts.max())
-    return f"Training pictures of a class: {low:,} at least, {round(middle):,} typically (the median), {high:,} at most."
+    return f"Training images of a class: {low:,} at least, {round(middle):,} typically (the median), {high:,} at most."
 
 
 def settings(content: Content) -> Markup | None:
@@ -255,7 +293,8 @@ def settings(content: Content) -> Markup | None:
 
 
 def used_settings(results: dict[str, Any]) -> dict[str, Any]:
-    """The settings that had a part in the result: with the device, number format and picture size that were taken, without what was off."""
+    """The settings that had a part in the result: with the device, number format and image size that were taken,
+    without what was off."""
     given = results.get("settings", {})
     device = results.get("device") or {}
     taken = {"device": device["type"], "dtype": device["dtype"]} if device else {}
@@ -265,15 +304,18 @@ def used_settings(results: dict[str, Any]) -> dict[str, Any]:
     return {
         name: taken.get(name, value)
         for name, value in given.items()
-        if value not in (None, "") and value is not False and name not in HOW_IT_WAS_STARTED and (lora or not name.startswith("lora_"))
+        if value not in (None, "")
+        and value is not False
+        and name not in HOW_IT_WAS_STARTED
+        and (lora or not name.startswith("lora_"))
     }
 
 
-def _picture(split: Split, position: int, alt: str) -> Markup:
+def _image(split: Split, position: int, alt: str) -> Markup:
     try:
         return thumbnail(split[position].image, alt)
-    except UnreadablePicture:  # it was there when the run began
-        return element("span", "no picture", class_="thumb quiet")
+    except UnreadableImage:  # it was there when the run began
+        return element("span", "no image", class_="thumb quiet")
 
 
 def _cut_line(shown: int, total: int, what: str) -> Markup:

@@ -1,4 +1,5 @@
-"""Picture options: training's defaults and flags on a published folder, and that the saved folder keeps them at inference."""
+"""Image options: training's defaults and flags on a published folder, and that the saved folder keeps them at
+inference."""
 
 import json
 
@@ -6,7 +7,7 @@ import pytest
 import torch
 from commands import train
 from hub_layout_qwen2_vl import save_published
-from tiny import NAMES, random_picture, save_tiny_model, tiny_prompts
+from tiny import NAMES, random_image, save_tiny_model, tiny_prompts
 
 from vlm.classifier.classifier import VLMClassifier
 from vlm.common.errors import UsageError
@@ -21,7 +22,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def smolvlm(tmp_path_factory):
-    """A folder as published: pictures enlarged to four tiles' width and split into 16 of them, and the whole picture."""
+    """A folder as published: images enlarged to four tiles' width and split into 16 of them, and the whole image."""
     folder = save_tiny_model(tmp_path_factory.mktemp("smolvlm"))
     path = folder / "processor_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -35,14 +36,14 @@ def qwen(tmp_path_factory):
     return save_published(tmp_path_factory.mktemp("qwen"))
 
 
-def picture_tokens(family) -> int:
-    ids = family.encode_pictures([random_picture(0, 504, 504)]).token_ids[0]
+def image_tokens(family) -> int:
+    ids = family.encode_images([random_image(0, 504, 504)]).token_ids[0]
     return ids.count(family.image_token_id)
 
 
-def trained(folder, pictures):
+def trained(folder, images):
     """The family as a training run loads it; the flags are read as from the command line."""
-    return load_family(folder, torch.float32, CPU, resolve(parse_arguments(pictures)).picture_options())
+    return load_family(folder, torch.float32, CPU, resolve(parse_arguments(images)).image_options())
 
 
 def at_inference(family, folder):
@@ -65,25 +66,29 @@ def at_inference(family, folder):
 )
 def test_training_decides_and_inference_keeps_it(model, flags, tokens, request, tmp_path):
     family = trained(request.getfixturevalue(model), flags)
-    assert picture_tokens(family) == tokens
-    assert picture_tokens(at_inference(family, tmp_path / "model")) == tokens
+    assert image_tokens(family) == tokens
+    assert image_tokens(at_inference(family, tmp_path / "model")) == tokens
 
 
 def test_without_a_training_run_the_folder_decides(smolvlm, qwen):
-    assert picture_tokens(load_family(smolvlm, torch.float32, CPU)) == 17 * 4
-    assert picture_tokens(load_family(qwen, torch.float32, CPU)) == 324
+    assert image_tokens(load_family(smolvlm, torch.float32, CPU)) == 17 * 4
+    assert image_tokens(load_family(qwen, torch.float32, CPU)) == 324
 
 
 def test_a_model_saved_without_splitting_can_be_trained_on_with_it(smolvlm, tmp_path):
     at_inference(trained(smolvlm, []), tmp_path / "first")
-    assert picture_tokens(trained(tmp_path / "first", [])) == 4
-    assert picture_tokens(trained(tmp_path / "first", ["--image-splitting"])) == 17 * 4
+    assert image_tokens(trained(tmp_path / "first", [])) == 4
+    assert image_tokens(trained(tmp_path / "first", ["--image-splitting"])) == 17 * 4
 
 
 def test_an_option_of_another_family_is_refused_by_name(smolvlm, qwen):
-    with pytest.raises(UsageError, match=r"--max-pixels is for Qwen2-VL and Qwen2\.5-VL: leave it out, or use --image-splitting"):
+    with pytest.raises(
+        UsageError, match=r"--max-pixels is for Qwen2-VL and Qwen2\.5-VL: leave it out, or use --image-splitting"
+    ):
         trained(smolvlm, ["--max-pixels", "3136"])
-    with pytest.raises(UsageError, match=r"--image-splitting is for SmolVLM: leave it out, or use --min-pixels, --max-pixels"):
+    with pytest.raises(
+        UsageError, match=r"--image-splitting is for SmolVLM: leave it out, or use --min-pixels, --max-pixels"
+    ):
         trained(qwen, ["--image-splitting"])
 
 
@@ -96,5 +101,8 @@ def test_wrong_numbers_are_refused():
 
 
 def test_the_command_line_says_so(tmp_path, capsys):
-    assert train("--demo", "--max-samples", 100, "--num-crops", 4, "--max-pixels", 784, "--output-dir", tmp_path / "out") == 2
+    assert (
+        train("--demo", "--max-samples", 100, "--num-crops", 4, "--max-pixels", 784, "--output-dir", tmp_path / "out")
+        == 2
+    )
     assert "is for" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Pictures of every kind become upright RGB pictures; what cannot be read says why in one line."""
+"""Images of every kind become upright RGB images; what cannot be read says why in one line."""
 
 import io
 
@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from vlm.common.errors import UsageError
-from vlm.data.images import UnreadablePicture, find_pictures, open_picture
+from vlm.data.images import UnreadableImage, find_images, open_image
 
 RAMP = np.array([[0, 100], [200, 255]], dtype=np.uint8)
 
@@ -19,8 +19,8 @@ def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 
 
 def pixels(source) -> list:
-    """The RGB values of a picture, row by row."""
-    image = open_picture(source)
+    """The RGB values of an image, row by row."""
+    image = open_image(source)
     assert image.mode == "RGB"
     return np.asarray(image).reshape(-1, 3).tolist()
 
@@ -34,7 +34,7 @@ def test_grey_and_black_and_white_become_rgb():
     assert pixels(encoded(Image.fromarray(RAMP).convert("1", dither=Image.Dither.NONE))) == grey(0, 0, 255, 255)
 
 
-def test_a_one_by_one_picture_works():
+def test_a_one_by_one_image_works():
     assert pixels(encoded(Image.new("RGB", (1, 1), (10, 20, 30)))) == [[10, 20, 30]]
     assert pixels(np.full((1, 1), 7, dtype=np.uint16)) == grey(0)
 
@@ -71,8 +71,8 @@ def test_more_than_8_bits_are_stretched_from_minimum_to_maximum(numbers):
 
 def test_values_that_are_no_numbers_do_not_disturb_the_stretch():
     assert pixels(np.array([[np.nan, 10.0, 20.0, np.inf]])) == grey(0, 0, 255, 255)
-    with pytest.raises(UnreadablePicture, match="not one of its values is a number"):
-        open_picture(np.full((2, 2), np.nan))
+    with pytest.raises(UnreadableImage, match="not one of its values is a number"):
+        open_image(np.full((2, 2), np.nan))
 
 
 def test_arrays_of_all_accepted_shapes():
@@ -85,8 +85,8 @@ def test_arrays_of_all_accepted_shapes():
 
 @pytest.mark.parametrize("shape", [(5,), (3, 8, 8), (0, 4), (2, 2, 2), (1, 2, 2, 3)])
 def test_arrays_of_other_shapes_are_refused(shape):
-    with pytest.raises(UnreadablePicture, match="expected HxW"):
-        open_picture(np.zeros(shape, dtype=np.uint8))
+    with pytest.raises(UnreadableImage, match="expected HxW"):
+        open_image(np.zeros(shape, dtype=np.uint8))
 
 
 def test_the_first_frame_of_an_animation_is_taken():
@@ -100,13 +100,13 @@ def test_exif_orientation_is_applied(mode):
     image = Image.new(mode, (4, 2))
     exif = image.getexif()
     exif[0x0112] = 6
-    opened = open_picture(encoded(image, exif=exif))
+    opened = open_image(encoded(image, exif=exif))
     assert opened.size == (2, 4)
-    assert open_picture(opened).size == (2, 4), "an upright picture must not be turned again"
+    assert open_image(opened).size == (2, 4), "an upright image must not be turned again"
 
 
-def test_damaged_exif_data_do_not_lose_the_picture():
-    assert open_picture(encoded(Image.new("RGB", (4, 2)), "PNG", exif=b"Exif\0\0no TIFF header")).size == (4, 2)
+def test_damaged_exif_data_do_not_lose_the_image():
+    assert open_image(encoded(Image.new("RGB", (4, 2)), "PNG", exif=b"Exif\0\0no TIFF header")).size == (4, 2)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"])
@@ -115,30 +115,35 @@ def test_truncated_files_are_unreadable(kind, tmp_path):
     whole = encoded(Image.fromarray(noise), kind)
     path = tmp_path / f"half.{kind.lower()}"
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UnreadablePicture, match="half"):
-        open_picture(path)
+    with pytest.raises(UnreadableImage, match="half"):
+        open_image(path)
 
 
 def test_the_reason_is_one_line_with_the_name(tmp_path):
-    (tmp_path / "text.png").write_text("not a picture")
+    (tmp_path / "text.png").write_text("not an image")
     (tmp_path / "empty.png").touch()
-    for name, reason in [("none.png", "no such file"), ("text.png", "not a picture"), ("empty.png", "not a picture"), ("", "directory")]:
-        with pytest.raises(UnreadablePicture) as caught:
-            open_picture(str(tmp_path / name))
+    for name, reason in [
+        ("none.png", "no such file"),
+        ("text.png", "not an image"),
+        ("empty.png", "not an image"),
+        ("", "directory"),
+    ]:
+        with pytest.raises(UnreadableImage) as caught:
+            open_image(str(tmp_path / name))
         assert str(tmp_path / name) in str(caught.value) and reason in str(caught.value)
         assert "\n" not in str(caught.value)
-    with pytest.raises(UnreadablePicture, match="^row 7: there is no picture$"):
-        open_picture(None, name="row 7")
+    with pytest.raises(UnreadableImage, match="^row 7: there is no image$"):
+        open_image(None, name="row 7")
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_decompression_bombs_are_refused_before_decoding(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 99)
-    assert open_picture(encoded(Image.new("L", (9, 11)))).size == (9, 11)
-    with pytest.raises(UnreadablePicture, match="10x10 is more than the 99 pixels"):
-        open_picture(encoded(Image.new("L", (10, 10))))
-    with pytest.raises(UnreadablePicture, match="decompression bomb"):
-        open_picture(encoded(Image.new("L", (100, 100))))
+    assert open_image(encoded(Image.new("L", (9, 11)))).size == (9, 11)
+    with pytest.raises(UnreadableImage, match="10x10 is more than the 99 pixels"):
+        open_image(encoded(Image.new("L", (10, 10))))
+    with pytest.raises(UnreadableImage, match="decompression bomb"):
+        open_image(encoded(Image.new("L", (100, 100))))
 
 
 def test_no_file_is_left_open(tmp_path):
@@ -148,29 +153,29 @@ def test_no_file_is_left_open(tmp_path):
         opened = []
         original = Image.open
         patch.setattr(Image, "open", lambda *a, **k: opened.append(original(*a, **k)) or opened[-1])
-        open_picture(tmp_path / "a.gif")
+        open_image(tmp_path / "a.gif")
     assert opened[0].fp is None or opened[0].fp.closed
 
 
-def test_a_picture_given_is_not_changed():
+def test_a_image_given_is_not_changed():
     image = Image.new("RGBA", (2, 2), (0, 0, 0, 0))
     image.getexif()[0x0112] = 6
-    result = open_picture(image)
+    result = open_image(image)
     assert result is not image and image.mode == "RGBA" and image.getexif()[0x0112] == 6
 
 
-def test_pictures_are_found_in_folders_and_files_are_taken_as_given(tmp_path):
+def test_images_are_found_in_folders_and_files_are_taken_as_given(tmp_path):
     for name in ("b/2.PNG", "a.jpg", "b/.hidden.png", ".cache/1.png", "notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     found = [tmp_path / "a.jpg", tmp_path / "b/2.PNG"]
-    assert find_pictures([tmp_path]) == found
-    assert find_pictures([str(tmp_path / "notes.txt"), tmp_path / "b"]) == [tmp_path / "notes.txt", found[1]]
+    assert find_images([tmp_path]) == found
+    assert find_images([str(tmp_path / "notes.txt"), tmp_path / "b"]) == [tmp_path / "notes.txt", found[1]]
     (tmp_path / "empty").mkdir()
-    for name, message in (("empty", "holds no picture"), ("none.png", "is not there")):
+    for name, message in (("empty", "holds no image"), ("none.png", "is not there")):
         with pytest.raises(UsageError, match=message):
-            find_pictures([tmp_path / name])
+            find_images([tmp_path / name])
     there, not_there = tmp_path / "notes.txt", tmp_path / "none.png"
-    assert find_pictures([not_there, there]) == [not_there, there]
+    assert find_images([not_there, there]) == [not_there, there]
     with pytest.raises(UsageError, match=r"none\.png is not there, nor is any of the others"):
-        find_pictures([not_there, tmp_path / "neither.png"])
+        find_images([not_there, tmp_path / "neither.png"])
