@@ -188,7 +188,7 @@ def test_a_class_that_loses_its_last_image_is_named(tmp_path):
 
 
 def test_columns_cannot_be_named_where_there_are_none(tmp_path):
-    refuse(""image folder", which has no columns", images(tmp_path, {"a": 5, "b": 5}), image_column="image")
+    refuse('"image folder", which has no columns', images(tmp_path, {"a": 5, "b": 5}), image_column="image")
 
 
 def test_what_the_metadata_say_names_no_path_of_this_machine(tmp_path):

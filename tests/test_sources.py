@@ -364,4 +364,4 @@ def test_a_reasoning_column_that_cannot_be_used(tmp_path):
     (tmp_path / "numbers.jsonl").write_text("\n".join(lines))
     refuse("0.png has a value of kind int there. Expected text", tmp_path / "numbers.jsonl", reasoning_column="why")
     folder = images(tmp_path / "folder", {"a": 3, "b": 3})
-    refuse(""image folder", which has no columns", folder, reasoning_column="why")
+    refuse('"image folder", which has no columns', folder, reasoning_column="why")
