@@ -128,7 +128,8 @@ def load_data(settings: Settings) -> Data:
         )
     if source.image_column is None and (settings.image_column or settings.label_column or settings.reasoning_column):
         raise UsageError(
-            f"--image-column, --label-column and --reasoning-column: the dataset is of the kind "{source.kind}", which has no columns. Leave them out."
+            "--image-column, --label-column and --reasoning-column: the dataset is of the kind "
+            f'"{source.kind}", which has no columns. Leave them out.'
         )
     origins = {role: source.split_names.get(role, "") for role in ROLES}
     for role in _without_labels(source):
