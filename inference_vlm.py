@@ -118,7 +118,7 @@ def check_output(path: Path) -> None:
 def print_results(results: dict[str, dict[str, Any]], explain: bool) -> None:
     """Print a table to stdout: path, prediction, confidence, the runner-up (the two best, if abstained), and the text
     if asked for."""
-    from vlm.report.figures import format_table
+    from vlm.common.tables import format_table
 
     rows = []
     for path, result in results.items():
@@ -143,7 +143,7 @@ def print_results(results: dict[str, dict[str, Any]], explain: bool) -> None:
 
 def write_results(path: Path, results: dict[str, dict[str, Any]]) -> None:
     """Write one row an image, whole or not at all: CSV with a column a class, or JSON lines."""
-    from vlm.common.progress import replacing
+    from vlm.common.files import replacing
 
     try:
         with replacing(path) as new, new.open("w", encoding="utf-8", newline="") as file:

@@ -34,8 +34,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from report import figures
 
+from vlm.common.tables import format_table
 from vlm.machine.device import pick_threads
-from vlm.report.figures import format_table
 
 ROUNDS, QUICK_ROUNDS, TINY_ROUNDS = 5, 3, 1
 MIB = 2**20

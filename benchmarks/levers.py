@@ -22,7 +22,7 @@ import workload
 from torch import Tensor, nn
 from train_vs_trl import BATCH_SIZES
 
-from vlm.classifier.batching import IGNORED
+from vlm.classifier.batching import IGNORED, Batch
 from vlm.classifier.classifier import LossOutput, Reading, Scored, VLMClassifier
 from vlm.classifier.prefix import expand, in_front
 from vlm.data.images import open_image
@@ -46,21 +46,21 @@ def replaced(target: Any, name: str, value: Any) -> Iterator[None]:
         setattr(target, name, before) if own else delattr(target, name)
 
 
-def _embeddings(classifier: VLMClassifier, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def _embeddings(classifier: VLMClassifier, batch: Batch) -> tuple[Tensor, Tensor]:
     """Embeddings (B, P + L, D) of whole rows, prefix included, and their targets."""
-    family, rows = classifier.family, batch["input_ids"]
+    family, rows = classifier.family, batch.input_ids
     prefix = torch.tensor([classifier.rendered.prefix_ids]).expand(len(rows), -1)
     ids = torch.cat([prefix, rows], dim=1)
     places = (ids == family.image_token_id).unsqueeze(-1)
-    embeddings = family.embed(ids).masked_scatter(places, family.image_features(batch["pixels"]))
-    return embeddings, torch.cat([torch.full_like(prefix, IGNORED), batch["targets"]], dim=1)
+    embeddings = family.embed(ids).masked_scatter(places, family.image_features(batch.pixels))
+    return embeddings, torch.cat([torch.full_like(prefix, IGNORED), batch.targets], dim=1)
 
 
 def without_shared_prefix(ours: workload.OurTraining) -> Any:
     """The prefix runs in every row; logits at the response only, as before."""
     classifier = ours.classifier
 
-    def forward(batch: dict[str, Any], **_: Any) -> LossOutput:
+    def forward(batch: Batch, **_: Any) -> LossOutput:
         embeddings, targets = _embeddings(classifier, batch)
         hidden = classifier.family.run_language(embeddings, torch.arange(embeddings.shape[1]).unsqueeze(0))
         in_loss = targets[:, 1:] != IGNORED
@@ -76,9 +76,9 @@ def without_response_logits(ours: workload.OurTraining) -> Any:
     """Logits at every place of the rows, of which most are thrown away; the prefix shared, as before."""
     classifier = ours.classifier
 
-    def forward(batch: dict[str, Any], **_: Any) -> LossOutput:
-        hidden, _ = classifier._run_rows(batch, in_front(classifier._run_prefix()))
-        logits, targets = classifier.family.logits(hidden[:, :-1]), batch["targets"][:, 1:]
+    def forward(batch: Batch, **_: Any) -> LossOutput:
+        hidden, _ = classifier.strategy.run_rows(batch, in_front(classifier.strategy.run_prefix()))
+        logits, targets = classifier.family.logits(hidden[:, :-1]), batch.targets[:, 1:]
         loss = nn.functional.cross_entropy(
             logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
         )
@@ -132,7 +132,7 @@ def without_label_tree(classifier: VLMClassifier) -> Any:
     def search(reading: Reading) -> Scored:
         columns = [_log_probability(classifier, reading, response) for response in classifier.rendered.scored_ids]
         nothing = torch.zeros(len(reading.states))
-        return Scored(torch.stack(columns, dim=1), nothing, nothing)
+        return Scored(torch.stack(columns, dim=1), nothing)
 
     return replaced(classifier, "search", torch.no_grad()(search))
 
@@ -154,7 +154,9 @@ def _log_probability(classifier: VLMClassifier, reading: Reading, response: list
 @contextmanager
 def without_features(classifier: VLMClassifier) -> Iterator[None]:
     """Every image is new."""
-    with replaced(classifier, "feature_cache", None):
+    with replaced(
+        classifier, "collate", lambda with_response, cache=None: VLMClassifier.collate(classifier, with_response)
+    ):
         yield
 
 
@@ -232,13 +234,13 @@ def score(options: argparse.Namespace) -> list[dict[str, Any]]:
     batch_size = options.batch_size or BATCH_SIZES[options.size]["lora"]
     files = workload.image_files(options, batch_size)
     samples = [Sample(open_image(file), 0, str(file)) for file in files]
-    classifier = workload.keep_features(workload.classifier(options, options.classes, peaked=True), samples)
+    classifier = workload.classifier(options, options.classes, peaked=True)
+    cache = workload.keep_features(classifier, samples)
 
     def work(lever: Lever = lambda _: nullcontext()) -> Tensor:
         with lever(classifier):
-            return classifier.search(classifier.read(classifier.collate(with_response=False)(samples))).scores.softmax(
-                -1
-            )
+            reading = classifier.read(classifier.collate(with_response=False, cache=cache)(samples))
+            return classifier.search(reading).scores.softmax(-1)
 
     whole = work()
     differences = {name: float((work(lever) - whole).abs().max()) for name, lever in SCORING.items()}

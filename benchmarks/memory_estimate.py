@@ -25,6 +25,7 @@ from shapes import shape
 from workload import build
 
 from vlm.classifier.classifier import VLMClassifier
+from vlm.common.tables import format_table
 from vlm.config.resolve import resolve
 from vlm.config.settings import RESPONSE, TUNING_DEFAULTS
 from vlm.conversation.prompts import build_prompts
@@ -33,8 +34,7 @@ from vlm.evaluation.evaluate import score_split
 from vlm.families import load_family, outline, read_config
 from vlm.inference.model_folder import save_model_folder
 from vlm.machine.memory import Texts, estimate
-from vlm.report.figures import format_table
-from vlm.training.tuning import parameter_groups, prepare_tuning
+from vlm.training.tuning import merged_state_dict, parameter_groups, prepare_tuning
 
 NAMES = ["crater", "dune", "ridge", "slope", "plain", "cliff", "gully", "mound", "rough terrain", "smooth terrain"]
 
@@ -60,7 +60,7 @@ def measure(folder: Path, tune: str, dtype: torch.dtype, batch_size: int) -> dic
     measured["evaluation"] = resident()["VmHWM"] - before
     forget_peak()
     with tempfile.TemporaryDirectory() as saved:
-        save_model_folder(Path(saved) / "model", classifier, {}, dtype)
+        save_model_folder(Path(saved) / "model", family, merged_state_dict(family.model, dtype), {}, dtype)
     measured["saving"] = resident()["VmHWM"] - before
 
     rendered = classifier.rendered

@@ -21,8 +21,8 @@ from train_vs_trl import BATCH_SIZES, add_options, cases, row
 
 from vlm.classifier.batching import IGNORED, vlm_collate_fn
 from vlm.config.settings import Settings
+from vlm.conversation.rendered import Rendered
 from vlm.data.splits import Sample
-from vlm.families.encoded import Rendered
 from vlm.training.tuning import prepare_tuning, trained_parameters
 
 PLAIN_GOALS = {"lora": (5, 4), "connector": (5, 4)}
@@ -71,17 +71,17 @@ def plain_batch(
 ) -> dict[str, Tensor]:
     """What transformers' forward takes, from the tokens that this program makes of the same samples."""
     made = vlm_collate_fn(samples, family, rendered, with_response)
-    length = int(made["lengths"].max())  # without responses, the rows have the beginning of one behind it
-    rows = made["input_ids"][:, :length]
+    length = int(made.lengths.max())  # without responses, the rows have the beginning of one behind it
+    rows = made.input_ids[:, :length]
     prefix = torch.tensor([rendered.prefix_ids]).expand(len(samples), -1)
     places = torch.arange(length)
     batch = {
         "input_ids": torch.cat([prefix, rows], dim=1),
-        "attention_mask": torch.cat([torch.ones_like(prefix), (places < made["lengths"].unsqueeze(1)).long()], dim=1),
-        **{name: tensor.unsqueeze(1) for name, tensor in made["pixels"].items()},  # one tile an image
+        "attention_mask": torch.cat([torch.ones_like(prefix), (places < made.lengths.unsqueeze(1)).long()], dim=1),
+        **{name: tensor.unsqueeze(1) for name, tensor in made.pixels.items()},  # one tile an image
     }
     if with_response:
-        batch["labels"] = torch.cat([torch.full_like(prefix, IGNORED), made["targets"]], dim=1)
+        batch["labels"] = torch.cat([torch.full_like(prefix, IGNORED), made.targets], dim=1)
     return batch
 
 

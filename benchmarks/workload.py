@@ -35,7 +35,7 @@ from vlm.families import load_family
 from vlm.families.base import Family
 from vlm.families.demo import CHAT_TEMPLATE, build_model, build_processor
 from vlm.families.encoded import ENCODER_FEATURES
-from vlm.families.features import open_cache
+from vlm.families.features import FeatureCache, open_cache
 from vlm.machine.device import DTYPES
 from vlm.training.loop import Trainer
 from vlm.training.setup import set_up
@@ -315,11 +315,12 @@ def classifier(
     return result
 
 
-def keep_features(result: VLMClassifier, samples: list[Sample]) -> VLMClassifier:
-    """Compute the features of these images; the classifier reads them from then on."""
-    result.feature_cache = open_cache(result.family, True, "float32", CACHE_GB)
-    result.feature_cache.add_missing(result.family, samples)
-    return result
+def keep_features(classifier: VLMClassifier, samples: list[Sample]) -> FeatureCache:
+    """Compute the features of these images, and keep them."""
+    cache = open_cache(classifier.family, True, "float32", CACHE_GB)
+    if cache is None or not cache.add_missing(classifier.family, samples):
+        raise RuntimeError("the features cannot be kept")
+    return cache
 
 
 def peak(options: argparse.Namespace, result: VLMClassifier) -> None:
@@ -340,7 +341,7 @@ def peak(options: argparse.Namespace, result: VLMClassifier) -> None:
     image = noise(0, shapes.shape(options.shape, options.size).image)
     batch = result.collate(with_response=True)([Sample(image, 0, "noise")])
     lengths = (
-        f"{len(result.rendered.prefix_ids)}_{batch['input_ids'].shape[1]}"  # an image of another size has other tokens
+        f"{len(result.rendered.prefix_ids)}_{batch.input_ids.shape[1]}"  # an image of another size has other tokens
     )
     file = kept(options, f"peaked_{options.shape}_{options.size}_{count}_{lengths}.safetensors")
     if file.is_file():
@@ -351,7 +352,7 @@ def peak(options: argparse.Namespace, result: VLMClassifier) -> None:
     with torch.no_grad():  # random embeddings are so short that no logit could stand out
         norm.weight.fill_(LARGEST_LOGIT / (float(head.norm(dim=-1).mean()) * head.shape[1] ** 0.5))
     optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
-    batch["pixels"] = {ENCODER_FEATURES: result.family.encoder_features(batch["pixels"])}
+    batch = replace(batch, pixels={ENCODER_FEATURES: result.family.encoder_features(batch.pixels)})
     model.train()
     for _ in range(PEAK_STEPS):
         out = result(batch)

@@ -9,11 +9,11 @@ from feature_checks import load
 from PIL import Image
 from tiny import NAMES, VISION, tiny_prompts
 
+from vlm.config.names import METADATA
 from vlm.config.resolve import resolve
 from vlm.data.sources import Rows
 from vlm.data.splits import Split
 from vlm.families.demo import build_model, build_processor
-from vlm.training.output import METADATA
 
 CLASSES = NAMES[:3]
 TEXT = {
@@ -26,12 +26,6 @@ TEXT = {
 COLORS = [(250, 20, 20), (20, 250, 20), (20, 20, 250)]
 
 
-def stand_out(matrix):
-    """As after a training: one direction has far more than its share."""
-    with torch.no_grad():
-        matrix += 3 * matrix.std() * torch.outer(torch.randn(matrix.shape[0]), torch.randn(matrix.shape[1]))
-
-
 def save_halves(folder):
     """A model with words that were trained and a connector that was not."""
     prompts = tiny_prompts()
@@ -42,7 +36,6 @@ def save_halves(folder):
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0, 0.1)
-    stand_out(model.get_input_embeddings().weight)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 
@@ -68,6 +61,7 @@ def save_images(folder):
 
 def settings(folder, images, output, **more):
     flags = {"model": str(folder), "dataset": str(images), "epochs": 1, "batch_size": 4, "output_dir": str(output)}
+    flags |= {"align_connector": True}
     return resolve(flags | {"gradient_accumulation_steps": 1} | more)
 
 

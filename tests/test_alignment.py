@@ -1,5 +1,4 @@
-"""A connector that was never trained is known by its weights, and learns the names of the classes before the
-training."""
+"""--align-connector: the connector learns the names of the classes before the training."""
 
 import gc
 import json
@@ -9,46 +8,15 @@ import pytest
 import torch
 from commands import run, train
 from feature_checks import load
-from halves import CLASSES, connector_of, resumed, settings, split, stand_out
+from halves import CLASSES, connector_of, resumed, settings, split
 from safetensors.torch import load_file
-from torch import nn
 
-from vlm.common.errors import Stopped
-from vlm.config.settings import Settings
+from vlm.common.errors import Stopped, UsageError
 from vlm.families.features import fill_cache
+from vlm.training import alignment, results
 from vlm.training import loop as training
-from vlm.training.alignment import align, is_random, nearest_name_accuracy, needs_alignment
-from vlm.training.loop import alignment, fit, results, setup
-
-SETTINGS = Settings(epochs=1)
-
-
-@pytest.mark.parametrize("shape", [(64, 64), (600, 400), (64, 3000), (80, 3, 8, 8)])
-@pytest.mark.parametrize("draw", [nn.init.normal_, nn.init.uniform_, nn.init.xavier_uniform_, nn.init.orthogonal_])
-def test_weights_as_they_were_drawn_are_told_from_trained_ones(shape, draw):
-    torch.manual_seed(0)
-    part = nn.Module()
-    part.weight = nn.Parameter(draw(torch.empty(shape), *((-1, 1) if draw is nn.init.uniform_ else ())))
-    part.bias = nn.Parameter(torch.randn(shape[0]))
-    assert is_random(part)
-    with torch.no_grad():  # a direction with 30% more than the largest of a random matrix
-        matrix = part.weight.flatten(1)
-        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-        edge = matrix.square().mean().sqrt() * (matrix.shape[0] ** 0.5 + matrix.shape[1] ** 0.5)
-        matrix += (1.3 * edge - values[0]).clamp_min(0) * torch.outer(left[:, 0], right[0])
-    assert not is_random(part)
-
-
-def test_small_matrices_say_nothing_and_count_as_trained():
-    assert not is_random(nn.Linear(16, 63)) and not is_random(nn.LayerNorm(100)) and not is_random(nn.Identity())
-
-
-def test_one_trained_matrix_is_enough():
-    torch.manual_seed(0)
-    part = nn.Sequential(nn.Linear(80, 80), nn.GELU(), nn.Linear(80, 80))
-    assert is_random(part)
-    stand_out(part[2].weight)
-    assert not is_random(part)
+from vlm.training.alignment import align, nearest_name_accuracy
+from vlm.training.loop import fit
 
 
 def test_images_come_to_lie_next_to_the_names_of_their_classes(halves, monkeypatch, tmp_path):
@@ -57,7 +25,6 @@ def test_images_come_to_lie_next_to_the_names_of_their_classes(halves, monkeypat
     found = []
     for _ in range(2):
         family = load(halves, tune="connector").family
-        assert needs_alignment(family, SETTINGS)
         cache = fill_cache(family, [train, validation], limit_gb=1)
         before = {name: tensor.clone() for name, tensor in family.model.state_dict().items()}
         at_first = nearest_name_accuracy(family, names, validation, cache)
@@ -73,27 +40,19 @@ def test_images_come_to_lie_next_to_the_names_of_their_classes(halves, monkeypat
     )
 
 
-def test_a_model_of_random_words_has_nothing_to_learn_from(halves):
-    family = load(halves).family
-    with torch.no_grad():
-        family.model.get_input_embeddings().weight.normal_()
-    assert not needs_alignment(family, SETTINGS)
-
-
 @pytest.mark.parametrize("more", [{}, {"freeze_connector": True}])
 def test_a_run_aligns_once_says_so_and_resumes_to_the_same_weights(
     halves, color_folder, tmp_path, monkeypatch, capsys, more
 ):
     monkeypatch.setattr(alignment, "STEPS", 30)
     found = fit(settings(halves, color_folder, tmp_path / "whole", **more))
-    assert "the connector was never trained" in capsys.readouterr().err
-    assert found["alignment"]["folds"] == (5 if more else 0)
+    assert "aligning the connector" in capsys.readouterr().err
     assert 0 <= found["alignment"]["validation_accuracy"] <= 1
     with pytest.raises(Stopped):
         fit(settings(halves, color_folder, tmp_path / "parts", **more), lambda: True)
     capsys.readouterr()
     again = fit(resumed(tmp_path / "parts"))
-    assert "learns the names" not in capsys.readouterr().err
+    assert "aligning the connector" not in capsys.readouterr().err
     assert again["alignment"]["validation_accuracy"] == found["alignment"]["validation_accuracy"]
     whole, parts = (load_file(tmp_path / name / "final_model" / "model.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
@@ -130,10 +89,11 @@ def test_two_processes_go_on_from_the_same_connector(halves, color_folder, tmp_p
         4,
         "--device",
         "cpu",
+        "--align-connector",
     ]
     done = run("run_vlm_training.sh", *flags, "--output-dir", tmp_path / "two", VLM_PROCESSES=2)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("it learns the names") == 1, "only one of them speaks"
+    assert done.stderr.count("aligning the connector with the names") == 1, "only one of them speaks"
     assert train(*flags, "--batch-size", 4, "--output-dir", tmp_path / "one") == 0
     one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
     assert two["settings"]["batch_size"] == 2, "found by each, and agreed upon"
@@ -142,32 +102,26 @@ def test_two_processes_go_on_from_the_same_connector(halves, color_folder, tmp_p
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("more", "said"),
-    [
-        ({"no_alignment": True}, None),
-        ({"tune": "full"}, None),
-        ({"epochs": 0}, None),
-        ({"freeze_connector": True, "no_feature_cache": True}, "--freeze-connector leaves it so"),
-        ({"no_feature_cache": True}, "if vision features were kept"),
-    ],
-)
-def test_a_run_that_cannot_or_should_not_align_does_not(halves, color_folder, tmp_path, capsys, more, said):
-    found = fit(settings(halves, color_folder, tmp_path / "out", **more))
-    error = capsys.readouterr().err
-    assert "alignment" not in found and "learns the names" not in error
-    assert said in error if said else "never trained" not in error
+def test_without_the_flag_nothing_is_aligned(halves, color_folder, tmp_path, capsys):
+    found = fit(settings(halves, color_folder, tmp_path / "out", align_connector=False))
+    assert "alignment" not in found and "aligning" not in capsys.readouterr().err
 
 
-def test_all_processes_align_or_none_does(halves, color_folder, tmp_path, monkeypatch, capsys):
-    """One whose machine cannot keep features would leave the others waiting."""
-    monkeypatch.setattr(setup, "least", lambda accelerator, number: 0)
-    run = setup.set_up(settings(halves, color_folder, tmp_path / "out", batch_size=4))
-    assert run.classifier.feature_cache is not None and not run.aligns
-    assert "if vision features were kept" in capsys.readouterr().err
+def test_an_untrained_model_can_be_aligned_and_tested(halves, color_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(alignment, "STEPS", 30)
+    found = fit(settings(halves, color_folder, tmp_path / "out", epochs=0))
+    assert "validation_accuracy" in found["alignment"]
+    before, after = connector_of(halves), connector_of(tmp_path / "out" / "best_model")
+    assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True) if a.ndim > 1)
 
 
-@pytest.mark.parametrize("more", [{}, {"freeze_connector": True}, {"tune": "full"}])
+def test_features_that_cannot_be_kept_stop_the_run(halves, color_folder, tmp_path):
+    """In all processes: one whose machine cannot keep features would leave the others waiting."""
+    with pytest.raises(UsageError, match="--align-connector needs the feature cache"):
+        fit(settings(halves, color_folder, tmp_path / "out", cache_size=1e-9))
+
+
+@pytest.mark.parametrize("more", [{}, {"freeze_connector": True}, {"tune": "full", "align_connector": False}])
 def test_nothing_of_the_trained_model_is_left_while_the_best_one_is_tested(
     halves, color_folder, tmp_path, monkeypatch, more
 ):

@@ -9,16 +9,15 @@ import pytest
 import torch
 from tiny import tiny_prompts
 
-from vlm.classifier.calibration import (
+from vlm.classifier.calibration import Calibration, key_of
+from vlm.evaluation.fit_calibration import (
     COLDEST,
     HOTTEST,
     MIN_IMAGES,
-    Calibration,
     coverage_and_accuracy,
     fit_bias,
     fit_calibration,
     fit_temperature,
-    key_of,
     pick_threshold,
 )
 
@@ -59,33 +58,26 @@ def test_none_fits_nothing():
     assert fit_calibration(scores, labels, "none") == (Calibration(), [])
 
 
-LENGTHS, PRIOR = tuple(range(1, 21)), tuple(np.random.default_rng(1).normal(-80, 5, 20).tolist())
+PRIOR = tuple(np.random.default_rng(1).normal(-80, 5, 20).tolist())
 
 
-@pytest.mark.parametrize("kind", [{"lengths": LENGTHS}, {"prior": PRIOR}])
 @pytest.mark.parametrize("temperature", [COLDEST, 0.37, 1.0, 13.3, HOTTEST])
-def test_a_temperature_never_changes_the_ranking_of_another_score(temperature, kind):
+def test_a_temperature_never_changes_the_ranking_of_another_score(temperature):
     sums, _ = drawn(300, 20, offset=-80.0)
-    openings = torch.linspace(-8, 0, 300)
-    calibration = Calibration(temperature, **kind)
-    scores, result = calibration.scores(sums, openings), calibration.log_probabilities(sums, openings)
+    calibration = Calibration(temperature, prior=PRIOR)
+    scores, result = calibration.scores(sums), calibration.log_probabilities(sums)
     assert torch.equal(result.argsort(1), scores.argsort(1)) and not torch.equal(scores.argsort(1), sums.argsort(1))
     torch.testing.assert_close(result.exp().sum(1), torch.ones(300, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("bias", [None, (0.3, -2.0, 0.0)])
 def test_each_score_by_hand(bias):
-    sums, opening, temperature = [-7.0, -9.5, -8.0], -2.0, 0.7
-    lengths, prior = (2, 5, 3), (-6.0, -10.0, -9.0)
-    by_hand = {
-        "sum": sums,
-        "mean": [(s - opening) / n for s, n in zip(sums, lengths, strict=True)],
-        "prior": [s - p for s, p in zip(sums, prior, strict=True)],
-    }
-    for kind in (Calibration(), Calibration(lengths=lengths), Calibration(prior=prior)):
+    sums, prior, temperature = [-7.0, -9.5, -8.0], (-6.0, -10.0, -9.0), 0.7
+    by_hand = {"sum": sums, "prior": [s - p for s, p in zip(sums, prior, strict=True)]}
+    for kind in (Calibration(), Calibration(prior=prior)):
         calibration = replace(kind, temperature=temperature, bias=bias)
         weights = np.exp(np.array(by_hand[kind.score]) / temperature + np.array(bias or 0.0))
-        found = calibration.log_probabilities(torch.tensor([sums]), torch.tensor([opening])).exp()
+        found = calibration.log_probabilities(torch.tensor([sums])).exp()
         np.testing.assert_allclose(found[0], weights / weights.sum(), rtol=1e-12)
 
 
@@ -221,20 +213,23 @@ def test_other_prompts_or_classes_have_another_key_and_no_calibration(change, ca
         {"bias": [1, 2]},
         {"bias": ["x"] * 7},
         {"abstain_below": "x"},
-        {"score": "mean"},
         {"score": "product"},
-        {"score": "mean", "lengths": [1] * 6},
-        {"score": "mean", "lengths": [0] * 7},
         {"score": "prior", "prior": [None] * 7},
         {"score": "prior", "prior": "-1"},
         {"prior": [-1] * 7},
-        {"score": "mean", "lengths": [1] * 7, "prior": [-1] * 7},
     ],  # fmt: skip
 )
 def test_a_damaged_calibration_is_left_out_with_a_note(change, capsys):
     prompts = tiny_prompts()
     assert Calibration.from_metadata({"calibration": Calibration().to_json(prompts) | change}, prompts) == Calibration()
     assert "is damaged" in capsys.readouterr().err
+
+
+def test_a_model_with_the_score_mean_of_an_earlier_version_is_not_calibrated_and_that_is_said(capsys):
+    prompts = tiny_prompts()
+    stored = Calibration(1.7).to_json(prompts) | {"score": "mean", "lengths": [3] * 7}
+    assert Calibration.from_metadata({"calibration": stored}, prompts) == Calibration()
+    assert "is for the score mean, which this version does not have" in capsys.readouterr().err
 
 
 def test_the_threshold_keeps_the_most_images_at_the_wanted_precision():

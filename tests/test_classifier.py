@@ -28,10 +28,10 @@ def double(folder):
 def plain_loss(classifier, batch):
     """Summed cross entropy of the response tokens, one full forward a sample."""
     total = 0
-    for i, length in enumerate(batch["lengths"].tolist()):
-        row = batch["input_ids"][i, :length].tolist()
-        targets = batch["targets"][i, :length]
-        pixels = {name: tensor[i : i + 1] for name, tensor in batch["pixels"].items()}
+    for i, length in enumerate(batch.lengths.tolist()):
+        row = batch.input_ids[i, :length].tolist()
+        targets = batch.targets[i, :length]
+        pixels = {name: tensor[i : i + 1] for name, tensor in batch.pixels.items()}
         logits = full_row_logits(classifier, row, pixels)[len(classifier.rendered.prefix_ids) - 1 : -1]
         total = total + torch.nn.functional.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED)
     return total
@@ -46,7 +46,7 @@ def gradients(classifier, loss):
 def test_loss_and_every_gradient_equal_the_plain_full_forward(double):
     double.train()
     batch = batch_of(double, [0, 5, 6, 3, 1])
-    assert len(set(batch["lengths"].tolist())) > 1, "the rows should be of unequal length"
+    assert len(set(batch.lengths.tolist())) > 1, "the rows should be of unequal length"
     output = double(batch)
     expected = plain_loss(double, batch)
     torch.testing.assert_close(output.loss, expected, rtol=1e-6, atol=0)
@@ -62,17 +62,17 @@ def test_a_prefix_without_gradient_would_be_noticed(double):
     double.train()
     batch = batch_of(double, [0, 5])
     right = gradients(double, double(batch).loss)
-    whole = double._run_prefix
+    whole = double.strategy.run_prefix
 
     def without_gradient():
         with torch.no_grad():
             return whole()
 
-    double._run_prefix = without_gradient
+    double.strategy.run_prefix = without_gradient
     try:
         wrong = gradients(double, double(batch).loss)
     finally:
-        del double._run_prefix
+        del double.strategy.run_prefix
     name = next(n for n in right if n.endswith("layers.0.self_attn.v_proj.weight") and "text_model" in n)
     assert (right[name] - wrong[name]).norm() / right[name].norm() > 1e-2
 
@@ -81,8 +81,8 @@ def naive_scores(classifier, batch, count):
     """(B, C) by one full forward for every class of every sample."""
     scores = torch.zeros(count, len(classifier.class_names), dtype=torch.float64)
     for i in range(count):
-        prompt = batch["input_ids"][i, : batch["lengths"][i]].tolist()
-        pixels = {name: tensor[i : i + 1] for name, tensor in batch["pixels"].items()}
+        prompt = batch.input_ids[i, : batch.lengths[i]].tolist()
+        pixels = {name: tensor[i : i + 1] for name, tensor in batch.pixels.items()}
         for c, response in enumerate(classifier.rendered.response_ids):
             with torch.no_grad():
                 log_probabilities = full_row_logits(classifier, prompt + response, pixels).double().log_softmax(-1)
@@ -127,7 +127,7 @@ def test_rows_of_unequal_image_tokens_equal_one_by_one(folder):
     image_processor.do_image_splitting, image_processor.size = True, {"longest_edge": 48}
     images = [Sample(random_image(i, width, 20), 0, "an image") for i, width in enumerate((60, 20, 33))]
     batch = vlm_collate_fn(images, classifier.family, classifier.rendered, with_response=False)
-    assert len(set(batch["lengths"].tolist())) > 1
+    assert len(set(batch.lengths.tolist())) > 1
     reading = classifier.read(batch)
     scores, texts = classifier.score(reading), classifier.write(reading, 12)
     for i, sample in enumerate(images):
@@ -141,8 +141,8 @@ def test_written_text_equals_the_greedy_text_of_transformers(folder):
     batch = batch_of(classifier, [0, 1], with_response=False)
     texts = classifier.write(classifier.read(batch), max_new_tokens=16)
     for i in range(2):
-        ids = torch.tensor([classifier.rendered.prefix_ids + batch["input_ids"][i, : batch["lengths"][i]].tolist()])
-        pixels = {name: tensor[i : i + 1].unsqueeze(1) for name, tensor in batch["pixels"].items()}
+        ids = torch.tensor([classifier.rendered.prefix_ids + batch.input_ids[i, : batch.lengths[i]].tolist()])
+        pixels = {name: tensor[i : i + 1].unsqueeze(1) for name, tensor in batch.pixels.items()}
         expected = classifier.model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), **pixels, max_new_tokens=16, do_sample=False
         )
@@ -153,9 +153,9 @@ def test_image_features_equal_those_of_transformers(folder):
     classifier = tiny_classifier(folder).eval()
     batch = batch_of(classifier, [0, 1])
     with torch.no_grad():
-        ours = classifier.family.image_features(batch["pixels"])
+        ours = classifier.family.image_features(batch.pixels)
         theirs = classifier.model.model.get_image_features(
-            **{k: v.unsqueeze(1) for k, v in batch["pixels"].items()}
+            **{k: v.unsqueeze(1) for k, v in batch.pixels.items()}
         ).pooler_output
     torch.testing.assert_close(ours, torch.cat(list(theirs)), rtol=0, atol=0)
 
@@ -168,14 +168,14 @@ def test_tokens_equal_those_of_the_chat_template_as_a_whole(folder):
     messages = [*prompts.messages(), {"role": "assistant", "content": [{"type": "text", "text": prompts.responses[3]}]}]
     text = family.processor.apply_chat_template(messages, tokenize=False).removesuffix("\n")
     whole = family.processor(text=[text], images=[[sample.image]])["input_ids"][0]
-    assert classifier.rendered.prefix_ids + batch["input_ids"][0].tolist() == list(whole)
+    assert classifier.rendered.prefix_ids + batch.input_ids[0].tolist() == list(whole)
 
 
 def test_only_the_response_is_in_the_loss(folder):
     classifier = tiny_classifier(folder)
     batch = batch_of(classifier, [2, 4])
     for i, label in enumerate((2, 4)):
-        targets = batch["targets"][i]
+        targets = batch.targets[i]
         assert targets[targets != IGNORED].tolist() == classifier.rendered.response_ids[label]
         assert classifier.rendered.response_ids[label][-1] == classifier.family.tokenizer.convert_tokens_to_ids(
             "<end_of_utterance>"
@@ -230,14 +230,14 @@ def test_batches_of_one_step_share_the_prefix_with_the_gradients_of_one_batch_ea
         double(batch).loss.backward()
     expected = {name: p.grad.clone() for name, p in double.named_parameters()}
     double.zero_grad()
-    runs, run_prefix = [], double._run_prefix
-    double._run_prefix = lambda: runs.append(1) or run_prefix()
+    runs, run_prefix = [], double.strategy.run_prefix
+    double.strategy.run_prefix = lambda: runs.append(1) or run_prefix()
     try:
         for i, batch in enumerate(batches):
             double(batch, first=i == 0, last=i == 2).loss.backward()
     finally:
-        del double._run_prefix
-    assert runs == [1] and double._step_prefix is None
+        del double.strategy.run_prefix
+    assert runs == [1] and double.strategy._step is None
     for name, parameter in double.named_parameters():
         error = (parameter.grad - expected[name]).norm() / expected[name].norm()
         assert error < 1e-6, f"{name}: relative error {error:.2e}"
@@ -256,8 +256,10 @@ def test_a_search_is_as_exact_as_it_says_and_leaves_nodes_out(folder, monkeypatc
     exact = classifier.score(reading)
     visited = []
     monkeypatch.setattr(scoring, "PASS_COST", 0)  # or it would visit so small a tree at once
-    run = scoring._State.run
-    monkeypatch.setattr(scoring._State, "run", lambda self, nodes: visited.extend(map(len, nodes)) or run(self, nodes))
+    run = scoring.TreeState.run
+    monkeypatch.setattr(
+        scoring.TreeState, "run", lambda self, nodes: visited.extend(map(len, nodes)) or run(self, nodes)
+    )
     classifier.calibration = Calibration(**options)
     found = classifier.search(reading, 1e-3, labels=[0, 1, 2, 3])
     inner = len(classifier.tree.inner) - len(classifier.rendered.opening_ids)
@@ -273,10 +275,10 @@ def test_a_search_is_as_exact_as_it_says_and_leaves_nodes_out(folder, monkeypatc
 def passes_of(classifier, reading, monkeypatch, **search):
     """Nodes of each image in each pass of a search, and what it found."""
     passes = []
-    run = scoring._State.run
+    run = scoring.TreeState.run
     with monkeypatch.context() as patch:
         patch.setattr(
-            scoring._State, "run", lambda self, nodes: passes.append(list(map(len, nodes))) or run(self, nodes)
+            scoring.TreeState, "run", lambda self, nodes: passes.append(list(map(len, nodes))) or run(self, nodes)
         )
         return passes, classifier.search(reading, **search)
 
@@ -313,9 +315,9 @@ def test_searches_in_small_passes_that_drop_what_is_finished_are_the_same(folder
     reading = classifier.read(batch_of(classifier, [0, 1, 2], with_response=False))
     whole = classifier.score(reading)
     longest = []
-    run = scoring._State.run
+    run = scoring.TreeState.run
     monkeypatch.setattr(
-        scoring._State, "run", lambda self, nodes: longest.append(self.nodes.shape[1]) or run(self, nodes)
+        scoring.TreeState, "run", lambda self, nodes: longest.append(self.nodes.shape[1]) or run(self, nodes)
     )
     monkeypatch.setattr(scoring, "NODES_AT_ONCE", 6)
     monkeypatch.setattr(scoring, "NODES_KEPT", 12)

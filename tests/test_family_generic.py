@@ -72,7 +72,7 @@ class Generic(FamilyChecks):
     shares_prefix = True
 
     def one_image(self, batch, i):
-        return {name: tensor[i : i + 1] for name, tensor in batch["pixels"].items()}
+        return {name: tensor[i : i + 1] for name, tensor in batch.pixels.items()}
 
     def test_the_shared_prefix_is_used_where_it_fits(self, folder, capsys):
         classifier = self.classifier(folder)
@@ -166,7 +166,7 @@ class TestInternVL(Generic):
 
     def one_image(self, batch, i):
         counts = [int((row == self.image_token).sum()) // 4 for row in batch["input_ids"]]
-        return {"pixel_values": batch["pixels"]["pixel_values"][sum(counts[:i]) : sum(counts[: i + 1])]}
+        return {"pixel_values": batch.pixels["pixel_values"][sum(counts[:i]) : sum(counts[: i + 1])]}
 
     def classifier(self, folder, *more, **named):
         classifier = super().classifier(folder, *more, **named)
@@ -175,7 +175,7 @@ class TestInternVL(Generic):
 
     def test_images_have_unequal_numbers_of_tiles(self, folder):
         batch = self.batch(self.classifier(folder), [0, 1, 2])
-        assert len(set(batch["lengths"].tolist())) > 1
+        assert len(set(batch.lengths.tolist())) > 1
 
 
 class TestGemma3(Generic):
@@ -224,7 +224,7 @@ class TestGemma3(Generic):
 
     def test_the_instructions_are_at_the_head_of_the_user_turn(self, folder):
         classifier = self.classifier(folder)
-        ids = self.batch(classifier, [0])["input_ids"][0].tolist()
+        ids = self.batch(classifier, [0]).input_ids[0].tolist()
         text = classifier.family.tokenizer.decode(ids)
         assert text.startswith("<bos><start_of_turn>user\n" + classifier.prompts.system)
         assert text.count("<bos>") == 1

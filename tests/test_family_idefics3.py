@@ -10,12 +10,12 @@ class TestIdefics3(FamilyChecks):
         save_tiny_model(folder)
 
     def one_image(self, batch, i):
-        return {name: tensor[i : i + 1].unsqueeze(1) for name, tensor in batch["pixels"].items()}
+        return {name: tensor[i : i + 1].unsqueeze(1) for name, tensor in batch.pixels.items()}
 
 
 def test_the_encoder_takes_few_images_at_a_time_on_a_cpu_and_gives_the_same(tmp_path, monkeypatch):
     family = (classifier := tiny_classifier(save_tiny_model(tmp_path))).family
-    pixels = batch_of(classifier.eval(), [0, 1, 2, 3, 4], with_response=False)["pixels"]
+    pixels = batch_of(classifier.eval(), [0, 1, 2, 3, 4], with_response=False).pixels
     sizes = []
     family.vision.register_forward_pre_hook(
         lambda _, __, inputs: sizes.append(len(inputs["pixel_values"])), with_kwargs=True

@@ -60,9 +60,9 @@ class Phi3Checks(FamilyChecks):
         return VLMClassifier(family, prompts or tiny_prompts(tuple(self.names))).eval()
 
     def one_image(self, batch, i):
-        sizes = batch["pixels"]["image_sizes"]
+        sizes = batch.pixels["image_sizes"]
         counts = (1 + (sizes // 336).prod(1)).tolist()
-        return {"pixel_values": batch["pixels"]["pixel_values"].split(counts)[i], "image_sizes": sizes[i : i + 1]}
+        return {"pixel_values": batch.pixels["pixel_values"].split(counts)[i], "image_sizes": sizes[i : i + 1]}
 
     def full_logits(self, classifier, ids, pixels):
         model = classifier.model
@@ -208,7 +208,7 @@ def test_scores_and_texts_up_to_the_switch_equal_the_plain_forward(tmp_path, mon
     monkeypatch.setattr(type(classifier.family), "stop_ids", [classifier.model.config.vocab_size - 1])
     monkeypatch.setattr(type(classifier.family), "decode", lambda self, ids: ids)
     written = classifier.write(reading)[0]
-    prompt = classifier.rendered.prefix_ids + batch["input_ids"][0, : batch["lengths"][0]].tolist()
+    prompt = classifier.rendered.prefix_ids + batch.input_ids[0, : batch.lengths[0]].tolist()
     assert len(prompt) + len(written) == classifier.family.switch_length
     with torch.no_grad():
         logits = checks.full_logits(classifier, prompt + written, checks.one_image(batch, 0))

@@ -9,7 +9,7 @@ from family_checks import FamilyChecks
 from hub_layout_qwen2_vl import save_published
 from PIL import Image
 from safetensors import safe_open
-from tiny import random_image, tiny_prompts
+from tiny import random_image, save_classifier, tiny_prompts
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
@@ -17,7 +17,6 @@ from vlm.common.errors import UsageError
 from vlm.config.resolve import resolve
 from vlm.families import load_family
 from vlm.families.qwen2_vl import PatchLinear
-from vlm.inference.model_folder import save_model_folder
 from vlm.training.tuning import prepare_tuning, trained_parameters
 
 CPU = torch.device("cpu")
@@ -40,8 +39,8 @@ class TestQwen2VL(FamilyChecks):
         save_published(folder, self.model_type, self.tie)
 
     def one_image(self, batch, i):
-        grids = batch["pixels"]["image_grid_thw"]
-        patches = batch["pixels"]["pixel_values"].split(grids.prod(1).tolist())
+        grids = batch.pixels["image_grid_thw"]
+        patches = batch.pixels["pixel_values"].split(grids.prod(1).tolist())
         return {"pixel_values": patches[i], "image_grid_thw": grids[i : i + 1]}
 
     def full_logits(self, classifier, ids, pixels):
@@ -60,14 +59,14 @@ class TestQwen2VL(FamilyChecks):
         classifier = self.classifier(folder)
         family, prefix = classifier.family, torch.tensor(classifier.rendered.prefix_ids)
         batch = self.batch(classifier, [0, 5, 3], with_response)
-        assert len({tuple(grid) for grid in batch["pixels"]["image_grid_thw"].tolist()}) > 1
+        assert len({tuple(grid) for grid in batch.pixels["image_grid_thw"].tolist()}) > 1
         positions, ends = family.positions(len(prefix), batch)
-        for i, length in enumerate(batch["lengths"].tolist()):
+        for i, length in enumerate(batch.lengths.tolist()):
             after = torch.full((5,), family.tokenizer.convert_tokens_to_ids("a"))
-            ids = torch.cat([prefix, batch["input_ids"][i, :length], after]).unsqueeze(0)
+            ids = torch.cat([prefix, batch.input_ids[i, :length], after]).unsqueeze(0)
             kinds = (ids == family.image_token_id).int()
             expected, _ = classifier.model.model.get_rope_index(
-                ids, kinds, image_grid_thw=batch["pixels"]["image_grid_thw"][i : i + 1]
+                ids, kinds, image_grid_thw=batch.pixels["image_grid_thw"][i : i + 1]
             )
             assert torch.equal(torch.arange(len(prefix)).expand(3, -1), expected[:, 0, : len(prefix)])
             assert torch.equal(positions[:, i, :length], expected[:, 0, len(prefix) : -5])
@@ -84,11 +83,11 @@ class TestQwen2VL(FamilyChecks):
         )
         images = [sample.image for sample in self.samples([0, 1, 2])]
         expected = processor(text=[text] * 3, images=[[image] for image in images], padding=True, return_tensors="pt")
-        torch.testing.assert_close(batch["pixels"]["pixel_values"], expected["pixel_values"], rtol=0, atol=1e-6)
-        assert torch.equal(expected["image_grid_thw"], batch["pixels"]["image_grid_thw"])
-        for i, length in enumerate(batch["lengths"].tolist()):
+        torch.testing.assert_close(batch.pixels["pixel_values"], expected["pixel_values"], rtol=0, atol=1e-6)
+        assert torch.equal(expected["image_grid_thw"], batch.pixels["image_grid_thw"])
+        for i, length in enumerate(batch.lengths.tolist()):
             ids = expected["input_ids"][i][expected["attention_mask"][i].bool()].tolist()
-            assert ids == classifier.rendered.prefix_ids + batch["input_ids"][i, :length].tolist()
+            assert ids == classifier.rendered.prefix_ids + batch.input_ids[i, :length].tolist()
 
     def test_the_conversation_has_the_published_layout(self, folder):
         classifier = self.classifier(folder)
@@ -135,7 +134,7 @@ class TestQwen2VL(FamilyChecks):
     def test_image_features_equal_those_of_an_untouched_model(self, folder, dtype, tolerance):
         """Patch embedding, encoder and merger, one after the other, against transformers' own with its Conv3d."""
         classifier = self.classifier(folder, dtype)
-        inputs = self.batch(classifier, [0, 1, 2])["pixels"]
+        inputs = self.batch(classifier, [0, 1, 2]).pixels
         plain = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).eval()
         assert isinstance(plain.model.visual.patch_embed.proj, nn.Conv3d)
         with torch.no_grad():
@@ -191,7 +190,7 @@ class TestQwen2VL(FamilyChecks):
         model."""
         classifier = self.classifier(folder)
         prepare_tuning(classifier.family, resolve({"tune": "lora"}))
-        save_model_folder(tmp_path / "ours", classifier, {}, torch.bfloat16)
+        save_classifier(tmp_path / "ours", classifier, {}, torch.bfloat16)
         AutoModelForImageTextToText.from_pretrained(folder).save_pretrained(tmp_path / "theirs")
         assert saved_keys(tmp_path / "ours") == saved_keys(tmp_path / "theirs") == saved_keys(folder)
         config = json.loads((tmp_path / "ours" / "config.json").read_text(encoding="utf-8"))
@@ -200,7 +199,7 @@ class TestQwen2VL(FamilyChecks):
     def test_saved_image_sizes_are_kept_at_inference(self, folder, tmp_path):
         classifier = self.classifier(folder)
         classifier.family.processor = type(classifier.family).load_processor(folder, min_pixels=7840, max_pixels=31360)
-        save_model_folder(tmp_path / "model", classifier, {}, torch.float32)
+        save_classifier(tmp_path / "model", classifier, {}, torch.float32)
         size = {"shortest_edge": 7840, "longest_edge": 31360}
         assert dict(load_family(tmp_path / "model", torch.float32, CPU).processor.image_processor.size) == size
         # What older programs, and the video half of transformers' own processor, read.

@@ -238,7 +238,6 @@ def test_training_test_and_inference_compute_each_image_once(flags, tmp_path, ro
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-3 if flags else 1e-5)
     assert encoders == {"cache": [1], "model": []}, "only the new image was computed, and once"
     assert {path.name for path in root.iterdir()} == {folder.name}
-    assert model.feature_cache is None
 
 
 def test_inference_without_a_training_keeps_the_features_behind_the_connector(demo_run, root, encoders, capsys):

@@ -10,6 +10,7 @@ import torch
 from feature_checks import LABELS, MODELS, classifier_of, load, split
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from tiny import save_classifier
 from torch.utils.data import DataLoader
 
 from vlm.data import splits as data
@@ -18,7 +19,6 @@ from vlm.evaluation.evaluate import score_split
 from vlm.families import features
 from vlm.families.encoded import CONNECTED_FEATURES, ENCODER_FEATURES
 from vlm.families.features import cache_root, fill_cache, fingerprint, open_cache
-from vlm.inference.model_folder import save_model_folder
 
 
 @pytest.fixture(autouse=True)
@@ -27,14 +27,15 @@ def root(tmp_path, monkeypatch):
     return cache_root()
 
 
-def measure(classifier, samples):
+def measure(classifier, samples, cache=None):
     """Loss, gradients and scores."""
-    output = classifier.train()(classifier.collate(True)(samples))
+    output = classifier.train()(classifier.collate(True, cache)(samples))
     output.loss.backward()
     gradients = {name: p.grad.clone() for name, p in classifier.named_parameters() if p.grad is not None}
     classifier.zero_grad()
     classifier.eval()
-    return output.loss.detach(), gradients, classifier.score(classifier.read(classifier.collate(False)(samples)))
+    reading = classifier.read(classifier.collate(False, cache)(samples))
+    return output.loss.detach(), gradients, classifier.score(reading)
 
 
 def assert_equal(measured, expected, tolerance=1e-6):
@@ -69,15 +70,15 @@ def test_cached_features_give_the_same_loss_gradients_and_scores_as_pixels(name,
     expected = measure(classifier, [images[i] for i in range(4)])
     frozen = "freeze_connector" in settings
     assert not frozen or all(".lora_" in key for key in expected[1]), "nothing but LoRA is trained"
-    classifier.feature_cache = fill_cache(classifier.family, [images], limit_gb=1)
+    cache = fill_cache(classifier.family, [images], limit_gb=1)
     assert len(list(root.glob("*/*.safetensors"))) == 3, "the image that is there twice is computed once"
     opens_no_image(monkeypatch)
     classifier.family.vision_features = None  # it must not be needed any more
     samples = [images[i] for i in range(4)]
-    batch = classifier.collate(True)(samples)
-    assert not any("pixel" in key for key in batch["pixels"])
-    assert (CONNECTED_FEATURES if frozen else ENCODER_FEATURES) in batch["pixels"]
-    assert_equal(measure(classifier, samples), expected)
+    batch = classifier.collate(True, cache)(samples)
+    assert not any("pixel" in key for key in batch.pixels)
+    assert (CONNECTED_FEATURES if frozen else ENCODER_FEATURES) in batch.pixels
+    assert_equal(measure(classifier, samples, cache), expected)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -121,26 +122,28 @@ def test_loader_processes_open_no_image(workers, tmp_path, monkeypatch):
     classifier = classifier_of("idefics3", tmp_path / "model").eval()
     images = split()
     expected = score_split(classifier, images, batch_size=2)
-    classifier.feature_cache = fill_cache(classifier.family, [images], limit_gb=1, workers=workers)
+    cache = fill_cache(classifier.family, [images], limit_gb=1, workers=workers)
     opens_no_image(monkeypatch)
     torch.testing.assert_close(
-        score_split(classifier, images, batch_size=2, workers=workers), expected, rtol=1e-6, atol=1e-4
+        score_split(classifier, images, batch_size=2, workers=workers, cache=cache), expected, rtol=1e-6, atol=1e-4
     )
-    again, collate = pickle.loads(pickle.dumps((images, classifier.collate(True))))
+    again, collate = pickle.loads(pickle.dumps((images, classifier.collate(True, cache))))
     batch = next(iter(DataLoader(again, 4, collate_fn=collate)))
-    assert ENCODER_FEATURES in batch["pixels"] and batch["labels"].tolist() == LABELS
+    assert ENCODER_FEATURES in batch.pixels and batch.labels.tolist() == LABELS
 
 
 def test_a_file_that_is_gone_or_damaged_is_made_up_for_by_the_pixels(tmp_path):
     classifier = classifier_of("idefics3", tmp_path / "model").eval()
     images = split()
-    cache = classifier.feature_cache = fill_cache(classifier.family, [images], limit_gb=1)
+    cache = fill_cache(classifier.family, [images], limit_gb=1)
     expected = score_split(classifier, images, batch_size=4)
     first, second, _ = sorted(cache.folder.iterdir())
     first.write_bytes(b"")
     second.unlink()
     assert sum(cache.encode([images[i].key]) is None for i in range(3)) == 2
-    torch.testing.assert_close(score_split(classifier, images, batch_size=4), expected, rtol=1e-6, atol=1e-4)
+    torch.testing.assert_close(
+        score_split(classifier, images, batch_size=4, cache=cache), expected, rtol=1e-6, atol=1e-4
+    )
     assert not first.exists(), "a damaged file is computed again the next time"
     assert fill_cache(classifier.family, [images], limit_gb=1).encode([images[i].key for i in range(4)]) is not None
 
@@ -204,8 +207,7 @@ def test_float16_halves_the_features_and_stays_within_its_tolerance(tmp_path):
     assert 0 < ((rounded - exact).abs() / (exact.abs() + 1e-4)).max() <= 2**-11
     size, half = (next(cache.folder.iterdir()).stat().st_size for cache in (whole, halved))
     assert half < 0.6 * size
-    classifier.feature_cache = halved
-    other_loss, _, other_scores = measure(classifier, [images[i] for i in range(4)])
+    other_loss, _, other_scores = measure(classifier, [images[i] for i in range(4)], halved)
     assert abs(other_loss - loss) < 1e-3 * loss
     torch.testing.assert_close(other_scores, scores, rtol=1e-3, atol=0)
 
@@ -260,10 +262,10 @@ def test_another_layer_of_the_encoder_has_features_of_its_own(tmp_path):
 def test_a_model_that_was_saved_after_training_uses_the_features_of_its_training(name, tmp_path):
     classifier = classifier_of(name, tmp_path / "model", tune="lora", freeze_connector=True)
     caches = [open_cache(classifier.family, connected, "float32", 1) for connected in (False, True)]
-    save_model_folder(tmp_path / "saved", classifier, {}, torch.float32)
+    save_classifier(tmp_path / "saved", classifier, {}, torch.float32)
     again = load(tmp_path / "saved", None).family
     assert all(cache.fits(again) for cache in caches)
-    save_model_folder(tmp_path / "rounded", classifier, {}, torch.bfloat16)
+    save_classifier(tmp_path / "rounded", classifier, {}, torch.bfloat16)
     assert not any(cache.fits(load(tmp_path / "rounded", None).family) for cache in caches), (
         "rounded weights have others"
     )

@@ -2,6 +2,7 @@
 CPU."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -103,7 +104,7 @@ def test_a_training_step_on_cached_features_waits_for_nothing(folder, objective)
     )
     prepare_tuning(classifier.family, resolve({"tune": "lora"}))
     batch = batch_of(classifier.train(), [0, 5])
-    batch["pixels"] = {ENCODER_FEATURES: classifier.family.encoder_features(batch["pixels"])}
+    batch = replace(batch, pixels={ENCODER_FEATURES: classifier.family.encoder_features(batch.pixels)})
     optimizer = torch.optim.AdamW(parameter_groups(classifier, 0.01, 1e-3, 1e-3), fused=True)
     with Waits() as waits:
         for first, last in ((True, False), (False, True)):
@@ -113,5 +114,5 @@ def test_a_training_step_on_cached_features_waits_for_nothing(folder, objective)
         optimizer.step()
     assert waits.found == []
     with Waits() as waits:
-        batch["labels"].sum().item()
+        batch.labels.sum().item()
     assert waits.found, "or it would notice nothing"

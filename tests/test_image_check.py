@@ -50,9 +50,7 @@ def test_the_figures_are_those_of_a_run_over_other_images(classifier, monkeypatc
     """Slowly: every image that is wanted is put under the label and scored."""
     monkeypatch.setattr(picture_check, "IMAGES", 14)
     first = split_with([0] * COUNT)
-    guesses = (
-        score_split(classifier, first).sums.argmax(1).tolist()
-    )  # labels that the model gets right, but for every third
+    guesses = score_split(classifier, first).argmax(1).tolist()  # labels that the model gets right, but for every third
     split = split_with([(guess + (i % 3 == 0)) % 7 for i, guess in enumerate(guesses)])
     found = check_images(classifier, split, score_split(classifier, split), seed=1)
     chosen = balanced_positions(split.labels, 14, [1, 3])
@@ -64,7 +62,7 @@ def test_the_figures_are_those_of_a_run_over_other_images(classifier, monkeypatc
         scores = score_split(
             classifier, [Sample(p, s.label, s.name) for p, s in zip(images, samples, strict=True)], batch_size=3
         )
-        return scores.sums.argmax(1).numpy() == labels
+        return scores.argmax(1).numpy() == labels
 
     exchanged = labels[partners] != labels
     assert found["pictures"] == 14 and exchanged.any()

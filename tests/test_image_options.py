@@ -7,14 +7,13 @@ import pytest
 import torch
 from commands import train
 from hub_layout_qwen2_vl import save_published
-from tiny import NAMES, random_image, save_tiny_model, tiny_prompts
+from tiny import NAMES, random_image, save_classifier, save_tiny_model, tiny_prompts
 
 from vlm.classifier.classifier import VLMClassifier
 from vlm.common.errors import UsageError
 from vlm.config.flags import parse_arguments
 from vlm.config.resolve import resolve
 from vlm.families import load_family
-from vlm.inference.model_folder import save_model_folder
 from vlm.inference.predictor import load_model_and_metadata
 
 CPU = torch.device("cpu")
@@ -50,7 +49,7 @@ def at_inference(family, folder):
     """The family that inference loads from what a training run saved."""
     prompts = tiny_prompts(tuple(NAMES))
     metadata = {"class_names": NAMES, "prompts": prompts.to_json()}
-    save_model_folder(folder, VLMClassifier(family, prompts), metadata, torch.float32)
+    save_classifier(folder, VLMClassifier(family, prompts), metadata, torch.float32)
     return load_model_and_metadata(folder, device="cpu")[0].family
 
 

@@ -232,17 +232,17 @@ def test_the_saved_folder_gives_the_same_in_plain_transformers(model, size, fold
     batch = vlm_collate_fn([Sample(image, 2, "an image")], family, classifier.rendered)
     loaded = at_inference(family, tmp_path / "model")
     again = vlm_collate_fn([Sample(image, 2, "an image")], VLMClassifier(loaded, prompts).family, classifier.rendered)
-    for name, tensor in batch["pixels"].items():
-        assert torch.equal(tensor, again["pixels"][name])
+    for name, tensor in batch.pixels.items():
+        assert torch.equal(tensor, again.pixels[name])
 
     processor = plain_processor(tmp_path / "model", model)
     text = processor.apply_chat_template(prompts.messages(), add_generation_prompt=True, tokenize=False)
     plain = processor(text=[text], images=[[image]], return_tensors="pt")
-    length = int(batch["lengths"][0]) - len(classifier.rendered.response_ids[2])
-    prompt = classifier.rendered.prefix_ids + batch["input_ids"][0, :length].tolist()
+    length = int(batch.lengths[0]) - len(classifier.rendered.response_ids[2])
+    prompt = classifier.rendered.prefix_ids + batch.input_ids[0, :length].tolist()
     assert plain["input_ids"][0].tolist() == prompt
 
-    row = classifier.rendered.prefix_ids + batch["input_ids"][0].tolist()
+    row = classifier.rendered.prefix_ids + batch.input_ids[0].tolist()
     plain["input_ids"], plain["attention_mask"] = torch.tensor([row]), torch.ones(1, len(row), dtype=torch.long)
     with torch.no_grad():
         logits = AutoModelForImageTextToText.from_pretrained(tmp_path / "model", dtype=torch.float32)(**plain).logits[0]

@@ -122,8 +122,7 @@ OPENING = (2, 0, 3)  # what all responses of the next tests begin with
 
 
 def opened_language(seed):
-    """A language whose responses have an opening; and what is needed to score it: the sums, those of another language,
-    the lengths."""
+    """A language whose responses have an opening, and the sums of another language as the prior."""
     responses, log_probability = random_language(seed)
     responses = [[*OPENING, *response] for response in responses]
     prior = by_hand(responses, random_language(seed + 50)[1])
@@ -136,20 +135,17 @@ def slow_probabilities(kind, responses, log_probability, prior, temperature, bia
     for c, response in enumerate(responses):
         tokens = [log_probability(tuple(response[:k]), token) for k, token in enumerate(response)][len(OPENING) :]
         score = math.fsum(tokens)
-        if kind == "mean":
-            score = score / len(tokens)
-        elif kind == "prior":
+        if kind == "prior":
             score = score - prior[c]
         weights.append(math.exp(score / temperature + bias[c]))
     return np.array([weight / math.fsum(weights) for weight in weights])
 
 
-def calibration_of(kind, responses, prior, temperature, bias):
-    lengths = tuple(len(response) - len(OPENING) for response in responses) if kind == "mean" else None
-    return Calibration(temperature, tuple(bias), None, lengths, tuple(prior) if kind == "prior" else None)
+def calibration_of(kind, prior, temperature, bias):
+    return Calibration(temperature, tuple(bias), prior=tuple(prior) if kind == "prior" else None)
 
 
-KINDS = list(itertools.product(("sum", "mean", "prior"), (0.3, 0.8, 1.0, 2.5), (False, True)))
+KINDS = list(itertools.product(("sum", "prior"), (0.3, 0.8, 1.0, 2.5), (False, True)))
 
 
 @pytest.mark.parametrize(("kind", "temperature", "biased"), KINDS)
@@ -158,17 +154,14 @@ def test_every_kind_of_score_has_a_search_that_is_wrong_by_no_more_than_it_says(
     for seed in range(6):
         responses, log_probability, prior = opened_language(seed)
         bias = np.random.default_rng(seed).normal(0, 1, len(responses)) if biased else np.zeros(len(responses))
-        calibration = calibration_of(kind, responses, prior, temperature, bias)
+        calibration = calibration_of(kind, prior, temperature, bias)
         tree = build_label_tree(responses)
         search = Search(tree, 1e-2, *calibration.weighting(), proven=2)
         seen = run(tree, log_probability, search, opening=len(OPENING))
         left_out += len(tree.inner) - len(OPENING) - len(seen)
-        sums, opening = (
-            torch.tensor(search.class_log_probabilities()[None]),
-            torch.tensor([search.opening], dtype=torch.float64),
-        )
+        sums = torch.tensor(search.class_log_probabilities()[None])
         assert search.opening == pytest.approx(by_hand([OPENING], log_probability)[0], abs=1e-12)
-        found = calibration.log_probabilities(sums, opening).exp()[0].numpy()
+        found = calibration.log_probabilities(sums).exp()[0].numpy()
         exact = slow_probabilities(kind, responses, log_probability, prior, temperature, bias)
         assert search.unexplored <= 1e-2
         assert np.abs(found - exact).max() <= search.unexplored + 1e-12
@@ -176,11 +169,7 @@ def test_every_kind_of_score_has_a_search_that_is_wrong_by_no_more_than_it_says(
         whole = Search(tree, 0.0, *calibration.weighting())
         run(tree, log_probability, whole, opening=len(OPENING))
         exact_sums = torch.tensor(whole.class_log_probabilities()[None])
-        probabilities = (
-            calibration.log_probabilities(exact_sums, torch.tensor([whole.opening], dtype=torch.float64))
-            .exp()[0]
-            .numpy()
-        )
+        probabilities = calibration.log_probabilities(exact_sums).exp()[0].numpy()
         np.testing.assert_allclose(probabilities, exact, rtol=1e-9, atol=1e-15)
     assert left_out > 0 or temperature > 1, "or the test says little"
 
@@ -190,7 +179,7 @@ def test_no_branch_has_more_weight_than_its_bound(kind, temperature, biased):
     for seed in range(6):
         responses, log_probability, prior = opened_language(seed)
         bias = np.random.default_rng(seed).normal(0, 2, len(responses)) if biased else np.zeros(len(responses))
-        temperatures, offsets = calibration_of(kind, responses, prior, temperature, bias).weighting()
+        temperatures, offsets = calibration_of(kind, prior, temperature, bias).weighting()
         tree = build_label_tree(responses)
         search = Search(tree, 0.0, temperatures, offsets)
         run(tree, log_probability, search, opening=len(OPENING))

@@ -37,14 +37,14 @@ def classifier(tmp_path_factory):
 def passes(monkeypatch):
     """Nodes visited, and those in the cache, of each pass."""
     seen = []
-    run = scoring._State.run
+    run = scoring.TreeState.run
 
     def watched(self, nodes):
         result = run(self, nodes)
         seen.append((sum(map(len, nodes)), self.nodes.size))
         return result
 
-    monkeypatch.setattr(scoring._State, "run", watched)
+    monkeypatch.setattr(scoring.TreeState, "run", watched)
     return seen
 
 
@@ -73,10 +73,10 @@ def test_some_of_a_thousand_scores_are_those_of_one_forward_each(classifier):
     batch = batch_of(classifier, [0], with_response=False)
     scores = classifier.score(classifier.read(batch))[0]
     chosen = np.linspace(0, CLASSES - 1, 7).astype(int)
-    prompt = batch["input_ids"][0, : batch["lengths"][0]].tolist()
+    prompt = batch.input_ids[0, : batch.lengths[0]].tolist()
     for number in chosen:
         response = classifier.rendered.scored_ids[number]
         with torch.no_grad():
-            logits = full_row_logits(classifier, prompt + response, batch["pixels"]).log_softmax(-1)
+            logits = full_row_logits(classifier, prompt + response, batch.pixels).log_softmax(-1)
         expected = logits[-len(response) - 1 : -1].gather(1, torch.tensor(response).unsqueeze(1)).sum()
         assert scores[number].item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-3)

@@ -125,7 +125,7 @@ def test_activations_of_the_layers_are_those_that_autograd_keeps(tmp_path, tune,
         kept, classifier, batch = saved_bytes(folder, tune, dtype)
         measured.append(kept)
         rendered = classifier.rendered
-        length = batch["input_ids"].shape[1] - classifier.family.image_load()[1]
+        length = batch.input_ids.shape[1] - classifier.family.image_load()[1]
         texts = Texts(len(rendered.prefix_ids), length, 0)
         family = outline(read_config(folder))
         need = estimate(family, resolve({"tune": tune, "objective": RESPONSE}), dtype, "cpu", texts)

@@ -54,7 +54,7 @@ def parted_scores(classifier, batch, prompt):
     ids, scores = classifier.rendered.scored_ids, []
     for response, apart in zip(ids, parted(ids), strict=True):
         with torch.no_grad():
-            logits = full_row_logits(classifier, prompt + response[:apart], batch["pixels"]).log_softmax(-1)
+            logits = full_row_logits(classifier, prompt + response[:apart], batch.pixels).log_softmax(-1)
         scores.append(logits[-apart - 1 : -1].gather(1, torch.tensor(response[:apart]).unsqueeze(1)).sum())
     return torch.stack(scores)
 
@@ -131,7 +131,7 @@ def test_the_plain_forward_runs_once_for_texts_that_differ_in_their_last_token(f
     classifier = tiny_classifier(folder, torch.float64, names).eval()
     classifier.objective = objective_of(classifier, BOTH)
     batch = batch_of(classifier, [0, 2], with_response=False)
-    begin = [row[:length].tolist() for row, length in zip(batch["input_ids"], batch["prompts"], strict=True)]
+    begin = [row[:length].tolist() for row, length in zip(batch.input_ids, batch.prompt_lengths, strict=True)]
     alone = [
         vlm_collate_fn([Sample(random_image(i), c, "")], classifier.family, classifier.rendered, False)
         for i, c in enumerate([0, 2])
@@ -183,7 +183,7 @@ def test_a_image_with_a_reasoning_of_its_own_is_learned_where_its_answer_is_scor
     found = classifier(batch)
     expected = 0.0
     for i, sample in enumerate(samples):
-        prompt = batch["input_ids"][i, : batch["prompts"][i]].tolist()
+        prompt = batch.input_ids[i, : batch.prompt_lengths[i]].tolist()
         assert ("Fur." in classifier.family.decode(prompt)) == (i == 0 and response_format == "reasoning-first")
         alone = vlm_collate_fn([sample], classifier.family, classifier.rendered, with_response=False)
         expected -= parted_scores(classifier, alone, prompt).log_softmax(-1)[sample.label]
@@ -271,7 +271,7 @@ def test_rows_of_the_posterior_need_no_response(folder):
     classifier = tiny_classifier(folder, torch.float64)
     assert classifier.prompts == tiny_prompts()
     with_response, without = (batch_of(classifier, LABELS, flag) for flag in (True, False))
-    assert with_response["prompts"].tolist() == without["prompts"].tolist() == without["lengths"].tolist()
+    assert with_response.prompt_lengths.tolist() == without.prompt_lengths.tolist() == without.lengths.tolist()
     classifier.objective = objective_of(classifier, POSTERIOR)
     torch.testing.assert_close(classifier(with_response).posterior, classifier(without).posterior, rtol=1e-9, atol=0)
 

@@ -344,7 +344,7 @@ def test_a_matrix_that_is_wider_than_a_phone_says_so_there(tmp_path, classes, wi
 )
 def test_the_probe_names_the_encoder_it_was_fitted_on(encoder, words):
     results, data, predictions = run_of()
-    results["probe"] = {"accuracy": [0.7, 0.6, 0.8], "encoder": encoder}
+    results["probe"] = {"accuracy": [0.7, 0.6, 0.8], "tower": encoder}
     assert words in sections.comparison(content.Content(results, data, predictions))
 
 

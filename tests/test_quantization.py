@@ -12,7 +12,7 @@ import pytest
 import torch
 from commands import train
 from peft.utils.integrations import dequantize_module_weight
-from tiny import NAMES, random_image, samples, save_tiny_model, tiny_prompts
+from tiny import NAMES, random_image, samples, save_classifier, save_tiny_model, tiny_prompts
 from transformers import AutoModelForImageTextToText
 
 from vlm.classifier.classifier import VLMClassifier
@@ -20,7 +20,6 @@ from vlm.common.errors import UsageError
 from vlm.config.resolve import resolve
 from vlm.families import load_family, quantization
 from vlm.families.quantization import check_quantization, loading_options
-from vlm.inference.model_folder import save_model_folder
 from vlm.inference.predictor import load_model_and_metadata
 from vlm.training.tuning import parameter_groups, prepare_tuning
 
@@ -122,7 +121,7 @@ def test_only_the_language_model_is_quantized_and_the_saved_model_is_a_plain_one
     classifier.eval()
     expected = probabilities(classifier)
     before = {name: tensor.clone() for name, tensor in classifier.model.state_dict().items()}
-    save_model_folder(
+    save_classifier(
         tmp_path / "saved",
         classifier,
         {"class_names": NAMES[:4], "prompts": classifier.prompts.to_json()},

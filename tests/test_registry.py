@@ -10,13 +10,13 @@ import pytest
 import torch
 from commands import ROOT, run, train
 
+from vlm.common.tables import format_table
 from vlm.config.resolve import resolve
 from vlm.config.settings import DEFAULT_MODEL, TUNING_DEFAULTS, ImageSize
 from vlm.families import outline
 from vlm.machine import registry
 from vlm.machine.memory import GIB, Texts, estimate
 from vlm.machine.registry import MODELS, count_parameters, model_table
-from vlm.report.figures import format_table
 
 DOCUMENT = ROOT / "docs/models.md"
 

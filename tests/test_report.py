@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlm.common.tables import format_table
 from vlm.evaluation.metrics import classification_metrics
 from vlm.report import figures as report
-from vlm.report.figures import confusion_matrix, format_table, per_class_table, reliability_diagram, training_curves
+from vlm.report.figures import confusion_matrix, per_class_table, reliability_diagram, training_curves
 
 
 @pytest.fixture(autouse=True)

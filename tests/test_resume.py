@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import load_file
 
 from vlm.common.errors import Stopped, UsageError
+from vlm.config.names import STATE
 from vlm.config.resolve import resolve
-from vlm.inference.model_folder import STATE, read_state
 from vlm.training.loop import fit
+from vlm.training.resume_state import read_state
 
 # 40 images in steps of 8: 5 steps an epoch.
 FLAGS = {

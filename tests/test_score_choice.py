@@ -1,7 +1,6 @@
 """Which score is taken: by the likelihood of validation, and not without a clear difference; where there is a prior,
 and where not."""
 
-import json
 import math
 
 import numpy as np
@@ -9,15 +8,17 @@ import pytest
 import torch
 from tiny import batch_of, tiny_classifier
 
-from vlm.classifier.calibration import MIN_IMAGES, Calibration, Scores, fit_temperature
+from vlm.classifier.calibration import Calibration
 from vlm.config.resolve import resolve
+from vlm.evaluation import calibrate as calibrate_module
+from vlm.evaluation import score_choice
 from vlm.evaluation.calibrate import calibrate
-from vlm.evaluation.evaluate import calibrate as assessment
-from vlm.evaluation.evaluate import score_choice
+from vlm.evaluation.fit_calibration import MIN_IMAGES, fit_temperature
 from vlm.evaluation.score_choice import better_score, choose_score, measure_prior
 from vlm.inference.predictor import load_model_and_metadata, predict_batch
 
 COUNT = 300
+KINDS = ("sum", "prior")
 
 
 @pytest.fixture(scope="module")
@@ -26,31 +27,26 @@ def classifier(tiny_model):
 
 
 def drawn(classifier, kind, seed=0):
-    """Labels, and the scores by which they were drawn under one kind; under the others they are something else."""
+    """Sums and labels, which were drawn by one kind of score; by the other they are something else."""
     rng = np.random.default_rng(seed)
-    classes = len(classifier.class_names)
-    lengths = classifier.tree.lengths - len(classifier.rendered.opening_ids)
     prior = np.array(measure_prior(classifier)[0])
-    logits, openings = rng.normal(0, 2, (COUNT, classes)), rng.normal(-5, 3, COUNT)
+    logits = rng.normal(0, 2, (COUNT, len(classifier.class_names)))
     shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    labels = [int(rng.choice(classes, p=share)) for share in shares]
-    sums = {"sum": logits, "mean": logits * lengths, "prior": logits + prior}[kind] + openings[:, None]
-    return Scores(torch.tensor(sums), torch.tensor(openings)), labels
+    labels = [int(rng.choice(len(share), p=share)) for share in shares]
+    sums = {"sum": logits, "prior": logits + prior}[kind] + rng.normal(-5, 3, (COUNT, 1))
+    return torch.tensor(sums), labels
 
 
-@pytest.mark.parametrize("kind", score_choice.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_score_is_found_by_which_the_labels_were_drawn(classifier, kind):
     scores, labels = drawn(classifier, kind)
     calibration, compared, remarks = choose_score(classifier, scores, labels, "temperature", "auto")
-    assert calibration.score == kind and remarks == [] and list(compared) == list(score_choice.KINDS)
+    assert calibration.score == kind and remarks == [] and list(compared) == list(KINDS)
     assert calibration.temperature == pytest.approx(1, rel=0.2)
     rows = range(COUNT)
     for name, figures in compared.items():
-        one = (
-            {"lengths": tuple(classifier.tree.lengths - len(classifier.rendered.opening_ids))} if name == "mean" else {}
-        )
-        one = {"prior": measure_prior(classifier)[0]} if name == "prior" else one
-        values = Calibration(**one).scores(*scores).numpy()
+        one = {"prior": measure_prior(classifier)[0]} if name == "prior" else {}
+        values = Calibration(**one).scores(scores).numpy()
         assert figures["temperature"] == pytest.approx(fit_temperature(values, np.array(labels))[0], rel=1e-6)
         scaled = values / figures["temperature"]
         losses = [math.log(sum(math.exp(x - scaled[i, labels[i]]) for x in scaled[i])) for i in rows]
@@ -58,11 +54,11 @@ def test_the_score_is_found_by_which_the_labels_were_drawn(classifier, kind):
         assert figures["accuracy"] == np.mean(values.argmax(1) == np.array(labels))
 
 
-@pytest.mark.parametrize("kind", score_choice.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_score_that_is_asked_for_is_taken(classifier, kind):
     scores, labels = drawn(classifier, "sum")
     calibration, compared, remarks = choose_score(classifier, scores, labels, "bias", kind)
-    assert calibration.score == kind and len(compared) == 3
+    assert calibration.score == kind and len(compared) == 2
     assert (calibration.bias is None) == any("No biases" in remark for remark in remarks)
     assert calibration.bias is None or len(calibration.bias) == len(classifier.class_names)
     calibration, compared, _ = choose_score(classifier, scores, labels, "none", kind)
@@ -75,28 +71,28 @@ def test_another_score_needs_a_difference_of_more_than_its_error():
     error = 0.2 / math.sqrt(COUNT)  # of the mean of the differences below
     noise = rng.normal(0, 1, COUNT)
     noise = 0.2 * (noise - noise.mean()) / noise.std(ddof=1)
-    assert better_score(losses | {"mean": losses["sum"] - noise - 0.9 * error}) == "sum"
-    assert better_score(losses | {"mean": losses["sum"] - noise - 1.1 * error}) == "mean"
-    both = {"mean": losses["sum"] - noise - 1.1 * error, "prior": losses["sum"] - noise - 1.2 * error}
-    assert better_score(losses | both) == "prior"
-    assert better_score(losses | {"mean": losses["sum"] - 1e-12}) == "sum", "that is rounding"
+    assert better_score(losses | {"prior": losses["sum"] - noise - 0.9 * error}) == "sum"
+    assert better_score(losses | {"prior": losses["sum"] - noise - 1.1 * error}) == "prior"
+    assert better_score(losses | {"prior": losses["sum"] - 1e-12}) == "sum", "that is rounding"
     for broken in (np.nan, np.inf):
-        assert better_score(losses | {"mean": np.append(losses["sum"][:-1] - 1, broken)}) == "sum"
+        assert better_score(losses | {"prior": np.append(losses["sum"][:-1] - 1, broken)}) == "sum"
     assert better_score({}) == "sum"
 
 
 def test_few_images_or_no_fit_leave_the_sum_and_measure_nothing(classifier, monkeypatch):
-    scores, labels = drawn(classifier, "mean")
+    scores, labels = drawn(classifier, "prior")
     monkeypatch.setattr(score_choice, "measure_prior", None)
-    few = Scores(*(values[: MIN_IMAGES - 1] for values in scores))
-    assert choose_score(classifier, few, labels[: MIN_IMAGES - 1], "temperature", "auto")[:2] == (Calibration(), {})
+    assert choose_score(classifier, scores[: MIN_IMAGES - 1], labels[: MIN_IMAGES - 1], "temperature", "auto")[:2] == (
+        Calibration(),
+        {},
+    )
     assert choose_score(classifier, scores, labels, "none", "auto") == (Calibration(), {}, [])
 
 
 def test_rows_with_nan_are_left_out_of_the_comparison(classifier):
-    scores, labels = drawn(classifier, "mean")
-    expected = choose_score(classifier, Scores(*(values[1:] for values in scores)), labels[1:], "temperature", "auto")
-    scores.sums[0, 2] = float("nan")
+    scores, labels = drawn(classifier, "prior")
+    expected = choose_score(classifier, scores[1:], labels[1:], "temperature", "auto")
+    scores[0, 2] = float("nan")
     found = choose_score(classifier, scores, labels, "temperature", "auto")
     assert found[:2] == expected[:2] and "1 of 300 validation images have NaN" in found[2][0]
 
@@ -109,30 +105,23 @@ def test_a_model_that_needs_a_image_has_no_prior_and_says_so(classifier, monkeyp
 
     monkeypatch.setattr(score_choice, "classify", refuse)
     calibration, compared, remarks = choose_score(classifier, scores, labels, "temperature", "prior")
-    assert calibration.score == "sum" and list(compared) == ["sum", "mean"]
+    assert calibration.score == "sum" and list(compared) == ["sum"]
     assert (
         "cannot be read without an image (ValueError: pixel_values are missing)" in remarks[0]
         and "the score is sum" in remarks[1]
     )
 
 
-@pytest.mark.parametrize("kind", ["mean", "prior"])
-def test_a_stored_score_is_that_of_the_inference(demo_run, tmp_path, kind):
+def test_a_stored_score_is_that_of_the_inference(demo_run):
     """The search against sums of the whole tree and the formula."""
-    metadata = json.loads((demo_run / "training_metadata.json").read_text())
     model, processor, metadata = load_model_and_metadata(demo_run / "best_model", device="cpu")
     batch = batch_of(model, [0, 1, 2], with_response=False)
     exact = model.search(model.read(batch), 0.0)
-    lengths = (3, 4, 5, 6, 7, 3, 4, 5, 6, 7)  # the demo's are all equal
-    more = {"lengths": lengths} if kind == "mean" else {"prior": measure_prior(model)[0]}
-    model.calibration = Calibration(0.4, None, None, **more)
+    prior = measure_prior(model)[0]
+    model.calibration = Calibration(0.4, prior=prior)
     found = model.search(model.read(batch))
-    if kind == "mean":
-        scores = (exact.scores.double() - exact.openings[:, None]) / torch.tensor(lengths)
-    else:
-        scores = exact.scores.double() - torch.tensor(more["prior"], dtype=torch.float64)
-    expected = (scores / 0.4).softmax(1)
-    ours = model.calibration.log_probabilities(found.scores, found.openings).exp()
+    expected = ((exact.scores.double() - torch.tensor(prior, dtype=torch.float64)) / 0.4).softmax(1)
+    ours = model.calibration.log_probabilities(found.scores).exp()
     assert ((ours - expected).abs().max(1).values <= found.unexplored + 1e-6).all() and (found.unexplored <= 1e-4).all()
     image = sorted((demo_run / "demo_images").iterdir())[0]
     result = predict_batch(model, processor, [image], metadata, explain=False)[str(image)]
@@ -142,17 +131,17 @@ def test_a_stored_score_is_that_of_the_inference(demo_run, tmp_path, kind):
 
 
 def test_the_choice_stands_in_the_results_and_in_the_calibration(classifier, monkeypatch):
-    scores, labels = drawn(classifier, "mean")
-    monkeypatch.setattr(assessment, "score_split", lambda *_, **__: scores)
+    scores, labels = drawn(classifier, "prior")
+    monkeypatch.setattr(calibrate_module, "score_split", lambda *_, **__: scores)
     validation = type("Validation", (), {"labels": labels})
     settings = resolve({"target_precision": 0.5})
     try:
         result = calibrate(classifier, validation, settings)
         assert (
-            result["score"] == classifier.calibration.score == "mean"
-            and result["scores"]["mean"]["nll"] < result["scores"]["sum"]["nll"]
+            result["score"] == classifier.calibration.score == "prior"
+            and result["scores"]["prior"]["nll"] < result["scores"]["sum"]["nll"]
         )
-        assert result["temperature"] == result["scores"]["mean"]["temperature"]
+        assert result["temperature"] == result["scores"]["prior"]["temperature"]
         assert result["abstention"]["validation"]["accuracy"] >= 0.5
     finally:
         classifier.calibration = Calibration()

@@ -114,7 +114,7 @@ def send_from(monkeypatch, place):
     monkeypatch.setattr(place, lambda *arguments, **options: os.kill(os.getpid(), signal.SIGTERM))
 
 
-@pytest.mark.parametrize("place", ["vlm.training.setup.preflight", "vlm.training.loop.Trainer._test_untouched"])
+@pytest.mark.parametrize("place", ["vlm.training.setup.preflight", "vlm.training.loop.Trainer._test_untrained"])
 def test_before_the_first_step_it_ends_at_once_and_leaves_no_run(tmp_path, monkeypatch, capsys, place):
     (tmp_path / "there").mkdir()
     send_from(monkeypatch, place)

@@ -18,7 +18,6 @@ def results_of(**changes):
         "texts": 32,
         "agree_with_prediction": 30,
         "invalid": 1,
-        "explanations_agree": 32,
         "reasoning_names_answer": None,
     }
     return {
@@ -59,7 +58,7 @@ def test_figures_are_told_apart_by_words():
     ("encoder", "words"), [("frozen", "the same vision encoder"), ("random weights", "(random weights)")]
 )
 def test_the_probe_names_its_encoder(encoder, words):
-    assert words in table_of(probe={"accuracy": [0.7, 0.6, 0.8], "encoder": encoder})["accuracy of the probe"]
+    assert words in table_of(probe={"accuracy": [0.7, 0.6, 0.8], "tower": encoder})["accuracy of the probe"]
 
 
 def test_own_metrics_are_the_last_and_have_four_digits():
@@ -76,7 +75,7 @@ def test_what_was_not_calibrated_has_no_before():
         "0.0200 before" in table_of()["ECE on test"]
         and table_of()["calibration"] == "temperature 1.500, fitted on validation"
     )
-    for change in ({"bias": [0.1, -0.1]}, {"score": "mean"}):
+    for change in ({"bias": [0.1, -0.1]}, {"score": "prior"}):
         assert table_of(calibration={"temperature": 1.0} | change)["calibration"].endswith("fitted on validation")
 
 

@@ -11,7 +11,8 @@ import pytest
 
 from vlm.common import progress as tracking
 from vlm.common.errors import UsageError
-from vlm.common.progress import Bar, RunLog, note, progress, read_log, replacing
+from vlm.common.files import replacing
+from vlm.common.progress import Bar, RunLog, note, progress, read_log
 
 
 @pytest.fixture

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from tiny import batch_of, save_tiny_model, tiny_classifier
+from tiny import batch_of, save_classifier, save_tiny_model, tiny_classifier
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlm.classifier.classifier import VLMClassifier
 from vlm.config.resolve import resolve
 from vlm.families import load_family
-from vlm.inference.model_folder import save_model_folder
 from vlm.inference.predictor import load_model_and_metadata
 from vlm.training.tuning import merged_state_dict, parameter_groups, prepare_tuning, trained_parameters
 
@@ -71,7 +70,7 @@ def test_saved_and_reloaded_model_gives_the_same_scores(folder, tmp_path, tune):
     )
     metadata = {"class_names": list(classifier.class_names), "prompts": classifier.prompts.to_json()}
     before = {name: tensor.clone() for name, tensor in classifier.model.state_dict().items()}
-    save_model_folder(tmp_path / "model", classifier, metadata, torch.float32)
+    save_classifier(tmp_path / "model", classifier, metadata, torch.float32)
     after = classifier.model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items()), "saving must not touch the model"
 
@@ -89,7 +88,7 @@ def test_saved_and_reloaded_model_gives_the_same_scores(folder, tmp_path, tune):
 
 def test_posterior_of_merged_weights_equals_the_unmerged_one(folder, tmp_path):
     classifier = train_a_little(prepared(folder, "lora"))
-    save_model_folder(
+    save_classifier(
         tmp_path / "model", classifier, {"class_names": [], "prompts": classifier.prompts.to_json()}, torch.float32
     )
     merged = VLMClassifier(

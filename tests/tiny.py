@@ -7,13 +7,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vlm.classifier.batching import vlm_collate_fn
+from vlm.classifier.batching import Batch, vlm_collate_fn
 from vlm.classifier.classifier import VLMClassifier
 from vlm.config.settings import Settings
 from vlm.conversation.prompts import Prompts, build_prompts
 from vlm.data.splits import Sample
 from vlm.families import load_family
 from vlm.families.demo import build_model, build_processor
+from vlm.inference.model_folder import save_model_folder
+from vlm.training.tuning import merged_state_dict
 
 NAMES = ["cat", "catfish", "cat fish", "Straße", "x", "très long nom de classe", "猫"]
 VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -58,7 +60,7 @@ def samples(labels: list[int]) -> list[Sample]:
     return [Sample(random_image(i), label, f"image {i}") for i, label in enumerate(labels)]
 
 
-def batch_of(classifier: VLMClassifier, labels: list[int], with_response: bool = True) -> dict:
+def batch_of(classifier: VLMClassifier, labels: list[int], with_response: bool = True) -> Batch:
     return vlm_collate_fn(samples(labels), classifier.family, classifier.rendered, with_response)
 
 
@@ -67,3 +69,8 @@ def full_row_logits(classifier: VLMClassifier, row: list[int], pixels: dict) -> 
     ids = torch.tensor([classifier.rendered.prefix_ids + row])
     pixels = {name: tensor.unsqueeze(1) for name, tensor in pixels.items()}
     return classifier.model(input_ids=ids, **pixels, use_cache=False).logits[0]
+
+
+def save_classifier(folder: Path, classifier: VLMClassifier, metadata: dict, dtype: torch.dtype) -> None:
+    """Write the model folder that a training would write."""
+    save_model_folder(folder, classifier.family, merged_state_dict(classifier.model, dtype), metadata, dtype)

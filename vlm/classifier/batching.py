@@ -1,99 +1,140 @@
-"""Samples -> one batch. L = longest row, B = batch."""
+"""Samples -> one batch. B = images, L = tokens of the longest row."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlm.common.errors import UsageError
+from vlm.conversation.rendered import Rendered
 from vlm.conversation.responses import response_of
 from vlm.data.splits import Sample
 from vlm.families.base import Family
-from vlm.families.encoded import EncodedImages, Rendered
+from vlm.families.features import FeatureCache, encode
 
 IGNORED = -100  # a target that is not in the loss; what torch's cross entropy ignores
 
 
-def encode(samples: Sequence[Sample], family: Family, cache: Any = None) -> EncodedImages:
-    """The images of some samples as the model takes them: features where a `FeatureCache` has all of them, else
-    pixels."""
-    known = cache.encode([sample.key for sample in samples]) if cache else None
-    return known or family.encode_images([sample.image for sample in samples])
+@dataclass(frozen=True)
+class Batch:
+    """Images and one row of tokens each: image tokens, question and, for training, the response.
+
+    The prefix is not in the rows: it is the same for all of them and is run once. Rows are padded on the right, where
+    causal attention keeps the padding out.
+
+    Attributes:
+        pixels: what the family's vision encoder takes, or features of the images; empty if there is no image.
+        input_ids: (B, L). Without a response each row ends in the opening, the tokens that all scored texts begin with.
+        targets: (B, L) the response tokens at their places in `input_ids`, else -100.
+        lengths: (B,) tokens of each row, without padding and, if it has no response, without the opening.
+        prompt_lengths: (B,) tokens of each row before the text that a class is scored by (vlm/conversation/responses.py).
+        labels: (B,) class of each image.
+        image_places: (number of image tokens,) their places in the flattened rows.
+        predicting: (number of response tokens,) places before the response tokens in the flattened rows.
+        begun: (B,) how many of a row's last tokens belong to a response that was begun, or None if none was
+            (see `vlm.classifier.reasoning.continue_rows`).
+    """
+
+    pixels: dict[str, Tensor]
+    input_ids: Tensor
+    targets: Tensor
+    lengths: Tensor
+    prompt_lengths: Tensor
+    labels: Tensor
+    image_places: Tensor
+    predicting: Tensor
+    begun: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """The batch on a device."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Batch":
+        """The batch in page-locked memory; a DataLoader calls this for a GPU."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Any) -> "Batch":
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        pixels = {name: change(tensor) for name, tensor in values.pop("pixels").items()}
+        return replace(self, pixels=pixels, **{name: None if x is None else change(x) for name, x in values.items()})
 
 
 def vlm_collate_fn(
-    samples: Sequence[Sample], family: Family, rendered: Rendered, with_response: bool = True, cache: Any = None
-) -> dict[str, Any]:
-    """Encode images and lay out one row a sample: image tokens, question and, for training, its response.
-
-    The prefix is not in the rows: it is the same for all and run once. Rows are padded on the right, where causal
-    attention keeps the padding out.
+    samples: Sequence[Sample],
+    family: Family,
+    rendered: Rendered,
+    with_response: bool = True,
+    cache: FeatureCache | None = None,
+) -> Batch:
+    """Encode images and lay out one row a sample.
 
     Args:
-        cache: a `FeatureCache`. Where it has the features of these images, they are in the place of pixels, and no
-            image is opened.
-
-    Returns:
-        pixels: what the family's vision encoder takes. input_ids: (B, L); without responses each row has what all of
-            them begin with.
-        targets: (B, L), the response tokens where they stand in `input_ids`, else -100. lengths: (B,) tokens of each
-            row without padding
-        and, where it has no response, without that beginning. prompts: (B,) tokens of each row in front of the text
-        that a class is scored by (see vlm/conversation/responses.py). labels: (B,). image_places: places of the image
-        tokens in the flattened rows; predicting: places in front of the response tokens.
+        samples: B samples.
+        family: encodes the images; needs no weights.
+        rendered: the conversation as token ids.
+        with_response: add the response that is trained.
+        cache: if it has the features of these images, they take the place of pixels, and no image is opened.
 
     Raises:
         UsageError: a sample is longer than the model can read. Samples with an image are never truncated.
     """
     encoded = encode(samples, family, cache)
-    rows, targets, lengths, prompts = [], [], [], []
+    rows, targets, lengths, prompt_lengths = [], [], [], []
     for sample, image_ids in zip(samples, encoded.token_ids, strict=True):
         prompt = [*image_ids, *rendered.question_ids]
         response = response_of(sample, family, rendered) if with_response else []
-        lengths.append(len(prompt) + len(response))
-        total = len(rendered.prefix_ids) + lengths[-1]
-        if total > rendered.max_length:
-            raise UsageError(
-                f"{sample.name} has {total} tokens with its texts, and the model reads {rendered.max_length} at most: "
-                "shorten --system-instructions, the class descriptions or its reasoning."
-            )
+        length = len(prompt) + len(response)
+        _check_length(sample, len(rendered.prefix_ids) + length, rendered.max_length)
+        lengths.append(length)
         rows.append(prompt + (response or rendered.opening_ids))
         targets.append([IGNORED] * len(prompt) + (response or [IGNORED] * len(rendered.opening_ids)))
-        behind = (
-            response and rendered.prompts.free and not rendered.prompts.answer_first
-        )  # the image's own reasoning comes first
-        prompts.append(lengths[-1] - len(rendered.scored_ids[sample.label]) if behind else len(prompt))
-    ids, targets = pad_rows(rows), pad_rows(targets, IGNORED)
-    return {
-        "pixels": encoded.inputs,
-        "input_ids": ids,
-        "targets": targets,
-        "lengths": torch.tensor(lengths),
-        "prompts": torch.tensor(prompts),
-        "labels": torch.tensor([sample.label for sample in samples]),
-        # Found here: a GPU would have to wait for the count.
-        "image_places": places(ids == family.image_token_id),
-        "predicting": places(targets != IGNORED) - 1,
-    }
+        # In reasoning-first the image's own reasoning stands before the scored text.
+        reasoned = response and rendered.prompts.free and not rendered.prompts.answer_first
+        prompt_lengths.append(length - len(rendered.scored_ids[sample.label]) if reasoned else len(prompt))
+    input_ids, padded_targets = pad_rows(rows), pad_rows(targets, IGNORED)  # lists of B rows -> (B, L)
+    return Batch(
+        pixels=encoded.inputs,
+        input_ids=input_ids,
+        targets=padded_targets,
+        lengths=torch.tensor(lengths),
+        prompt_lengths=torch.tensor(prompt_lengths),
+        labels=torch.tensor([sample.label for sample in samples]),
+        # Found here, because a GPU would have to wait for the count.
+        image_places=places(input_ids == family.image_token_id),
+        predicting=places(padded_targets != IGNORED) - 1,
+    )
 
 
-def batch_without_image(rendered: Rendered) -> dict[str, Any]:
-    """What `vlm_collate_fn` would make, without responses, of one sample that has no image: the question follows the
-    prefix.
+def _check_length(sample: Sample, tokens: int, most: int) -> None:
+    if tokens > most:
+        raise UsageError(
+            f"{sample.name} has {tokens} tokens with its texts, and the model reads at most {most}: "
+            "shorten --system-instructions, the class descriptions or its reasoning."
+        )
+
+
+def batch_without_image(rendered: Rendered) -> Batch:
+    """A batch of one row without image and response: the question follows the prefix.
 
     Tokens around the image that belong to prefix or question in a family stay there.
     """
-    ids, none = torch.tensor([[*rendered.question_ids, *rendered.opening_ids]]), torch.empty(0, dtype=torch.long)
-    return {
-        "pixels": {},
-        "input_ids": ids,
-        "targets": torch.full_like(ids, IGNORED),
-        "lengths": torch.tensor([len(rendered.question_ids)]),
-        "labels": torch.tensor([0]),
-        "image_places": none,
-        "predicting": none,
-    }
+    input_ids = torch.tensor([[*rendered.question_ids, *rendered.opening_ids]])  # (1, L)
+    length, nothing = torch.tensor([len(rendered.question_ids)]), torch.empty(0, dtype=torch.long)
+    return Batch(
+        pixels={},
+        input_ids=input_ids,
+        targets=torch.full_like(input_ids, IGNORED),
+        lengths=length,
+        prompt_lengths=length,
+        labels=torch.tensor([0]),
+        image_places=nothing,
+        predicting=nothing,
+    )
 
 
 def places(mask: Tensor) -> Tensor:
@@ -102,5 +143,5 @@ def places(mask: Tensor) -> Tensor:
 
 
 def pad_rows(rows: list[list[int]], value: int = 0) -> Tensor:
-    """Rows of unequal length -> (B, L), filled up on the right."""
+    """Rows of unequal length -> (B, L), padded on the right."""
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)

@@ -6,14 +6,16 @@ tokens of prompt and opening, R = nodes of a pass over all images, D = width, V 
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from vlm.classifier.label_tree import LabelTree, Search
 from vlm.classifier.prefix import expand
+from vlm.families.base import Family
 
 TOLERANCE = 1e-4  # how much a probability may be wrong at most
 PROVEN = 1  # the prediction; of the others those with more than the tolerance are proven anyway
@@ -25,14 +27,33 @@ NODES_KEPT = 4096  # of all images, between passes; above, those that no open br
 LOGITS_AT_ONCE = 2**25  # elements of one block of logits: 128 MiB in float32
 
 
-def run_searches(classifier: Any, reading: Any, searches: Sequence[Search]) -> None:
+@dataclass
+class Reading:
+    """Prompts that were read, from which scoring and writing continue.
+
+    Attributes:
+        cache: keys and values of K tokens: the prompt and the opening.
+        seen: (B, K) bool, True at the prompt. seen_opening: (B, K) bool, True at the prompt and the opening.
+        states: (B, 1 + O, D) hidden states of the last prompt token and of the O tokens of the opening.
+        next_position: (B,) position of the first token after the prompt.
+    """
+
+    cache: Cache
+    seen: Tensor
+    seen_opening: Tensor
+    states: Tensor
+    next_position: Tensor
+
+
+def run_searches(family: Family, tree: LabelTree, reading: Reading, searches: Sequence[Search]) -> None:
     """Run all searches to their end.
 
     Args:
-        classifier: a `VLMClassifier`; reading: what its `read` returned, left as it is. searches: one an image.
+        family: the model. tree: its label tree. reading: prompts that were read; left as they are. searches: one an
+            image.
     """
-    _record_opening(classifier, reading, searches)
-    state = _State(classifier, reading)
+    _record_opening(family, tree, reading, searches)
+    state = TreeState(family, tree, reading)
     for number in itertools.count(1):
         room = max(1, NODES_AT_ONCE // max(1, len(state.images)))
         chosen = [searches[image].next(room) for image in state.images]
@@ -47,7 +68,7 @@ def run_searches(classifier: Any, reading: Any, searches: Sequence[Search]) -> N
             segments = [search.rest() for search in active]
         nodes = [[node for segment in some for node in segment] for some in segments]
         hidden = state.run(nodes)
-        _record(classifier, active, nodes, hidden)
+        _record(family, tree, active, nodes, hidden)
         for search, some in zip(active, segments, strict=True):
             for segment in some:
                 search.visited(segment)
@@ -77,31 +98,36 @@ def _all_at_once(
     return whole <= room and (certain or len(searches) * (whole - wanted) <= spare)
 
 
-def _record_opening(classifier: Any, reading: Any, searches: Sequence[Search]) -> None:
+def _record_opening(family: Family, tree: LabelTree, reading: Reading, searches: Sequence[Search]) -> None:
     """What the states of prompt and opening predict: the first nodes, then those behind each node of the opening."""
     opening = list(range(reading.states.shape[1] - 1))  # the first nodes of a tree with one beginning
     predicting = [-1, *opening]
-    _record(classifier, searches, [predicting] * len(searches), reading.states)
+    _record(family, tree, searches, [predicting] * len(searches), reading.states)
     for search in searches:
         search.begin(opening)
 
 
-def _record(classifier: Any, searches: Sequence[Search], nodes: Sequence[Sequence[int]], hidden: Tensor) -> None:
+def _record(
+    family: Family,
+    tree: LabelTree,
+    searches: Sequence[Search],
+    nodes: Sequence[Sequence[int]],
+    hidden: Tensor,
+) -> None:
     """Tell the searches the log-probabilities of all children of some nodes (-1: the prompt).
 
     Args:
         nodes: for each image. hidden: (B, N, D) their states, padded.
     """
-    tree = classifier.tree
     rows = [(i, n) for i, some in enumerate(nodes) for n in range(len(some))]
     below = [tree.first if nodes[i][n] < 0 else tree.children[nodes[i][n]] for i, n in rows]
     row_of = np.repeat(np.arange(len(rows)), [len(some) for some in below])
     flat = np.concatenate(below).astype(int)
     states = hidden[tuple(torch.tensor(rows, device=hidden.device).T)]
     values = np.empty(len(flat))
-    for block in _blocks(len(rows), classifier.family.vocabulary):
+    for block in _blocks(len(rows), family.vocabulary):
         here = np.flatnonzero((row_of >= block.start) & (row_of < block.stop))
-        logits = classifier.family.logits(states[block])
+        logits = family.logits(states[block])
         row, token = (
             torch.from_numpy(x).to(logits.device) for x in (row_of[here] - block.start, tree.tokens[flat[here]])
         )
@@ -118,15 +144,15 @@ def _blocks(rows: int, vocabulary: int) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
-class _State:
+class TreeState:
     """The cache behind which nodes are run, and which node stands where in it.
 
     images: (B) numbers of the images that it holds. nodes: (B, A) node of each token behind the prompt, -1 at padding.
     """
 
-    def __init__(self, classifier: Any, reading: Any):
-        self.family = classifier.family
-        self.tree: LabelTree = classifier.tree
+    def __init__(self, family: Family, tree: LabelTree, reading: Reading):
+        self.family = family
+        self.tree = tree
         self.images = list(range(len(reading.states)))
         self.cache = expand(reading.cache, len(self.images))
         self.seen = reading.seen_opening

@@ -30,6 +30,11 @@ def reason(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; its type if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def did_you_mean(given: str, known: Sequence[str]) -> str:
     """What to add to a message about a name that is not known: the one that is like it, or nothing."""
     close = difflib.get_close_matches(given, known, n=1) or [name for name in known if name.lower() == given.lower()]

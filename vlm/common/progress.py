@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from vlm.common.errors import UsageError
+from vlm.common.files import replacing
 
 LOG_NAME = "log.jsonl"
 SECONDS_BETWEEN_LINES = 10.0  # where stderr is no terminal
@@ -42,19 +43,6 @@ def _stderr_is_terminal() -> bool:
         return sys.stderr.isatty() and min(os.get_terminal_size(sys.stderr.fileno())) > 0
     except (OSError, ValueError):
         return False
-
-
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """Write a file whole or not at all: yields a path beside it, which takes its place when the block ends without an
-    error."""
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield beside
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 class Bar:

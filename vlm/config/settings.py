@@ -186,6 +186,11 @@ class Settings:
         "training",
         "peak learning rate of the connector, larger for one that was never trained (default: --learning-rate)",
     )
+    align_connector: bool = _flag(
+        False,
+        "training",
+        "before the training, teach the connector the names of the classes; for a connector that was never trained",
+    )
     no_alignment: bool = _flag(
         False,
         "training",
@@ -230,7 +235,7 @@ class Settings:
     score: str = _flag(
         AUTO, "evaluation", "score of a class: log-probability of its response, its mean over the tokens, or it less that without a "
         "image; auto is sum unless another is better on validation (default: auto)",
-        choices=(AUTO, "sum", "mean", "prior"),
+        choices=(AUTO, "sum", "prior"),
     )  # fmt: skip
     abstain_below: float | None = _flag(
         None, "evaluation", "give no prediction where its probability is below this, such as 0.5"

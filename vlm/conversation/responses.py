@@ -1,30 +1,53 @@
 """The tokens of responses: which of them are trained, and which stand for a class when it is scored.
 
-The scored text of a class is its whole response where each class has one. Where the reasonings are the images' own, it
-is the answer where it stands: "Answer: X" and the line end, before any reasoning, or "X" and the end of turn, behind
-the reasoning and "Answer:".
+If each class has one response, the scored text of a class is this whole response. If the images have reasonings of
+their own, the scored text is only the answer: in answer-first "Answer: X" and the line end, before any reasoning; in
+reasoning-first "X" and the end of turn, after the reasoning and "Answer:".
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Protocol
 
 from vlm.common.errors import UsageError
 from vlm.config.formats import lay_out
 from vlm.conversation.prompts import Prompts
-from vlm.data.splits import Sample
+from vlm.conversation.rendered import Rendered, common_start
+from vlm.data.splits import Sample, Split
 
-if TYPE_CHECKING:
-    from vlm.families.base import Family
-    from vlm.families.encoded import Rendered
-
-ANY_REASONING = "It is."  # what stands in for a reasoning where only the tokens around it are looked at
+ANY_REASONING = "It is."  # a reasoning for texts of which only the tokens around it are looked at
 
 
-def scored_ids(family: "Family", prompts: Prompts, response_ids: list[list[int]]) -> list[list[int]]:
+class Texts(Protocol):
+    """What is needed of an architecture here; a `Family` is one."""
+
+    @property
+    def image_token(self) -> str:
+        """The placeholder of an image in the rendered conversation."""
+        ...
+
+    @property
+    def image_token_id(self) -> int:
+        """The token of the placeholder."""
+        ...
+
+    def response_ids(self, prompts: Prompts, text: str) -> list[int]:
+        """The tokens of a response, end of turn included."""
+        ...
+
+    def tokenize(self, text: str) -> list[int]:
+        """Text -> token ids, without special tokens."""
+        ...
+
+    def decode(self, ids: list[int], exact: bool = False) -> str:
+        """Token ids -> text; special tokens and white space around it are kept only if it is to be exact."""
+        ...
+
+
+def scored_texts(family: Texts, prompts: Prompts, response_ids: list[list[int]]) -> list[list[int]]:
     """The tokens by which each class is scored; none begins another.
 
     Args:
-        response_ids: the tokens of the classes' whole responses.
+        response_ids: for each class the tokens of its whole response.
     """
     if not prompts.free:
         return response_ids
@@ -32,76 +55,64 @@ def scored_ids(family: "Family", prompts: Prompts, response_ids: list[list[int]]
     whole = [family.response_ids(prompts, text) for text in texts]
     if prompts.answer_first:
         return [_first_line(family, ids) for ids in whole]
-    opened = family.response_ids(
-        prompts, texts[0][: len(texts[0]) - len(prompts.class_names[0])].rstrip()
-    )  # up to "Answer:"
+    up_to_answer = texts[0].removesuffix(prompts.class_names[0]).rstrip()  # it ends in "Answer:"
+    opened = family.response_ids(prompts, up_to_answer)
     return [ids[common_start(opened, *whole) :] for ids in whole]
 
 
-def _first_line(family: "Family", ids: list[int]) -> list[int]:
+def _first_line(family: Texts, ids: list[int]) -> list[int]:
     """The tokens of a text up to the one with its first line end."""
-    return next((ids[:count] for count in range(1, len(ids)) if "\n" in family.tokenizer.decode(ids[:count])), ids)
+    return next((ids[:count] for count in range(1, len(ids)) if "\n" in family.decode(ids[:count], exact=True)), ids)
 
 
-def common_start(*sequences: Sequence[int]) -> int:
-    """How many tokens all sequences begin with."""
-    count = 0
-    for column in zip(*sequences, strict=False):
-        if len(set(column)) > 1:
-            break
-        count += 1
-    return count
+def before_answer(family: Texts, rendered: Rendered, reasoning: str) -> list[int]:
+    """The tokens of a response from its beginning to its scored text, in a format that ends with the answer.
 
-
-def before_answer(family: "Family", rendered: "Rendered", reasoning: str) -> list[int]:
-    """The tokens of a response from its beginning to where the scored text stands, in a format that ends with the
-    answer.
-
-    A placeholder of an image, should a model have spelled one, is left out.
+    A placeholder of an image, should a model have written one, is left out.
     """
     text = lay_out(rendered.prompts.response_format, reasoning, rendered.prompts.class_names[0])
     ids = family.response_ids(rendered.prompts, text)
     return [token for token in ids[: len(ids) - len(rendered.scored_ids[0])] if token != family.image_token_id]
 
 
-def before_reasoning(family: "Family", rendered: "Rendered", label: int) -> list[int]:
-    """The tokens of a response from its beginning to where the reasoning stands, in a format that begins with the
-    answer of a class."""
-    texts = [
-        lay_out(rendered.prompts.response_format, text, rendered.prompts.class_names[label])
-        for text in (ANY_REASONING, "")
-    ]
+def before_reasoning(family: Texts, rendered: Rendered, label: int) -> list[int]:
+    """The tokens of a response from its beginning to its reasoning, in a format that begins with the answer."""
+    name = rendered.prompts.class_names[label]
+    texts = [lay_out(rendered.prompts.response_format, text, name) for text in (ANY_REASONING, "")]
     first, second = (family.response_ids(rendered.prompts, text.rstrip()) for text in texts)
     return first[: common_start(first, second)]
 
 
-def response_of(sample: Sample, family: "Family", rendered: "Rendered") -> list[int]:
-    """The tokens that a sample is trained on: its own reasoning laid out, else the response of its class. Needs no
-    weights."""
-    if not (sample.reasoning and rendered.prompts.free):
-        return rendered.response_ids[sample.label]
-    return family.response_ids(rendered.prompts, rendered.prompts.response(sample.label, sample.reasoning))
+def response_of(sample: Sample, family: Texts, rendered: Rendered) -> list[int]:
+    """The tokens that a sample is trained on: its own reasoning laid out, else the response of its class."""
+    return _response(sample.label, sample.reasoning, family, rendered)
 
 
-def response_lengths(split: Any, family: "Family", rendered: "Rendered") -> list[int]:
-    """How many tokens the response of each sample of a `Split` has, without decoding its image.
+def _response(label: int, reasoning: str | None, family: Texts, rendered: Rendered) -> list[int]:
+    if not (reasoning and rendered.prompts.free):
+        return rendered.response_ids[label]
+    return family.response_ids(rendered.prompts, rendered.prompts.response(label, reasoning))
+
+
+def response_lengths(split: Split, family: Texts, rendered: Rendered) -> list[int]:
+    """How many tokens the response of each sample has, without decoding its image.
 
     Raises:
-        UsageError: a reasoning holds the token that stands for an image.
+        UsageError: a reasoning contains the token that stands for an image.
     """
     lengths = []
     for label, reasoning, name in zip(split.labels, split.reasonings, split.names, strict=True):
-        ids = response_of(Sample(None, label, name, reasoning), family, rendered)
+        ids = _response(label, reasoning, family, rendered)
         if family.image_token_id in ids:
             raise UsageError(
-                f"the reasoning of {name} holds {family.image_token}, which stands for an image: leave it out."
+                f"the reasoning of {name} contains the placeholder {family.image_token}. Remove it; the program inserts "
+                "the image itself."
             )
         lengths.append(len(ids))
     return lengths
 
 
-def longest_reasoning(split: Any, family: "Family") -> int:
-    """Tokens of the longest reasoning of a `Split`'s own, with those around it; 0 where there is none."""
-    texts = [text for text in split.reasonings if text]
+def longest_reasoning(reasonings: Sequence[str | None], family: Texts) -> int:
+    """Tokens of the longest reasoning, with those around it; 0 if there is none."""
     around = lay_out("reasoning-first", "", "")
-    return max((len(family.tokenize(around + text)) for text in texts), default=0)
+    return max((len(family.tokenize(around + text)) for text in reasonings if text), default=0)

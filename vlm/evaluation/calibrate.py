@@ -1,118 +1,144 @@
-"""What results.json says about trust, beside the metrics: calibration, abstention, and the probe."""
+"""What results.json says about trust, next to the metrics: calibration and abstention."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from vlm.classifier.calibration import MIN_IMAGES, Calibration, Scores, coverage_and_accuracy, pick_threshold
+from vlm.classifier.calibration import Calibration
 from vlm.classifier.classifier import VLMClassifier
 from vlm.common.progress import note
 from vlm.config.settings import AUTO, Settings
 from vlm.data.splits import Split
 from vlm.evaluation.evaluate import score_split
-from vlm.evaluation.probe import compare, probe
+from vlm.evaluation.fit_calibration import MIN_IMAGES, coverage_and_accuracy, pick_threshold
 from vlm.evaluation.reliability import confidence_and_correctness, reliability_bins, reliability_figures
 from vlm.evaluation.score_choice import choose_score
-from vlm.families import load_family
 from vlm.families.features import FeatureCache
-from vlm.report.summary import is_calibrated, missed_target
-from vlm.training.setup import Run
 
 
-def calibrate(classifier: VLMClassifier, validation: Split, settings: Settings, workers: int = 0) -> dict[str, Any]:
+def calibrate(
+    classifier: VLMClassifier,
+    validation: Split,
+    settings: Settings,
+    workers: int = 0,
+    cache: FeatureCache | None = None,
+) -> dict[str, Any]:
     """Fit the classifier's calibration and its threshold to the validation split, and set them.
 
     Returns:
-        method, score, scores (see `choose_score`), temperature, bias, remarks (list of sentences, also printed); and
-        abstention, see `abstention`, where asked for.
+        method: temperature, bias or none. score: sum or prior. scores: see `choose_score`.
+        temperature, bias: what was fitted.
+        remarks: sentences, which are also printed.
+        abstention: below, target_precision, validation (coverage and accuracy), if there is a threshold or one was
+            asked for.
     """
-    threshold, target = settings.abstain_below, settings.target_precision
     calibration, compared, remarks, measured = Calibration(), {}, [], None
-    if (
-        settings.calibration != "none"
-        or settings.score not in (AUTO, "sum")
-        or threshold is not None
-        or target is not None
-    ):
-        scores = score_split(
-            classifier, validation, settings.eval_batch_size, workers=workers, description="calibrating", tolerance=0.0
+    if _is_needed(settings):
+        sums = score_split(
+            classifier,
+            validation,
+            settings.eval_batch_size,
+            workers=workers,
+            description="calibrating",
+            tolerance=0.0,
+            cache=cache,
         )
-        calibration, compared, remarks = choose_score(
-            classifier, scores, validation.labels, settings.calibration, settings.score
-        )
-        whole = ~scores.sums.isnan().any(1)
-        truth = np.array(validation.labels)[whole.numpy()]
-        measured = confidence_and_correctness(calibration.log_probabilities(*scores)[whole].numpy(), truth)
-    if target is not None:
-        threshold = pick_threshold(*measured, target)
-        if threshold is None:
-            remarks.append(f"{missed_target(target)}.")
-        elif (kept := int((measured[0] >= threshold).sum())) < MIN_IMAGES:
-            remarks.append(
-                f"the threshold for --target-precision rests on {kept} validation images: on others it may be far off."
-            )
+        labels = validation.labels
+        calibration, compared, remarks = choose_score(classifier, sums, labels, settings.calibration, settings.score)
+        whole = ~sums.isnan().any(1)
+        log_probabilities = calibration.log_probabilities(sums)[whole].numpy()
+        measured = confidence_and_correctness(log_probabilities, np.array(labels)[whole.numpy()])
+    threshold = settings.abstain_below
+    if settings.target_precision is not None and measured is not None:
+        threshold, more = _threshold(*measured, settings.target_precision)
+        remarks += more
     for remark in remarks:
         note(remark)
     classifier.calibration = replace(calibration, abstain_below=threshold)
-    fitted = {
+    result = {
+        "method": _method(calibration, settings.calibration),
         "score": calibration.score,
         "scores": compared,
         "temperature": calibration.temperature,
         "bias": calibration.bias,
+        "remarks": remarks,
     }
-    method = settings.calibration if is_calibrated(fitted) else "none"
-    if method == "bias" and calibration.bias is None:
-        method = "temperature"
-    result = {"method": method, **fitted, "remarks": remarks}
-    if threshold is not None or target is not None:
-        known = None if threshold is None else coverage_and_accuracy(*measured, threshold)
-        result["abstention"] = {"below": threshold, "target_precision": target, "validation": known}
+    if threshold is not None or settings.target_precision is not None:
+        known = None if threshold is None or measured is None else coverage_and_accuracy(*measured, threshold)
+        result["abstention"] = {
+            "below": threshold,
+            "target_precision": settings.target_precision,
+            "validation": known,
+        }
     return result
 
 
+def _is_needed(settings: Settings) -> bool:
+    """Whether anything has to be fitted to the validation split or measured on it."""
+    return (
+        settings.calibration != "none"
+        or settings.score not in (AUTO, "sum")
+        or settings.abstain_below is not None
+        or settings.target_precision is not None
+    )
+
+
+def _threshold(confidence: np.ndarray, correct: np.ndarray, target: float) -> tuple[float | None, list[str]]:
+    """The threshold for a precision on validation, and what people should know about it."""
+    threshold = pick_threshold(confidence, correct, target)
+    if threshold is None:
+        return None, [f"{missed_target(target)}."]
+    kept = int((confidence >= threshold).sum())
+    if kept < MIN_IMAGES:
+        return threshold, [
+            f"the threshold for --target-precision rests on {kept} validation images: on others it may be far off."
+        ]
+    return threshold, []
+
+
+def missed_target(target: float) -> str:
+    """Why a model does not abstain though a precision was asked for; a sentence without its full stop."""
+    right = f"{100 * target:g}% of the predictions on validation are right"
+    return f"no confidence was found from which {right}: the model answers every image"
+
+
+def is_calibrated(calibration: dict[str, Any]) -> bool:
+    """Whether anything was fitted, by `calibration` as it stands in results.json."""
+    return (
+        calibration.get("temperature") != 1 or bool(calibration.get("bias")) or calibration.get("score", "sum") != "sum"
+    )
+
+
+def _method(calibration: Calibration, asked: str) -> str:
+    """What was fitted in the end: with few images nothing, and with a bounded temperature no biases."""
+    if calibration.bias is not None:
+        return asked
+    return "none" if calibration.temperature == 1.0 and calibration.is_temperature or asked == "none" else "temperature"
+
+
 def add_test_figures(
-    fitted: dict[str, Any], calibration: Calibration, scores: Scores, labels: Sequence[int], seed: int
+    fitted: dict[str, Any], calibration: Calibration, sums: Tensor, labels: Sequence[int], seed: int
 ) -> dict[str, Any]:
-    """What `calibrate` gave, with the test split: `calibration` and, where asked for, `abstention` of
-    `results["test"]`."""
-    after = calibration.log_probabilities(*scores).numpy()
-    states = {"before": Calibration().log_probabilities(*scores).numpy(), "after": after}
+    """What `calibrate` returned, with the figures of the test split.
+
+    Args:
+        sums: (N, C) of the test split. labels: (N,).
+
+    Returns:
+        `calibration` and, if there is one, `abstention`, for `results["test"]`.
+    """
+    after = calibration.log_probabilities(sums).numpy()
+    states = {"before": Calibration().log_probabilities(sums).numpy(), "after": after}
     figures = {state: reliability_figures(values, labels, seed=seed) for state, values in states.items()}
     bins = {state: reliability_bins(*confidence_and_correctness(values, labels)) for state, values in states.items()}
     fitted = dict(fitted)
     abstention = fitted.pop("abstention", None)
     result = {"calibration": {**fitted, **figures, "reliability": bins}}
     if abstention:
-        threshold = abstention["below"]
-        on_test = (
-            None if threshold is None else coverage_and_accuracy(*confidence_and_correctness(after, labels), threshold)
-        )
+        threshold, measured = abstention["below"], confidence_and_correctness(after, labels)
+        on_test = None if threshold is None else coverage_and_accuracy(*measured, threshold)
         result["abstention"] = {**abstention, "test": on_test}
     return result
-
-
-def probe_beside(
-    run: Run, classifier: VLMClassifier, cache: FeatureCache | None, scores: Scores
-) -> dict[str, Any] | None:
-    """The probe on the vision encoder as the training found it, compared with the VLM's scores of test; None where it
-    was not asked for."""
-    if not run.settings.probe:
-        return None
-    family, encoder = classifier.family, "frozen"
-    if run.settings.tune == "full":  # the trained encoder has seen the labels: what counts is the one before
-        family = load_family(run.folder, run.dtype, run.accelerator.device, run.settings.image_options(run.data.edge))
-        family.render(classifier.prompts)  # some processors encode images within the conversation
-        encoder = "random weights" if run.settings.demo else "before the training"
-    result = probe(family, run.data, cache)
-    if result is None:
-        return None
-    found, theirs = result
-    _, ours = confidence_and_correctness(
-        classifier.calibration.log_probabilities(*scores).numpy(), run.data.test.labels
-    )
-    warning = compare(theirs, ours)
-    if warning:
-        note(warning)
-    return {**found, "encoder": encoder, "warning": warning}

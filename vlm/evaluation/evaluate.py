@@ -1,14 +1,17 @@
-"""Class log-probabilities of a whole split, and the metrics that follow. N = images, C = classes."""
+"""Class log-probabilities of a whole split, and what follows from them: metrics, texts, explanations.
 
-from collections.abc import Callable, Sequence
+N = images, C = classes.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import send_to_device
+from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from vlm.classifier.calibration import Scores
+from vlm.classifier.batching import Batch
 from vlm.classifier.classifier import VLMClassifier
 from vlm.classifier.reasoning import classify, explain, names_class, write_freely
 from vlm.classifier.search import TOLERANCE
@@ -16,49 +19,53 @@ from vlm.common.modes import evaluation_mode
 from vlm.common.progress import progress
 from vlm.config.formats import reasoning_of
 from vlm.conversation.prompts import parse_answer
-from vlm.data.splits import Split
+from vlm.data.splits import Sample, Split
 from vlm.evaluation.metrics import classification_metrics, user_metrics
+from vlm.families.features import FeatureCache
 
-TEXTS = 32  # images whose text is generated in a test evaluation
+TEXTS = 32  # images whose text is written in a test
 
 
 def score_split(
     classifier: VLMClassifier,
-    split: Split,
+    split: Split | Sequence[Sample],
     batch_size: int = 8,
     indices: Sequence[int] | None = None,
     workers: int = 0,
     description: str = "evaluating",
     tolerance: float = TOLERANCE,
-) -> Scores:
-    """The sums of N samples (log-probability of each class's scored text, see vlm/conversation/responses.py) and their
-    openings, on the CPU.
+    cache: FeatureCache | None = None,
+) -> Tensor:
+    """(N, C) log-probability of the scored text of each class (vlm/conversation/responses.py), on the CPU.
 
     Args:
-        indices: these samples only.
-        tolerance: see `VLMClassifier.search`; 0 makes every number exact. That of the true class always is.
+        indices: only these samples.
+        tolerance: see `VLMClassifier.search`; 0 makes every number exact. That of the true class is always exact.
+        cache: features that take the place of pixels.
     """
     samples = split if indices is None else Subset(split, indices)
     if not len(samples):
-        return Scores(torch.empty(0, len(classifier.class_names)), torch.empty(0))
-    loader = DataLoader(
-        samples,
-        batch_size,
-        collate_fn=classifier.collate(with_response=False),
-        num_workers=workers,
-        generator=torch.Generator(),
-    )
+        return torch.empty(0, len(classifier.class_names))
     parts = []
+    for batch in _batches(classifier, samples, batch_size, description, workers, cache):
+        parts.append(classify(classifier, batch, tolerance, batch.labels.tolist()).scores.cpu())
+    return torch.cat(parts)
+
+
+def _batches(
+    classifier: VLMClassifier,
+    samples: Any,
+    batch_size: int,
+    description: str,
+    workers: int = 0,
+    cache: FeatureCache | None = None,
+) -> Iterator[Batch]:
+    """Batches without responses on the classifier's device, while it is in evaluation mode, with a progress bar."""
+    collate = classifier.collate(with_response=False, cache=cache)
+    loader = DataLoader(samples, batch_size, collate_fn=collate, num_workers=workers, generator=torch.Generator())
     with evaluation_mode(classifier), torch.no_grad():
-        for batch in progress(loader, len(samples), description, count=_images):
-            labels = batch["labels"].tolist()
-            found = classify(classifier, send_to_device(batch, classifier.device), tolerance, labels=labels)
-            parts.append((found.scores.cpu(), found.openings.cpu()))
-    return Scores(*(torch.cat(values) for values in zip(*parts, strict=True)))
-
-
-def _images(batch: dict[str, Any]) -> int:
-    return len(batch["labels"])
+        for batch in progress(loader, len(samples), description, count=len):
+            yield batch.to(classifier.device)
 
 
 def evaluate_vlm_model(
@@ -69,105 +76,98 @@ def evaluate_vlm_model(
     workers: int = 0,
     description: str = "evaluating",
 ) -> dict[str, Any]:
-    """Metrics of a model on a split, each image counted by exact match of its most probable class.
+    """Metrics of a model on a split. An image counts as right only if its most probable class is its label.
 
     Args:
         metrics: own metrics, each called with labels (N,), predictions (N,), probabilities (N, C) and the class names.
 
     Returns:
-        accuracy, macro_f1, weighted_f1, per_class, confusion_matrix, nll (of the class, nats, with the model's
-        calibration), loss (cross
-        entropy of a scored token, nats: of the whole response where each class has one, else of the answer), and the
-            results of own
-        metrics under "own_metrics".
+        accuracy, macro_f1, weighted_f1, per_class, confusion_matrix.
+        nll: of the class, in nats, with the model's calibration.
+        loss: cross entropy of a scored token, in nats: of the whole response if each class has one, else of the answer.
+        own_metrics: the results of own metrics, if there are any.
     """
-    scores = score_split(classifier, split, batch_size, workers=workers, description=description)
-    return metrics_of_scores(classifier, split.labels, scores, metrics)
+    sums = score_split(classifier, split, batch_size, workers=workers, description=description)
+    return metrics_of_sums(classifier, split.labels, sums, metrics)
 
 
-def metrics_of_scores(
-    classifier: VLMClassifier, labels: Sequence[int], scores: Scores, metrics: Sequence[Callable[..., Any]] = ()
+def metrics_of_sums(
+    classifier: VLMClassifier, labels: Sequence[int], sums: Tensor, metrics: Sequence[Callable[..., Any]] = ()
 ) -> dict[str, Any]:
-    """What `evaluate_vlm_model` returns, from what `score_split` gave."""
+    """What `evaluate_vlm_model` returns, from the (N, C) result of `score_split`."""
     truth = torch.as_tensor(list(labels))
-    log_probabilities = classifier.calibration.log_probabilities(*scores).numpy()
+    log_probabilities = classifier.calibration.log_probabilities(sums).numpy()
     names = list(classifier.class_names)
     result = classification_metrics(truth.numpy(), log_probabilities, names)
-    response = scores.sums.gather(1, truth.unsqueeze(1)).sum()
-    result["loss"] = float(-response / classifier.tree.lengths[truth.numpy()].sum())
+    of_labels = sums.gather(1, truth.unsqueeze(1)).sum()  # (N, C) -> (N, 1) -> ()
+    result["loss"] = float(-of_labels / classifier.tree.lengths[truth.numpy()].sum())
     if metrics:
         probabilities = np.exp(log_probabilities)
         result["own_metrics"] = user_metrics(metrics, truth.numpy(), probabilities.argmax(-1), probabilities, names)
     return result
 
 
-def check_texts(classifier: VLMClassifier, split: Split, batch_size: int = 8, count: int = TEXTS) -> dict[str, Any]:
-    """Generate the text of a few images, freely, and compare its answer with the prediction.
+def check_texts(
+    classifier: VLMClassifier,
+    split: Split,
+    batch_size: int = 8,
+    count: int = TEXTS,
+    cache: FeatureCache | None = None,
+) -> dict[str, Any]:
+    """Let the model write the text of a few images freely, and compare its answer with the prediction.
 
     Returns:
-        texts: how many. invalid: free texts whose answer is no class name, which are never counted as a class.
-            agree_with_prediction: free
-        texts that answer with the predicted class. reasoning_names_answer: free texts whose reasoning names the class
-        that they answer with; None in a format without reasoning. explanations_agree: texts of `explain` that answer
-        with the predicted class: all.
+        texts: how many.
+        invalid: texts whose answer is no class name; they are never counted as a class.
+        agree_with_prediction: texts that answer with the predicted class.
+        reasoning_names_answer: texts whose reasoning names the class that they answer with; None in a format without
+            reasoning.
     """
     chosen = np.linspace(0, len(split) - 1, min(count, len(split))).astype(int).tolist()
-    loader = DataLoader(
-        Subset(split, chosen),
-        batch_size,
-        collate_fn=classifier.collate(with_response=False),
-        generator=torch.Generator(),
-    )
     prompts = classifier.prompts
-    predictions, free, constrained = [], [], []
-    with evaluation_mode(classifier):
-        for batch in progress(loader, len(chosen), "writing texts", count=_images):
-            batch = send_to_device(batch, classifier.device)
-            found = classify(classifier, batch)
-            best = classifier.calibration.log_probabilities(found.scores, found.openings).argmax(-1).tolist()
-            predictions += [classifier.class_names[i] for i in best]
-            free += write_freely(classifier, found.reading) if found.texts is None else found.texts
-            constrained += explain(classifier, found, best)
-    answers, explained = (
-        [parse_answer(text, prompts.class_names, prompts.response_format) for text in texts]
-        for texts in (free, constrained)
-    )
-    named = [
-        answer is not None and names_class(reasoning_of(text), answer)
-        for text, answer in zip(free, answers, strict=True)
-    ]
+    predictions: list[str] = []
+    texts: list[str] = []
+    for batch in _batches(classifier, Subset(split, chosen), batch_size, "writing texts", cache=cache):
+        found = classify(classifier, batch)
+        best = classifier.calibration.log_probabilities(found.scores).argmax(-1).tolist()
+        predictions += [classifier.class_names[i] for i in best]
+        texts += write_freely(classifier, found.reading) if found.texts is None else found.texts
+    answers = [parse_answer(text, prompts.class_names, prompts.response_format) for text in texts]
     return {
-        "texts": len(answers),
-        "invalid": sum(answer is None for answer in answers),
-        "agree_with_prediction": sum(
-            answer == prediction for answer, prediction in zip(answers, predictions, strict=True)
-        ),
-        "reasoning_names_answer": None if prompts.response_format == "answer-only" else sum(named),
-        "explanations_agree": sum(
-            answer == prediction for answer, prediction in zip(explained, predictions, strict=True)
-        ),
+        "texts": len(texts),
+        "invalid": answers.count(None),
+        "agree_with_prediction": sum(map(_equal, answers, predictions)),
+        "reasoning_names_answer": None if prompts.response_format == "answer-only" else _named(texts, answers),
     }
 
 
+def _equal(answer: str | None, prediction: str) -> bool:
+    return answer == prediction
+
+
+def _named(texts: Sequence[str], answers: Sequence[str | None]) -> int:
+    """How many texts name their answer in their reasoning."""
+    pairs = zip(texts, answers, strict=True)
+    return sum(answer is not None and names_class(reasoning_of(text), answer) for text, answer in pairs)
+
+
 def explanations(
-    classifier: VLMClassifier, split: Split, indices: Sequence[int], answers: Sequence[int], batch_size: int = 8
+    classifier: VLMClassifier,
+    split: Split,
+    indices: Sequence[int],
+    answers: Sequence[int],
+    batch_size: int = 8,
+    cache: FeatureCache | None = None,
 ) -> list[str]:
-    """The text of some images of a split.
+    """A text for some images of a split.
 
     Args:
-        answers: the class that each text answers with, the prediction: in a batch of other images two classes that are
-            as probable might change places by rounding.
+        indices: which images.
+        answers: for each its prediction, which the text answers with. It is given, because in a batch with other images
+            two equally probable classes may change places by rounding.
     """
-    loader = DataLoader(
-        Subset(split, indices),
-        batch_size,
-        collate_fn=classifier.collate(with_response=False),
-        generator=torch.Generator(),
-    )
     texts: list[str] = []
-    with evaluation_mode(classifier):
-        for batch in progress(loader, len(indices), "writing explanations", count=_images):
-            batch = send_to_device(batch, classifier.device)
-            found = classify(classifier, batch)
-            texts += explain(classifier, found, list(answers[len(texts) : len(texts) + _images(batch)]))
+    for batch in _batches(classifier, Subset(split, indices), batch_size, "writing explanations", cache=cache):
+        found = classify(classifier, batch)
+        texts += explain(classifier, found, list(answers[len(texts) : len(texts) + len(batch)]))
     return texts

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
-from vlm.classifier.calibration import Scores
 from vlm.classifier.classifier import VLMClassifier
 from vlm.data.splits import Sample, Split, balanced_positions
 from vlm.evaluation.evaluate import score_split
@@ -17,7 +17,7 @@ GRAY = (128, 128, 128)
 
 
 def check_images(
-    classifier: VLMClassifier, split: Split, scores: Scores, batch_size: int = 8, seed: int = 0
+    classifier: VLMClassifier, split: Split, sums: Tensor, batch_size: int = 8, seed: int = 0
 ) -> dict[str, Any]:
     """Accuracy on at most 64 images, of the classes in turn: as they are, exchanged, and gray.
 
@@ -25,7 +25,7 @@ def check_images(
     already: the exchange takes no forward pass. A gray image is scored once for each size that occurs.
 
     Args:
-        scores: of the whole split, as from `score_split`.
+        sums: (all images of the split, C), as from `score_split`.
 
     Returns:
         images: how many. accuracy: with their own images. shuffled: with the image of a sample of another class, far
@@ -36,7 +36,7 @@ def check_images(
     """
     chosen = np.array(balanced_positions(split.labels, IMAGES, [seed, 3]))
     labels = np.array(split.labels)[chosen]
-    predictions = classifier.calibration.log_probabilities(*scores).argmax(1).numpy()[chosen]
+    predictions = classifier.calibration.log_probabilities(sums).argmax(1).numpy()[chosen]
     right = predictions == labels
     partners = other_class_partners(labels, np.random.default_rng([seed, 4]))
     exchanged = labels[partners] != labels
@@ -81,8 +81,8 @@ def other_class_partners(labels: np.ndarray, rng: np.random.Generator) -> np.nda
 def _gray_predictions(classifier: VLMClassifier, sizes: list[tuple[int, int]], batch_size: int) -> np.ndarray:
     different = sorted(set(sizes))
     images = [Sample(Image.new("RGB", size, GRAY), 0, f"a gray image of {size[0]} x {size[1]}") for size in different]
-    scores = score_split(classifier, images, batch_size, description="gray images")
-    predictions = classifier.calibration.log_probabilities(*scores).argmax(1).tolist()
+    sums = score_split(classifier, images, batch_size, description="gray images")
+    predictions = classifier.calibration.log_probabilities(sums).argmax(1).tolist()
     found = dict(zip(different, predictions, strict=True))
     return np.array([found[size] for size in sizes])
 

@@ -16,14 +16,13 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
-from vlm.classifier.batching import encode
 from vlm.common.errors import is_out_of_memory
 from vlm.common.modes import evaluation_mode
 from vlm.common.progress import Bar, note
 from vlm.data.splits import Data, Sample, Split
 from vlm.evaluation.reliability import accuracy_interval, may_be_chance
 from vlm.families.base import Family
-from vlm.families.features import FeatureCache
+from vlm.families.features import FeatureCache, encode
 
 BATCH_SIZE = 16
 STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)  # scikit-learn's C, from strong regularization to weak

@@ -23,8 +23,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from vlm.common.errors import UsageError
 from vlm.config.settings import ImageSize
 from vlm.conversation.prompts import Prompts
-from vlm.conversation.responses import scored_ids
-from vlm.families.encoded import CONNECTED_FEATURES, ENCODER_FEATURES, EncodedImages, Rendered
+from vlm.conversation.rendered import Rendered
+from vlm.conversation.responses import scored_texts
+from vlm.families.encoded import CONNECTED_FEATURES, ENCODER_FEATURES, EncodedImages
 from vlm.families.images.sizes import size_text
 from vlm.families.quantization import forget_quantizer, loading_options
 
@@ -254,7 +255,7 @@ class Family:
     def rendered(self, prompts: Prompts, prefix: list[int], question: list[int]) -> Rendered:
         """Prefix and question with the responses of the classes and what of them is scored."""
         responses = [self.response_ids(prompts, text) for text in prompts.responses]
-        return Rendered(prefix, question, responses, scored_ids(self, prompts, responses), self.max_length, prompts)
+        return Rendered(prefix, question, responses, scored_texts(self, prompts, responses), self.max_length, prompts)
 
     def response_ids(self, prompts: Prompts, text: str) -> list[int]:
         """The tokens of one response to a conversation that was rendered, end of turn included. Runs in loader
@@ -274,9 +275,9 @@ class Family:
     def tokenize(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def decode(self, ids: list[int]) -> str:
-        """Token ids -> text without special tokens."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    def decode(self, ids: list[int], exact: bool = False) -> str:
+        """Token ids -> text; special tokens and white space around it are kept only if it is to be exact."""
+        return self.tokenizer.decode(ids) if exact else self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     # Images
 
@@ -332,17 +333,21 @@ class Family:
         """(B, L) token ids -> (B, L, D)."""
         return self.model.get_input_embeddings()(ids)
 
-    def positions(self, start: int, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Positions of the rows of a batch (see `vlm_collate_fn`) that follow `start` prefix tokens.
+    def positions(
+        self, start: int, input_ids: Tensor, lengths: Tensor, inputs: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Positions of rows that follow `start` prefix tokens.
+
+        Args:
+            input_ids: (B, L) the rows. lengths: (B,) their tokens without padding. inputs: what the images are, as in
+                `EncodedImages.inputs`; empty without images.
 
         Returns:
-            what `run_language` takes for the rows, (1, L) here, and (B,) the position of the first token after each
-            row.
+            positions: what `run_language` takes for the rows, here (1, L).
+            ends: (B,) the position of the first token after each row.
         """
-        length = batch["input_ids"].shape[1]
-        return torch.arange(start, start + length, device=batch["input_ids"].device).unsqueeze(0), start + batch[
-            "lengths"
-        ]
+        places = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
+        return places.unsqueeze(0), start + lengths
 
     def text_positions(self, positions: Tensor) -> Tensor:
         """(B, L) positions of text tokens -> what `run_language` takes."""

@@ -28,11 +28,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from vlm.common.files import replacing
 from vlm.common.modes import evaluation_mode
-from vlm.common.progress import Bar, note, replacing
+from vlm.common.progress import Bar, note
 from vlm.data.splits import Sample, Split
 from vlm.families.base import Family
-from vlm.families.encoded import CONNECTED_FEATURES, ENCODER_FEATURES, EncodedImages, beside_images
+from vlm.families.encoded import CONNECTED_FEATURES, ENCODER_FEATURES, EncodedImages, besides_pixels
 
 FORMAT = 2  # of the files; another one is another fingerprint
 TOKEN_IDS = "token_ids"
@@ -171,7 +172,7 @@ class FeatureCache:
         for (key, one), tensor in zip(images.items(), features, strict=True):
             half = tensor.half() if self.halved else tensor
             own = {self._name: half if half.isfinite().all() else tensor, TOKEN_IDS: torch.tensor(one.token_ids[0])}
-            entry = beside_images(one.inputs) | own
+            entry = besides_pixels(one.inputs) | own
             entries[key] = {name: kept.detach().cpu().contiguous() for name, kept in entry.items()}
         return entries
 
@@ -181,6 +182,12 @@ class FeatureCache:
 
     def _file(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"
+
+
+def encode(samples: Sequence[Sample], family: Family, cache: FeatureCache | None = None) -> EncodedImages:
+    """The images of some samples as the model takes them: features if the cache has all of them, else pixels."""
+    known = cache.encode([sample.key for sample in samples]) if cache else None
+    return known or family.encode_images([sample.image for sample in samples])
 
 
 def fingerprint(family: Family, connected: bool, halved: bool, connectors: Sequence[dict[str, Tensor]] = ()) -> str:

@@ -24,8 +24,9 @@ from vlm.common.errors import UsageError
 from vlm.common.progress import note
 from vlm.config.settings import ImageSize
 from vlm.conversation.prompts import Prompts
+from vlm.conversation.rendered import Rendered
 from vlm.families.base import Family
-from vlm.families.encoded import CONNECTED_FEATURES, ENCODER_FEATURES, EncodedImages, Rendered
+from vlm.families.encoded import CONNECTED_FEATURES, ENCODER_FEATURES, EncodedImages
 from vlm.families.images import squares
 from vlm.families.images.sizes import pick_size
 

@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, PreTrain
 from vlm.config.settings import ImageSize
 from vlm.families.base import Family
 from vlm.families.encoded import EncodedImages
-from vlm.families.images.sizes import pick_size
 from vlm.families.images.resizing import equals, one_tile
+from vlm.families.images.sizes import pick_size
 
 PATCHES_AT_ONCE = (
     2048  # of the vision encoder on a CPU: 25 MB of its widest values, which memory that was used before has room for

@@ -186,21 +186,23 @@ class Qwen2VLFamily(Family):
 
     # Positions: three of each token, time, row and column (M-RoPE, Wang et al. 2024, arXiv 2409.12191, section 2.1)
 
-    def positions(self, start: int, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """(3, B, L) for rows that begin with an image: its tokens all have the time `start`, and count rows and columns
-        from there.
+    def positions(
+        self, start: int, input_ids: Tensor, lengths: Tensor, inputs: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Positions (3, B, L) of rows that begin with an image, and (B,) the position after each row.
 
-        The text goes on behind the larger of rows and columns, as if the image were that many tokens long.
+        All tokens of the image have the time `start` and count rows and columns from there. The text continues after
+        the larger of rows and columns, as if the image were that many tokens long.
         """
-        if not batch["pixels"]:
-            return super().positions(start, batch)
-        grid = batch["pixels"]["image_grid_thw"] // self.processor.image_processor.merge_size
-        rows, columns = grid[:, 1:2], grid[:, 2:3]
+        if not inputs:
+            return super().positions(start, input_ids, lengths, inputs)
+        grid = inputs["image_grid_thw"] // self.processor.image_processor.merge_size
+        rows, columns = grid[:, 1:2], grid[:, 2:3]  # (B, 1) each
         count, extent = rows * columns, torch.maximum(rows, columns)
-        places = torch.arange(batch["input_ids"].shape[1], device=grid.device).unsqueeze(0)
-        text = places - count + extent
-        inside = torch.stack([torch.zeros_like(text), places // columns, places % columns])
-        return start + torch.where(places < count, inside, text), start + batch["lengths"] + (extent - count).squeeze(1)
+        places = torch.arange(input_ids.shape[1], device=grid.device).unsqueeze(0)  # (1, L)
+        text = places - count + extent  # (B, L)
+        inside = torch.stack([torch.zeros_like(text), places // columns, places % columns])  # (3, B, L)
+        return start + torch.where(places < count, inside, text), start + lengths + (extent - count).squeeze(1)
 
 
 class Qwen25VLFamily(Qwen2VLFamily):

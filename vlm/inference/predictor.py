@@ -1,6 +1,6 @@
 """A model folder -> predictions: one by one or in batches. C = classes."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -9,15 +9,17 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from accelerate.utils import send_to_device
 from PIL import Image
+from torch import Tensor
 
+from vlm.classifier.batching import Batch
 from vlm.classifier.calibration import Calibration
 from vlm.classifier.classifier import VLMClassifier
 from vlm.classifier.reasoning import classify
 from vlm.classifier.reasoning import explain as explain_predictions
 from vlm.classifier.search import TOLERANCE
 from vlm.common.errors import RunError, UsageError
+from vlm.common.files import recover
 from vlm.common.progress import Bar
 from vlm.config.settings import CACHE_GB
 from vlm.conversation.prompts import Prompts
@@ -25,7 +27,7 @@ from vlm.data.images import UnreadableImage, open_image
 from vlm.data.splits import Sample
 from vlm.families import load_family
 from vlm.families.features import FeatureCache, open_cache
-from vlm.inference.model_folder import read_metadata, recover
+from vlm.inference.model_folder import read_metadata
 from vlm.machine.device import pick_device, pick_dtype
 from vlm.machine.memory import largest_batch
 
@@ -116,22 +118,29 @@ def predict_batch(
     """Classify many image files, with a progress bar on stderr.
 
     Args:
+        model, processor, metadata: what `load_model_and_metadata` returned.
         image_paths: files; a file that is named twice is classified once.
         batch_size: images in one forward pass; default: as many as the free memory has room for, up to 16 on the CPU
             and 128 on a GPU.
         explain: give the texts; without it `full_response` is empty, and nothing is written but what scoring needs.
+        show_progress: False shows no bar.
         exhaustive: score every class to the end. Without it, classes that are too improbable to matter are left out
             early, and a probability may be wrong by `error_bound`.
-        feature_cache: look the images' vision features up in the cache and add those that are missing (see
-            `_cache_of`): the next call on the same images skips the vision encoder.
+        feature_cache: look up the images' vision features in the cache and add those that are missing: the next call
+            on the same images skips the vision encoder.
 
     Returns:
-        For each path, in the order given: prediction (str), confidence (0 to 1, within the label set), probabilities
-            ({class:
-        probability}, calibrated, they add up to 1), error_bound (0 to 0.0001: how much a probability can be wrong at
-        most) and full_response (str). Where the model abstains, prediction is None, abstained True and full_response
-        empty; for a file that
-        cannot be read: error (str), prediction None.
+        For each path, in the order given:
+        prediction: the class, or None if the model abstains or the file cannot be read.
+        confidence: its probability within the label set, 0 to 1.
+        probabilities: {class: probability}, calibrated; they add up to 1.
+        error_bound: how much a probability can be wrong at most, 0 to 0.0001.
+        full_response: the text; empty if the model abstains.
+        abstained: True, only if it abstains.
+        error: the reason, only if the file cannot be read; then there is nothing but this and the prediction.
+
+    Raises:
+        TypeError, ValueError: the arguments do not belong together, or have a wrong type or value.
     """
     _check_same_model(model, processor, metadata)
     if isinstance(image_paths, str | Path):
@@ -140,40 +149,39 @@ def predict_batch(
         raise ValueError(f"batch_size is {batch_size}, expected at least 1")
     batch_size = batch_size or largest_batch(model, metadata.get("settings", {}))
     paths = list(dict.fromkeys(str(path) for path in image_paths))
-    results: dict[str, dict[str, Any]] = {}
-    if feature_cache and model.inference_cache is None:  # once for all calls: the weights are hashed for it
-        model.inference_cache = _cache_of(model, metadata)
-    model.feature_cache = model.inference_cache if feature_cache else None
     chunks = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
-    prepared = (map if feature_cache else _ahead)(
-        partial(_prepare, model), chunks
-    )  # the cache runs the vision encoder, one thread at a time
-    try:
-        with Bar(len(paths), "classifying", enabled=show_progress) as bar:
-            for chunk, (batch, errors) in zip(chunks, prepared, strict=True):
-                predictions = iter(_predict(model, batch, explain, 0.0 if exhaustive else TOLERANCE) if batch else ())
-                results |= {path: errors.get(path) or next(predictions) for path in chunk}
-                bar.update(len(chunk))
-    finally:
-        model.feature_cache = None
+    cache = _open_cache(model, metadata) if feature_cache else None
+    prepare = partial(_prepare, model, cache)
+    # With a cache, preparing runs the vision encoder, which only one thread at a time may do.
+    prepared = map(prepare, chunks) if feature_cache else _ahead(prepare, chunks)
+    tolerance = 0.0 if exhaustive else TOLERANCE
+    results: dict[str, dict[str, Any]] = {}
+    with Bar(len(paths), "classifying", enabled=show_progress) as bar:
+        for chunk, (batch, errors) in zip(chunks, prepared, strict=True):
+            predictions = iter(_predict(model, batch, explain, tolerance) if batch else ())
+            results |= {path: errors.get(path) or next(predictions) for path in chunk}
+            bar.update(len(chunk))
     return results
 
 
-def _cache_of(model: VLMClassifier, metadata: dict[str, Any]) -> FeatureCache | None:
+def _open_cache(model: VLMClassifier, metadata: dict[str, Any]) -> FeatureCache | None:
     """The cache for a trained model, with the size and number format of its training.
 
-    Features before the connector where the cache has a folder for this vision encoder, as it has after a training
-    unless that had --freeze-connector; else behind the connector, where they are fewer.
+    It holds features before the connector, if the cache has a folder for this vision encoder, as after a training
+    without --freeze-connector; else features after the connector, of which there are fewer. The weights are hashed for
+    it, so it is opened once for all calls.
     """
-    settings = metadata.get("settings", {})
-    options = settings.get("cache_dtype", "float32"), settings.get("cache_size", CACHE_GB)
-    before = open_cache(model.family, False, *options)
-    return before if before is None or before.folder.is_dir() else open_cache(model.family, True, *options)
+    if model.inference_cache is None:
+        settings = metadata.get("settings", {})
+        options = settings.get("cache_dtype", "float32"), settings.get("cache_size", CACHE_GB)
+        before = open_cache(model.family, False, *options)
+        known = before is None or before.folder.is_dir()
+        model.inference_cache = before if known else open_cache(model.family, True, *options)
+    return model.inference_cache
 
 
 def _ahead(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """`map` in a thread that is one item ahead: images are decoded and resized while the model is busy with the ones
-    before."""
+    """`map` in a thread that is one item ahead: images are decoded while the model is busy with the ones before."""
     with ThreadPoolExecutor(max_workers=1) as thread:
         waiting: list[Future[Result]] = []
         for item in items:
@@ -183,55 +191,53 @@ def _ahead(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Re
         yield from (future.result() for future in waiting)
 
 
-def _prepare(model: VLMClassifier, paths: list[str]) -> tuple[dict[str, Any] | None, dict[str, dict[str, Any]]]:
-    """The batch of the images that can be read, None where there is none, and the results of the others."""
+def _prepare(
+    model: VLMClassifier, cache: FeatureCache | None, paths: list[str]
+) -> tuple[Batch | None, dict[str, dict[str, Any]]]:
+    """The batch of the images that can be read, None if there is none, and the results of the others."""
     samples, errors = [], {}
     for path in paths:
         try:
             samples.append(Sample(open_image(path), 0, path))
         except UnreadableImage as error:
             errors[path] = {"prediction": None, "error": str(error)}
-    if model.feature_cache:
-        model.feature_cache.add_missing(model.family, samples)
-    return model.collate(with_response=False)(samples) if samples else None, errors
+    if cache:
+        cache.add_missing(model.family, samples)
+    return model.collate(with_response=False, cache=cache)(samples) if samples else None, errors
 
 
 @torch.no_grad()
-def _predict(
-    model: VLMClassifier, batch: dict[str, Any], explain: bool, tolerance: float = TOLERANCE
-) -> list[dict[str, Any]]:
+def _predict(model: VLMClassifier, batch: Batch, explain: bool, tolerance: float = TOLERANCE) -> list[dict[str, Any]]:
+    """For each image of a batch what `predict_batch` returns."""
     if model.training:
         model.eval()
-    batch = send_to_device(batch, model.device)
-    found = classify(model, batch, tolerance)
-    probabilities = model.calibration.log_probabilities(found.scores, found.openings).exp()
+    found = classify(model, batch.to(model.device), tolerance)
+    probabilities = model.calibration.log_probabilities(found.scores).exp()  # (B, C)
     predictions = probabilities.argmax(-1).tolist()
     abstained = [model.calibration.abstains(confidence) for confidence in probabilities.amax(-1).tolist()]
-    texts = (
-        explain_predictions(model, found, predictions) if explain and not all(abstained) else [""] * len(predictions)
-    )
-    results: list[dict[str, Any]] = []
-    for row, best, bound, text, without in zip(
-        probabilities, predictions, found.unexplored.tolist(), texts, abstained, strict=True
-    ):
-        if row.isnan().any():
-            results.append({"prediction": None, "error": "the model's scores are no numbers: try --dtype float32"})
-            continue
-        result = {
-            "prediction": model.class_names[best],
-            "confidence": float(row[best]),
-            "probabilities": dict(zip(model.class_names, row.tolist(), strict=True)),
-            "error_bound": bound,
-            "full_response": text,
-        }
-        if without:
-            result |= {
-                "prediction": None,
-                "abstained": True,
-                "full_response": "",
-            }  # no text answers where the prediction does not
-        results.append(result)
-    return results
+    texts = [""] * len(predictions)
+    if explain and not all(abstained):
+        texts = explain_predictions(model, found, predictions)
+    rows = zip(probabilities, predictions, found.unexplored.tolist(), texts, abstained, strict=True)
+    return [_result(model.class_names, *row) for row in rows]
+
+
+def _result(
+    class_names: Sequence[str], probabilities: Tensor, best: int, bound: float, text: str, abstained: bool
+) -> dict[str, Any]:
+    """What `predict_batch` returns for one image, from its (C,) probabilities."""
+    if probabilities.isnan().any():
+        return {"prediction": None, "error": "the model's scores are not finite: try --dtype float32"}
+    result = {
+        "prediction": class_names[best],
+        "confidence": float(probabilities[best]),
+        "probabilities": dict(zip(class_names, probabilities.tolist(), strict=True)),
+        "error_bound": bound,
+        "full_response": text,
+    }
+    if abstained:  # no text answers if the prediction does not
+        result |= {"prediction": None, "abstained": True, "full_response": ""}
+    return result
 
 
 def _check_same_model(model: VLMClassifier, processor: Any, metadata: dict[str, Any]) -> None:

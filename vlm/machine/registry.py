@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from vlm.common.errors import UsageError
+from vlm.common.tables import format_table
 from vlm.config.settings import AUTO, TUNING_DEFAULTS, Settings
 from vlm.families import outline
 from vlm.families.base import Family
 from vlm.machine.device import pick_device, pick_dtype
 from vlm.machine.memory import GIB, Texts, estimate, free_memory
-from vlm.report.figures import format_table
 
 # https://huggingface.co/NAME/blob/main/config.json. The counted parameters are those that the hub shows for the
 # published weights.

@@ -4,7 +4,6 @@ Figures are drawn by matplotlib's object interface, so that the backend of a not
 """
 
 import math
-import unicodedata
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from vlm.common.progress import replacing
+from vlm.common.files import replacing
+from vlm.common.tables import format_table, printable, text_width
 
 DPI = 150
 SMOOTHING = 15  # the smoothed training loss is the mean over about 1/15 of the run
@@ -187,9 +187,9 @@ def _draw_grid(axes: Axes, classes: int, points: float) -> None:
 
 def _name_classes(axes: Axes, class_names: Sequence[str], points: float) -> None:
     shown = range(0, len(class_names), math.ceil(len(class_names) / MOST_TICK_LABELS))
-    names = [_shorten(_printable(class_names[i])) for i in shown]
+    names = [_shorten(printable(class_names[i])) for i in shown]
     font = float(np.clip(0.62 * points, 5, 10))
-    fits = max(map(_width, names)) * 0.65 * font < points
+    fits = max(map(text_width, names)) * 0.65 * font < points
     turned = (
         {} if fits else {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if points > 20 else {"rotation": 90}
     )
@@ -261,25 +261,6 @@ def _save(figure: Figure, path: str | Path) -> None:
         FigureCanvasAgg(figure).print_figure(beside, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.15)
 
 
-def format_table(rows: Sequence[Sequence[Any]], headers: Sequence[str] | None = None) -> str:
-    """A plain text table with aligned columns: numbers to the right, floats with three decimals, None as an empty
-    cell."""
-    columns = list(zip(*rows, strict=True))
-    lines = [[_cell(value) for value in row] for row in rows]
-    if headers is not None:
-        lines.insert(0, list(headers))
-    if not lines:
-        return ""
-    widths = [max(_width(line[i]) for line in lines) for i in range(len(lines[0]))]
-    numeric = [
-        any(_is_number(v) for v in column) and all(v is None or _is_number(v) for v in column) for column in columns
-    ]
-    numeric = numeric or [False] * len(widths)
-    if headers is not None:
-        lines.insert(1, ["-" * width for width in widths])
-    return "\n".join("  ".join(map(_pad, line, widths, numeric)).rstrip() for line in lines)
-
-
 def probed_encoder(encoder: str | None) -> str:
     """In words, which vision encoder the probe was fitted on; `encoder` as `probe` in results.json has it."""
     known = {
@@ -300,28 +281,3 @@ def per_class_table(metrics: dict[str, Any]) -> str:
     rows.append(("weighted average", None, None, metrics["weighted_f1"], metrics["samples"]))
     rows.append(("accuracy", None, metrics["accuracy"], None, metrics["samples"]))
     return format_table(rows, ("class", "precision", "recall", "F1", "images"))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.3f}" if isinstance(value, float | np.floating) else _printable(str(value))
-
-
-def _printable(text: str) -> str:
-    """Line ends and control characters would break the table, or the terminal."""
-    return "".join(character if character.isprintable() else " " for character in text)
-
-
-def _width(text: str) -> int:
-    """Columns on a terminal: Chinese, Japanese and Korean characters take two, combining ones none."""
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
-
-
-def _pad(text: str, width: int, right: bool) -> str:
-    space = " " * (width - _width(text))
-    return space + text if right else text + space

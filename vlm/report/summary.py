@@ -3,6 +3,7 @@ results.json alone."""
 
 from typing import Any
 
+from vlm.evaluation.calibrate import is_calibrated, missed_target
 from vlm.report.figures import probed_encoder
 
 
@@ -28,7 +29,6 @@ def summary_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
         _image_row(results["picture_check"]),
         ("texts written freely", f"{texts['agree_with_prediction']} of {texts['texts']} answer with the predicted class, "
                                  f"{texts['invalid']} with no class at all{_unread(texts)}"),
-        ("explanations", f"{texts['explanations_agree']} of {texts['texts']} answer with the predicted class"),
     ]  # fmt: skip
     if texts["reasoning_names_answer"] is not None:
         named = f"{texts['reasoning_names_answer']} of {texts['texts']}"
@@ -44,7 +44,7 @@ def _probe_row(probe: dict[str, Any] | None) -> list[tuple[str, str]]:
     return [
         (
             "accuracy of the probe",
-            f"{value:.4f}  ({low:.4f} to {high:.4f}, logistic regression on {probed_encoder(probe['encoder'])})",
+            f"{value:.4f}  ({low:.4f} to {high:.4f}, logistic regression on {probed_encoder(probe['tower'])})",
         )
     ]
 
@@ -93,19 +93,6 @@ def _unread(texts: dict[str, Any]) -> str:
         if 2 * texts["agree_with_prediction"] >= texts["texts"]
         else "; predictions and explanations do not depend on them"
     )
-
-
-def is_calibrated(calibration: dict[str, Any]) -> bool:
-    """Whether anything was fitted: a temperature alone that is 1 changes nothing."""
-    return (
-        calibration.get("temperature") != 1 or bool(calibration.get("bias")) or calibration.get("score", "sum") != "sum"
-    )
-
-
-def missed_target(target: float) -> str:
-    """Why a model does not abstain though it was asked to reach a precision; a sentence without its full stop."""
-    right = f"{100 * target:g}% of the predictions on validation are right"
-    return f"no confidence was found from which {right}: the model answers every image"
 
 
 def abstention_line(abstention: dict[str, Any]) -> str:

@@ -1,83 +1,59 @@
-"""A connector that was never trained learns the names of the classes before the training: in seconds, without the
-language model.
+"""A connector that was never trained learns the names of the classes before the training (`--align-connector`).
 
-Where a model was put together of two halves, what joins them is random, and the language model sees noise in the place
-of images. A short fine-tuning then goes by until it has found out what the vision features say. Here the connector
-alone learns that first, as in the first stage of LLaVA (Liu et al. 2023, arXiv 2304.08485). There the language model
-reads captions for it; here the mean of an image's tokens becomes most like the embedding of its class's name among
-those of all classes. Figures: docs/experiments.md.
+If a model was put together from two halves, its connector is random, and the language model reads noise where the
+image should be. A short fine-tuning is over before that has changed. Here only the connector is trained first, in
+seconds and without the language model, similar to the first stage of LLaVA (Liu et al. 2023, arXiv 2304.08485). LLaVA
+trains it on captions; here the mean of an image's tokens moves towards the embedding of the name of its class. Figures:
+docs/experiments.md.
 
 B = images, C = classes, D = width of the language model.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from accelerate.utils import broadcast
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from vlm.classifier.batching import encode
-from vlm.common.progress import Bar
-from vlm.config.settings import Settings
+from vlm.common.progress import Bar, note
 from vlm.data.splits import Split
 from vlm.families.base import Family
-from vlm.families.features import FeatureCache
+from vlm.families.features import FeatureCache, encode
+from vlm.training.setup import Run
 
-SMALLEST_SIDE = 64  # of a matrix that says whether it is random
-LARGEST_EXCESS = (
-    1.1  # of its largest singular value over that of a random one; trained ones have 1.9 and more (docs/experiments.md)
-)
-POWERS = 30  # iterations, after which a value that is a tenth above all others is known to a few percent
 STEPS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 400, 32, 1e-3, 0.01
-SCALE = (
-    1024.0  # of the loss: in float16 the gradients of single tokens would be too small, and Adam takes the same steps
-)
-SHARPNESS = (
-    8.0  # of the softmax over squared distances, whose unit is the mean squared distance of the names from their middle
-)
+# The loss is multiplied by this: in float16 the gradients of single tokens would underflow. Adam's steps stay the same.
+SCALE = 1024.0
+# Of the softmax over squared distances, whose unit is the mean squared distance of the names from their mean.
+SHARPNESS = 8.0
 MOST_CHECKED = 512  # validation images
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 
 
-@torch.no_grad()
-def is_random(part: nn.Module) -> bool:
-    """Whether the weights of a part are as they were drawn.
+def align_connector(run: Run) -> dict[str, Any]:
+    """Align the connector of a run, equally in all of its processes.
 
-    The largest singular value of an M x N matrix of independent numbers with standard deviation s is about s (sqrt(M) +
-    sqrt(N)), whatever they are drawn from (Bai and Yin 1993, doi 10.1214/aop/1176989118); what was learned stands out
-    above it. Matrices with a side below 64 say too little: a part with no larger one counts as trained.
+    Returns:
+        seconds: how long it took.
+        validation_accuracy: the share of validation images (of up to 512) that are nearest to the name of their class.
     """
-    matrices = [
-        p.detach().flatten(1).float()
-        for p in part.parameters()
-        if p.ndim >= 2 and min(p.flatten(1).shape) >= SMALLEST_SIDE
-    ]
-    for matrix in matrices:
-        drawn = matrix.square().mean().sqrt() * (matrix.shape[0] ** 0.5 + matrix.shape[1] ** 0.5)
-        if largest_singular_value(matrix) > LARGEST_EXCESS * drawn:
-            return False
-    return bool(matrices)
-
-
-def largest_singular_value(matrix: Tensor) -> Tensor:
-    """By power iteration, from below: near for a value that stands out, which is what counts here, and cheap for a
-    large matrix."""
-    vector = torch.randn(matrix.shape[1], generator=torch.Generator().manual_seed(0)).to(matrix.device)
-    for _ in range(POWERS):
-        vector = matrix.T @ (matrix @ vector)
-        vector = vector / vector.norm().clamp_min(1e-30)
-    return (matrix @ vector).norm()
-
-
-def needs_alignment(family: Family, settings: Settings) -> bool:
-    """Whether the connector is random, the embeddings of words, which it would learn, are not, and the settings leave
-    it to us."""
-    if settings.no_alignment or settings.tune == "full" or not settings.epochs:
-        return False
-    return is_random(family.connector) and not is_random(family.model.get_input_embeddings())
+    assert run.cache is not None, "set_up has seen to it"
+    started = time.monotonic()
+    family, names = run.classifier.family, run.classifier.class_names
+    note("aligning the connector with the names of the classes.")
+    align(family, names, run.data.train, run.cache, run.settings.seed, run.accelerator.autocast)
+    with torch.no_grad():
+        for weight in family.connector.state_dict().values():
+            weight.copy_(broadcast(weight))  # several processes continue from the same numbers
+    with run.accelerator.autocast():
+        accuracy = nearest_name_accuracy(family, names, run.data.validation, run.cache)
+    note(f"{accuracy:.1%} of the validation images are nearest to the name of their class.")
+    return {"seconds": round(time.monotonic() - started, 2), "validation_accuracy": accuracy}
 
 
 def align(
@@ -87,16 +63,12 @@ def align(
     cache: FeatureCache,
     seed: int = 0,
     autocast: Autocast = nullcontext,
-    title: str = "aligning the connector",
 ) -> None:
-    """Train the connector alone on the names of the classes, whether it is frozen afterwards or not.
-
-    The same arguments give the same weights.
+    """Train only the connector, on the names of the classes. The same arguments give the same weights.
 
     Args:
-        cache: the features of all images, from before the connector.
-        autocast: the number format of a forward pass. It is entered for each again, since it remembers the weights of
-            its first one.
+        cache: the features of all images before the connector.
+        autocast: makes the context of one forward pass; a new one each time, because autocast keeps converted weights.
     """
     names = name_embeddings(family, class_names)
     weights = list(family.connector.parameters())
@@ -107,10 +79,11 @@ def align(
         optimizer, LEARNING_RATE, STEPS, pct_start=0.05, cycle_momentum=False
     )
     batches = _batches(len(train), torch.Generator().manual_seed(seed))
-    with Bar(STEPS * BATCH_SIZE, title) as bar:
+    with Bar(STEPS * BATCH_SIZE, "aligning the connector") as bar:
         for _ in range(STEPS):
             chosen = next(batches)
             with autocast():
+                # (B, D) mean tokens and (C, D) names -> (B, C)
                 logits = similarities(pooled(family, train, chosen, cache), names)
             labels = torch.tensor([train.labels[i] for i in chosen], device=logits.device)
             (SCALE * cross_entropy(logits, labels)).backward()
@@ -132,19 +105,21 @@ def name_embeddings(family: Family, class_names: Sequence[str]) -> Tensor:
 
 
 def pooled(family: Family, split: Split, positions: Sequence[int], cache: FeatureCache) -> Tensor:
-    """(B, D) the mean of each image's tokens behind the connector."""
+    """(B, D) the mean of each image's tokens after the connector."""
     encoded = encode([split[i] for i in positions], family, cache)
     device = next(family.model.parameters()).device
     features = family.image_features({name: tensor.to(device) for name, tensor in encoded.inputs.items()})
     counts = [ids.count(family.image_token_id) for ids in encoded.token_ids]
+    # (tokens of all images, D) -> (B, D): an image may have any number of tokens
     return torch.stack([one.float().mean(0) for one in features.split(counts)])
 
 
 def similarities(images: Tensor, names: Tensor) -> Tensor:
-    """(B, C) logits: squared distances, negative, in units of those of the names from their middle."""
+    """(B, C) logits: negative squared distances, in units of the mean squared distance of the names from their mean."""
     unit = (names - names.mean(0)).square().sum(-1).mean()
     with torch.autocast(images.device.type, enabled=False):
-        products = images @ names.T  # the differences themselves would be (B, C, D)
+        # |a - b|^2 = |a|^2 - 2 ab + |b|^2: the differences themselves would be (B, C, D)
+        products = images @ names.T  # (B, D) @ (D, C) -> (B, C)
     return -SHARPNESS * (images.square().sum(-1, keepdim=True) - 2 * products + names.square().sum(-1)) / unit
 
 

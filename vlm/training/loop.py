@@ -1,7 +1,7 @@
 """fit: set-up, epochs, steps, evaluation, saving. Our own loop on accelerate.
 
-Order, dropout and learning rate are functions of (seed, epoch, step), so that a resumed run goes on exactly where the
-other stopped: no generator state has to be saved. The loss of a step is the mean over all its response tokens, that of
+Order, dropout and learning rate are functions of (seed, epoch, step), so that a resumed run continues exactly where the
+other stopped, without saved generator states. The loss of a step is the mean over all its response tokens, and that of
 the classes the mean over all its images, however the step is cut into batches and processes.
 """
 
@@ -13,34 +13,29 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vlm.classifier.calibration import Scores
+from vlm.classifier.batching import Batch
 from vlm.common.errors import RunError, Stopped, UsageError
+from vlm.common.files import write_json
 from vlm.common.progress import Bar, RunLog, note
+from vlm.config.names import BEST_MODEL, FINAL_MODEL, METADATA
 from vlm.config.settings import Settings
 from vlm.conversation.responses import response_lengths
 from vlm.data.order import Step, epoch_plan
 from vlm.data.splits import Split
-from vlm.evaluation.evaluate import metrics_of_scores, score_split
+from vlm.evaluation.evaluate import metrics_of_sums, score_split
 from vlm.evaluation.metrics import load_metric
-from vlm.families.features import FeatureCache
-from vlm.inference.model_folder import (
-    METADATA,
-    Progress,
-    load_state,
-    read_state,
-    save_model_folder,
-    save_state,
-    write_json,
-)
-from vlm.training.first_stage import first_stage, forget_features
+from vlm.inference.model_folder import save_model_folder
+from vlm.training.alignment import align_connector
 from vlm.training.output import output_folder
 from vlm.training.results import finish
+from vlm.training.resume_state import Progress, load_state, read_state, save_state
 from vlm.training.setup import Run, set_up
 from vlm.training.stopping import TESTING, TRAINING
+from vlm.training.tuning import merged_state_dict
 
 STEPS_PER_LINE = 10  # optimizer steps between two lines of the log
 
@@ -54,14 +49,15 @@ def fit(
 
     Args:
         should_stop: asked after every step; True saves a state and raises `Stopped`.
-        enter: told when the training begins, and when it is over (see vlm/training/stopping.py).
+        enter: told when the training begins, and when it is over (vlm/training/stopping.py).
 
     Returns:
-        What stands in `results.json` (empty on processes other than the main one).
+        The content of `results.json`; empty on processes other than the main one.
 
     Raises:
-        UsageError: settings or data with which the run cannot start. RunError: it had to stop. Stopped: it was asked
-            to.
+        UsageError: settings or data with which the run cannot start.
+        RunError: it had to stop.
+        Stopped: it was asked to stop.
     """
     with output_folder(settings):
         metrics = [load_metric(name) for name in settings.metrics or ()]  # a mistake here should not wait for the end
@@ -95,12 +91,9 @@ class Trainer:
         self.log: RunLog | None = None
         self.losses: list[Tensor] = []
         self.last_save = time.monotonic()
-        self.training_cache: FeatureCache | None = (
-            None  # what the training reads in the place of the classifier's cache
-        )
 
     def resume(self) -> None:
-        """Go on from the newest saved state; without one the run starts from the beginning."""
+        """Continue from the newest saved state; without one the run starts from the beginning."""
         state = read_state(self.run.output)
         if state is None:
             note("no state was saved yet: starting from the beginning.")
@@ -109,78 +102,66 @@ class Trainer:
             before = state["fingerprint"].get(name, value)
             if before != value:
                 raise UsageError(
-                    f"--resume: the interrupted run had {before} {name}, this one has {value}, so it would not go on "
+                    f"--resume: the interrupted run had {before} {name}, this one has {value}, so it would not continue "
                     "where the other stopped. Make them equal, or start again with --overwrite."
                 )
         self.progress = Progress(**state["progress"])
         load_state(self.run.output, self.run.learned, self.run.optimizer)
         if state["scaler"] and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        note(f"going on after step {self.progress.step} of {self.total_steps}.")
+        note(f"continuing after step {self.progress.step} of {self.total_steps}.")
 
     def _fingerprint(self) -> dict[str, Any]:
-        """What the order of the samples, and how they are seen, depend on beside the settings."""
-        return {
-            "processes": self.accelerator.num_processes,
-            "training images": len(self.run.data.train),
-            "connectors of folds (which need vision features to be kept, see --cache-size)": len(
-                self.run.fold_connectors
-            ),
-        }
+        """What the order of the samples depends on, next to the settings."""
+        return {"processes": self.accelerator.num_processes, "training images": len(self.run.data.train)}
 
     def train(self) -> None:
         """All epochs that are left, then the final model."""
-        settings = self.settings
-        if self.accelerator.is_main_process:
-            self.log = RunLog(
-                self.run.output, settings.use_wandb, settings.wandb_project, settings.to_json(), settings.resume
-            )
-            self.log.truncate_after(self.progress.step)
+        settings, images = self.settings, len(self.run.data.train)
+        self._open_log()
         self.run.model.train()
-        images = len(self.run.data.train)
-        done = min(
-            self.progress.epoch * images + self.progress.step_in_epoch * self._images_per_step(),
-            settings.epochs * images,
-        )
+        done = self.progress.epoch * images + self.progress.step_in_epoch * self._images_per_step()
+        total = settings.epochs * images
         try:
-            with Bar(settings.epochs * images, "training", initial=done) as bar:
-                if settings.zero_shot and self.progress.zero_shot is None:
-                    with bar.paused():
-                        self._test_untouched()
+            with Bar(total, "training", initial=min(done, total)) as bar:
                 with bar.paused():
-                    self.training_cache = first_stage(self.run, self.progress)
-                self.enter(TRAINING if settings.epochs else TESTING)
-                if self.accelerator.is_main_process:
-                    write_json(
-                        self.run.output / METADATA, self.run.metadata
-                    )  # from here on there is a run to go on with
+                    self._before_training()
                 if not settings.epochs:
                     self._evaluate()
                 for epoch in range(self.progress.epoch, settings.epochs):
                     self._epoch(epoch, bar)
-                forget_features(self.run)
                 self.enter(TESTING)
-            if self.accelerator.is_main_process:
-                save_model_folder(
-                    self.run.output / "final_model", self.run.classifier, self.run.metadata, self.run.dtype
-                )
+            self._save_model(FINAL_MODEL, self.run.metadata)
         finally:
             if self.log:
                 self.log.close()
+
+    def _open_log(self) -> None:
+        if self.accelerator.is_main_process:
+            settings = self.settings
+            self.log = RunLog(
+                self.run.output, settings.use_wandb, settings.wandb_project, settings.to_json(), settings.resume
+            )
+            self.log.truncate_after(self.progress.step)
+
+    def _before_training(self) -> None:
+        """The test of the untrained model and the alignment, if they were asked for and are not done yet."""
+        if self.settings.zero_shot and self.progress.zero_shot is None:
+            self._test_untrained()
+        if self.settings.align_connector and not self.progress.step:  # a saved state holds what was learned
+            self.progress.alignment = align_connector(self.run)
+        self.enter(TRAINING if self.settings.epochs else TESTING)
+        if self.accelerator.is_main_process:
+            write_json(self.run.output / METADATA, self.run.metadata)  # from here on there is a run to resume
 
     def _images_per_step(self) -> int:
         return self.settings.batch_size * self.settings.gradient_accumulation_steps * self.accelerator.num_processes
 
     def _plan(self, epoch: int) -> list[Step]:
         s, a = self.settings, self.accelerator
+        images = len(self.run.data.train)
         return epoch_plan(
-            len(self.run.data.train),
-            s.batch_size,
-            s.gradient_accumulation_steps,
-            s.seed,
-            epoch,
-            a.num_processes,
-            a.process_index,
+            images, s.batch_size, s.gradient_accumulation_steps, s.seed, epoch, a.num_processes, a.process_index
         )
 
     def _epoch(self, epoch: int, bar: Bar) -> None:
@@ -188,20 +169,14 @@ class Trainer:
         batches = self._batches(plan)
         for step in plan:
             started = time.monotonic()
-            loss = self._step(step, batches)
-            self.progress.step += 1
-            self.progress.step_in_epoch += 1
-            end_of_epoch = self.progress.step_in_epoch == self.steps_per_epoch
-            if end_of_epoch:
-                self.progress.epoch, self.progress.step_in_epoch = epoch + 1, 0
-            self.losses.append(loss)
-            evaluate = end_of_epoch or (self.settings.eval_steps and self.progress.step % self.settings.eval_steps == 0)
+            self.losses.append(self._step(step, batches))
+            evaluate = self._count_step(epoch)
             stop = self._all_should_stop(evaluate)
             save = evaluate or stop or time.monotonic() - self.last_save > 60 * self.settings.save_minutes
             figures = self._write_losses() if save or self.progress.step % STEPS_PER_LINE == 0 else {}
             self.progress.seconds += time.monotonic() - started
             bar.update(len(step.indices), **figures)
-            with bar.paused():  # its rate is that of the training alone, as in the final table
+            with bar.paused():  # its rate is only that of the training, as in the final table
                 if evaluate:
                     self._evaluate()
                 if save:
@@ -209,38 +184,47 @@ class Trainer:
             if stop:
                 self.accelerator.wait_for_everyone()
                 done = f"stopped after step {self.progress.step} of {self.total_steps}"
-                raise Stopped(f"{done}; go on with --resume --output-dir {self.run.output}")
+                raise Stopped(f"{done}; continue with --resume --output-dir {self.run.output}")
 
-    def _batches(self, plan: list[Step]) -> Iterator[dict[str, Any]]:
+    def _count_step(self, epoch: int) -> bool:
+        """Count a step that was done; returns whether an evaluation follows it."""
+        p, every = self.progress, self.settings.eval_steps
+        p.step += 1
+        p.step_in_epoch += 1
+        end_of_epoch = p.step_in_epoch == self.steps_per_epoch
+        if end_of_epoch:
+            p.epoch, p.step_in_epoch = epoch + 1, 0
+        return end_of_epoch or bool(every and p.step % every == 0)
+
+    def _batches(self, plan: list[Step]) -> Iterator[Batch]:
         """This process's batches of the steps in `plan`, one after the other."""
+        classifier = self.run.classifier
         loader = DataLoader(
             self.run.data.train,
             batch_sampler=[batch for step in plan for batch in step.batches],
-            collate_fn=self.run.classifier.collate(self.run.classifier.objective.has_response, self.training_cache),
+            collate_fn=classifier.collate(classifier.objective.has_response, self.run.cache),
             num_workers=self.run.workers,
             pin_memory=self.accelerator.device.type == "cuda",
             generator=torch.Generator(),  # the default would draw from the global one, and shift dropout after a resume
         )
         return iter(loader)
 
-    def _step(self, step: Step, batches: Iterator[dict[str, Any]]) -> Tensor:
+    def _step(self, step: Step, batches: Iterator[Batch]) -> Tensor:
         """One optimizer step; returns this process's share of the mean loss."""
         run, settings = self.run, self.settings
         counts = 1.0 if step.counts else 0.0
-        of_tokens = counts / sum(self.response_lengths[index] for index in step.indices)
-        of_images = counts / len(step.indices)
+        per_token = counts / sum(self.response_lengths[index] for index in step.indices)
+        per_image = counts / len(step.indices)
         for group in run.optimizer.param_groups:
-            group["lr"] = learning_rate_at(
-                self.progress.step, self.total_steps, settings.warmup_ratio, group["peak_lr"]
-            )
+            group["lr"] = self._learning_rate(self.progress.step, group["peak_lr"])
         torch.manual_seed(step_seed(settings.seed, self.progress.step, self.accelerator.process_index))
         total = torch.zeros((), device=self.accelerator.device)
         for number, _ in enumerate(step.batches, start=1):
-            batch = send_to_device(next(batches), self.accelerator.device, non_blocking=True)
+            batch = next(batches).to(self.accelerator.device, non_blocking=True)
             synchronize = number == len(step.batches)  # processes exchange gradients once a step
             with nullcontext() if synchronize else self.accelerator.no_sync(run.model):
                 found = run.model(batch, first=number == 1, last=synchronize)
-                loss = found.loss * of_tokens + (0.0 if found.posterior is None else found.posterior * of_images)
+                loss = found.loss * per_token + (0.0 if found.posterior is None else found.posterior * per_image)
                 # Several processes average their gradients; the sum is wanted.
                 self.accelerator.backward(loss * self.accelerator.num_processes)
             total += loss.detach()
@@ -250,29 +234,32 @@ class Trainer:
         run.optimizer.zero_grad(set_to_none=True)
         return total
 
-    def _write_losses(self) -> dict[str, float]:
-        """Log the mean loss since the last line, and stop where it is no number any more.
+    def _learning_rate(self, step: int, peak: float) -> float:
+        return learning_rate_at(step, self.total_steps, self.settings.warmup_ratio, peak)
 
-        The loss is looked at here only: reading it at every step would make a GPU wait.
+    def _write_losses(self) -> dict[str, float]:
+        """Log the mean loss since the last line.
+
+        The loss is read only here: reading it at every step would make a GPU wait.
+
+        Raises:
+            RunError: the loss is not finite.
         """
         loss = float(self.accelerator.reduce(torch.stack(self.losses).mean(), "sum"))
         self.losses.clear()
-        rate = learning_rate_at(
-            self.progress.step - 1, self.total_steps, self.settings.warmup_ratio, self.settings.learning_rate
-        )
+        rate = self._learning_rate(self.progress.step - 1, self.settings.learning_rate)
         self._log("train", loss=loss, learning_rate=rate)
         if not math.isfinite(loss):
-            best = (
-                f"The best model so far (step {self.progress.best_step}) is in best_model."
-                if self.progress.best_step
-                else ""
-            )
-            advice = [f"a lower --learning-rate (now {self.settings.learning_rate:g})", "a smaller --max-grad-norm"]
-            advice += ["--dtype float32"] if self.run.dtype != torch.float32 else []
-            raise RunError(
-                f"the loss is {loss} after step {self.progress.step}: try {' or '.join(advice)}. {best}".rstrip()
-            )
+            raise RunError(f"the loss is {loss} after step {self.progress.step}: {self._advice()}")
         return {"loss": loss, "lr": rate}
+
+    def _advice(self) -> str:
+        """What helps if the loss is not finite, and what is left of the run."""
+        cures = [f"a lower --learning-rate (now {self.settings.learning_rate:g})", "a smaller --max-grad-norm"]
+        cures += ["--dtype float32"] if self.run.dtype != torch.float32 else []
+        step = self.progress.best_step
+        best = f" The best model so far (step {step}) is in {BEST_MODEL}." if step else ""
+        return f"try {' or '.join(cures)}.{best}"
 
     def _log(self, kind: str, **figures: float) -> None:
         epoch = self.progress.step / self.steps_per_epoch
@@ -282,8 +269,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         """Metrics on the validation split; the best model so far is saved."""
-        scores = self._scores(self.run.data.validation)
-        metrics = metrics_of_scores(self.run.classifier, self.run.data.validation.labels, scores)
+        metrics = self._metrics(self.run.data.validation, "validating")
         p = self.progress
         loss = self.run.classifier.objective.of_metrics(metrics)
         self._log("validation", loss=loss, **{name: metrics[name] for name in ("accuracy", "macro_f1", "nll")})
@@ -294,36 +280,32 @@ class Trainer:
         )
         if better:
             p.best_accuracy, p.best_loss, p.best_step = metrics["accuracy"], loss, p.step
-            if self.accelerator.is_main_process:
-                metadata = self.run.metadata | {
-                    "validation": {"step": p.step, "accuracy": metrics["accuracy"], "loss": loss}
-                }
-                save_model_folder(self.run.output / "best_model", self.run.classifier, metadata, self.run.dtype)
+            validation = {"step": p.step, "accuracy": metrics["accuracy"], "loss": loss}
+            self._save_model(BEST_MODEL, self.run.metadata | {"validation": validation})
 
-    def _test_untouched(self) -> None:
+    def _test_untrained(self) -> None:
         """Metrics of the model as it is before the first step, on the test split, for comparison."""
-        scores = self._scores(self.run.data.test, "testing the untouched model")
-        metrics = metrics_of_scores(self.run.classifier, self.run.data.test.labels, scores)
+        metrics = self._metrics(self.run.data.test, "testing the untrained model")
         self.progress.zero_shot = {name: metrics[name] for name in ("accuracy", "nll", "macro_f1")}
         note(f"before the training: test accuracy {metrics['accuracy']:.4f}")
 
-    def _scores(self, split: Split, description: str = "validating") -> Scores:
-        """Of the whole split, every process scoring its share."""
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+    def _metrics(self, split: Split, description: str) -> dict[str, Any]:
+        """Metrics of a whole split, of which every process scores its share."""
+        run, world, rank = self.run, self.accelerator.num_processes, self.accelerator.process_index
+        mine = range(rank, len(split), world)
+        size = self.settings.eval_batch_size
         with self.accelerator.autocast():
-            part = score_split(
-                self.run.classifier,
-                split,
-                self.settings.eval_batch_size,
-                range(rank, len(split), world),
-                self.run.workers,
-                description,
-            )
-        scores = Scores(*(values.new_empty(len(split), *values.shape[1:]) for values in part))
+            part = score_split(run.classifier, split, size, mine, run.workers, description, cache=run.cache)
+        sums = part.new_empty(len(split), part.shape[1])  # (N, C), put together from the (N / world, C) of each process
         for other, theirs in enumerate(gather_object([part])):
-            for values, share in zip(scores, theirs, strict=True):
-                values[other::world] = share
-        return scores
+            sums[other::world] = theirs
+        return metrics_of_sums(run.classifier, split.labels, sums)
+
+    def _save_model(self, name: str, metadata: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            family, dtype = self.run.classifier.family, self.run.dtype
+            weights = merged_state_dict(self.run.classifier.model, dtype)
+            save_model_folder(self.run.output / name, family, weights, metadata, dtype)
 
     def _save(self) -> None:
         if self.accelerator.is_main_process:
@@ -340,7 +322,7 @@ class Trainer:
         self.last_save = time.monotonic()
 
     def _all_should_stop(self, evaluated: bool) -> bool:
-        """One process's wish is everybody's; several ask each other only where they wait for each other anyway."""
+        """Whether any process was asked to stop; several ask each other only when they wait for each other anyway."""
         if self.accelerator.num_processes == 1:
             return self.should_stop()
         if not evaluated and self.progress.step % STEPS_PER_LINE:
@@ -355,7 +337,7 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 
 
 def learning_rate_at(step: int, total: int, warmup_ratio: float, peak: float) -> float:
-    """Linear warm-up, then a half cosine to zero. A function of the step alone."""
+    """Linear warm-up, then a half cosine to zero. A function of only the step."""
     warmup = math.ceil(total * warmup_ratio)
     if step < warmup:
         return peak * (step + 1) / warmup

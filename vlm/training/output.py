@@ -9,21 +9,8 @@ from pathlib import Path
 
 from vlm.common.errors import UsageError
 from vlm.common.progress import is_main_process
+from vlm.config.names import METADATA, RESULTS, WRITTEN
 from vlm.config.settings import Settings
-
-METADATA = "training_metadata.json"
-RESULTS = "results.json"
-STATE = "resume_state"
-FOLD_FEATURES = (
-    "fold_features"  # while a run trains on images behind the connectors of folds (vlm/training/cross_fit.py)
-)
-DEMO_IMAGES = "demo_images"
-DEMO_MODEL = "demo_model"
-# Everything a run writes, which is what --overwrite deletes.
-WRITTEN = (
-    "best_model", "final_model", DEMO_MODEL, DEMO_IMAGES, STATE, FOLD_FEATURES, "wandb", METADATA, RESULTS, "log.jsonl",
-    "training_curves.png", "confusion_matrix.png", "reliability.png", "report.html",
-)  # fmt: skip
 
 
 def check_output(settings: Settings) -> None:

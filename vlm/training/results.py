@@ -1,101 +1,159 @@
-"""After the last step: the best model is loaded from its folder, as a user would, and tested once; results and images
-are written."""
+"""After the last step: the best model is loaded from its folder, as a user would, and tested once; results are written."""
 
 import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from torch import Tensor
 
 from vlm.classifier.classifier import VLMClassifier
 from vlm.classifier.search import TOLERANCE
+from vlm.common.files import write_json
 from vlm.common.progress import note
+from vlm.common.tables import format_table
+from vlm.config.names import BEST_MODEL, DEMO_IMAGES, METADATA, PAGE, RESULTS, STATE
 from vlm.data.splits import Split
-from vlm.evaluation.calibrate import add_test_figures, calibrate, probe_beside
-from vlm.evaluation.evaluate import check_texts, explanations, metrics_of_scores, score_split
+from vlm.evaluation.calibrate import add_test_figures, calibrate
+from vlm.evaluation.evaluate import check_texts, explanations, metrics_of_sums, score_split
 from vlm.evaluation.image_check import check_images
-from vlm.inference.model_folder import Progress, write_json
+from vlm.evaluation.probe import compare, probe
+from vlm.evaluation.reliability import confidence_and_correctness
+from vlm.families import load_family
+from vlm.families.features import FeatureCache
 from vlm.inference.predictor import load_model_and_metadata
-from vlm.report.figures import confusion_matrix, format_table, per_class_table, reliability_diagram, training_curves
-from vlm.report.page import PAGE, Prediction, shown_images, write_page
+from vlm.report.figures import confusion_matrix, per_class_table, reliability_diagram, training_curves
+from vlm.report.page import Prediction, shown_images, write_page
 from vlm.report.summary import summary_rows
-from vlm.training.output import DEMO_IMAGES, METADATA, RESULTS, STATE
+from vlm.training.resume_state import Progress
 from vlm.training.setup import Run
 
 
+@dataclass
+class Tested:
+    """The best model and its scores of the test split.
+
+    Attributes:
+        classifier: the best model, calibrated. cache: the features that it can be run from, if they are kept.
+        sums: (N, C) log-probabilities of the scored texts. metrics: what `results.json` calls test. seconds: they took.
+    """
+
+    classifier: VLMClassifier
+    cache: FeatureCache | None
+    sums: Tensor
+    metrics: dict[str, Any]
+    seconds: float
+
+
 def finish(run: Run, progress: Progress, metrics: Sequence[Callable[..., Any]]) -> dict[str, Any]:
-    """Calibrate and test the best model, write `results.json`, the page and the images, and print the results to
-    stdout.
+    """Calibrate and test the best model, write `results.json`, the page and the figures, and print the results.
+
+    Args:
+        metrics: own metrics; see `evaluate_vlm_model`.
 
     Returns:
-        What stands in `results.json`.
+        The content of `results.json`.
     """
-    settings, output, data = run.settings, run.output, run.data
-    cache = run.classifier.feature_cache
-    # Make room for the model that is loaded.
-    run.model = run.optimizer = run.classifier = run.learned = run.fold_connectors = None
-    run.accelerator.free_memory()
-    classifier, _, metadata = load_model_and_metadata(
-        output / "best_model", device=run.accelerator.device.type, dtype=_name(run)
-    )
-    if cache and cache.fits(classifier.family):  # unless the frozen weights are saved in another number format
-        classifier.feature_cache = cache
-    fitted = calibrate(classifier, data.validation, settings, run.workers)
-    calibration = {"calibration": classifier.calibration.to_json(classifier.prompts)}
-    write_json(output / "best_model" / METADATA, metadata | calibration)
-    started = time.monotonic()
-    tolerance = (
-        TOLERANCE if classifier.calibration.is_temperature else 0.0
-    )  # other searches say nothing of what was before calibration
-    scores = score_split(
-        classifier, data.test, settings.eval_batch_size, workers=run.workers, description="testing", tolerance=tolerance
-    )
-    test = metrics_of_scores(classifier, data.test.labels, scores, metrics)
-    seconds = time.monotonic() - started
-    test |= add_test_figures(fitted, classifier.calibration, scores, data.test.labels, settings.seed)
+    output = run.output
+    frozen = run.cache  # features of the vision encoder as the training found it
+    tested, calibration = _test_best(run, metrics)
     results = {
-        "test": test,
+        "test": tested.metrics,
         **({"zero_shot": progress.zero_shot} if progress.zero_shot else {}),
         **({"alignment": progress.alignment} if progress.alignment else {}),
-        "texts": check_texts(classifier, data.test, settings.eval_batch_size),
-        "picture_check": check_images(classifier, data.test, scores, settings.eval_batch_size, settings.seed),
-        "probe": probe_beside(run, classifier, cache, scores),
-        **_of_the_run(run, progress, seconds),
+        **_checks(run, tested, frozen),
+        **_of_the_run(run, progress, tested.seconds),
     }
-    if results["picture_check"]["warning"]:
-        note(results["picture_check"]["warning"])
-    _draw(run, progress, test)
-    probabilities = classifier.calibration.log_probabilities(*scores).exp().numpy()
-    write_page(
-        output / PAGE,
-        results,
-        data,
-        explained_predictions(classifier, data.test, probabilities, settings.eval_batch_size),
-    )
-    write_json(
-        output / METADATA,
-        run.metadata | calibration | {"test": {"accuracy": test["accuracy"], "macro_f1": test["macro_f1"]}},
-    )
-    if settings.demo:
-        save_demo_images(data.test, output / DEMO_IMAGES)
+    _draw(run, progress, tested.metrics)
+    write_page(output / PAGE, results, run.data, _explained_predictions(run, tested))
+    of_test = {name: tested.metrics[name] for name in ("accuracy", "macro_f1")}
+    write_json(output / METADATA, run.metadata | calibration | {"test": of_test})
+    if run.settings.demo:
+        save_demo_images(run.data.test, output / DEMO_IMAGES)
     write_json(output / RESULTS, results)  # last: it says that the run is finished
     shutil.rmtree(output / STATE, ignore_errors=True)
     _print(run, results)
     return results
 
 
-def explained_predictions(
-    classifier: VLMClassifier, split: Split, probabilities: np.ndarray, batch_size: int
-) -> list[Prediction]:
-    """The predictions of a split from (N, C) probabilities, with a text for those that the page shows one by one."""
+def _test_best(run: Run, metrics: Sequence[Callable[..., Any]]) -> tuple[Tested, dict[str, Any]]:
+    """Load the best model, calibrate it on validation, and test it; its calibration is stored in its folder."""
+    settings, data, folder = run.settings, run.data, run.output / BEST_MODEL
+    cache = run.cache
+    run.model = run.optimizer = run.classifier = run.learned = None  # make room for the model that is loaded
+    run.accelerator.free_memory()
+    classifier, _, metadata = load_model_and_metadata(folder, device=run.accelerator.device.type, dtype=_name(run))
+    if cache and not cache.fits(classifier.family):  # the frozen weights are saved in another number format
+        cache = None
+    fitted = calibrate(classifier, data.validation, settings, run.workers, cache)
+    calibration = {"calibration": classifier.calibration.to_json(classifier.prompts)}
+    write_json(folder / METADATA, metadata | calibration)
+    started = time.monotonic()
+    sums = score_split(
+        classifier,
+        data.test,
+        settings.eval_batch_size,
+        workers=run.workers,
+        description="testing",
+        # With biases or a prior, a search that stops early says nothing about the sums before calibration.
+        tolerance=TOLERANCE if classifier.calibration.is_temperature else 0.0,
+        cache=cache,
+    )
+    test = metrics_of_sums(classifier, data.test.labels, sums, metrics)
+    seconds = time.monotonic() - started
+    test |= add_test_figures(fitted, classifier.calibration, sums, data.test.labels, settings.seed)
+    return Tested(classifier, cache, sums, test, seconds), calibration
+
+
+def _checks(run: Run, tested: Tested, frozen: FeatureCache | None) -> dict[str, Any]:
+    """Free texts, the image check, and the probe if it was asked for.
+
+    Args:
+        frozen: features of the vision encoder as the training found it.
+    """
+    size, test, seed = run.settings.eval_batch_size, run.data.test, run.settings.seed
+    results = {
+        "texts": check_texts(tested.classifier, test, size, cache=tested.cache),
+        "picture_check": check_images(tested.classifier, test, tested.sums, size, seed),
+        "probe": _probe(run, tested, frozen) if run.settings.probe else None,
+    }
+    if results["picture_check"]["warning"]:
+        note(results["picture_check"]["warning"])
+    return results
+
+
+def _probe(run: Run, tested: Tested, frozen: FeatureCache | None) -> dict[str, Any] | None:
+    """The probe on the vision encoder as the training found it, compared with the VLM; None if it has no features."""
+    family, encoder = tested.classifier.family, "frozen"
+    if run.settings.tune == "full":  # the trained encoder has seen the labels, so the one before is probed
+        family = load_family(run.folder, run.dtype, run.accelerator.device, run.settings.image_options(run.data.edge))
+        family.render(tested.classifier.prompts)  # some processors encode images within the conversation
+        encoder = "random weights" if run.settings.demo else "before the training"
+    result = probe(family, run.data, frozen)
+    if result is None:
+        return None
+    found, correct_by_probe = result
+    log_probabilities = tested.classifier.calibration.log_probabilities(tested.sums).numpy()
+    _, correct = confidence_and_correctness(log_probabilities, run.data.test.labels)
+    warning = compare(correct_by_probe, correct)
+    if warning:
+        note(warning)
+    return {**found, "tower": encoder, "warning": warning}
+
+
+def _explained_predictions(run: Run, tested: Tested) -> list[Prediction]:
+    """The predictions of the test split, with a text for those that the page shows one by one."""
+    split, classifier = run.data.test, tested.classifier
+    probabilities = classifier.calibration.log_probabilities(tested.sums).exp().numpy()
     predictions = [Prediction(*row) for row in zip(split.names, split.labels, probabilities, strict=True)]
     shown = shown_images(predictions)
     answers = [predictions[i].predicted for i in shown]
-    for i, text in zip(shown, explanations(classifier, split, shown, answers, batch_size), strict=True):
+    texts = explanations(classifier, split, shown, answers, run.settings.eval_batch_size, tested.cache)
+    for i, text in zip(shown, texts, strict=True):
         predictions[i].text = text
     return predictions
 
@@ -147,7 +205,7 @@ def _print(run: Run, results: dict[str, Any]) -> None:
     print(per_class_table(results["test"]))
     print("\n" + format_table(summary_rows(results)))
     images = str(run.output / DEMO_IMAGES) if run.settings.demo else "IMAGE_OR_FOLDER..."
-    hint = f"{_command()} --model-dir {run.output / 'best_model'} {images}"
+    hint = f"{_command()} --model-dir {run.output / BEST_MODEL} {images}"
     note(f"\nThe results are in {run.output}. Classify images with:\n  {hint}")
 
 

@@ -9,20 +9,15 @@ from torch import Tensor, nn
 
 from vlm.config.settings import Settings
 from vlm.families.base import Family
-from vlm.training.lora import join_products
 
 ADAPTER = "default"
 
 
-def prepare_tuning(family: Family, settings: Settings, aligns: bool = False) -> None:
-    """Freeze and unfreeze the parts, add LoRA, and keep what is trained in float32 whatever the number format of the
-    rest.
+def prepare_tuning(family: Family, settings: Settings) -> None:
+    """Freeze and unfreeze the parts, add LoRA, and keep the trained weights in float32.
 
-    Args:
-        aligns: whether the connector learns something before the training, and so is no frozen one yet (see
-            vlm/training/alignment.py).
-
-    LoRA (Hu et al. 2021) is put on every linear layer of the language model, in place: the modules keep their names.
+    LoRA (Hu et al. 2021, arXiv 2106.09685) is put on every linear layer of the language model, in place: the modules
+    keep their names. A connector that is aligned first is trainable until then, even with `--freeze-connector`.
     """
     model = family.model
     model.requires_grad_(settings.tune == "full")
@@ -37,8 +32,7 @@ def prepare_tuning(family: Family, settings: Settings, aligns: bool = False) -> 
             bias="none",
         )
         inject_adapter_in_model(config, model, adapter_name=ADAPTER)
-        join_products(model, ADAPTER)
-    if settings.tune in ("lora", "connector") and (aligns or not settings.freeze_connector):
+    if settings.tune in ("lora", "connector") and (settings.align_connector or not settings.freeze_connector):
         family.connector.requires_grad_(True)
     for parameter in model.parameters():
         if parameter.requires_grad:

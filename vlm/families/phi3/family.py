@@ -20,8 +20,9 @@ import vlm.families.phi3.model  # noqa: F401 (makes the model known to transform
 from vlm.common.errors import UsageError
 from vlm.config.settings import ImageSize
 from vlm.conversation.prompts import Prompts
+from vlm.conversation.rendered import Rendered
 from vlm.families.base import Family
-from vlm.families.encoded import EncodedImages, Rendered
+from vlm.families.encoded import EncodedImages
 from vlm.families.phi3.images import TILE, Phi3VisionProcessor, count_tokens, naming_its_code
 
 IMAGE = "<|image_1|>"  # the image in the text

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm.common.progress import replacing
+from vlm.common.files import replacing
 from vlm.data.splits import Data
 from vlm.report.page import sections, top
 from vlm.report.page.content import Content, Prediction, shown_images

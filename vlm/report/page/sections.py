@@ -8,6 +8,7 @@ import numpy as np
 
 from vlm.data.images import UnreadableImage
 from vlm.data.splits import Split
+from vlm.evaluation.calibrate import is_calibrated
 from vlm.report.figures import accuracy_range, probed_encoder, reliability_states, series, smooth, wants_log_scale
 from vlm.report.page.charts import Axis, Line, axis_around, line_chart
 from vlm.report.page.content import Content, Prediction, triple
@@ -26,7 +27,7 @@ from vlm.report.page.markup import (
     thumbnail,
 )
 from vlm.report.page.matrix import matrix
-from vlm.report.summary import MEANING, abstention_line, is_calibrated
+from vlm.report.summary import MEANING, abstention_line
 
 HOW_IT_WAS_STARTED = {"resume", "overwrite"}  # not what the result depends on
 MOST_SAMPLES = 100  # classes with an image in the section on the data
@@ -42,7 +43,7 @@ def comparison(content: Content) -> Markup | None:
         ("This model", None, content.accuracy),
         (
             "Linear probe",
-            f"logistic regression on {probed_encoder(probe.get('encoder'))}",
+            f"logistic regression on {probed_encoder(probe.get('tower'))}",
             triple(probe.get("accuracy")),
         ),
         ("Zero-shot", "the same model before training", triple((results.get("zero_shot") or {}).get("accuracy"))),
@@ -170,7 +171,7 @@ def _text_line(content: Content) -> str | None:
     free = f"Of {texts['texts']:,} texts that were generated freely, {agree} agree with the prediction and {invalid} name no class"
     named = texts.get("reasoning_names_answer")
     free += f"; the reasoning of {named} names the class that they answer, too." if named is not None else "."
-    return f"{free} Of as many explanations, {texts.get('explanations_agree')} answer with the prediction."
+    return free
 
 
 def _temperature_line(content: Content) -> str | None:

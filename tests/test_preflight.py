@@ -1,5 +1,7 @@
 """The look at one sample before the first step."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import samples, save_tiny_model, tiny_classifier
@@ -7,7 +9,7 @@ from tiny import samples, save_tiny_model, tiny_classifier
 from vlm.common.errors import UsageError
 from vlm.config.resolve import resolve
 from vlm.families.features import cache_root
-from vlm.training.setup import _settings_rows, preflight
+from vlm.training.preflight import preflight, settings_rows
 
 
 @pytest.fixture
@@ -42,14 +44,14 @@ def test_a_sample_without_a_response_token_stops(classifier):
 
 def test_token_counts_that_do_not_match_the_features_stop_the_forward(classifier):
     batch = classifier.collate(with_response=True)(samples([0]))
-    batch["image_places"] = batch["image_places"][:3]
+    batch = replace(batch, image_places=batch.image_places[:3])
     with pytest.raises(RuntimeError, match="3 image tokens in the text, 4 image features"):
         classifier(batch)
 
 
 def test_the_settings_say_what_is_faster_how_many_work_and_where_features_are_kept(classifier):
     def rows(processes, **more):
-        return dict(_settings_rows(resolve({"model": "x"} | more), classifier, "cpu", torch.float32, processes))
+        return dict(settings_rows(resolve({"model": "x"} | more), classifier, "cpu", torch.float32, processes))
 
     one, two = rows(1, batch_size=1), rows(2, batch_size=8, tune="full")
     assert (

@@ -1,0 +1,151 @@
+"""Fitting a calibration to the validation split: temperature, biases, and the threshold below which there is no answer.
+
+N = images, C = classes.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.optimize import brentq, minimize
+from scipy.special import logsumexp, softmax
+from torch import Tensor
+
+from vlm.classifier.calibration import Calibration
+
+MIN_IMAGES = 20  # with fewer, a temperature would say more about these images than about the model
+COLDEST, HOTTEST = 0.01, 100.0  # bounds of the temperature
+LOWEST_SCORE = -1e4  # relative to the best class; an impossible class counts as this
+
+
+def fit_calibration(scores: Tensor, labels: Sequence[int], method: str) -> tuple[Calibration, list[str]]:
+    """Fit a calibration to validation data by the mean negative log-likelihood (Guo et al. 2017, arXiv 1706.04599,
+    section 4.2).
+
+    Args:
+        scores: (N, C); rows with NaN are left out. labels: (N,) class indices. method: temperature, bias or none.
+
+    Returns:
+        the calibration, and what people should know about it. With less than 20 images there is none (temperature 1).
+    """
+    if method == "none":
+        return Calibration(), []
+    remarks = []
+    values, truth = scores.detach().cpu().double().numpy(), np.asarray(labels)
+    broken = np.isnan(values).any(axis=1)
+    if broken.any():
+        remarks.append(
+            f"{broken.sum()} of {len(broken)} validation images have NaN as a score and are left out of the calibration."
+        )
+        values, truth = values[~broken], truth[~broken]
+    if len(truth) < MIN_IMAGES:
+        remarks.append(
+            f"{len(truth)} validation images are fewer than {MIN_IMAGES}: not calibrated, the temperature is 1."
+        )
+        return Calibration(), remarks
+    values = np.maximum(values - values.max(axis=1, keepdims=True), LOWEST_SCORE)
+    temperature, remark = fit_temperature(values, truth)
+    remarks += [remark] if remark else []
+    if method == "temperature":
+        return Calibration(temperature), remarks
+    if remark:  # biases beside it would go as far as they can, too
+        return Calibration(temperature), [*remarks, "No biases are fitted beside a temperature that is bounded."]
+    temperature, bias = fit_bias(values, truth, temperature)
+    return Calibration(temperature, tuple(bias.tolist())), remarks
+
+
+def fit_temperature(scores: np.ndarray, labels: np.ndarray) -> tuple[float, str | None]:
+    """The temperature with the smallest mean NLL, between 0.01 and 100, and a remark where that is no inner minimum.
+
+    The NLL is convex in 1 / temperature, so the root of its slope is the minimum. Where no image is wrong the slope has
+    no root: the colder the better, without end. Then probabilities are sharpened at most until their mean confidence is
+    (N + 1) / (N + 2), what Laplace's rule of succession expects of the next image after N right ones, and never
+    flattened.
+
+    Args:
+        scores: (N, C) finite. labels: (N,).
+    """
+    rows = np.arange(len(labels))
+    true_scores = scores[rows, labels]
+    others = scores.copy()
+    others[rows, labels] = -np.inf
+
+    def slope(inverse: float) -> float:
+        return float(((softmax(inverse * scores, axis=1) * scores).sum(axis=1) - true_scores).mean())
+
+    def confidence(inverse: float) -> float:
+        return float(softmax(inverse * scores, axis=1).max(axis=1).mean())
+
+    if (true_scores > others.max(axis=1)).all():
+        most = (len(labels) + 1) / (len(labels) + 2)
+        inverse = 1.0
+        if confidence(1.0) < most:
+            coldest = 1 / COLDEST
+            inverse = coldest if confidence(coldest) <= most else brentq(lambda x: confidence(x) - most, 1.0, coldest)
+        return 1 / inverse, (
+            f"no validation image is wrong, so that a fit would know no end: the temperature is bounded to {1 / inverse:.3g}, "
+            f"where the mean confidence is {confidence(inverse):.4f}."
+        )
+    hottest, coldest = slope(1 / HOTTEST), slope(1 / COLDEST)
+    if hottest >= 0:
+        return HOTTEST, f"the scores say nothing about the class: the temperature is at its bound, {HOTTEST:g}."
+    if coldest <= 0:
+        return COLDEST, f"the temperature is at its bound, {COLDEST:g}."
+    return 1 / brentq(slope, 1 / HOTTEST, 1 / COLDEST, xtol=1e-12, rtol=1e-10), None
+
+
+def fit_bias(scores: np.ndarray, labels: np.ndarray, temperature: float) -> tuple[float, np.ndarray]:
+    """Temperature and (C,) biases with the smallest NLL, under normal priors of width 1: on each bias, and on the
+    change of 1 / temperature relative to the given one. So a class with few images keeps a bias near 0, and nothing
+    grows without end.
+
+    Unlike a temperature, biases may change which class is the most probable.
+    """
+    count, classes = scores.shape
+    scaled = scores / temperature
+    truth = np.zeros_like(scaled)
+    truth[np.arange(count), labels] = 1
+
+    def objective(parameters: np.ndarray) -> tuple[float, np.ndarray]:
+        logits = (1 + parameters[0]) * scaled + parameters[1:]
+        error = softmax(logits, axis=1) - truth
+        value = (logsumexp(logits, axis=1) - (logits * truth).sum(axis=1)).mean() + (parameters**2).sum() / (2 * count)
+        gradient = np.concatenate([[(error * scaled).sum()], error.sum(axis=0)]) / count
+        return value, gradient + parameters / count
+
+    bounds = [(-0.99, None)] + [(None, None)] * classes
+    found = minimize(
+        objective,
+        np.zeros(1 + classes),
+        jac=True,
+        method="L-BFGS-B",
+        bounds=bounds,
+        options={"maxiter": 500, "gtol": 1e-8},
+    )
+    return float(temperature / (1 + found.x[0])), found.x[1:]
+
+
+def coverage_and_accuracy(confidence: np.ndarray, correct: np.ndarray, threshold: float) -> dict[str, float | None]:
+    """Share of the images that get an answer, and the share of right ones among these (None where there are none)."""
+    kept = confidence >= threshold
+    return {"coverage": float(kept.mean()), "accuracy": float(correct[kept].mean()) if kept.any() else None}
+
+
+def pick_threshold(confidence: np.ndarray, correct: np.ndarray, target: float) -> float | None:
+    """The threshold that keeps the most images with a precision of at least `target` among the kept, or None where none
+    does.
+
+    Of the equal ones it is the middle between the last confidence kept and the next one, so that rounding does not move
+    an image across; 0 where everything is kept.
+
+    Args:
+        confidence: (N,) probability of the prediction. correct: (N,) bool. target: 0 to 1.
+    """
+    order = np.argsort(-confidence, kind="stable")
+    sure, right = confidence[order], np.cumsum(correct[order])
+    precision = right / np.arange(1, len(order) + 1)
+    last_of_equals = np.append(sure[:-1] != sure[1:], True)
+    good = np.flatnonzero((precision >= target) & last_of_equals)
+    if not len(good):
+        return None
+    last = good[-1]
+    return float((sure[last] + sure[last + 1]) / 2) if last + 1 < len(sure) else 0.0

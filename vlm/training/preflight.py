@@ -1,0 +1,136 @@
+"""What is printed before the first step: the settings, contradictions in the texts, and one sample as the model sees it."""
+
+from collections.abc import Sequence
+
+import torch
+
+from vlm.classifier.batching import IGNORED, vlm_collate_fn
+from vlm.classifier.classifier import VLMClassifier
+from vlm.common.errors import UsageError
+from vlm.common.progress import note
+from vlm.config.formats import stated_format
+from vlm.config.settings import IMAGES_PER_STEP, Settings
+from vlm.data.splits import Sample
+from vlm.families.features import cache_root
+
+SHOWN_SETTINGS = (
+    "tune",
+    "objective",
+    "epochs",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "connector_learning_rate",
+    "weight_decay",
+    "warmup_ratio",
+    "eval_steps",
+    "seed",
+    "output_dir",
+)
+
+
+def settings_rows(
+    settings: Settings, classifier: VLMClassifier, device: str, dtype: torch.dtype, processes: int
+) -> list[tuple[str, str]]:
+    trained = sum(p.numel() for p in classifier.parameters() if p.requires_grad)
+    every = classifier.model.num_parameters()  # quantized ones too, of which there are several in a number
+    quantized = f", the language model's weights in {settings.bits} bits" if settings.bits else ""
+    rows = [
+        ("model", "the demo's, 3 + 3 layers with random weights" if settings.demo else str(settings.model)),
+        ("device", device),
+        ("number format", str(dtype).removeprefix("torch.") + quantized),
+        ("response format", _format_row(settings)),
+        ("trained parameters", f"{trained:,} of {every:,} ({trained / every:.1%})"),
+    ]
+    shown = {
+        name: "each epoch" if getattr(settings, name) is None else str(getattr(settings, name))
+        for name in SHOWN_SETTINGS
+    }
+    if settings.connector_learning_rate == settings.learning_rate:  # so it is where the connector is frozen, too
+        del shown["connector_learning_rate"]
+    if settings.batch_size == 1:
+        shown["batch_size"] += f" (with --batch-size {IMAGES_PER_STEP} a step is faster; it needs more memory)"
+    rows += [(name.replace("_", " "), value) for name, value in shown.items()]
+    if processes > 1:
+        rows.append(("processes", f"{processes}, each with batches of its own"))
+    if settings.tune != "full" and not settings.no_feature_cache and classifier.family.can_cache:
+        rows.append(
+            (
+                "vision features",
+                f"kept in {cache_root()}, all runs together at most {settings.cache_size:g} GB (--cache-size)",
+            )
+        )
+    return rows
+
+
+def _format_row(settings: Settings) -> str:
+    stated = stated_format(settings.prompt_template) == settings.response_format
+    return f"{settings.response_format}{', as --prompt-template states it' if stated else ''}"
+
+
+def point_out_contradictions(settings: Settings) -> None:
+    """Texts that are right each as it is, but not together."""
+    template, stated = settings.prompt_template, stated_format(settings.prompt_template)
+    if template and stated is None:
+        note(
+            f'--prompt-template states no order of "Reasoning:" and "Answer:": the responses are {settings.response_format} '
+            "(--response-format says another).\n"
+        )
+    texts = (settings.system_instructions or "{classes}") + (template or "")
+    if settings.class_descriptions and "{classes}" not in texts:
+        only = "no text of this run" if settings.response_format == "answer-only" else "the responses alone"
+        note(
+            f"the class descriptions are in {only}: put {{classes}} into --system-instructions, where the list of classes belongs.\n"
+        )
+    if stated not in (None, settings.response_format):
+        note(
+            f"--prompt-template asks for {stated}, --response-format says {settings.response_format}: the responses are "
+            f"{settings.response_format}, against what the question asks. Make the two equal, or leave out --response-format.\n"
+        )
+
+
+def preflight(classifier: VLMClassifier, sample: Sample) -> None:
+    """Print one sample as the model sees it, the tokens in the loss marked.
+
+    Raises:
+        UsageError: the sample has no image token or no response token.
+    """
+    family, rendered, objective = classifier.family, classifier.rendered, classifier.objective
+    batch = vlm_collate_fn([sample], family, rendered, objective.has_response)
+    ids, targets = batch.input_ids[0], batch.targets[0]
+    images = int((ids == family.image_token_id).sum())
+    responses = int((targets != IGNORED).sum())
+    parts = [f"the {responses} in [[ ]] are in the loss"] if objective.has_response else []
+    if objective.has_posterior:
+        parts.append("the class is learned where the classes' responses part")
+    note(
+        f"One sample as the model sees it ({sample.name}, {classifier.class_names[sample.label]}): {len(rendered.prefix_ids)} tokens run "
+        f"once for all, then {len(ids)} with {images} image tokens; {', and '.join(parts)}."
+    )
+    note(render_sample(classifier, ids.tolist(), targets.tolist()) + "\n")
+    if not images:
+        raise UsageError(
+            "the sample above has no image token: the model would learn from the text alone. Check the processor of the model."
+        )
+    if objective.has_response and not responses:
+        raise UsageError(
+            "the sample above has no response token: there is nothing to learn. Check the class names and the responses."
+        )
+
+
+def render_sample(classifier: VLMClassifier, ids: Sequence[int], targets: Sequence[int]) -> str:
+    """Prefix and row as text: runs of image tokens shortened, what is in the loss between [[ and ]]."""
+    family = classifier.family
+    text, run = [family.decode(classifier.rendered.prefix_ids, exact=True)], []
+    images, in_loss = 0, False
+    for token, target in [*zip(ids, targets, strict=True), (None, IGNORED)]:
+        if token == family.image_token_id:
+            images += 1
+            continue
+        if (target != IGNORED) != in_loss or images or token is None:
+            text.append(family.decode(run, exact=True))
+            text.append(f"{family.image_token} x {images}" if images else "")
+            text.append(("]]" if in_loss else "[[") if (target != IGNORED) != in_loss else "")
+            run, images, in_loss = [], 0, target != IGNORED
+        run.append(token)
+    return "  | " + "".join(text).replace("\n", "\n  | ")
