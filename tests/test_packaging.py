@@ -1,6 +1,7 @@
-"""What pip makes of the project: a wheel with all files, the requirements of requirements.txt, and two programs that work
-from any folder."""
+"""What pip makes of the project: a wheel with all files, the requirements of the requirement files, and two programs
+that work in any folder."""
 
+import ast
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from commands import ROOT
 from packaging.requirements import Requirement
 
 from vlm import __version__
+from vlm.training.output import DEMO_IMAGES
 
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -90,9 +92,10 @@ def test_the_installed_programs_train_and_classify_in_any_folder(installed, tmp_
         assert done.returncode == 0 and f"usage: {program}" in done.stdout, done.stderr
     train = run("vlm-train", "--demo", "--max-samples", 60, "--epochs", 1, "--output-dir", tmp_path / "out")
     assert train.returncode == 0, train.stderr
-    images = tmp_path / "out" / "demo_pictures"
+    images = tmp_path / "out" / DEMO_IMAGES
     table = tmp_path / "predictions.jsonl"
     predict = run("vlm-predict", "--model-dir", tmp_path / "out" / "best_model", images, "--output", table)
+    assert f"{place / 'bin' / 'vlm-predict'} --model-dir" in train.stderr, "the hint names the installed program"
     assert predict.returncode == 0, predict.stderr
     answers = [json.loads(line) for line in table.read_text(encoding="utf-8").splitlines()]
     assert len(answers) == len(list(images.iterdir())) and all(len(one["probabilities"]) == 10 for one in answers)
@@ -114,10 +117,14 @@ def test_the_functions_of_the_scripts_can_be_imported_where_the_wheel_is_install
 
 def imported_packages():
     """The names of the packages that the program imports, those of Python itself and its own left out."""
-    files = [*(ROOT / "vlm").rglob("*.py"), *(ROOT / name for name in SOURCES if name.endswith(".py"))]
-    text = "\n".join(path.read_text(encoding="utf-8") for path in files)
-    names = set(re.findall(r"^\s*(?:from|import) ([a-zA-Z_]\w*)[\w.]* ?(?:import|as|$)", text, re.MULTILINE))
-    return names - sys.stdlib_module_names - {"vlm", "train_vlm", "inference_vlm"}
+    names = set()
+    for path in [*(ROOT / "vlm").rglob("*.py"), *(ROOT / name for name in SOURCES if name.endswith(".py"))]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names.add(node.module.partition(".")[0])
+    return names - sys.stdlib_module_names - {"vlm"}
 
 
 def test_every_package_that_is_imported_is_declared():
