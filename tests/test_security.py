@@ -3,6 +3,7 @@ belong."""
 
 import ast
 import json
+import re
 import shutil
 import subprocess
 
@@ -81,3 +82,14 @@ def test_a_run_writes_only_to_its_output_and_cache_folders(tmp_path):
         assert done.returncode == 0, done.stderr
     assert names_in(home) == names_in(here) == names_in(scratch) == set()
     assert (output / "results.json").is_file()
+
+
+def test_every_test_that_is_named_in_security_md_exists():
+    named = re.findall(r"`tests/(test_\w+\.py)::(test_\w+)`", (ROOT / "SECURITY.md").read_text(encoding="utf-8"))
+    assert len(named) > 5
+    missing = [
+        (file, test)
+        for file, test in named
+        if f"def {test}(" not in (ROOT / "tests" / file).read_text(encoding="utf-8")
+    ]
+    assert not missing
