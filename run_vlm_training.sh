@@ -32,7 +32,7 @@ case ${VLM_PROCESSES:-1} in
   *) stop "VLM_PROCESSES is $VLM_PROCESSES; expected a whole number of at least 1, or config." ;;
 esac
 
-prepare_python requirements.txt
+prepare_python
 # The MPS lines: all of the memory may be used, and what Apple's GPU cannot do is done by the CPU.
 export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM-false}"
 export PYTORCH_MPS_HIGH_WATERMARK_RATIO="${PYTORCH_MPS_HIGH_WATERMARK_RATIO-0.0}"

@@ -1,8 +1,10 @@
 """Makes a Python environment ready. Called by run_vlm_training.sh and run_tests.sh (see setup_env.sh), not by hand.
 
-    python setup_env.py own|active|given requirements.txt|requirements-dev.txt
+    python setup_env.py own|active|given [REQUIREMENT_FILE...]
 
-own     .venv in this folder: made, filled under constraints.txt, and made anew after an interruption
+The packages are those of requirements.txt and of the requirement files that are named.
+
+own     .venv in this folder: made, filled under constraints.txt, and made again after an interruption
 active  the environment of this Python, which is the user's: what is missing is installed, what fits is left as it is
 given   the Python that VLM_PYTHON names: looked at only
 
@@ -33,13 +35,13 @@ REQUIREMENTS, CONSTRAINTS = ROOT / "requirements.txt", ROOT / "constraints.txt"
 
 def main(arguments: list[str]) -> int:
     """Make the environment ready and return the exit code."""
-    kind, requirements = arguments[0], ROOT / arguments[1]
+    kind, files = arguments[0], [REQUIREMENTS, *(ROOT / name for name in arguments[1:])]
     try:
         if kind == "own":
-            return prepare_own(requirements)
-        return prepare_users(requirements, may_install=kind == "active")
+            return prepare_own(files)
+        return prepare_users(files, may_install=kind == "active")
     except KeyboardInterrupt:
-        say("the set-up was stopped; the next start begins it anew.")
+        say("the set-up was stopped; the next start begins it again.")
         return 130
     except (OSError, subprocess.CalledProcessError) as error:
         say(f"error: the set-up failed: {error}")
@@ -53,10 +55,10 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def prepare_own(requirements: Path) -> int:
+def prepare_own(files: list[Path]) -> int:
     """Make .venv ready; at once if it is. Whoever comes while another start is at it waits, and then has nothing to
     do."""
-    wanted = checksum(requirements)
+    wanted = checksum(files)
     if is_ready(wanted):
         return 0
     with one_at_a_time():
@@ -67,23 +69,22 @@ def prepare_own(requirements: Path) -> int:
             make_venv()
             before = [INTERRUPTED]
         STATE.write_text(INTERRUPTED)
-        if not pip_install(OWN_PYTHON, requirements, "-c", str(CONSTRAINTS)):
+        if not pip_install(OWN_PYTHON, files, "-c", str(CONSTRAINTS)):
             STATE.write_text("\n".join(before))
             say(
                 "error: the packages could not be installed; pip says why above. Check the network and the free space, then start again."
             )
             return 1
-        STATE.write_text("\n".join({wanted, checksum(REQUIREMENTS)}))
+        STATE.write_text("\n".join({wanted, checksum([REQUIREMENTS])}))
         say("The set-up is done.")
         return 0
 
 
-def checksum(requirements: Path) -> str:
-    """Stands for all that decides what is installed: the requirement files and the version of Python."""
-    files = {REQUIREMENTS, requirements, CONSTRAINTS}
-    return hashlib.sha256(
-        b"\0".join([python_version().encode(), *(file.read_bytes() for file in sorted(files))])
-    ).hexdigest()
+def checksum(files: list[Path]) -> str:
+    """Stands for all that decides what is installed: the requirement files, the constraints and the version of
+    Python."""
+    contents = [python_version().encode(), *(file.read_bytes() for file in (*files, CONSTRAINTS))]
+    return hashlib.sha256(b"\0".join(contents)).hexdigest()
 
 
 def python_version() -> str:
@@ -126,45 +127,44 @@ def make_venv() -> None:
     venv.EnvBuilder(with_pip=True, symlinks=True).create(OWN)
 
 
-def prepare_users(requirements: Path, may_install: bool) -> int:
+def prepare_users(files: list[Path], may_install: bool) -> int:
     """Make an environment of the user's ready, or say how. What fits is not replaced: so there are no constraints."""
-    missing = [package for package in examine(requirements) if not package.fits]
+    missing = [package for package in examine(*files) if not package.fits]
     if not missing:
         return 0
     names = ", ".join(
         f"{package.name} (found {package.found})" if package.found else package.name for package in missing
     )
     if not may_install:
-        say(f"error: {sys.executable} lacks what {requirements.name} asks for: {names}. Install it with:")
-        say("  " + shlex.join([sys.executable, "-m", "pip", "install", "-r", str(requirements)]))
+        say(f"error: {sys.executable} lacks what {names_of(files)} asks for: {names}. Install it with:")
+        say("  " + shlex.join([sys.executable, "-m", "pip", "install", *pip_options(files)]))
         return 2
     say(f"Installing into the environment {sys.prefix}: {names}")
     with one_at_a_time():
-        if pip_install(Path(sys.executable), requirements):
+        if pip_install(Path(sys.executable), files):
             return 0
-    say(
-        "error: the packages could not be installed; see above. An environment without pip gets it by: python -m ensurepip"
-    )
+    say("error: the packages could not be installed; see above.")
+    say("An environment without pip gets it by: python -m ensurepip")
     return 1
 
 
-def pip_install(python: Path, requirements: Path, *more: str) -> bool:
-    """Whether pip could install a requirement file. Its messages go to stderr; where nobody watches, only the important
-    ones."""
+def pip_install(python: Path, files: list[Path], *more: str) -> bool:
+    """Whether pip could install what requirement files ask for.
+
+    pip's messages go to stderr. If nobody watches, only the important ones are shown.
+    """
     quiet = [] if sys.stderr.isatty() else ["--quiet"]
-    say(f"Installing what {requirements.name} asks for. From nothing that is about 2 GB and takes a few minutes.")
-    command = [
-        str(python),
-        "-m",
-        "pip",
-        "install",
-        "--disable-pip-version-check",
-        *quiet,
-        "-r",
-        str(requirements),
-        *more,
-    ]
+    say(f"Installing what {names_of(files)} asks for. From nothing that is about 2 GB and takes a few minutes.")
+    command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", *quiet, *pip_options(files), *more]
     return subprocess.run(command, stdout=sys.stderr, close_fds=False).returncode == 0
+
+
+def pip_options(files: list[Path]) -> list[str]:
+    return [word for file in files for word in ("-r", str(file))]
+
+
+def names_of(files: list[Path]) -> str:
+    return " and ".join(file.name for file in files)
 
 
 @contextmanager

@@ -53,10 +53,10 @@ find_python() {
   stop "Python 3.11 to 3.14 is needed, but ${seen:-none was found}. Install one, or give its path by VLM_PYTHON."
 }
 
-# Makes the chosen Python ready. Argument: the requirement file.
+# Makes the chosen Python ready. Arguments: the requirement files on top of requirements.txt.
 prepare_python() {
   choose_python
-  "$python" "$here/setup_env.py" "$kind" "$1" || exit $?
+  "$python" "$here/setup_env.py" "$kind" "$@" || exit $?
   if [ "$kind" = own ]; then
     python=$here/.venv/bin/python
   fi

@@ -62,13 +62,21 @@ def test_the_version_of_python_is_judged(version, level):
 
 
 def test_packages_that_are_missing_or_too_old_are_named_with_the_command_that_installs_them(tmp_path):
-    (tmp_path / "requirements.txt").write_text("# a comment\nnumpy>=1,<99  # arrays\n\nno-such-package>=2\nnumpy>=99\n")
-    (tmp_path / "more.txt").write_text("-r requirements.txt\npytest\n")
-    findings = list(doctor.packages(tmp_path / "more.txt"))
-    assert levels(findings) == [OK, FAILURE, FAILURE, OK]
+    file = tmp_path / "requirements.txt"
+    file.write_text("# a comment\nnumpy>=1,<99  # arrays\n\nno-such-package>=2\nnumpy>=99\n")
+    findings = list(doctor.packages(file))
+    assert levels(findings) == [OK, FAILURE, FAILURE]
     assert "not installed, no-such-package>=2 is needed" in findings[1].text
     assert "is installed, numpy>=99 is needed" in findings[2].text
-    assert findings[1].cure == f"{sys.executable} -m pip install -r {tmp_path / 'more.txt'}"
+    assert findings[1].cure == f"{sys.executable} -m pip install -r {file}"
+
+
+def test_without_a_requirement_file_the_installed_program_says_what_it_needs(monkeypatch, tmp_path):
+    wanted = ["numpy<99,>=1", "no-such-package>=2", 'no-such-tool; extra == "dev"']
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: wanted)
+    findings = list(doctor.packages(tmp_path / "requirements.txt"))
+    assert levels(findings) == [OK, FAILURE]
+    assert findings[1].cure == f"{sys.executable} -m pip install 'no-such-package>=2'"
 
 
 def test_the_requirements_of_this_project_are_met_here():

@@ -36,7 +36,7 @@ def make_project(folder, requirements="packaging", constraints=""):
         shutil.copy(ROOT / name, folder / name)
     (folder / "train_vlm.py").write_text(FAKE_TRAINING)
     (folder / "requirements.txt").write_text(requirements)
-    (folder / "requirements-dev.txt").write_text("-r requirements.txt\npytest\n")
+    (folder / "requirements-dev.txt").write_text("pytest\n")
     (folder / "constraints.txt").write_text(constraints)
     return folder
 
@@ -195,15 +195,36 @@ def test_several_processes_are_started_by_accelerate(project, tmp_path):
     assert lines == [launcher, str(project / "train_vlm.py")]
 
 
-def test_run_tests_runs_ruff_and_pytest_and_with_arguments_pytest_alone(project, tmp_path):
+@pytest.mark.parametrize(("arguments", "selection"), [([], []), (["--fast"], ["-m", "not slow"])])
+def test_run_tests_runs_all_checks(project, tmp_path, arguments, selection):
+    recorder = make_program(
+        tmp_path / "recorder",
+        f'case "$1 $2" in -m*|*importlinter*) echo "$@";; *) exec {shlex.quote(sys.executable)} "$@";; esac',
+    )
+    style, form, imports, types, tests = start(
+        project / "run_tests.sh", *arguments, VLM_PYTHON=recorder
+    ).stdout.splitlines()
+    assert (style, form, types) == ("-m ruff check .", "-m ruff format --check .", "-m mypy")
+    assert "lint_imports_command" in imports
+    options = [*selection, "--numprocesses", "logical", "--maxprocesses", "4", "--dist", "loadfile"]
+    assert tests == " ".join(["-m", "pytest", *options])
+
+
+def test_run_tests_with_arguments_runs_pytest_only(project, tmp_path):
     recorder = make_program(
         tmp_path / "recorder", f'case $1 in -m) echo "$@";; *) exec {shlex.quote(sys.executable)} "$@";; esac'
     )
-    assert start(project / "run_tests.sh", VLM_PYTHON=recorder).stdout.splitlines() == [
-        "-m ruff check .", "-m ruff format --check .", "-m pytest --numprocesses logical --maxprocesses 4 --dist loadfile",
-    ]  # fmt: skip
     result = start("the project/run_tests.sh", "-k", "a", cwd=tmp_path, VLM_PYTHON="./recorder")
     assert result.stdout.splitlines() == ["-m pytest -k a"]
+
+
+def test_run_tests_stops_at_the_first_check_that_fails(project, tmp_path):
+    recorder = make_program(
+        tmp_path / "recorder",
+        f'case "$1 $2" in "-m mypy") exit 3;; -m*|*importlinter*) echo "$@";; *) exec {shlex.quote(sys.executable)} "$@";; esac',
+    )
+    result = start(project / "run_tests.sh", VLM_PYTHON=recorder)
+    assert result.returncode == 3 and "pytest" not in result.stdout
 
 
 # From here on .venv is really made, once for all tests of this file: `pebble` stands for the packages.
@@ -246,7 +267,7 @@ def installed(venv):
     return sorted(name for name in names if not name.startswith(("pip-", "setuptools-")))
 
 
-def test_an_interrupted_set_up_is_begun_anew(machine):
+def test_an_interrupted_set_up_is_begun_again(machine):
     assert not (machine[0] / ".venv" / "lib" / "half a package").exists()
 
 
@@ -283,4 +304,4 @@ def test_after_a_set_up_that_failed_the_next_start_tries_again(machine):
     assert result.returncode == 1 and "could not be installed" in result.stderr.splitlines()[-1]
     report(start(project / "run_vlm_training.sh", **variables))
     assert "pebble-2.0" in installed(project / ".venv")
-    assert keepsake.exists()  # brought up to date, not made anew
+    assert keepsake.exists()  # brought up to date, not made again

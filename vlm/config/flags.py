@@ -2,8 +2,10 @@
 
 import argparse
 import dataclasses
+import sys
 import types
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from vlm.common.errors import did_you_mean
@@ -28,7 +30,7 @@ class Parser(argparse.ArgumentParser):
 def build_parser() -> Parser:
     """The parser of `train_vlm.py`, made from the fields of `Settings`."""
     parser = Parser(
-        prog="train_vlm.py",
+        prog="vlm-train" if Path(sys.argv[0]).name == "vlm-train" else "train_vlm.py",
         description="Train a small vision-language model to classify images.",
         epilog="Example: python train_vlm.py --demo",
         argument_default=argparse.SUPPRESS,

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vlm.config.settings import DEFAULT_DATASET, DEFAULT_MODEL, Settings
-from vlm.machine.requirements import examine
+from vlm.machine.requirements import examine, examine_installed
 
 ROOT = Path(__file__).resolve().parents[2]
 REQUIREMENTS = ROOT / "requirements.txt"
@@ -120,16 +120,18 @@ def python(version: tuple[int, ...] = sys.version_info[:3]) -> Iterator[Finding]
 
 def packages(requirements: Path = REQUIREMENTS) -> Iterator[Finding]:
     """Each package that is required: whether it is installed, in a version that fits."""
-    for package in examine(requirements):
+    for package in examine(requirements) if requirements.is_file() else examine_installed():
         if package.fits:
             yield Finding(OK, f"{package.name} {package.found}")
         else:
             found = f"{package.found} is installed" if package.found else "not installed"
-            yield Finding(
-                FAILURE,
-                f"{package.name}: {found}, {package.wanted} is needed",
-                _pip("install", "-r", str(requirements)),
-            )
+            text = f"{package.name}: {found}, {package.wanted} is needed"
+            yield Finding(FAILURE, text, _pip("install", *_named(requirements, package.wanted)))
+
+
+def _named(requirements: Path, wanted: str) -> list[str]:
+    """What pip is asked for: the requirement file, or the one package if the program was installed without the file."""
+    return ["-r", str(requirements)] if requirements.is_file() else [wanted]
 
 
 def _pip(*words: str) -> str:
@@ -154,7 +156,7 @@ def transformers(load: Callable[[str], object] = importlib.import_module) -> Ite
                 FAILURE, f"{text} (often a torchvision that does not match torch)", _pip("uninstall", "torchvision")
             )
         else:
-            yield Finding(FAILURE, text, _pip("install", "--force-reinstall", "-r", str(REQUIREMENTS)))
+            yield Finding(FAILURE, text, _pip("install", "--force-reinstall", *_named(REQUIREMENTS, "transformers")))
     else:
         yield Finding(OK, "transformers can be imported")
 

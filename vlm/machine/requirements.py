@@ -1,14 +1,15 @@
-"""Which packages the requirement files ask for, and what is installed of them. Works before any of them is
-installed."""
+"""Which packages the program asks for, and which of them are installed. Works before any of them is installed."""
 
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
 
+DISTRIBUTION = "vlm-classification"  # its name in pyproject.toml
+
+
 class Package(NamedTuple):
-    """One line of a requirement file. wanted: such as "torch>=2.6,<2.14"; found: the installed version, None: not
-    installed."""
+    """One requirement. wanted: such as "torch>=2.6,<2.14"; found: the installed version, None: not installed."""
 
     name: str
     wanted: str
@@ -16,16 +17,20 @@ class Package(NamedTuple):
     fits: bool
 
 
-def examine(path: Path) -> list[Package]:
-    """The packages of a requirement file and of the files that it includes, in their order."""
-    packages: list[Package] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        wanted = line.partition("#")[0].strip()
-        if wanted.startswith("-r "):
-            packages += examine(path.parent / wanted[3:].strip())
-        elif wanted:
-            packages.append(_package(wanted))
-    return packages
+def examine(*files: Path) -> list[Package]:
+    """The packages of requirement files, in their order."""
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    wanted = (line.partition("#")[0].strip() for line in lines)
+    return [_package(requirement) for requirement in wanted if requirement]
+
+
+def examine_installed() -> list[Package]:
+    """The packages that the installed program asks for, without its extras; [] if it is not installed by pip."""
+    try:
+        wanted = metadata.requires(DISTRIBUTION) or []
+    except metadata.PackageNotFoundError:
+        return []
+    return [_package(requirement) for requirement in wanted if "extra ==" not in requirement]
 
 
 def _package(wanted: str) -> Package:

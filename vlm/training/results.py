@@ -211,7 +211,10 @@ def _print(run: Run, results: dict[str, Any]) -> None:
 
 def _command() -> str:
     """How to start the inference from here, with this Python: files of folders below by their relative paths, such as
-    .venv/bin/python."""
+    .venv/bin/python. If the training was started as `vlm-train`, it is `vlm-predict` next to it."""
+    if Path(sys.argv[0]).name == "vlm-train":
+        program = Path(sys.argv[0]).with_name("vlm-predict")
+        return program.name if shutil.which(program.name) == str(program) else _from_here(program)
     python, script = (
         _from_here(Path(path)) for path in (sys.executable, Path(__file__).parents[2] / "inference_vlm.py")
     )
