@@ -19,7 +19,7 @@ All flags. `{script} --help` prints the same texts.
 """
 NOTES = {
     "train_vlm.py": "`./run_vlm_training.sh` and `vlm-train` take the same flags. `--image_column` is accepted for "
-    "`--image-column`, and so on. A default in brackets that names a `--tune` mode or the demo depends on it.",
+    "`--image-column`, and so on. If a default depends on `--tune`, on the device or on the demo, the table says so.",
     "inference_vlm.py": "`vlm-predict` takes the same flags.",
 }
 
@@ -27,10 +27,9 @@ NOTES = {
 def flag_name(action: argparse.Action) -> str:
     """A flag with its values as in the help text, in Markdown: `--epochs N`; `IMAGE` for a positional argument."""
     name = action.option_strings[-1] if action.option_strings else ""
-    if action.choices:
-        values = " or ".join(f"`{choice}`" for choice in action.choices)
-        return f"`{name}` {values}"
     value = "" if action.nargs == 0 else action.metavar or action.dest.upper()
+    if action.choices:
+        value = f"{{{','.join(action.choices)}}}"
     return f"`{' '.join(part for part in (name, value, '...' if action.nargs == '+' else '') if part)}`"
 
 
