@@ -1,4 +1,4 @@
-"""What README.md and docs/ say is true: the commands run, and flags, defaults, messages, links and named files exist."""
+"""What README.md and docs/ say is true: the commands run; flags, defaults, messages, links and named files exist."""
 
 import ast
 import contextlib
@@ -29,6 +29,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # README.md first: the blocks of the other pages use what its blocks made.
 PAGES = {path: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]}
 ALL = "\n".join(PAGES.values())
+NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
 MARK = "(needs the hub)"
 # What is added to a command so that it takes seconds.
 ADDITIONS = {
@@ -66,7 +67,9 @@ def run_bash(text: str, folder: Path, vlm_python: Path) -> subprocess.CompletedP
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("VIRTUAL_ENV", "CONDA", "VLM_"))}
     environment = kept | {"VLM_PYTHON": str(vlm_python), "PATH": f"{vlm_python.parent}{os.pathsep}{kept['PATH']}"}
     command = ["bash", "-euc", text]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
 
 
 def run_python(text: str, folder: Path) -> str:
@@ -94,7 +97,7 @@ def clone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def printed(clone):
-    """What the blocks without the mark printed, by their text. They run in order because later ones use what earlier ones made."""
+    """What the blocks without the mark printed, by their text; in order, as later ones use what earlier ones made."""
     printed = {}
     for block in BLOCKS:
         if MARK in block.before:
@@ -114,7 +117,9 @@ def printed(clone):
 
 def test_every_command_runs(printed, clone):
     assert set(ADDITIONS) <= set(printed)
-    table = next(text for command, text in printed.items() if "inference_vlm.py" in command and "--output" not in command)
+    table = next(
+        text for command, text in printed.items() if "inference_vlm.py" in command and "--output" not in command
+    )
     assert all(f"demo_pictures/digit_{i}.png" in table for i in range(10))
     assert len((clone / "predictions.csv").read_text().splitlines()) == 11
     batch = next(text for block, text in printed.items() if "predict_batch" in block)
@@ -162,7 +167,7 @@ TRAINING = re.compile(r"(?:python train_vlm\.py|\./run_vlm_training\.sh|vlm-trai
 
 
 def training_commands() -> list[str]:
-    """The arguments of each command that trains, in blocks and in sentences. Commands with a text over several lines are run instead."""
+    """The arguments of each training command in blocks and sentences, but of those with a text over several lines."""
     joined = re.sub(r" \\\n\s*", " ", ALL)
     found = [match[1].strip().replace("SEED", "0") for match in TRAINING.finditer(joined)]
     return [arguments for arguments in found if arguments.startswith("-") and arguments.count('"') % 2 == 0]
@@ -180,12 +185,20 @@ def test_every_training_command_has_flags_that_the_program_takes():
 @cache
 def known_flags() -> set[str]:
     """The flags of the scripts, of the shell scripts and of the benchmarks."""
-    helps = [subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True) for script in SCRIPTS]
-    others = [path.read_text(encoding="utf-8") for path in [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("docs/*.py"), *ROOT.glob("*.sh")]]
-    return {flag for text in [*(done.stdout for done in helps), *others] for flag in re.findall(r"--[a-z][a-z0-9-]*", text)}
+    helps = [
+        subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True)
+        for script in SCRIPTS
+    ]
+    others = [
+        path.read_text(encoding="utf-8")
+        for path in [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("docs/*.py"), *ROOT.glob("*.sh")]
+    ]
+    return {
+        flag for text in [*(done.stdout for done in helps), *others] for flag in re.findall(r"--[a-z][a-z0-9-]*", text)
+    }
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", PAGES, ids=NAMES)
 def test_every_flag_exists(path):
     used = {flag.replace("_", "-") for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", PAGES[path])}
     assert used - known_flags() == set()
@@ -195,7 +208,9 @@ def test_the_option_tables_are_those_of_the_program(clone):
     page = clone / "docs" / "options.md"
 
     def generate(*flags):
-        return subprocess.run([sys.executable, clone / "docs" / "generate_options.py", *flags], capture_output=True).returncode
+        return subprocess.run(
+            [sys.executable, clone / "docs" / "generate_options.py", *flags], capture_output=True
+        ).returncode
 
     assert generate("--check") == 0, "renew the page: python docs/generate_options.py"
     committed = page.read_text()
@@ -240,42 +255,37 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", PAGES, ids=NAMES)
 def test_every_link_leads_somewhere(path):
     broken = []
     for link in re.findall(r"\]\(([^)\s]+)\)", without_code(PAGES[path])):
         file, _, anchor = link.partition("#")
         target = (path.parent / file).resolve() if file else path
-        if not link.startswith("http") and not (target.exists() and (not anchor or anchor in anchors(target.read_text("utf-8")))):
+        if not link.startswith("http") and not (
+            target.exists() and (not anchor or anchor in anchors(target.read_text("utf-8")))
+        ):
             broken.append(link)
     assert broken == []
 
 
 def test_the_index_has_every_page():
     index = PAGES[ROOT / "docs" / "README.md"]
-    assert [path.name for path in PAGES if path.parent.name == "docs" and path.name != "README.md" and f"]({path.name})" not in index] == []
+    assert [
+        path.name
+        for path in PAGES
+        if path.parent.name == "docs" and path.name != "README.md" and f"]({path.name})" not in index
+    ] == []
 
 
-def is_there(name: str) -> bool:
-    """Whether a dotted name such as vlm.config.Settings is a module, or is defined in one."""
-    *parents, last = name.split(".")
-    module = ROOT.joinpath(*parents)
-    if (module / last).is_dir() or (module / f"{last}.py").is_file():
-        return True
-    file = module / "__init__.py" if module.is_dir() else module.with_suffix(".py")
-    return file.is_file() and re.search(rf"\b{last}\b", file.read_text(encoding="utf-8")) is not None
-
-
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", PAGES, ids=NAMES)
 def test_every_named_file_and_module_exists(path):
-    text = PAGES[path]
+    text = re.sub(r"--output \S+", "", PAGES[path])  # a file that a command will write
     names = re.findall(r"(?<![\w/~.-])(?:vlm|tests|benchmarks|docs|notebooks)/[\w./*-]*\w", text)
+    names += [name.replace(".", "/") for name in re.findall(r"\bvlm(?:\.[a-z]\w*)+", text)]
     scripts = re.findall(r"`(\w+\.(?:py|sh))\b", text)
     known = {file.name for file in ROOT.glob("**/*.py")} | {file.name for file in ROOT.glob("*.sh")} | {"my_metrics.py"}
-    missing = [name for name in names if not any(ROOT.glob(name))]
-    missing += [name for name in scripts if name not in known]
-    missing += [name for name in re.findall(r"\bvlm(?:\.[A-Za-z_]\w*)+", text) if name[-3:] != ".py" and not is_there(name)]
-    assert missing == []
+    missing = [name for name in names if not any(file for ending in ("", ".py") for file in ROOT.glob(name + ending))]
+    assert missing + [name for name in scripts if name not in known] == []
 
 
 # Words
@@ -285,11 +295,17 @@ def test_the_readme_is_short():
     assert len(README.splitlines()) <= 250
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", PAGES, ids=NAMES)
 def test_pages_are_written_in_the_words_of_the_field(path):
-    text = re.sub(r"<!-- (\w+) -->.*?<!-- end \1 -->", "", PAGES[path], flags=re.DOTALL)  # tables that the benchmarks made
+    text = re.sub(
+        r"<!-- (\w+) -->.*?<!-- end \1 -->", "", PAGES[path], flags=re.DOTALL
+    )  # tables that the benchmarks made
     text = re.sub(r"`[^`\n]*`", "", without_code(text))
-    found = {f"{word}: say {instead}" for word, instead in OLD_WORDS.items() if re.search(rf"\b{word}s?\b", text, re.IGNORECASE)}
+    found = {
+        f"{word}: say {instead}"
+        for word, instead in OLD_WORDS.items()
+        if re.search(rf"\b{word}s?\b", text, re.IGNORECASE)
+    }
     assert found == set()
 
 
@@ -309,7 +325,9 @@ def texts_of_the_program() -> str:
 
 def test_the_messages_under_troubleshooting_are_those_of_the_program():
     page = PAGES[ROOT / "docs" / "troubleshooting.md"]
-    messages = [text for row in re.findall(r"^\| (`.*?) \|", page, re.MULTILINE) for text in re.findall(r"`([^`]+)`", row)]
+    messages = [
+        text for row in re.findall(r"^\| (`.*?) \|", page, re.MULTILINE) for text in re.findall(r"`([^`]+)`", row)
+    ]
     assert len(messages) > 10
     program = texts_of_the_program()
     for message in messages:
