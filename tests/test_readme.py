@@ -120,10 +120,10 @@ def test_every_command_runs(printed, clone):
     table = next(
         text for command, text in printed.items() if "inference_vlm.py" in command and "--output" not in command
     )
-    assert all(f"demo_pictures/digit_{i}.png" in table for i in range(10))
+    assert all(f"demo_images/digit_{i}.png" in table for i in range(10))
     assert len((clone / "predictions.csv").read_text().splitlines()) == 11
     batch = next(text for block, text in printed.items() if "predict_batch" in block)
-    assert re.search(r"demo_pictures/digit_4\.png \w+ 0\.\d+ None", batch)
+    assert re.search(r"demo_images/digit_4\.png \w+ 0\.\d+ None", batch)
     assert "no_such_file.png None None no_such_file.png: no such file" in batch
 
 
