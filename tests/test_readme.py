@@ -1,7 +1,4 @@
-"""What README.md says is true: its commands run, its help texts, defaults and messages are those of the program.
-
-`python -m tests.test_readme` writes the help texts into README.md.
-"""
+"""What README.md and docs/ say is true: the commands run; flags, defaults, messages, links and named files exist."""
 
 import ast
 import contextlib
@@ -13,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,8 +26,11 @@ from vlm.training.output import check_output
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+# README.md first: the blocks of the other pages use what its blocks made.
+PAGES = {path: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]}
+ALL = "\n".join(PAGES.values())
+NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
 MARK = "(needs the hub)"
-COLUMNS = "120"
 # What is added to a command so that it takes seconds.
 ADDITIONS = {
     "./run_vlm_training.sh --demo": "--max-samples 10 --epochs 1",
@@ -37,6 +38,10 @@ ADDITIONS = {
     "python test_vlm_setup.py": "--quick",
 }
 RECORDER = "import json, sys\nwith open('calls.jsonl', 'a') as file:\n    print(json.dumps(sys.argv[1:]), file=file)\n"
+SCRIPTS = "train_vlm.py", "inference_vlm.py", "test_vlm_setup.py"
+PROGRAM_FILES = [*ROOT.glob("*.py"), *ROOT.glob("vlm/**/*.py")]
+# Words that docs/ does without, outside of code: see the words that replace them in the message of the test.
+OLD_WORDS = {"picture": "image", "data set": "dataset", "tower": "vision encoder", "anew": "again"}
 
 
 class Block(NamedTuple):
@@ -47,19 +52,8 @@ class Block(NamedTuple):
     before: str
 
 
-BLOCKS = [
-    Block(found[2], found[3], found[1])
-    for found in re.finditer(r"^([^\n]*)\n+```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-]
-HELP_BLOCK = re.compile(r"^```text\nusage: (\w+\.py) .*?^```$", re.MULTILINE | re.DOTALL)
-
-
-def help_block(script: str) -> str:
-    environment = os.environ | {"COLUMNS": COLUMNS, "NO_COLOR": "1"}
-    result = subprocess.run(
-        [sys.executable, ROOT / script, "--help"], env=environment, capture_output=True, text=True, check=True
-    )
-    return f"```text\n{result.stdout}```"
+BLOCK = re.compile(r"^([^\n]*)\n+```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCKS = [Block(found[2], found[3], found[1]) for text in PAGES.values() for found in BLOCK.finditer(text)]
 
 
 def make_program(path: Path, text: str) -> None:
@@ -72,8 +66,9 @@ def run_bash(text: str, folder: Path, vlm_python: Path) -> subprocess.CompletedP
     """Run a block as a user in `folder`, with packages that are there already."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("VIRTUAL_ENV", "CONDA", "VLM_"))}
     environment = kept | {"VLM_PYTHON": str(vlm_python), "PATH": f"{vlm_python.parent}{os.pathsep}{kept['PATH']}"}
+    command = ["bash", "-euc", text]
     return subprocess.run(
-        ["bash", "-euc", text], cwd=folder, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        command, cwd=folder, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
     )
 
 
@@ -93,7 +88,7 @@ def clone(tmp_path_factory):
     for pattern in ("*.py", "*.sh", "*.txt", "*.toml"):
         for path in ROOT.glob(pattern):
             shutil.copy(path, folder)
-    for name in ("vlm", "tests"):
+    for name in ("vlm", "tests", "docs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for path in (folder / ".venv" / "bin" / "python", folder.parent / "bin" / "python"):
         make_program(path, f'exec {shlex.quote(sys.executable)} "$@"')
@@ -102,8 +97,7 @@ def clone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def printed(clone):
-    """What the blocks without the mark printed, by their text. They are run in order, since later ones use what earlier
-    ones made."""
+    """What the blocks without the mark printed, by their text; in order, as later ones use what earlier ones made."""
     printed = {}
     for block in BLOCKS:
         if MARK in block.before:
@@ -124,20 +118,20 @@ def printed(clone):
 def test_every_command_runs(printed, clone):
     assert set(ADDITIONS) <= set(printed)
     table = next(
-        text for command, text in printed.items() if "inference_vlm.py" in command and "demo_pictures" in command
+        text for command, text in printed.items() if "inference_vlm.py" in command and "--output" not in command
     )
-    assert all(f"demo_pictures/digit_{i}.png" in table for i in range(10))
+    assert all(f"demo_images/digit_{i}.png" in table for i in range(10))
+    assert len((clone / "predictions.csv").read_text().splitlines()) == 11
     batch = next(text for block, text in printed.items() if "predict_batch" in block)
-    assert (
-        re.search(r"demo_pictures/digit_4\.png \w+ 0\.\d+ None", batch)
-        and "no_such_file.png None None no_such_file.png: no such file" in batch
-    )
+    assert re.search(r"demo_images/digit_4\.png \w+ 0\.\d+ None", batch)
+    assert "no_such_file.png None None no_such_file.png: no such file" in batch
 
 
 def test_everything_that_a_run_writes_is_named(printed, clone):
+    page = PAGES[ROOT / "docs" / "results.md"]
     written = {path.name for path in (clone / "vlm_results").iterdir()}
     results = json.loads((clone / "vlm_results" / "results.json").read_text())
-    assert {name for name in {*written, *results, *results["test"]} if not re.search(rf"`{name}/?`", README)} == set()
+    assert {name for name in {*written, *results, *results["test"]} if not re.search(rf"`{name}/?`", page)} == set()
 
 
 def test_commands_that_need_the_hub_have_flags_that_work(printed, clone):
@@ -167,30 +161,74 @@ def test_commands_that_need_the_hub_have_flags_that_work(printed, clone):
     assert any("--num_processes" in call for call in calls)
 
 
-@pytest.mark.parametrize("script", ["train_vlm.py", "inference_vlm.py"])
-def test_the_help_text_is_that_of_the_program(script):
-    shown = {found[1]: found[0] for found in HELP_BLOCK.finditer(README)}
-    assert shown[script] == help_block(script), "renew it by: python -m tests.test_readme"
+# Commands and flags that are not run
+
+TRAINING = re.compile(r"(?:python train_vlm\.py|\./run_vlm_training\.sh|vlm-train)((?: [^\n`]*)?)")
 
 
-def test_every_flag_exists():
-    helps = "".join(help_block(script) for script in ("train_vlm.py", "inference_vlm.py", "test_vlm_setup.py"))
-    known = set(re.findall(r"--[a-z][a-z-]*", helps))
-    assert {flag for flag in re.findall(r"--[a-z][a-z_-]*", README) if flag.replace("_", "-") not in known} == set()
+def training_commands() -> list[str]:
+    """The arguments of each training command in blocks and sentences, but of those with a text over several lines."""
+    joined = re.sub(r" \\\n\s*", " ", ALL)
+    found = [match[1].strip().replace("SEED", "0") for match in TRAINING.finditer(joined)]
+    return [arguments for arguments in found if arguments.startswith("-") and arguments.count('"') % 2 == 0]
+
+
+def test_every_training_command_has_flags_that_the_program_takes():
+    commands = training_commands()
+    assert len(commands) > 5
+    for arguments in commands:
+        words = shlex.split(arguments.removesuffix(" ..."))
+        if words != ["--help"]:
+            resolve(parse_arguments(words))
+
+
+@cache
+def known_flags() -> set[str]:
+    """The flags of the scripts, of the shell scripts and of the benchmarks."""
+    helps = [
+        subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True)
+        for script in SCRIPTS
+    ]
+    others = [
+        path.read_text(encoding="utf-8")
+        for path in [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("docs/*.py"), *ROOT.glob("*.sh")]
+    ]
+    return {
+        flag for text in [*(done.stdout for done in helps), *others] for flag in re.findall(r"--[a-z][a-z0-9-]*", text)
+    }
+
+
+@pytest.mark.parametrize("path", PAGES, ids=NAMES)
+def test_every_flag_exists(path):
+    used = {flag.replace("_", "-") for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", PAGES[path])}
+    assert used - known_flags() == set()
+
+
+def test_the_option_tables_are_those_of_the_program(clone):
+    page = clone / "docs" / "options.md"
+
+    def generate(*flags):
+        return subprocess.run(
+            [sys.executable, clone / "docs" / "generate_options.py", *flags], capture_output=True
+        ).returncode
+
+    assert generate("--check") == 0, "renew the page: python docs/generate_options.py"
+    committed = page.read_text()
+    assert all(f"`--{name}" in committed for name in ("epochs N", "resume", "explain"))
+    page.write_text(committed + "stale")
+    assert generate("--check") == 1
+    assert generate() == 0 and page.read_text() == committed
 
 
 def test_the_defaults_are_those_of_the_program():
-    for text in (
-        SYSTEM,
-        QUESTION,
-        REASONING,
-        *(layout.format(reasoning=REASONING, answer="{class}") for layout in LAYOUTS.values()),
-    ):
-        assert all(line in README for line in text.splitlines()), text
+    layouts = [layout.format(reasoning=REASONING, answer="{class}") for layout in LAYOUTS.values()]
+    page = PAGES[ROOT / "docs" / "prompts.md"]
+    for text in (SYSTEM, QUESTION, REASONING, *layouts):
+        assert all(line in page for line in text.splitlines()), text
+    page = PAGES[ROOT / "docs" / "tuning.md"]
     for tune, values in TUNING_DEFAULTS.items():
-        assert re.search(
-            rf"^\| `{tune}`.*\| {values['learning_rate']:g} \| {values['epochs']} \|", README, re.MULTILINE
-        ), tune
+        row = rf"^\| `{tune}`.*\| {values['learning_rate']:g} \| {values['epochs']} \|"
+        assert re.search(row, page, re.MULTILINE), tune
 
 
 def test_the_models_that_work_are_those_that_the_program_knows():
@@ -202,15 +240,79 @@ def test_the_models_that_work_are_those_that_the_program_knows():
     assert not {name for name, status in rows if status == "next"} & known
 
 
-def test_the_files_that_it_links_to_are_there():
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if not link.startswith("http")]
-    assert links and [link for link in links if not (ROOT / link).exists()] == []
+# Links, files, modules
+
+
+def without_code(text: str) -> str:
+    """A page without code blocks and comments."""
+    text = re.sub(r"^```.*?^```$|<!--.*?-->", "", text, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"^    .*$", "", text, flags=re.MULTILINE)
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", without_code(text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=NAMES)
+def test_every_link_leads_somewhere(path):
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", without_code(PAGES[path])):
+        file, _, anchor = link.partition("#")
+        target = (path.parent / file).resolve() if file else path
+        if not link.startswith("http") and not (
+            target.exists() and (not anchor or anchor in anchors(target.read_text("utf-8")))
+        ):
+            broken.append(link)
+    assert broken == []
+
+
+def test_the_index_has_every_page():
+    index = PAGES[ROOT / "docs" / "README.md"]
+    assert [
+        path.name
+        for path in PAGES
+        if path.parent.name == "docs" and path.name != "README.md" and f"]({path.name})" not in index
+    ] == []
+
+
+@pytest.mark.parametrize("path", PAGES, ids=NAMES)
+def test_every_named_file_and_module_exists(path):
+    text = re.sub(r"--output \S+", "", PAGES[path])  # a file that a command will write
+    names = re.findall(r"(?<![\w/~.-])(?:vlm|tests|benchmarks|docs|notebooks)/[\w./*-]*\w", text)
+    names += [name.replace(".", "/") for name in re.findall(r"\bvlm(?:\.[a-z]\w*)+", text)]
+    scripts = re.findall(r"`(\w+\.(?:py|sh))\b", text)
+    known = {file.name for file in ROOT.glob("**/*.py")} | {file.name for file in ROOT.glob("*.sh")} | {"my_metrics.py"}
+    missing = [name for name in names if not any(file for ending in ("", ".py") for file in ROOT.glob(name + ending))]
+    assert missing + [name for name in scripts if name not in known] == []
+
+
+# Words
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 250
+
+
+@pytest.mark.parametrize("path", PAGES, ids=NAMES)
+def test_pages_are_written_in_the_words_of_the_field(path):
+    text = re.sub(
+        r"<!-- (\w+) -->.*?<!-- end \1 -->", "", PAGES[path], flags=re.DOTALL
+    )  # tables that the benchmarks made
+    text = re.sub(r"`[^`\n]*`", "", without_code(text))
+    found = {
+        f"{word}: say {instead}"
+        for word, instead in OLD_WORDS.items()
+        if re.search(rf"\b{word}s?\b", text, re.IGNORECASE)
+    }
+    assert found == set()
 
 
 def texts_of_the_program() -> str:
     """All texts in the program, one a line, with `{}` for each value that is filled in."""
     lines = [path.read_text() for path in ROOT.glob("*.sh")]
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("vlm/**/*.py")]:
+    for path in PROGRAM_FILES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 lines.append(
@@ -222,16 +324,12 @@ def texts_of_the_program() -> str:
 
 
 def test_the_messages_under_troubleshooting_are_those_of_the_program():
-    section = README.split("## Troubleshooting")[1].split("\n## ")[0]
+    page = PAGES[ROOT / "docs" / "troubleshooting.md"]
     messages = [
-        text for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE) for text in re.findall(r"`([^`]+)`", row)
+        text for row in re.findall(r"^\| (`.*?) \|", page, re.MULTILINE) for text in re.findall(r"`([^`]+)`", row)
     ]
     assert len(messages) > 10
     program = texts_of_the_program()
     for message in messages:
         pattern = re.escape(message).replace(re.escape("..."), "[^\n]*")
         assert re.search(pattern, program), message
-
-
-if __name__ == "__main__":
-    (ROOT / "README.md").write_text(HELP_BLOCK.sub(lambda found: help_block(found[1]), README), encoding="utf-8")
