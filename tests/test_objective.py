@@ -12,7 +12,9 @@ from test_training import gradients_of_first_step, image_folder
 from tiny import NAMES, batch_of, full_row_logits, random_image, save_tiny_model, tiny_classifier, tiny_prompts
 
 from vlm.classifier.batching import vlm_collate_fn
-from vlm.classifier.classifier import VLMClassifier, plain, tree_rows
+from vlm.classifier import tree_rows
+from vlm.classifier.classifier import VLMClassifier
+from vlm.classifier.plain import PlainForward
 from vlm.classifier.label_tree import build_label_tree
 from vlm.classifier.objective import Objective, balanced_weights, usual_objective
 from vlm.classifier.tree_rows import TreeRows
@@ -145,7 +147,9 @@ def test_the_plain_forward_runs_once_for_texts_that_differ_in_their_last_token(f
         return classifier.model(input_ids=ids, attention_mask=mask.long(), **inputs, use_cache=False).logits
 
     monkeypatch.setattr(classifier.family, "full_logits", full_logits)
-    torch.testing.assert_close(plain.scores_in_training(classifier, batch), torch.stack(expected), rtol=1e-9, atol=1e-9)
+    plain = PlainForward(classifier.family, classifier.rendered, classifier.tree)
+    found = plain.training_scores(batch, classifier.objective)
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-9, atol=1e-9)
     stems = {
         tuple(ids[: apart - 1])
         for ids, apart in zip(classifier.rendered.scored_ids, classifier.tree.parted, strict=True)

@@ -1,0 +1,30 @@
+"""The one forward pass, and the loss, class probabilities and texts that come out of it.
+
+`VLMClassifier` (classifier.py) runs a model in one of two ways (shared.py, plain.py); label_tree.py and search.py score
+all classes, and reasoning.py puts reading, scoring and writing together.
+"""
+
+from vlm.classifier.batching import IGNORED, Batch, batch_without_image, vlm_collate_fn
+from vlm.classifier.calibration import Calibration
+from vlm.classifier.classifier import VLMClassifier
+from vlm.classifier.objective import Objective, balanced_weights, usual_objective
+from vlm.classifier.reasoning import classify, explain, names_class, write_freely
+from vlm.classifier.search import NODES_AT_ONCE, TOLERANCE
+
+__all__ = [
+    "IGNORED",
+    "NODES_AT_ONCE",
+    "TOLERANCE",
+    "Batch",
+    "Calibration",
+    "Objective",
+    "VLMClassifier",
+    "balanced_weights",
+    "batch_without_image",
+    "classify",
+    "explain",
+    "names_class",
+    "usual_objective",
+    "vlm_collate_fn",
+    "write_freely",
+]

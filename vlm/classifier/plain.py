@@ -29,7 +29,7 @@ class PlainForward(Forward):
             loss, tokens = self._response_loss(batch, objective)
         if not objective.has_posterior:
             return LossOutput(loss, tokens)
-        return LossOutput(loss, tokens, objective.of_classes(self._training_scores(batch, objective), batch.labels))
+        return LossOutput(loss, tokens, objective.of_classes(self.training_scores(batch, objective), batch.labels))
 
     def _response_loss(self, batch: Batch, objective: Objective) -> tuple[Tensor, int]:
         """Summed loss of the response tokens, and their number."""
@@ -45,7 +45,7 @@ class PlainForward(Forward):
             total = total + objective.of_tokens(predicting, targets, batch.labels[i].expand(count))
         return total, sum(counts)
 
-    def _training_scores(self, batch: Batch, objective: Objective) -> Tensor:
+    def training_scores(self, batch: Batch, objective: Objective) -> Tensor:
         """(B, C) the scores that the objective is about, with gradients; the batch may have responses."""
         responses = self.rendered.scored_ids
         if objective.has_response:  # only up to where responses part (vlm/classifier/objective.py)

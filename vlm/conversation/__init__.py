@@ -1,0 +1,29 @@
+"""What is said to the model and what it may answer.
+
+From class names and instructions to messages (prompts.py), to token ids (rendered.py), and to the tokens of responses
+that are trained and scored (responses.py). Knows no architecture.
+"""
+
+from vlm.conversation.prompts import Prompts, build_prompts, parse_answer
+from vlm.conversation.rendered import Rendered
+from vlm.conversation.responses import (
+    before_answer,
+    before_reasoning,
+    longest_reasoning,
+    response_lengths,
+    response_of,
+    scored_texts,
+)
+
+__all__ = [
+    "Prompts",
+    "Rendered",
+    "before_answer",
+    "before_reasoning",
+    "build_prompts",
+    "longest_reasoning",
+    "parse_answer",
+    "response_lengths",
+    "response_of",
+    "scored_texts",
+]

@@ -1,0 +1,30 @@
+"""What is measured of a classifier: metrics, calibration, and whether the image and the VLM are worth it.
+
+evaluate.py scores a split; calibrate.py fits and stores the calibration; image_check.py and probe.py compare with other
+images and with a linear classifier; reliability.py has the figures and their intervals.
+"""
+
+from vlm.evaluation.calibrate import add_test_figures, calibrate, is_calibrated, missed_target
+from vlm.evaluation.evaluate import check_texts, evaluate_vlm_model, explanations, metrics_of_sums, score_split
+from vlm.evaluation.image_check import check_images
+from vlm.evaluation.metrics import load_metric
+from vlm.evaluation.probe import compare, probe
+from vlm.evaluation.reliability import accuracy_interval, confidence_and_correctness
+
+__all__ = [
+    "accuracy_interval",
+    "add_test_figures",
+    "calibrate",
+    "check_images",
+    "check_texts",
+    "compare",
+    "confidence_and_correctness",
+    "evaluate_vlm_model",
+    "explanations",
+    "is_calibrated",
+    "load_metric",
+    "metrics_of_sums",
+    "missed_target",
+    "probe",
+    "score_split",
+]

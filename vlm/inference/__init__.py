@@ -1,0 +1,16 @@
+"""From a model folder to predictions.
+
+model_folder.py writes and reads the folder, which holds all that inference needs; predictor.py loads it and classifies
+images one by one or in batches.
+"""
+
+from vlm.inference.model_folder import read_metadata, save_model_folder
+from vlm.inference.predictor import load_model_and_metadata, predict_batch, predict_single_image
+
+__all__ = [
+    "load_model_and_metadata",
+    "predict_batch",
+    "predict_single_image",
+    "read_metadata",
+    "save_model_folder",
+]
