@@ -179,9 +179,9 @@ def test_no_branch_has_more_weight_than_its_bound(kind, temperature, biased):
     for seed in range(6):
         responses, log_probability, prior = opened_language(seed)
         bias = np.random.default_rng(seed).normal(0, 2, len(responses)) if biased else np.zeros(len(responses))
-        temperatures, offsets = calibration_of(kind, prior, temperature, bias).weighting()
+        divisor, offsets = calibration_of(kind, prior, temperature, bias).weighting()
         tree = build_label_tree(responses)
-        search = Search(tree, 0.0, temperatures, offsets)
+        search = Search(tree, 0.0, divisor, offsets)
         run(tree, log_probability, search, opening=len(OPENING))
         weights = search._weights()
         for node in tree.inner[len(OPENING) :]:

@@ -10,9 +10,9 @@ from tiny import batch_of, tiny_classifier
 
 from vlm.classifier.calibration import Calibration
 from vlm.config.resolve import resolve
-from vlm.evaluation import calibrate as calibrate_module
+from vlm.evaluation import calibrating
 from vlm.evaluation import score_choice
-from vlm.evaluation.calibrate import calibrate
+from vlm.evaluation.calibrating import calibrate
 from vlm.evaluation.fit_calibration import MIN_IMAGES, fit_temperature
 from vlm.evaluation.score_choice import better_score, choose_score, measure_prior
 from vlm.inference.predictor import load_model_and_metadata, predict_batch
@@ -132,7 +132,7 @@ def test_a_stored_score_is_that_of_the_inference(demo_run):
 
 def test_the_choice_stands_in_the_results_and_in_the_calibration(classifier, monkeypatch):
     scores, labels = drawn(classifier, "prior")
-    monkeypatch.setattr(calibrate_module, "score_split", lambda *_, **__: scores)
+    monkeypatch.setattr(calibrating, "score_split", lambda *_, **__: scores)
     validation = type("Validation", (), {"labels": labels})
     settings = resolve({"target_precision": 0.5})
     try:

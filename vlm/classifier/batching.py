@@ -29,7 +29,8 @@ class Batch:
         input_ids: (B, L). Without a response each row ends in the opening, the tokens that all scored texts begin with.
         targets: (B, L) the response tokens at their places in `input_ids`, else -100.
         lengths: (B,) tokens of each row, without padding and, if it has no response, without the opening.
-        prompt_lengths: (B,) tokens of each row before the text that a class is scored by (vlm/conversation/responses.py).
+        prompt_lengths: (B,) tokens of each row before the text that a class is scored by
+            (vlm/conversation/responses.py).
         labels: (B,) class of each image.
         image_places: (number of image tokens,) their places in the flattened rows.
         predicting: (number of response tokens,) places before the response tokens in the flattened rows.

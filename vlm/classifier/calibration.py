@@ -1,7 +1,7 @@
 """From scores to probabilities: the calibration that belongs to a classifier, as it is used and stored.
 
-How it is fitted: vlm/evaluation/fit_calibration.py. It belongs to one conversation and one list of classes, and is stored
-with a key of both.
+How it is fitted: vlm/evaluation/fit_calibration.py. It belongs to one conversation and one list of classes, and is
+stored with a key of both.
 
 N = images, C = classes. The sums (N, C) are log-probabilities of the scored texts.
 """

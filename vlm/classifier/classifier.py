@@ -28,8 +28,8 @@ from vlm.data.splits import Sample
 from vlm.families.base import Family
 from vlm.families.features import FeatureCache
 
-# The largest difference between the log-probabilities of the shared and the plain forward: in float32, and in formats of
-# half the size.
+# The largest difference between the log-probabilities of the shared and the plain forward: in float32, and in formats
+# of half the size.
 CHECK_TOLERANCE, HALF_TOLERANCE = 1e-3, 0.5
 MORE_TOKENS, FEWEST_TOKENS = 2, 64  # the limit of a free text: so many times the longest response, and at least so many
 

@@ -91,5 +91,6 @@ class Forward(ABC):
         """The batch with features in the place of pixels, if the model can be run from them."""
         return batch
 
+    @abstractmethod
     def forget(self) -> None:
         """Forget what was kept of the weights, which are about to change or have changed."""

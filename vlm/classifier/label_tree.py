@@ -25,8 +25,11 @@ ROOT = -1  # the end of the prompt
 class LabelTree:
     """The tree of C responses. Nodes are numbered depth first, so those at or below node n are n .. ends[n] - 1.
 
-    tokens: (T,) token of each node. parents: (T,) or ROOT. depths: (T,) distance to the prompt, from 0. ends: (T,).
-    children: of each node. leaves: (C,) last node of each class's response.
+    Attributes:
+        tokens: (T,) token of each node. parents: (T,) parent of each node, or ROOT.
+        depths: (T,) distance to the prompt, from 0. ends: (T,) see above.
+        leaves: (C,) last node of each class's response.
+        children: for each node its children.
     """
 
     tokens: np.ndarray
@@ -111,9 +114,8 @@ def build_label_tree(responses: Sequence[Sequence[int]]) -> LabelTree:
     Raises:
         ValueError: an empty response, or one that equals or begins another.
     """
-    order = sorted(
-        range(len(responses)), key=lambda c: list(responses[c])
-    )  # neighbors share the most: depth first falls out
+    # In sorted order neighbors share the most, so that nodes are made depth first.
+    order = sorted(range(len(responses)), key=lambda c: list(responses[c]))
     tokens: list[int] = []
     parents: list[int] = []
     depths: list[int] = []
@@ -153,26 +155,26 @@ class Search:
     Args:
         tolerance: stop when the classes that were not visited have, together, no more than this share of the
             probability; 0 visits all.
-        temperature, bias: what the log-probabilities behind the opening are divided by, and what is added then, each
-            one number or (C,), before they are compared: the tolerance is meant for the probabilities that come out
-            (see `Calibration.weighting`).
+        temperature, bias: log-probabilities after the opening are divided by the first, and the second, one number or
+            (C,), is added before they are compared. The tolerance is that of the resulting probabilities (see
+            `Calibration.weighting`).
         label: a class that is visited whatever its probability.
-        proven: so many of the most probable classes have to be known to be these, however improbable. Those with more
-            than the tolerance are in any case: they were visited, and what was not visited has less.
+        proven: this many of the most probable classes are proven to be the most probable, however improbable they are.
+            Classes with more than the tolerance are proven anyway: they were visited, and the rest has less.
     """
 
     def __init__(
         self,
         tree: LabelTree,
         tolerance: float,
-        temperature: float | np.ndarray = 1.0,
+        temperature: float = 1.0,
         bias: float | np.ndarray = 0.0,
         label: int | None = None,
         proven: int = 1,
     ):
         self.tree = tree
         self.tolerance = tolerance
-        self.temperature = np.broadcast_to(temperature, tree.leaves.shape)
+        self.temperature = temperature
         self.bias = np.broadcast_to(bias, tree.leaves.shape)
         self.required = -1 if label is None else int(tree.leaves[label])
         self.proven = min(proven, len(tree.leaves))
@@ -207,13 +209,13 @@ class Search:
         """Logarithm of the largest weight, exp(log-probability / temperature + bias), that the classes below a node can
         have together.
 
-        Behind the opening, their probabilities p add up to no more than that of the node, P. None is above 1, so p **
-        (1 / temperature) is largest with the highest temperature below, t. With 1 / t = a < 1, the sum of p ** a *
-        exp(bias) is at most, by Hoelder's inequality, P ** a * (sum of exp(bias / (1 - a))) ** (1 - a), which is
-        reached; with a >= 1 one class has all at best.
+        After the opening, their probabilities p add up to no more than that of the node, P, and none is above 1. With
+        a = 1 / temperature < 1, the sum of p ** a * exp(bias) is at most, by Hoelder's inequality,
+        P ** a * (sum of exp(bias / (1 - a))) ** (1 - a), which is reached. With a >= 1 the best case is that one class
+        has all of P.
         """
-        classes = self.tree.classes_below(node)
-        share, bias = 1 / self.temperature[classes].max(), self.bias[classes]
+        bias = self.bias[self.tree.classes_below(node)]
+        share = 1 / self.temperature
         rest = 1 - share
         spread = rest * np.logaddexp.reduce(bias / rest) if rest > 0 else bias.max()
         return float((self.reached[node] - self.opening) * share + spread)

@@ -1,12 +1,14 @@
-"""What the training minimizes. B = batch, C = classes.
+"""What the training minimizes (`--objective`).
 
-response     cross entropy of the tokens of each image's response: the usual fine-tuning of a language model
-posterior    cross entropy of the class, -log( exp(s_y) / sum over c of exp(s_c) ), with s_c the log-probability of the scored text of
-             class c (see vlm/conversation/responses.py): the model is trained as the classifier that it is used as.
-             What it would write if nothing constrained it is not trained
-both         the sum of the two, each a mean: over the tokens, over the images. Here s_c is that of the text up to where no other class
-             goes on alike, which takes a few nodes of the label tree instead of all; the response teaches what comes
-             behind, one text a class
+- response: cross entropy of the tokens of each image's response, the usual fine-tuning of a language model.
+- posterior: cross entropy of the class, -log( exp(s_y) / sum over c of exp(s_c) ), where s_c is the log-probability of
+  the scored text of class c (vlm/conversation/responses.py). The model is trained as the classifier that it is used as;
+  the text that it would write without constraint is not trained.
+- both: the sum of the two, each a mean, over tokens and over images. Here s_c is that of the text up to where no other
+  class continues alike, which takes a few nodes of the label tree instead of all. The response teaches the rest, which
+  is one text a class.
+
+B = images, C = classes, V = vocabulary.
 """
 
 from collections.abc import Sequence
@@ -27,9 +29,9 @@ class Objective(nn.Module):
     Args:
         name: response, posterior or both.
         tree, opening: the label tree, and how many tokens all scored texts begin with.
-        label_smoothing: the share of the target of the posterior that all classes have equally (Szegedy et al. 2016,
+        label_smoothing: share of the posterior's target spread evenly over all classes (Szegedy et al. 2016,
             arXiv 1512.00567).
-        class_weights: (C,) what the loss of an image of each class is multiplied by, or None.
+        class_weights: (C,) factor of the loss of an image of each class, or None.
     """
 
     def __init__(
@@ -44,9 +46,9 @@ class Objective(nn.Module):
         self.name = name
         self.label_smoothing = label_smoothing
         self.rows = TreeRows(tree, opening, whole=self.name == POSTERIOR) if self.has_posterior else None
-        self.register_buffer(
-            "weights", None if class_weights is None else torch.tensor(class_weights), persistent=False
-        )
+        weights = None if class_weights is None else torch.tensor(class_weights)
+        self.weights: Tensor | None
+        self.register_buffer("weights", weights, persistent=False)
 
     @property
     def has_response(self) -> bool:
@@ -57,8 +59,10 @@ class Objective(nn.Module):
         return self.name != RESPONSE
 
     def of_metrics(self, metrics: dict[str, float]) -> float:
-        """What of the metrics of a split (see `evaluate_vlm_model`) is minimized, to compare with the loss of the
-        training: without weights and label smoothing, and with the posterior of whole scored texts."""
+        """The part of a split's metrics (see `evaluate_vlm_model`) that is minimized.
+
+        It differs from the training loss: no weights, no label smoothing, and the posterior of whole scored texts.
+        """
         return metrics["loss"] * self.has_response + metrics["nll"] * self.has_posterior
 
     def of_tokens(self, logits: Tensor, targets: Tensor, labels: Tensor) -> Tensor:
@@ -82,18 +86,16 @@ class Objective(nn.Module):
 
 
 def usual_objective(tree: LabelTree, opening: int, shares_prefix: bool = True) -> str:
-    """What is minimized where nobody asked for another objective: both, unless its nodes of the label tree would cost
-    too much.
+    """The default objective: both, unless its nodes of the label tree would cost too much.
 
-    In the plain forward every node that is run takes a pass over the whole sequence, and none takes one pass for all
-    classes.
+    In the plain forward every node takes a pass over the whole sequence; without nodes one pass does for all classes.
     """
-    return BOTH if len(TreeRows(tree, opening, whole=False)) <= (FEW_NODES if shares_prefix else 0) else RESPONSE
+    most = FEW_NODES if shares_prefix else 0
+    return BOTH if len(TreeRows(tree, opening, whole=False)) <= most else RESPONSE
 
 
 def balanced_weights(labels: Sequence[int], classes: int) -> tuple[float, ...]:
-    """(C,) weights by which all classes count equally, however many images each has: N / (classes that occur * images
-    of the class).
+    """(C,) weights with which all classes count equally: images / (classes that occur * images of the class).
 
     Their mean over the images is 1, so that the learning rate keeps its meaning.
     """

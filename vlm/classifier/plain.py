@@ -1,7 +1,7 @@
 """The plain forward pass over whole sequences: exact, and slow.
 
-It is for models whose prefix cannot be shared, and checks those whose prefix can. Here a row is a whole sequence, prefix
-included.
+It is for models whose prefix cannot be shared, and checks those whose prefix can. Here a row is a whole sequence,
+prefix included.
 
 B = images, K = tokens of a whole sequence, R = responses, V = vocabulary, C = classes.
 """
@@ -57,6 +57,9 @@ class PlainForward(Forward):
 
     def read(self, batch: Batch) -> Batch:
         return batch
+
+    def forget(self) -> None:
+        """Nothing is kept."""
 
     @torch.no_grad()
     def search(

@@ -89,7 +89,8 @@ def continue_rows(classifier: VLMClassifier, batch: Batch, begun: Sequence[list[
 
 
 def write_freely(classifier: VLMClassifier, reading: Any) -> list[str]:
-    """The text of each sample without constraint: greedy, to the end of turn or as long as a trained response may be."""
+    """The text of each sample without constraint: greedy, to the end of turn or as long as a trained response may
+    be."""
     if not classifier.prompts.free:
         return classifier.write(reading)
     longest = max(map(len, classifier.rendered.scored_ids))

@@ -4,8 +4,8 @@ The prefix (instructions, class list) stands before the image and is equal for a
 its keys and values do not depend on the image: they are computed once, with gradients, and only the rows are run for
 each sample.
 
-B = images, P = prefix tokens, L = tokens of the longest row, K = P + L, O = tokens of the opening, N = nodes of the label
-tree in a row, C = classes, D = width.
+B = images, P = prefix tokens, L = tokens of the longest row, K = P + L, O = tokens of the opening, N = nodes of the
+label tree in a row, C = classes, D = width.
 """
 
 from collections.abc import Sequence

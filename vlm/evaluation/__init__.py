@@ -4,11 +4,11 @@ evaluate.py scores a split; calibrate.py fits and stores the calibration; image_
 images and with a linear classifier; reliability.py has the figures and their intervals.
 """
 
-from vlm.evaluation.calibrate import add_test_figures, calibrate, is_calibrated, missed_target
+from vlm.evaluation.calibrating import add_test_figures, calibrate, is_calibrated, missed_target
 from vlm.evaluation.evaluate import check_texts, evaluate_vlm_model, explanations, metrics_of_sums, score_split
 from vlm.evaluation.image_check import check_images
+from vlm.evaluation.linear_probe import compare, probe
 from vlm.evaluation.metrics import load_metric
-from vlm.evaluation.probe import compare, probe
 from vlm.evaluation.reliability import accuracy_interval, confidence_and_correctness
 
 __all__ = [

@@ -82,8 +82,8 @@ def fit_temperature(scores: np.ndarray, labels: np.ndarray) -> tuple[float, str 
             coldest = 1 / COLDEST
             inverse = coldest if confidence(coldest) <= most else brentq(lambda x: confidence(x) - most, 1.0, coldest)
         return 1 / inverse, (
-            f"no validation image is wrong, so that a fit would know no end: the temperature is bounded to {1 / inverse:.3g}, "
-            f"where the mean confidence is {confidence(inverse):.4f}."
+            "validation has no mistakes, so the fit has no optimum: the temperature is bounded to "
+            f"{1 / inverse:.3g}, with a mean confidence of {confidence(inverse):.4f}."
         )
     hottest, coldest = slope(1 / HOTTEST), slope(1 / COLDEST)
     if hottest >= 0:

@@ -47,7 +47,7 @@ def classification_metrics(
     labels, scores = np.asarray(labels, dtype=np.int64), np.asarray(log_probabilities, dtype=np.float64)
     if scores.shape != (len(labels), len(class_names)) or len(labels) == 0:
         raise ValueError(
-            f"{len(labels)} labels and {len(class_names)} classes do not go with log-probabilities of shape {scores.shape}"
+            f"{len(labels)} labels and {len(class_names)} classes do not fit log-probabilities of shape {scores.shape}"
         )
     broken = int(np.isnan(scores).any(axis=1).sum())
     if broken:

@@ -248,5 +248,6 @@ def _check_same_model(model: VLMClassifier, processor: Any, metadata: dict[str, 
         )
     if processor is not model.family.processor or tuple(metadata["class_names"]) != model.class_names:
         raise ValueError(
-            "model, processor and metadata belong to different models: pass the three that one load_model_and_metadata returned."
+            "model, processor and metadata belong to different models: pass the three values that one call of "
+            "load_model_and_metadata returned."
         )

@@ -3,7 +3,7 @@ results.json alone."""
 
 from typing import Any
 
-from vlm.evaluation.calibrate import is_calibrated, missed_target
+from vlm.evaluation.calibrating import is_calibrated, missed_target
 from vlm.report.figures import probed_encoder
 
 

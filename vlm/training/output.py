@@ -26,8 +26,8 @@ def check_output(settings: Settings) -> None:
         and output.resolve().is_relative_to(Path(settings.dataset).resolve())
     ):
         raise UsageError(
-            f"--output-dir {output} is in the folder of --dataset {settings.dataset}: the results would be taken for a class of images. "
-            "Choose a folder beside it."
+            f"--output-dir {output} is in the folder of --dataset {settings.dataset}: the results would be taken for a "
+            "class of images. Choose a folder next to it."
         )
     if settings.overwrite:
         return

@@ -1,4 +1,4 @@
-"""What is printed before the first step: the settings, contradictions in the texts, and one sample as the model sees it."""
+"""What is printed before the first step: settings, contradictions in the texts, one sample as the model sees it."""
 
 from collections.abc import Sequence
 
@@ -69,23 +69,25 @@ def _format_row(settings: Settings) -> str:
 
 
 def point_out_contradictions(settings: Settings) -> None:
-    """Texts that are right each as it is, but not together."""
+    """Print which texts contradict each other, or the response format."""
     template, stated = settings.prompt_template, stated_format(settings.prompt_template)
     if template and stated is None:
         note(
-            f'--prompt-template states no order of "Reasoning:" and "Answer:": the responses are {settings.response_format} '
-            "(--response-format says another).\n"
+            f'--prompt-template states no order of "Reasoning:" and "Answer:": the responses are '
+            f"{settings.response_format} (another: --response-format).\n"
         )
     texts = (settings.system_instructions or "{classes}") + (template or "")
     if settings.class_descriptions and "{classes}" not in texts:
-        only = "no text of this run" if settings.response_format == "answer-only" else "the responses alone"
+        only = "no text of this run" if settings.response_format == "answer-only" else "only the responses"
         note(
-            f"the class descriptions are in {only}: put {{classes}} into --system-instructions, where the list of classes belongs.\n"
+            f"the class descriptions are in {only}: put {{classes}} into --system-instructions, which then lists the "
+            "classes with them.\n"
         )
     if stated not in (None, settings.response_format):
         note(
             f"--prompt-template asks for {stated}, --response-format says {settings.response_format}: the responses are "
-            f"{settings.response_format}, against what the question asks. Make the two equal, or leave out --response-format.\n"
+            f"{settings.response_format}, unlike what the question asks. Make the two equal, or leave out "
+            "--response-format.\n"
         )
 
 
@@ -102,19 +104,20 @@ def preflight(classifier: VLMClassifier, sample: Sample) -> None:
     responses = int((targets != IGNORED).sum())
     parts = [f"the {responses} in [[ ]] are in the loss"] if objective.has_response else []
     if objective.has_posterior:
-        parts.append("the class is learned where the classes' responses part")
+        parts.append("the class is learned from the tokens that tell the responses apart")
     note(
-        f"One sample as the model sees it ({sample.name}, {classifier.class_names[sample.label]}): {len(rendered.prefix_ids)} tokens run "
-        f"once for all, then {len(ids)} with {images} image tokens; {', and '.join(parts)}."
+        f"One sample as the model sees it ({sample.name}, {classifier.class_names[sample.label]}): "
+        f"{len(rendered.prefix_ids)} tokens run once for all, then {len(ids)} with {images} image tokens; "
+        f"{', and '.join(parts)}."
     )
     note(render_sample(classifier, ids.tolist(), targets.tolist()) + "\n")
     if not images:
         raise UsageError(
-            "the sample above has no image token: the model would learn from the text alone. Check the processor of the model."
+            "the sample above has no image token: the model would learn only from the text. Check the model's processor."
         )
     if objective.has_response and not responses:
         raise UsageError(
-            "the sample above has no response token: there is nothing to learn. Check the class names and the responses."
+            "the sample above has no response token: there is nothing to learn. Check class names and responses."
         )
 
 

@@ -1,4 +1,4 @@
-"""After the last step: the best model is loaded from its folder, as a user would, and tested once; results are written."""
+"""After the last step: the best model is loaded from its folder, as a user would, and tested once."""
 
 import os
 import shutil
@@ -18,10 +18,10 @@ from vlm.common.progress import note
 from vlm.common.tables import format_table
 from vlm.config.names import BEST_MODEL, DEMO_IMAGES, METADATA, PAGE, RESULTS, STATE
 from vlm.data.splits import Split
-from vlm.evaluation.calibrate import add_test_figures, calibrate
+from vlm.evaluation.calibrating import add_test_figures, calibrate
 from vlm.evaluation.evaluate import check_texts, explanations, metrics_of_sums, score_split
 from vlm.evaluation.image_check import check_images
-from vlm.evaluation.probe import compare, probe
+from vlm.evaluation.linear_probe import compare, probe
 from vlm.evaluation.reliability import confidence_and_correctness
 from vlm.families import load_family
 from vlm.families.features import FeatureCache

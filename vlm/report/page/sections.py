@@ -8,7 +8,7 @@ import numpy as np
 
 from vlm.data.images import UnreadableImage
 from vlm.data.splits import Split
-from vlm.evaluation.calibrate import is_calibrated
+from vlm.evaluation.calibrating import is_calibrated
 from vlm.report.figures import accuracy_range, probed_encoder, reliability_states, series, smooth, wants_log_scale
 from vlm.report.page.charts import Axis, Line, axis_around, line_chart
 from vlm.report.page.content import Content, Prediction, triple

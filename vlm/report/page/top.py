@@ -1,7 +1,7 @@
 """The top of the page: what it is about, the accuracy with its interval, the verdict in a line, and what speaks against
 it."""
 
-from vlm.evaluation.calibrate import missed_target
+from vlm.evaluation.calibrating import missed_target
 from vlm.report.page.content import WIDE, Content
 from vlm.report.page.markup import Markup, class_name, element, join, percent, shorten
 

@@ -137,6 +137,6 @@ def compare(theirs: np.ndarray, ours: np.ndarray) -> str | None:
     if may_be_chance(theirs, ours):
         return f"the probe is {100 * ahead:.1f} points ahead, which may be chance: {len(ours)} test images are too few to tell."
     return (
-        f"the probe is {100 * ahead:.1f} points ahead: a linear classifier on the vision features alone does better than the VLM. Train "
-        "longer, try another --learning-rate or --tune, or use the classifier."
+        f"the probe is {100 * ahead:.1f} points ahead: a linear classifier on only the vision features does better than "
+        "the VLM. Train longer, try another --learning-rate or --tune, or use that classifier."
     )
