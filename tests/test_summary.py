@@ -1,8 +1,10 @@
 """The final table says in words what stands in results.json, and nothing that was not measured."""
 
+import numpy as np
 import pytest
 
-from vlm.report.summary import summary_rows
+from vlm.evaluation.metrics import classification_metrics
+from vlm.report import per_class_table, summary_rows
 
 
 def results_of(**changes):
@@ -14,12 +16,7 @@ def results_of(**changes):
         "test", {}
     )
     check = {"accuracy": 0.109, "shuffled": 0.031, "gray": 0.062, "chance": 0.0625, "pictures": 64, "warning": None}
-    texts = {
-        "texts": 32,
-        "agree_with_prediction": 30,
-        "invalid": 1,
-        "reasoning_names_answer": None,
-    }
+    texts = {"texts": 32, "agree_with_prediction": 30, "invalid": 1, "reasoning_names_answer": None}
     return {
         "test": test,
         "texts": texts | changes.pop("texts", {}),
@@ -91,14 +88,24 @@ def test_an_error_that_grew_is_called_so(after, words):
 def test_abstaining_is_a_sentence():
     nothing = {"below": 0.9, "target_precision": None, "validation": {"coverage": 0.0, "accuracy": None}}
     some = nothing | {"test": {"coverage": 0.25, "accuracy": 0.5}}
-    expected = "below a confidence of 0.9000; answers 0.0% of the validation images, 25.0% of the test images (50.0% of them right)"
+    answers = "answers 0.0% of the validation images, 25.0% of the test images (50.0% of them right)"
+    expected = f"below a confidence of 0.9000; {answers}"
     assert table_of(test={"abstention": some})["abstaining"] == expected
 
 
 def test_a_precision_that_no_threshold_reaches_is_told():
     missed = {"below": None, "target_precision": 0.95, "validation": None, "test": None}
-    line = table_of(test={"abstention": missed})["abstaining"]
-    assert (
-        line
-        == "no confidence was found from which 95% of the predictions on validation are right: the model answers every image"
+    words = "no confidence was found from which 95% of the predictions on validation are right"
+    assert table_of(test={"abstention": missed})["abstaining"] == f"{words}: the model answers every image"
+
+
+def test_per_class_table_has_every_class_and_the_averages():
+    metrics = classification_metrics(
+        [0, 0, 1, 1], np.log([[0.9, 0.1], [0.8, 0.2], [0.6, 0.4], [0.3, 0.7]]), ["cat", "dog"]
     )
+    lines = per_class_table(metrics).splitlines()
+    assert lines[0].split() == ["class", "precision", "recall", "F1", "images"]
+    assert lines[2].split() == ["cat", "0.667", "1.000", "0.800", "2"]
+    assert lines[3].split() == ["dog", "1.000", "0.500", "0.667", "2"]
+    assert [line.split()[-2:] for line in lines[4:]] == [["0.733", "4"], ["0.733", "4"], ["0.750", "4"]]
+    assert len({len(line) for line in lines}) == 1

@@ -43,28 +43,26 @@ def reliability_figures(
         accuracy; nll (nats an image); brier (squared distance of the probabilities from the truth, summed over the
         classes, 0 to 2: Brier 1950); ece (see `calibration_error`). The same seed and N give the same resamples.
     """
-    labels = np.asarray(labels)
     confidence, correct = confidence_and_correctness(log_probabilities, labels)
-    truth = log_probabilities[np.arange(len(labels)), labels]
-    probabilities = np.exp(log_probabilities)
-    values = np.stack(
-        [-np.maximum(truth, SMALLEST_LOG_PROBABILITY), (probabilities**2).sum(axis=1) - 2 * np.exp(truth) + 1], axis=1
-    )
+    # (N, C) -> (N,): the log-probability of the true class
+    truth = log_probabilities[np.arange(len(labels)), np.asarray(labels)]
+    squares = (np.exp(log_probabilities) ** 2).sum(axis=1)
+    # (N, 2): NLL and Brier score of each image
+    values = np.stack([-np.maximum(truth, SMALLEST_LOG_PROBABILITY), squares - 2 * np.exp(truth) + 1], axis=1)
     order = _by_confidence(confidence)
     gaps, rank = (confidence - correct)[order], np.argsort(order)
     means, errors = [], []
-    for drawn in _resamples(len(labels), resamples, seed):
+    for drawn in _resamples(len(labels), resamples, seed):  # (rows, N)
+        # (rows, N) -> (rows, 2) means, and (rows,) calibration errors
         means.append(np.stack([column[drawn].mean(axis=1) for column in values.T], axis=1))
         errors.append(_binned_error(gaps[np.sort(rank[drawn], axis=1)]))
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(np.concatenate(means), [tail, 1 - tail], axis=0)
-    result = {
-        name: [float(values[:, i].mean()), float(low[i]), float(high[i])] for i, name in enumerate(("nll", "brier"))
-    }
+    nll, brier = ([float(values[:, i].mean()), float(low[i]), float(high[i])] for i in range(2))
     ece = float(_binned_error(gaps[None])[0])
     below, above = np.quantile(np.concatenate(errors), [tail, 1 - tail])
     interval = [ece, max(0.0, min(ece, float(2 * ece - above))), min(1.0, max(ece, float(2 * ece - below)))]
-    return {"accuracy": accuracy_interval(correct), **result, "ece": interval}
+    return {"accuracy": accuracy_interval(correct), "nll": nll, "brier": brier, "ece": interval}
 
 
 def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
@@ -88,8 +86,10 @@ def reliability_bins(confidence: np.ndarray, correct: np.ndarray) -> list[list[f
 
 
 def accuracy_interval(correct: np.ndarray) -> Interval:
-    """Accuracy with Wilson's interval, from (N,) bool."""
-    return [float(correct.mean()), *wilson_interval(int(correct.sum()), len(correct))]
+    """Accuracy with its 95% interval by Wilson (1927), from (N,) bool. The interval is right for few images and near 0
+    and 1, too."""
+    found = binomtest(int(correct.sum()), len(correct)).proportion_ci(LEVEL, method="wilson")
+    return [float(correct.mean()), float(found.low), float(found.high)]
 
 
 def may_be_chance(better: np.ndarray, other: np.ndarray) -> bool:
@@ -101,15 +101,6 @@ def may_be_chance(better: np.ndarray, other: np.ndarray) -> bool:
     """
     gained, lost = int((better & ~other).sum()), int((other & ~better).sum())
     return gained <= lost or bool(binomtest(gained, gained + lost).pvalue > 1 - LEVEL)
-
-
-def wilson_interval(correct: int, total: int) -> tuple[float, float]:
-    """95% interval of a share (Wilson 1927), which is right for few images and near 0 and 1 too."""
-    z = 1.959964
-    share, total = correct / max(total, 1), max(total, 1)
-    middle = (share + z**2 / (2 * total)) / (1 + z**2 / total)
-    reach = z / (1 + z**2 / total) * np.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
-    return max(0.0, float(middle - reach)), min(1.0, float(middle + reach))
 
 
 def _resamples(count: int, resamples: int, seed: int) -> Iterator[np.ndarray]:

@@ -1,102 +1,53 @@
-"""The table at the end of a run, in words for somebody who has not read the code. A function of what stands in
-results.json alone."""
+"""The tables at the end of a run, in words for somebody who has not read the code. They are functions of what stands
+in `results.json` only."""
 
 from typing import Any
 
-from vlm.evaluation.calibrating import is_calibrated, missed_target
-from vlm.report.figures import probed_encoder
-
-
-def summary_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
-    """Name and value of each figure, the most important first; what was not measured is left out."""
-    test, texts = results["test"], results["texts"]
-    low, high = test["calibration"]["after"]["accuracy"][1:]
-    validation = results["validation"]
-    rows = [
-        (
-            "test accuracy",
-            f"{test['accuracy']:.4f}  (95% interval {low:.4f} to {high:.4f}, {results['pictures']['test']} images)",
-        )
-    ]
-    if "zero_shot" in results:
-        rows.append(("test accuracy before training", f"{results['zero_shot']['accuracy']:.4f}"))
-    rows += [
-        *_probe_row(results["probe"]),
-        ("macro F1, weighted F1", f"{test['macro_f1']:.4f}, {test['weighted_f1']:.4f}"),
-        ("validation accuracy", f"{validation['accuracy']:.4f}  (step {validation['step']}, the best{_before_fit(test['calibration'])})"),
-        *_calibration_rows(test["calibration"]),
-        *([("abstaining", abstention_line(test["abstention"]))] if test.get("abstention") else []),
-        _image_row(results["picture_check"]),
-        ("texts written freely", f"{texts['agree_with_prediction']} of {texts['texts']} answer with the predicted class, "
-                                 f"{texts['invalid']} with no class at all{_unread(texts)}"),
-    ]  # fmt: skip
-    if texts["reasoning_names_answer"] is not None:
-        named = f"{texts['reasoning_names_answer']} of {texts['texts']}"
-        rows.append(("reasonings", f"{named} texts written freely name the class in their reasoning, too"))
-    own = [(name, _own(value)) for name, value in test.get("own_metrics", {}).items()]
-    return [*rows, _training_row(results), *own]
-
-
-def _probe_row(probe: dict[str, Any] | None) -> list[tuple[str, str]]:
-    if probe is None:
-        return []
-    value, low, high = probe["accuracy"]
-    return [
-        (
-            "accuracy of the probe",
-            f"{value:.4f}  ({low:.4f} to {high:.4f}, logistic regression on {probed_encoder(probe['tower'])})",
-        )
-    ]
-
-
-def _calibration_rows(calibration: dict[str, Any]) -> list[tuple[str, str]]:
-    before, after = calibration["before"], calibration["after"]
-    fitted = is_calibrated(calibration)
-    values = []
-    for name, key in (("ECE", "ece"), ("NLL", "nll")):
-        value, low, high = after[key]
-        earlier = f", {before[key][0]:.4f} before" if fitted else ""
-        worse = ""
-        if fitted and value > before[key][0]:
-            worse = ": no clear change" if low <= before[key][0] <= high else ": worse on test than before"
-        values.append((f"{name} on test", f"{value:.4f}  ({low:.4f} to {high:.4f}{earlier}{worse}; {MEANING[key]})"))
-    how = f"temperature {calibration['temperature']:.3f}" + (
-        " and a bias for each class" if calibration["bias"] else ""
-    )
-    rows = [("calibration", f"{how}, fitted on validation" if fitted else "none")]
-    if calibration["score"] != "sum":
-        compared = ", ".join(f"{name} {figures['nll']:.4f}" for name, figures in calibration["scores"].items())
-        rows.append(
-            ("score of a class", calibration["score"] + (f"  (NLL on validation: {compared})" if compared else ""))
-        )
-    return rows + values
-
+from vlm.common.tables import format_table
+from vlm.evaluation import is_calibrated, missed_target
 
 MEANING = {
     "ece": "mean distance of confidence and accuracy, 0 at best",
     "nll": "-log of the probability of the true class, 0 at best",
     "brier": "squared distance of the probabilities from the truth, 0 at best, 2 at worst",
 }
+ENCODERS = {
+    "frozen": "the same vision encoder, which is frozen",
+    "before the training": "the vision encoder as it was before the training",
+    "random weights": "the vision encoder before the training (random weights)",
+}
+
+Row = tuple[str, str]  # name and value
 
 
-def _before_fit(calibration: dict[str, Any]) -> str:
-    """What the validation accuracy of the training lacks: it is by the sum and without biases, which alone change what
-    is predicted."""
-    return "; before score and biases were fitted" if calibration["bias"] or calibration["score"] != "sum" else ""
+def summary_rows(results: dict[str, Any]) -> list[Row]:
+    """Name and value of each measure, the most important first; what was not measured is left out."""
+    test = results["test"]
+    return [
+        *_accuracy_rows(results),
+        *_calibration_rows(test["calibration"]),
+        *([("abstaining", abstention_line(test["abstention"]))] if test.get("abstention") else []),
+        _image_row(results["picture_check"]),
+        *_text_rows(results["texts"]),
+        _training_row(results),
+        *((name, _own(value)) for name, value in test.get("own_metrics", {}).items()),
+    ]
 
 
-def _unread(texts: dict[str, Any]) -> str:
-    """What texts that disagree mean for the user, where most do: too short a training for texts, or one that does not
-    teach them."""
-    return (
-        ""
-        if 2 * texts["agree_with_prediction"] >= texts["texts"]
-        else "; predictions and explanations do not depend on them"
-    )
+def per_class_table(metrics: dict[str, Any]) -> str:
+    """The table of what `classification_metrics` gives: one line a class, then the averages of F1 and the accuracy."""
+    rows: list[tuple[Any, ...]] = [
+        (name, measures["precision"], measures["recall"], measures["f1"], measures["support"])
+        for name, measures in metrics["per_class"].items()
+    ]
+    rows.append(("macro average", None, None, metrics["macro_f1"], metrics["samples"]))
+    rows.append(("weighted average", None, None, metrics["weighted_f1"], metrics["samples"]))
+    rows.append(("accuracy", None, metrics["accuracy"], None, metrics["samples"]))
+    return format_table(rows, ("class", "precision", "recall", "F1", "images"))
 
 
 def abstention_line(abstention: dict[str, Any]) -> str:
-    """What `abstention` in results.json says."""
+    """What `abstention` in `results.json` says."""
     if abstention["below"] is None:
         return missed_target(abstention["target_precision"])
     shares = []
@@ -107,7 +58,59 @@ def abstention_line(abstention: dict[str, Any]) -> str:
     return f"below a confidence of {abstention['below']:.4f}; answers {', '.join(shares)}"
 
 
-def _image_row(check: dict[str, Any]) -> tuple[str, str]:
+def probed_encoder(encoder: str | None) -> str:
+    """In words, which vision encoder the probe was fitted on; `encoder` as `probe` in `results.json` has it."""
+    return ENCODERS.get(encoder or "", "the vision encoder")
+
+
+def _accuracy_rows(results: dict[str, Any]) -> list[Row]:
+    test, validation = results["test"], results["validation"]
+    _, low, high = test["calibration"]["after"]["accuracy"]
+    interval = f"95% interval {low:.4f} to {high:.4f}, {results['pictures']['test']} images"
+    rows = [("test accuracy", f"{test['accuracy']:.4f}  ({interval})")]
+    if "zero_shot" in results:
+        rows.append(("test accuracy before training", f"{results['zero_shot']['accuracy']:.4f}"))
+    if results["probe"]:
+        value, low, high = results["probe"]["accuracy"]
+        how = f"logistic regression on {probed_encoder(results['probe']['tower'])}"
+        rows.append(("accuracy of the probe", f"{value:.4f}  ({low:.4f} to {high:.4f}, {how})"))
+    rows.append(("macro F1, weighted F1", f"{test['macro_f1']:.4f}, {test['weighted_f1']:.4f}"))
+    step = f"step {validation['step']}, the best{_before_fit(test['calibration'])}"
+    rows.append(("validation accuracy", f"{validation['accuracy']:.4f}  ({step})"))
+    return rows
+
+
+def _before_fit(calibration: dict[str, Any]) -> str:
+    """What the validation accuracy of the training lacks. It is measured by the sum and without biases, and only these
+    change what is predicted."""
+    return "; before score and biases were fitted" if calibration["bias"] or calibration["score"] != "sum" else ""
+
+
+def _calibration_rows(calibration: dict[str, Any]) -> list[Row]:
+    biases = " and a bias for each class" if calibration["bias"] else ""
+    fitted = f"temperature {calibration['temperature']:.3f}{biases}, fitted on validation"
+    rows = [("calibration", fitted if is_calibrated(calibration) else "none")]
+    if calibration["score"] != "sum":
+        compared = ", ".join(f"{name} {measures['nll']:.4f}" for name, measures in calibration["scores"].items())
+        hint = f"  (NLL on validation: {compared})" if compared else ""
+        rows.append(("score of a class", f"{calibration['score']}{hint}"))
+    for name, key in (("ECE", "ece"), ("NLL", "nll")):
+        value, low, high = calibration["after"][key]
+        change = _change(calibration, key)
+        rows.append((f"{name} on test", f"{value:.4f}  ({low:.4f} to {high:.4f}{change}; {MEANING[key]})"))
+    return rows
+
+
+def _change(calibration: dict[str, Any], key: str) -> str:
+    """The value before the calibration, and whether the calibration made it worse."""
+    if not is_calibrated(calibration):
+        return ""
+    before, (value, low, high) = calibration["before"][key][0], calibration["after"][key]
+    verdict = ": no clear change" if low <= before <= high else ": worse on test than before"
+    return f", {before:.4f} before{verdict if value > before else ''}"
+
+
+def _image_row(check: dict[str, Any]) -> Row:
     known = [
         (name, check[key]) for name, key in (("exchanged", "shuffled"), ("gray", "gray")) if check[key] is not None
     ]
@@ -116,7 +119,19 @@ def _image_row(check: dict[str, Any]) -> tuple[str, str]:
     return "accuracy with other images", f"{others}, chance {check['chance']:.3f}  ({counts})"
 
 
-def _training_row(results: dict[str, Any]) -> tuple[str, str]:
+def _text_rows(texts: dict[str, Any]) -> list[Row]:
+    total, agree = texts["texts"], texts["agree_with_prediction"]
+    invalid = f"{texts['invalid']} with no class at all"
+    # Most texts disagree if the training is too short for texts, or does not teach them.
+    remark = "; predictions and explanations do not depend on them" if 2 * agree < total else ""
+    rows = [("texts written freely", f"{agree} of {total} answer with the predicted class, {invalid}{remark}")]
+    if texts["reasoning_names_answer"] is not None:
+        named = f"{texts['reasoning_names_answer']} of {total}"
+        rows.append(("reasonings", f"{named} texts written freely name the class in their reasoning, too"))
+    return rows
+
+
+def _training_row(results: dict[str, Any]) -> Row:
     timings = results["timings"]
     if not results["settings"]["epochs"]:
         return "training", "none (--epochs 0)"

@@ -16,7 +16,7 @@ from vlm.classifier.search import TOLERANCE
 from vlm.common.files import write_json
 from vlm.common.progress import note
 from vlm.common.tables import format_table
-from vlm.config.names import BEST_MODEL, DEMO_IMAGES, METADATA, PAGE, RESULTS, STATE
+from vlm.config.names import BEST_MODEL, DEMO_IMAGES, METADATA, RESULTS, STATE
 from vlm.data.splits import Split
 from vlm.evaluation.calibrating import add_test_figures, calibrate
 from vlm.evaluation.evaluate import check_texts, explanations, metrics_of_sums, score_split
@@ -26,9 +26,7 @@ from vlm.evaluation.reliability import confidence_and_correctness
 from vlm.families import load_family
 from vlm.families.features import FeatureCache
 from vlm.inference.predictor import load_model_and_metadata
-from vlm.report.figures import confusion_matrix, per_class_table, reliability_diagram, training_curves
-from vlm.report.page import Prediction, shown_images, write_page
-from vlm.report.summary import summary_rows
+from vlm.report import Prediction, per_class_table, shown_images, summary_rows, write_report
 from vlm.training.resume_state import Progress
 from vlm.training.setup import Run
 
@@ -68,8 +66,7 @@ def finish(run: Run, progress: Progress, metrics: Sequence[Callable[..., Any]]) 
         **_checks(run, tested, frozen),
         **_of_the_run(run, progress, tested.seconds),
     }
-    _draw(run, progress, tested.metrics)
-    write_page(output / PAGE, results, run.data, _explained_predictions(run, tested))
+    write_report(output, results, run.data, _explained_predictions(run, tested))
     of_test = {name: tested.metrics[name] for name in ("accuracy", "macro_f1")}
     write_json(output / METADATA, run.metadata | calibration | {"test": of_test})
     if run.settings.demo:
@@ -181,12 +178,6 @@ def _of_the_run(run: Run, progress: Progress, test_seconds: float) -> dict[str, 
         "settings": run.settings.to_json(),
         "history": progress.history,
     }
-
-
-def _draw(run: Run, progress: Progress, test: dict[str, Any]) -> None:
-    training_curves(progress.history, run.output / "training_curves.png", progress.best_step)
-    confusion_matrix(test["confusion_matrix"], run.data.class_names, run.output / "confusion_matrix.png")
-    reliability_diagram(test["calibration"], run.output / "reliability.png")
 
 
 def save_demo_images(split: Split, folder: Path) -> None:

@@ -1,0 +1,110 @@
+"""Test images that the page shows one by one: which they are, and what is said of them. C = classes."""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vlm.data.images import UnreadableImage
+from vlm.data.splits import Split
+
+MOST_IMAGES = 12  # mistakes, and as many uncertain images
+MOST_PROBABLE = 3  # classes of an image
+THUMBNAIL = 128  # pixels, the longer side
+SMALL = 64  # pixels; an image that is no larger is kept as it is, without loss
+
+
+@dataclass
+class Prediction:
+    """One test image as the page shows it.
+
+    probabilities: (C,), sums to 1. text: what the model wrote, of the images that are shown one by one.
+    """
+
+    name: str
+    label: int
+    probabilities: np.ndarray
+    text: str | None = None
+
+    @property
+    def predicted(self) -> int:
+        return int(self.probabilities.argmax())
+
+    @property
+    def confidence(self) -> float:
+        return float(self.probabilities.max())
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """A small copy of an image as a `data:` address. coarse: of an image so small that its pixels should be seen."""
+
+    address: str
+    coarse: bool
+
+
+@dataclass(frozen=True)
+class Card:
+    """A test image with its prediction. probabilities: class, probability, and whether it is the true class."""
+
+    image: Thumbnail | None
+    name: str
+    truth: str
+    answer: str
+    unsure: bool
+    probabilities: list[tuple[str, float, bool]]
+    text: str
+
+
+def shown_images(predictions: Sequence[Prediction]) -> list[int]:
+    """Positions of the images that the page shows one by one: those worth an explanation."""
+    return confident_mistakes(predictions) + least_certain(predictions)
+
+
+def confident_mistakes(predictions: Sequence[Prediction]) -> list[int]:
+    """Positions of the wrong predictions with the highest confidence, highest first."""
+    wrong = [i for i, p in enumerate(predictions) if p.predicted != p.label]
+    return sorted(wrong, key=lambda i: -predictions[i].confidence)[:MOST_IMAGES]
+
+
+def least_certain(predictions: Sequence[Prediction]) -> list[int]:
+    """Positions of the predictions with the lowest confidence, lowest first, without the mistakes that are shown
+    already."""
+    left = set(range(len(predictions))) - set(confident_mistakes(predictions))
+    return sorted(left, key=lambda i: (predictions[i].confidence, i))[:MOST_IMAGES]
+
+
+def card(prediction: Prediction, class_names: list[str], image: Thumbnail | None, abstains_below: float) -> Card:
+    """What is said of a test image: its most probable classes and the true one."""
+    order = np.argsort(-prediction.probabilities, kind="stable").tolist()
+    shown = order[:MOST_PROBABLE] + [i for i in order[MOST_PROBABLE:] if i == prediction.label]
+    return Card(
+        image=image,
+        name=prediction.name,
+        truth=class_names[prediction.label],
+        answer=class_names[prediction.predicted],
+        unsure=prediction.confidence < abstains_below,
+        probabilities=[(class_names[i], float(prediction.probabilities[i]), i == prediction.label) for i in shown],
+        text=(prediction.text or "").strip(),
+    )
+
+
+def thumbnail(split: Split, position: int) -> Thumbnail | None:
+    """A small copy of an image of a split; None if it can no longer be read."""
+    try:
+        copy = split[position].image.copy()
+    except UnreadableImage:  # it was there when the run began
+        return None
+    coarse = max(copy.size) <= SMALL
+    copy.thumbnail((THUMBNAIL, THUMBNAIL))
+    return Thumbnail(_address(copy, "PNG") if coarse else _address(copy, "JPEG", quality=80), coarse)
+
+
+def _address(image: Image.Image, kind: str, **options: Any) -> str:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"

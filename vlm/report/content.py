@@ -1,0 +1,260 @@
+"""What the page shows: results, data and predictions of a run, and what is chosen from them.
+
+N = test images, C = classes.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from vlm.data.splits import Data
+from vlm.evaluation import is_calibrated, missed_target
+from vlm.report.cards import Card, Prediction, Thumbnail, card, confident_mistakes, least_certain, thumbnail
+from vlm.report.summary import MEANING, abstention_line, probed_encoder
+
+MOST_CONFUSIONS = 10
+MOST_SAMPLES = 100  # classes with an image in the section on the data
+MOST_ROWS = 100  # classes in the table of classes
+WIDE = 0.1  # an interval of accuracy that is wider says little
+HOW_IT_WAS_STARTED = {"resume", "overwrite"}  # not what the result depends on
+
+Measured = tuple[float, float | None, float | None]  # value and its interval, if there is one
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A class with its first training image. counts: images of each split."""
+
+    name: str
+    image: Thumbnail | None
+    counts: list[tuple[str, int]]
+
+
+@dataclass
+class Content:
+    """All that the page shows; see `write_report`."""
+
+    results: dict[str, Any]
+    data: Data
+    predictions: Sequence[Prediction]
+
+    @property
+    def test(self) -> dict[str, Any]:
+        return self.results["test"]
+
+    @property
+    def calibration(self) -> dict[str, Any]:
+        return self.test["calibration"]
+
+    @property
+    def is_calibrated(self) -> bool:
+        return is_calibrated(self.calibration)
+
+    @property
+    def names(self) -> list[str]:
+        return self.data.class_names
+
+    @property
+    def title(self) -> str:
+        task = self.results["settings"].get("task_description") or "Image classification"
+        return task[:1].upper() + task[1:]
+
+    @property
+    def subtitle(self) -> list[str]:
+        settings = self.results["settings"]
+        model = settings.get("model") or ("the demo's model" if settings.get("demo") else None)
+        counts = [f"{len(self.names):,} classes", f"{self.total:,} test images"]
+        return [str(fact) for fact in (model, self.data.source.get("dataset"), *counts) if fact]
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """(C, C) the confusion matrix: rows truth, columns prediction."""
+        return np.asarray(self.test["confusion_matrix"], dtype=np.int64)
+
+    @property
+    def total(self) -> int:
+        return int(self.counts.sum())
+
+    @property
+    def correct(self) -> int:
+        return int(self.counts.trace())
+
+    @property
+    def accuracy(self) -> tuple[float, float, float]:
+        """Accuracy on test and its 95% interval."""
+        value, low, high = self.calibration["after"]["accuracy"]
+        return value, low, high
+
+    @cached_property
+    def majority(self) -> tuple[str, float]:
+        """The most frequent class of the test split, and its share: the accuracy of always answering it."""
+        support = self.counts.sum(axis=1)
+        return self.names[int(support.argmax())], float(support.max() / max(support.sum(), 1))
+
+    @cached_property
+    def favorite(self) -> tuple[str, int] | None:
+        """The class that a collapsed model answers, and how often: at least a third of all answers and twice the
+        class's images."""
+        answers, support = self.counts.sum(axis=0), self.counts.sum(axis=1)
+        most = int(answers.argmax())
+        collapsed = 3 * answers[most] >= answers.sum() and answers[most] >= 2 * support[most]
+        return (self.names[most], int(answers[most])) if collapsed else None
+
+    @cached_property
+    def confusions(self) -> list[tuple[str, str, int, int]]:
+        """(truth, prediction, images, images of the true class) of the most frequent kinds of mistake."""
+        wrong = self.counts - np.diag(np.diag(self.counts))
+        rows, columns = np.nonzero(wrong)
+        order = np.argsort(-wrong[rows, columns], kind="stable")[:MOST_CONFUSIONS]
+        support = self.counts.sum(axis=1)
+        return [
+            (self.names[row], self.names[column], int(wrong[row, column]), int(support[row]))
+            for row, column in zip(rows[order], columns[order], strict=True)
+        ]
+
+    @property
+    def concerns(self) -> list[str]:
+        """Why the accuracy may mean less than it seems."""
+        _, low, high = self.accuracy
+        found = []
+        if low <= self.majority[1]:
+            found.append("The accuracy is not clearly above that of always answering the most frequent class.")
+        if high - low > WIDE:
+            found.append(f"{self.total:,} test images are few: the true accuracy may be anywhere in the interval.")
+        abstention = self.test.get("abstention")
+        if abstention and abstention["below"] is None:
+            found.append(f"{missed_target(abstention['target_precision'])}.")
+        found += [(self.results[part] or {}).get("warning") for part in ("probe", "picture_check")]
+        return [text[0].upper() + text[1:] for text in found if text]
+
+    @property
+    def comparison(self) -> list[tuple[str, str | None, Measured]]:
+        """(name, explanation, accuracy) of this model and of cheaper answers; only this model if there are none."""
+        check, probe, zero_shot = self.results["picture_check"], self.results["probe"], self.results.get("zero_shot")
+        images = f"on {check['pictures']:,} images, {check['accuracy']:.1%} with their own"
+        rows: list[tuple[str, str | None, Any]] = [("This model", None, self.accuracy)]
+        if probe:
+            hint = f"logistic regression on {probed_encoder(probe['tower'])}"
+            rows.append(("Linear probe", hint, probe["accuracy"]))
+        if zero_shot:
+            rows.append(("Zero-shot", "the same model before training", zero_shot["accuracy"]))
+        rows.append(("Other image", f"images shuffled, {images}", check["shuffled"]))
+        rows.append(("No image", f"a gray one, {images}", check["gray"]))
+        rows.append(("Most frequent class", "always the same answer", self.majority[1]))
+        return [(name, hint, figure) for name, hint, value in rows if (figure := measured(value))]
+
+    @property
+    def mistakes(self) -> list[Card]:
+        return self._cards(confident_mistakes(self.predictions))
+
+    @property
+    def uncertain(self) -> list[Card]:
+        return self._cards(least_certain(self.predictions))
+
+    def _cards(self, positions: Sequence[int]) -> list[Card]:
+        abstains_below = (self.test.get("abstention") or {}).get("below") or 0.0
+        return [card(self.predictions[i], self.names, thumbnail(self.data.test, i), abstains_below) for i in positions]
+
+    @property
+    def classes(self) -> list[tuple[str, dict[str, Any]]]:
+        """The measures of each class, the lowest F1 first; classes without a test image are last."""
+        per_class = self.test["per_class"]
+        order = sorted(self.names, key=lambda name: (per_class[name]["support"] == 0, per_class[name]["f1"]))
+        return [(name, per_class[name]) for name in order[:MOST_ROWS]]
+
+    @property
+    def metrics(self) -> list[tuple[str, Measured, Measured | None]]:
+        """(name, on test, on test before calibration) of what was measured and is finite."""
+        test, before, after = self.test, self.calibration["before"], self.calibration["after"]
+        rows: list[tuple[str, Any, Any]] = [
+            ("Accuracy", after["accuracy"], before["accuracy"]),
+            ("Macro F1", test["macro_f1"], None),
+            ("Weighted F1", test["weighted_f1"], None),
+            ("NLL, nats an image", after["nll"], before["nll"]),
+            ("Brier score", after["brier"], before["brier"]),
+            ("ECE", after["ece"], before["ece"]),
+            ("Loss, nats a token", test.get("loss"), None),
+        ]
+        for name, value in test.get("own_metrics", {}).items():
+            parts = value if isinstance(value, dict) else {"": value}
+            rows += [(f"{name} {part}".strip(), number, None) for part, number in parts.items()]
+        rows.append(("Validation accuracy", self.results["validation"]["accuracy"], None))
+        return [(name, figure, measured(earlier)) for name, now, earlier in rows if (figure := measured(now))]
+
+    @property
+    def meaning(self) -> dict[str, str]:
+        return MEANING
+
+    @property
+    def abstaining(self) -> str | None:
+        abstention = self.test.get("abstention")
+        return abstention_line(abstention) if abstention else None
+
+    @property
+    def scores(self) -> list[tuple[str, float]]:
+        """NLL on validation of each score that was compared."""
+        compared = [(name, measured(figures["nll"])) for name, figures in self.calibration["scores"].items()]
+        return [(name, nll[0]) for name, nll in compared if nll]
+
+    @property
+    def best_step(self) -> int | None:
+        """The step whose model was saved, if the history has its accuracy."""
+        step = self.results["validation"]["step"]
+        checked = {entry["step"] for entry in self.results["history"] if entry["kind"] == "validation"}
+        return step if step in checked else None
+
+    @cached_property
+    def split_counts(self) -> dict[str, np.ndarray]:
+        """(C,) images of each class, by split."""
+        splits = {"train": self.data.train, "validation": self.data.validation, "test": self.data.test}
+        labels = {name: np.asarray(split.labels, dtype=np.int64) for name, split in splits.items()}
+        return {name: np.bincount(numbers, minlength=len(self.names)) for name, numbers in labels.items()}
+
+    @property
+    def training_images(self) -> tuple[int, int, int]:
+        """Fewest, median and most training images of a class."""
+        counts = self.split_counts["train"]
+        return int(counts.min()), round(float(np.median(counts))), int(counts.max())
+
+    @property
+    def samples(self) -> list[Sample]:
+        first: dict[int, int] = {}
+        for position, label in enumerate(self.data.train.labels):
+            first.setdefault(label, position)
+        samples = []
+        for number, name in enumerate(self.names[:MOST_SAMPLES]):
+            image = thumbnail(self.data.train, first[number]) if number in first else None
+            counts = [(split, int(counts[number])) for split, counts in self.split_counts.items()]
+            samples.append(Sample(name, image, counts))
+        return samples
+
+    @property
+    def facts(self) -> list[tuple[str | None, dict[str, Any]]]:
+        """Settings, timings and versions with their headings."""
+        timings = {name: value for name, value in self.results["timings"].items() if value is not None}
+        groups = [(None, used_settings(self.results)), ("Time", timings), ("Versions", self.results["versions"])]
+        return [(heading, rows) for heading, rows in groups if rows]
+
+
+def measured(value: Any) -> Measured | None:
+    """A value with its interval, or a value without one; None for what is no finite number."""
+    values = list(value) if isinstance(value, list | tuple) else [value, None, None]
+    numbers = [v if isinstance(v, int | float) and math.isfinite(v) else None for v in values]
+    return None if len(numbers) != 3 or numbers[0] is None else (numbers[0], numbers[1], numbers[2])
+
+
+def used_settings(results: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that had a part in the result: with the device, number format and image size that were taken,
+    without what was off."""
+    given = results["settings"]
+    taken = {"device": results["device"]["type"], "dtype": results["device"]["dtype"]}
+    if results["image_size"]:
+        taken["image_size"] = results["image_size"]
+    off = {name for name, value in given.items() if value in (None, "") or value is False}
+    if given.get("tune", "lora") != "lora":
+        off |= {name for name in given if name.startswith("lora_")}
+    return {name: taken.get(name, value) for name, value in given.items() if name not in off | HOW_IT_WAS_STARTED}
