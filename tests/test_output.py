@@ -31,6 +31,7 @@ def test_nothing_is_lost_in_it(tmp_path, name, said):
         with pytest.raises(UsageError, match=said):
             check(settings(tmp_path))
     assert names_in(tmp_path) == {name}
+    (tmp_path / "tensorboard").mkdir()
     with output_folder(settings(tmp_path, overwrite=True)):
         assert names_in(tmp_path) == set()
 

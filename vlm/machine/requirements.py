@@ -4,6 +4,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
+
 DISTRIBUTION = "vlm-classification"  # its name in pyproject.toml
 
 

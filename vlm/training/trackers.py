@@ -21,7 +21,7 @@ from vlm.common.text import shorten
 TITLES = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases", "trackio": "Trackio", "mlflow": "MLflow"}
 # wandb waits 90 s for an unreachable server by default, and without end for the upload after the last step.
 # Its capture of stdout and stderr is off, so the program prints the same with and without it.
-WANDB_SETTINGS = {"init_timeout": 20.0, "finish_timeout": 60.0, "console": "off"}
+WANDB_SETTINGS: dict[str, Any] = {"init_timeout": 20.0, "finish_timeout": 60.0, "console": "off"}
 
 
 @dataclass(frozen=True)
