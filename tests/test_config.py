@@ -65,6 +65,19 @@ def test_default_is_lora_on_smolvlm_and_mars_with_eight_images_a_step():
     assert resolve({"batch_size": 64}).gradient_accumulation_steps == 1
 
 
+@pytest.mark.parametrize(
+    ("flags", "trackers"),
+    [
+        ([], []),
+        (["--use-wandb"], ["wandb"]),
+        (["--track", "tensorboard", "wandb", "tensorboard"], ["tensorboard", "wandb"]),
+        (["--use-wandb", "--track", "wandb", "mlflow"], ["wandb", "mlflow"]),
+    ],
+)
+def test_use_wandb_is_one_of_the_trackers_and_each_is_started_once(flags, trackers):
+    assert resolve(parse_arguments(flags)).trackers == trackers
+
+
 def test_all_problems_are_named_at_once():
     with pytest.raises(UsageError) as error:
         resolve(

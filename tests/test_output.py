@@ -31,6 +31,7 @@ def test_nothing_is_lost_in_it(tmp_path, name, said):
         with pytest.raises(UsageError, match=said):
             check(settings(tmp_path))
     assert names_in(tmp_path) == {name}
+    (tmp_path / "tensorboard").mkdir()
     with output_folder(settings(tmp_path, overwrite=True)):
         assert names_in(tmp_path) == set()
 
@@ -87,7 +88,7 @@ def test_a_login_that_fails_is_no_interrupted_run(tmp_path, monkeypatch, capsys)
     def fail(*arguments, **options):
         raise UsageError("--use-wandb: user is not logged in")
 
-    monkeypatch.setattr("vlm.common.progress._start_wandb", fail)
+    monkeypatch.setattr("vlm.training.run_log.start_tracker", fail)
     for name in ("there", "new"):
         assert train(*flags, tmp_path / name) == 2
         assert "user is not logged in" in capsys.readouterr().err

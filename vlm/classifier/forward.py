@@ -57,7 +57,7 @@ class Forward(ABC):
 
     @property
     def device(self) -> torch.device:
-        return next(self.family.model.parameters()).device
+        return self.family.device
 
     @abstractmethod
     def losses(self, batch: Batch, objective: Objective, first: bool, last: bool) -> LossOutput:

@@ -1,4 +1,4 @@
-"""The two errors a user may cause, and the one place that turns them into a message and an exit code.
+"""The errors that users meet, and the one place that turns them into a message and an exit code.
 
 Exit codes: 0 done, 1 a run that failed, 2 wrong usage, 130 stopped by the user.
 """
@@ -18,51 +18,64 @@ class RunError(Exception):
 
 
 class Stopped(KeyboardInterrupt):
-    """The user stopped the run; the message says what is left of it. Exit code 130. No `except Exception` holds it
-    up."""
+    """The user stopped the run; the message says what is left of it. Exit code 130.
+
+    It is no `Exception`, so that no `except Exception` catches it.
+    """
 
 
-def reason(error: Exception) -> str:
-    """Why a file could not be read, in a few words: of an error of the system what it says, without its number and the
-    file's name."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror[:1].lower() + error.strerror[1:]
+def is_main_process() -> bool:
+    """Whether this is the one process, of those that train together, that prints and writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def one_line(error: BaseException) -> str:
+    """All that an error says, in one line; the name of its type if it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says; its type if it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """The first line of what an error says, for libraries whose errors go on for pages; else the name of its type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def reason(error: Exception) -> str:
+    """Why a file could not be read, in one line. Of an error of the system: without its number and the file's name."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror[:1].lower() + error.strerror[1:]
+    return one_line(error)
 
 
 def did_you_mean(given: str, known: Sequence[str]) -> str:
-    """What to add to a message about a name that is not known: the one that is like it, or nothing."""
+    """What to add to a message about an unknown name: the known name that is most like it, or nothing."""
     close = difflib.get_close_matches(given, known, n=1) or [name for name in known if name.lower() == given.lower()]
     return f" Did you mean {close[0]}?" if close else ""
 
 
 OUT_OF_MEMORY = (
-    "out of memory. In this order: a smaller --batch-size (with a larger --gradient-accumulation-steps the result is "
-    "the same), a smaller --eval-batch-size, --tune connector instead of lora or full, --dtype bfloat16, a smaller --model."
+    "out of memory. Try in this order: a smaller --batch-size (with a larger --gradient-accumulation-steps the result "
+    "is the same), a smaller --eval-batch-size, --tune connector instead of lora or full, --dtype bfloat16, "
+    "a smaller --model."
 )
 
 
 def exit_code(command: Callable[[], None], debug: bool = False) -> int:
-    """Run a command and return its exit code; an expected error prints one or two lines, not a traceback.
+    """Run a command and return its exit code. An error prints one or two lines instead of a traceback.
 
-    With `debug` every error is raised, so that the traceback is seen.
+    Args:
+        debug: raise every error, so that its traceback is shown.
     """
     try:
         command()
         return 0
-    except BrokenPipeError:  # the reader of a pipe (head, less) went away: nothing to say
+    except BrokenPipeError:  # the reader of a pipe (head, less) has ended: there is nobody to tell
         return 1
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             raise
         message, code = _explain(error)
-        # Of several processes that made the same mistake, the main one says so.
-        if os.environ.get("RANK", "0") == "0" or not isinstance(error, UsageError | Stopped):
+        # Several processes report the same mistake of the user: only the main one prints it.
+        if is_main_process() or not isinstance(error, UsageError | Stopped):
             print(message, file=sys.stderr)
         return code
 
@@ -78,15 +91,15 @@ def _explain(error: BaseException) -> tuple[str, int]:
         return f"error: {OUT_OF_MEMORY}", 1
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("vlm"):
         return (
-            f"error: {sys.executable} has no package {error.name}. Start with ./run_vlm_training.sh, which sets up an environment that has "
-            "all of them, or use the Python in it: .venv/bin/python.",
+            f"error: {sys.executable} has no package {error.name}. Start with ./run_vlm_training.sh, which sets up an "
+            "environment that has all packages, or use the Python in it: .venv/bin/python.",
             2,
         )
     return f"error: {type(error).__name__}: {error}\nhint: run it again with --debug for the traceback.", 1
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out, on the CPU, CUDA or MPS."""
+    """Whether an error means that memory ran out on the CPU, CUDA or MPS."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     text = str(error).lower()

@@ -1,5 +1,7 @@
 """The names of the files and folders that a run writes into its output folder."""
 
+from vlm.config.settings import TRACKERS
+
 METADATA = "training_metadata.json"
 RESULTS = "results.json"
 LOG = "log.jsonl"
@@ -17,7 +19,7 @@ WRITTEN = (
     DEMO_IMAGES,
     "demo_pictures",
     STATE,
-    "wandb",
+    *TRACKERS,
     METADATA,
     RESULTS,
     LOG,

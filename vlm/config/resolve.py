@@ -41,6 +41,7 @@ NOT_PART_OF_THE_RUN = {
     "threads",
     "compile",
     "save_minutes",
+    "track",
     "use_wandb",
     "wandb_project",
 }

@@ -35,6 +35,7 @@ DEMO_DEFAULTS = {
 }
 CACHE_GB = 20.0  # what --cache-size is when it is not given
 AUTO = "auto"
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")  # each writes to a folder of this name in the output folder
 FEW_NODES = (
     64  # of the label tree: what the class posterior may add to each image unasked, as much as an image of SmolVLM's
 )
@@ -257,9 +258,17 @@ class Settings:
         None, "output", "your own metrics: FILE.py:FUNCTION(labels, predictions, probabilities, class_names)",
         nargs="+", metavar="FILE:FUNCTION",
     )  # fmt: skip
-    use_wandb: bool = _flag(False, "output", "log to Weights & Biases too")
+    track: list[str] | None = _flag(
+        None,
+        "output",
+        f"trackers that get the figures of the run too: {', '.join(TRACKERS)}",
+        choices=TRACKERS,
+        nargs="+",
+        metavar="NAME",
+    )
+    use_wandb: bool = _flag(False, "output", "log to Weights & Biases too: the same as --track wandb")
     wandb_project: str = _flag(
-        "vlm-classification", "output", "project on Weights & Biases (default: vlm-classification)"
+        "vlm-classification", "output", "project of the run in all trackers (default: vlm-classification)"
     )
 
     demo: bool = _flag(
@@ -274,6 +283,11 @@ class Settings:
     def bits(self) -> int | None:
         """Of a weight of the language model where it is quantized."""
         return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
+
+    @property
+    def trackers(self) -> list[str]:
+        """The trackers that --track and --use-wandb ask for, each once."""
+        return list(dict.fromkeys([*(self.track or []), *(["wandb"] if self.use_wandb else [])]))
 
     def image_options(self, edge: int | None = None) -> dict[str, Any]:
         """What was asked of the model's image processing; an option may belong to one family alone (see `load_family`).

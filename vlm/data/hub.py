@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from vlm.common.errors import RunError, UsageError
+from vlm.common.errors import RunError, UsageError, one_line
 from vlm.common.progress import note
 
 REQUEST_SECONDS = 5
@@ -109,7 +109,7 @@ def _ask(kind: str, name: str, revision: str | None = None) -> tuple[Any, str]:
         raise _refused(kind, name, revision, error) from error
     except Exception as error:  # each version of the library has other exceptions for a network that does not work
         constants.HF_HUB_OFFLINE = True
-        return None, f"the hub cannot be reached at {constants.ENDPOINT} ({_one_line(error)})"
+        return None, f"the hub cannot be reached at {constants.ENDPOINT} ({one_line(error)})"
 
 
 def _within(seconds: float, call: Callable[[], Any]) -> Any:
@@ -174,12 +174,8 @@ def _not_cached(kind: str, name: str, silence: str) -> UsageError:
 
 def _broken_off(name: str, error: Exception) -> RunError:
     return RunError(
-        f"model {name}: the download broke off ({_one_line(error)}). Run it again: it goes on where it stopped."
+        f"model {name}: the download broke off ({one_line(error)}). Run it again: it goes on where it stopped."
     )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _check_files(name: str, files: list[str]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm.common.errors import UsageError, did_you_mean, reason
+from vlm.common.errors import UsageError, did_you_mean, one_line, reason
 from vlm.config.formats import reasoning_of
 from vlm.config.settings import Settings
 from vlm.data.hub import check_dataset_reachable, looks_like_path
@@ -334,8 +334,9 @@ def _loaded(name: str | Path, load: Callable[[], Any]) -> Any:
     except Exception as error:
         if type(error).__name__ == "EmptyDatasetError":
             raise UsageError(f"--dataset {name}: nothing there that can be read as a dataset. {EXPECTED}") from error
-        text = " ".join(str(error).split())
-        raise UsageError(f"--dataset {name}: cannot be loaded ({type(error).__name__}: {text}). {EXPECTED}") from error
+        raise UsageError(
+            f"--dataset {name}: cannot be loaded ({type(error).__name__}: {one_line(error)}). {EXPECTED}"
+        ) from error
 
 
 class _Column:

@@ -101,11 +101,10 @@ def pooled_features(family: Family, samples: list[Sample], cache: FeatureCache |
     encoded = [_encode(family, sample, cache) for sample in samples]
     shapes = [{name: tensor.shape for name, tensor in inputs.items()} for inputs in encoded]
     together = family.can_cache and all(shape == shapes[0] for shape in shapes)
-    device = next(family.model.parameters()).device
     pooled = []
     for group in [encoded] if together else [[inputs] for inputs in encoded]:
         hidden = family.encoder_features(
-            {name: torch.cat([inputs[name] for inputs in group]).to(device) for name in group[0]}
+            {name: torch.cat([inputs[name] for inputs in group]).to(family.device) for name in group[0]}
         )
         pooled.append(hidden.float().reshape(len(group), -1, hidden.shape[-1]).mean(1).cpu())
     return torch.cat(pooled).numpy()

@@ -20,7 +20,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConf
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from vlm.common.errors import UsageError
+from vlm.common.errors import UsageError, first_line
+from vlm.common.text import dtype_name
 from vlm.config.settings import ImageSize
 from vlm.conversation.prompts import Prompts
 from vlm.conversation.rendered import Rendered
@@ -104,7 +105,7 @@ class Family:
                     **loading_options(bits, dtype, device, kept),
                 )  # fmt: skip
         except OSError as error:
-            raise UsageError(f"the weights in {folder} cannot be read: {str(error).splitlines()[0]}") from error
+            raise UsageError(f"the weights in {folder} cannot be read: {first_line(error)}") from error
         missing = sorted(report["missing_keys"])
         if missing:
             raise UsageError(
@@ -138,7 +139,7 @@ class Family:
             self.model.save_pretrained(folder, state_dict=state)
         self.processor.save_pretrained(folder)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config["dtype"] = str(dtype).removeprefix("torch.")  # that of the saved weights, not of the ones being trained
+        config["dtype"] = dtype_name(dtype)  # that of the saved weights, not of the ones being trained
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     # The parts
@@ -213,6 +214,11 @@ class Family:
             layer.compile(backend=backend, dynamic=True)
 
     # Text
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and where its inputs have to be."""
+        return next(self.model.parameters()).device
 
     @property
     def image_token(self) -> str:
@@ -315,8 +321,7 @@ class Family:
             connected: behind the connector, where an image has one row for each of its placeholders; else before it,
                 where it has as many as of pixels (tiles or patches).
         """
-        device = next(self.model.parameters()).device
-        inputs = {name: torch.cat([one.inputs[name] for one in images]).to(device) for name in images[0].inputs}
+        inputs = {name: torch.cat([one.inputs[name] for one in images]).to(self.device) for name in images[0].inputs}
         if connected:
             rows = [one.token_ids[0].count(self.image_token_id) for one in images]
             return list(self.image_features(inputs).split(rows))

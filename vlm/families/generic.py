@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-from vlm.common.errors import UsageError
+from vlm.common.errors import UsageError, first_line
 from vlm.common.progress import note
 from vlm.config.settings import ImageSize
 from vlm.conversation.prompts import Prompts
@@ -92,9 +92,7 @@ class GenericFamily(Family):
             processor = processor_class(folder).from_pretrained(folder, local_files_only=True)
             processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
         except (ImportError, OSError, ValueError) as error:
-            raise UsageError(
-                f"the processor in {folder} cannot be loaded: {str(error).strip().splitlines()[0]}"
-            ) from error
+            raise UsageError(f"the processor in {folder} cannot be loaded: {first_line(error)}") from error
         return processor
 
     # The parts

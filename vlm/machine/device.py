@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from vlm.common.errors import UsageError
+from vlm.common.errors import UsageError, first_line
 
 USERS_THREADS = "VLM_OMP_NUM_THREADS"  # OMP_NUM_THREADS before `accelerate launch` set it (see launch_processes.py)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -91,7 +91,6 @@ def check_compiler(device: torch.device) -> None:
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(2, device=device))
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
-            f"--compile does not work here ({reason}): install a C++ compiler such as g++, or leave it out."
+            f"--compile does not work here ({first_line(error)}): install a C++ compiler such as g++, or leave it out."
         ) from error

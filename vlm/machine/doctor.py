@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from vlm.common.text import dtype_name
 from vlm.config.settings import DEFAULT_DATASET, DEFAULT_MODEL, Settings
 from vlm.machine.requirements import examine, examine_installed
 
@@ -174,7 +175,7 @@ def device() -> Iterator[Finding]:
 
     found, text = pick_device("auto")
     torch.ones(2, 2, device=found).matmul(torch.ones(2, 2, device=found)).sum().item()
-    dtype = str(pick_dtype("auto", found)).removeprefix("torch.")
+    dtype = dtype_name(pick_dtype("auto", found))
     yield Finding(
         OK,
         f"device: {text}, computing in {dtype}; {psutil.cpu_count(logical=False) or os.cpu_count()} physical CPU cores",

@@ -11,6 +11,7 @@ import torch
 
 from vlm.common.errors import UsageError
 from vlm.common.tables import format_table
+from vlm.common.text import dtype_name
 from vlm.config.settings import AUTO, TUNING_DEFAULTS, Settings
 from vlm.families import outline
 from vlm.families.base import Family
@@ -95,7 +96,7 @@ def list_models(settings: Settings) -> None:
     print(model_table(settings, dtype, device.type, free))
     texts = Texts()
     print(
-        f"\nGiB of memory that training takes on {device.type} in {str(dtype).removeprefix('torch.')}, with --batch-size "
+        f"\nGiB of memory that training takes on {device.type} in {dtype_name(dtype)}, with --batch-size "
         f"{settings.batch_size or 1}, one image a sample,\n{texts.prefix} + {texts.question} + {texts.response} tokens of instructions, "
         f"question and response, {texts.classes} classes. Free now: {free / GIB:.1f} GiB; {MARK} does not fit.\n"
         + (f"{NOT_TAKEN}: does not take --image-size {settings.image_size}.\n" if settings.image_size != AUTO else "")

@@ -107,8 +107,7 @@ def name_embeddings(family: Family, class_names: Sequence[str]) -> Tensor:
 def pooled(family: Family, split: Split, positions: Sequence[int], cache: FeatureCache) -> Tensor:
     """(B, D) the mean of each image's tokens after the connector."""
     encoded = encode([split[i] for i in positions], family, cache)
-    device = next(family.model.parameters()).device
-    features = family.image_features({name: tensor.to(device) for name, tensor in encoded.inputs.items()})
+    features = family.image_features({name: tensor.to(family.device) for name, tensor in encoded.inputs.items()})
     counts = [ids.count(family.image_token_id) for ids in encoded.token_ids]
     # (tokens of all images, D) -> (B, D): an image may have any number of tokens
     return torch.stack([one.float().mean(0) for one in features.split(counts)])

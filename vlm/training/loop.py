@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from vlm.classifier.batching import Batch
 from vlm.common.errors import RunError, Stopped, UsageError
 from vlm.common.files import write_json
-from vlm.common.progress import Bar, RunLog, note
+from vlm.common.progress import Bar, note
 from vlm.config.names import BEST_MODEL, FINAL_MODEL, METADATA
 from vlm.config.settings import Settings
 from vlm.conversation.responses import response_lengths
@@ -33,6 +33,7 @@ from vlm.training.alignment import align_connector
 from vlm.training.output import output_folder
 from vlm.training.results import finish
 from vlm.training.resume_state import Progress, load_state, read_state, save_state
+from vlm.training.run_log import RunLog
 from vlm.training.setup import Run, set_up
 from vlm.training.stopping import TESTING, TRAINING
 from vlm.training.tuning import merged_state_dict
@@ -140,9 +141,12 @@ class Trainer:
         if self.accelerator.is_main_process:
             settings = self.settings
             self.log = RunLog(
-                self.run.output, settings.use_wandb, settings.wandb_project, settings.to_json(), settings.resume
+                self.run.output,
+                settings.trackers,
+                settings.wandb_project,
+                settings.to_json(),
+                resume_after=self.progress.step if settings.resume else None,
             )
-            self.log.truncate_after(self.progress.step)
 
     def _before_training(self) -> None:
         """The test of the untrained model and the alignment, if they were asked for and are not done yet."""

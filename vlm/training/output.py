@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from vlm.common.errors import UsageError
-from vlm.common.progress import is_main_process
+from vlm.common.errors import UsageError, is_main_process
 from vlm.config.names import METADATA, RESULTS, WRITTEN
 from vlm.config.settings import Settings
 

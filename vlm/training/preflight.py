@@ -8,6 +8,7 @@ from vlm.classifier.batching import IGNORED, vlm_collate_fn
 from vlm.classifier.classifier import VLMClassifier
 from vlm.common.errors import UsageError
 from vlm.common.progress import note
+from vlm.common.text import dtype_name
 from vlm.config.formats import stated_format
 from vlm.config.settings import IMAGES_PER_STEP, Settings
 from vlm.data.splits import Sample
@@ -38,7 +39,7 @@ def settings_rows(
     rows = [
         ("model", "the demo's, 3 + 3 layers with random weights" if settings.demo else str(settings.model)),
         ("device", device),
-        ("number format", str(dtype).removeprefix("torch.") + quantized),
+        ("number format", dtype_name(dtype) + quantized),
         ("response format", _format_row(settings)),
         ("trained parameters", f"{trained:,} of {every:,} ({trained / every:.1%})"),
     ]

@@ -17,6 +17,7 @@ from vlm.common.files import write_json
 from vlm.common.progress import note
 from vlm.common.tables import format_table
 from vlm.config.names import BEST_MODEL, DEMO_IMAGES, METADATA, RESULTS, STATE
+from vlm.common.text import dtype_name
 from vlm.data.splits import Split
 from vlm.evaluation.calibrating import add_test_figures, calibrate
 from vlm.evaluation.evaluate import check_texts, explanations, metrics_of_sums, score_split
@@ -83,7 +84,9 @@ def _test_best(run: Run, metrics: Sequence[Callable[..., Any]]) -> tuple[Tested,
     cache = run.cache
     run.model = run.optimizer = run.classifier = run.learned = None  # make room for the model that is loaded
     run.accelerator.free_memory()
-    classifier, _, metadata = load_model_and_metadata(folder, device=run.accelerator.device.type, dtype=_name(run))
+    classifier, _, metadata = load_model_and_metadata(
+        folder, device=run.accelerator.device.type, dtype=dtype_name(run.dtype)
+    )
     if cache and not cache.fits(classifier.family):  # the frozen weights are saved in another number format
         cache = None
     fitted = calibrate(classifier, data.validation, settings, run.workers, cache)
@@ -172,7 +175,7 @@ def _of_the_run(run: Run, progress: Progress, test_seconds: float) -> dict[str, 
             "test_seconds": round(test_seconds, 2),
             "test_pictures_per_second": round(len(data.test) / test_seconds, 2),
         },
-        "device": {"type": run.accelerator.device.type, "dtype": _name(run)},
+        "device": {"type": run.accelerator.device.type, "dtype": dtype_name(run.dtype)},
         "image_size": run.metadata["image_size"],
         "versions": run.metadata["versions"],
         "settings": run.settings.to_json(),
@@ -186,10 +189,6 @@ def save_demo_images(split: Split, folder: Path) -> None:
     for label in sorted(set(split.labels)):
         image = split[split.labels.index(label)].image
         image.save(folder / f"digit_{label}.png")
-
-
-def _name(run: Run) -> str:
-    return str(run.dtype).removeprefix("torch.")
 
 
 def _print(run: Run, results: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 import vlm.families.phi3.model  # noqa: F401 (makes the model known to transformers)
 from vlm.common.errors import UsageError
+from vlm.common.text import dtype_name
 from vlm.config.settings import ImageSize
 from vlm.conversation.prompts import Prompts
 from vlm.conversation.rendered import Rendered
@@ -95,7 +96,7 @@ class Phi3VisionFamily(Family):
         super().save(folder, state | {WORDS_AGAIN: state[WORDS].to("cpu", copy=True)}, dtype)
         for name, content in self.published.items():
             if name == "config.json":
-                content = naming_its_code(content) | {"torch_dtype": str(dtype).removeprefix("torch.")}
+                content = naming_its_code(content) | {"torch_dtype": dtype_name(dtype)}
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     # The parts. The published layout has the vision encoder and the connector in one module, and that inside of the

@@ -1,0 +1,144 @@
+"""The figures of a training run: one JSON line each in `log.jsonl`, and the trackers of --track."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from time import time
+from typing import Any, TextIO
+
+from accelerate.tracking import GeneralTracker
+
+from vlm.common.errors import is_main_process
+from vlm.common.files import replacing
+from vlm.common.progress import note
+from vlm.config.names import LOG
+from vlm.training.trackers import TITLES, TrackedRun, finish_tracker, in_short, start_tracker, tracked_id
+
+
+def read_log(path: str | Path) -> list[dict[str, Any]]:
+    """The entries of a `log.jsonl`, oldest first; none if there is no such file.
+
+    A last line that was cut short, because the program was killed, is left out.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    entries = []
+    # splitlines() would also split at separators that JSON allows inside of a text
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return entries
+
+
+class RunLog:
+    """Writes the figures of one run to `log.jsonl` and passes them on to trackers. Usable in `with`.
+
+    It does nothing on processes other than the main one. A tracker that fails during the run is left out from then on.
+
+    Args:
+        folder: the output folder; it is made if it does not exist.
+        trackers: names of trackers, such as tensorboard or wandb.
+        project: the project of the run in these trackers.
+        settings: shown in the trackers as the configuration of the run.
+        resume_after: the step after which an earlier run in `folder` is resumed: its log and its runs in the trackers
+            go on, and lines of later steps are dropped, because these steps come again. None begins a new log.
+
+    Raises:
+        UsageError: a tracker is not installed, or cannot be used as it is set up.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        trackers: Sequence[str] = (),
+        project: str = "",
+        settings: dict[str, Any] | None = None,
+        resume_after: int | None = None,
+    ) -> None:
+        self.path = Path(folder) / LOG
+        self._file: TextIO | None = None
+        self._trackers: list[GeneralTracker] = []
+        if not is_main_process():
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        entries: list[dict[str, Any]] = []
+        if resume_after is not None:
+            entries = [entry for entry in read_log(self.path) if entry["step"] <= resume_after]
+        ids = {entry["kind"]: entry["id"] for entry in entries if "id" in entry}
+        try:
+            for name in trackers:
+                run = TrackedRun(self.path.parent, project, settings or {}, resume_after, ids.get(name))
+                self._trackers.append(start_tracker(name, run))
+        except BaseException:
+            self.close(failed=True)
+            raise
+        self._begin(entries)
+        for tracker in self._trackers:
+            if (run_id := tracked_id(tracker)) and run_id != ids.get(tracker.name):
+                self._write({"kind": tracker.name, "step": 0, "id": run_id})
+
+    def log(self, kind: str, step: int, **figures: Any) -> None:
+        """Append one line: kind, step, time (seconds since 1970) and the figures. NaN and infinity become null.
+
+        Trackers show the figures as kind/name, such as train/loss; `epoch` has no kind.
+        """
+        if self._file is None:
+            return
+        self._write({"kind": kind, "step": step, "time": round(time(), 3)} | figures)
+        named = {
+            name if name == "epoch" else f"{kind}/{name}": _plain(value, float("nan"))
+            for name, value in figures.items()
+        }
+        for tracker in list(self._trackers):
+            try:
+                tracker.log(named, step=step)
+            except Exception as error:
+                note(f"{TITLES[tracker.name]}: {in_short(error)}. The run goes on without it.")
+                self._trackers.remove(tracker)
+
+    def close(self, failed: bool = False) -> None:
+        """Close the log and the trackers; W&B has a minute at most to upload the rest. A second call does nothing."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        while self._trackers:
+            tracker = self._trackers.pop()
+            try:
+                finish_tracker(tracker, failed)
+            except Exception as error:
+                note(f"{TITLES[tracker.name]}: {in_short(error)}. Its record of the run may not be complete.")
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(failed=kind is not None)
+
+    def _begin(self, entries: list[dict[str, Any]]) -> None:
+        with replacing(self.path) as path:
+            path.write_text("".join(_line(entry) for entry in entries), encoding="utf-8")
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        if self._file is not None:
+            self._file.write(_line(entry))
+            self._file.flush()
+
+
+def _line(entry: dict[str, Any]) -> str:
+    return json.dumps(_plain(entry), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _plain(value: Any, not_finite: float | None = None) -> Any:
+    """A value as JSON has it: NumPy's and torch's become Python's, NaN and infinity become `not_finite`."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {str(key): _plain(item, not_finite) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, not_finite) for item in value]
+    return not_finite if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,189 @@
+"""Starts and ends the trackers of accelerate: TensorBoard, Weights & Biases, Trackio and MLflow.
+
+Each keeps its files in a folder of its own name in the output folder. The environment variables of a tracker, such as
+WANDB_MODE, MLFLOW_TRACKING_URI or TRACKIO_DIR, are respected.
+"""
+
+import importlib
+import os
+import sys
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, TrackioTracker, WandBTracker
+
+from vlm.common.errors import UsageError, one_line
+from vlm.common.progress import note
+from vlm.common.text import shorten
+
+TITLES = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases", "trackio": "Trackio", "mlflow": "MLflow"}
+# wandb waits 90 s for an unreachable server by default, and without end for the upload after the last step.
+# Its capture of stdout and stderr is off, so the program prints the same with and without it.
+WANDB_SETTINGS: dict[str, Any] = {"init_timeout": 20.0, "finish_timeout": 60.0, "console": "off"}
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """What a tracker is told about a training run.
+
+    Attributes:
+        output: the output folder.
+        project: the project (W&B, Trackio) or experiment (MLflow). TensorBoard has none.
+        settings: shown as the configuration of the run.
+        resume_after: the step after which an earlier run goes on; None: a new run.
+        id: what the tracker called the earlier run; None: a new run.
+    """
+
+    output: Path
+    project: str
+    settings: dict[str, Any]
+    resume_after: int | None = None
+    id: str | None = None
+
+    @property
+    def simple_settings(self) -> dict[str, Any]:
+        """The settings for trackers that take no None and no lists: those become text."""
+        return {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in self.settings.items()}
+
+
+def start_tracker(name: str, run: TrackedRun) -> GeneralTracker:
+    """A started tracker. `name` is one of `TITLES`.
+
+    Raises:
+        UsageError: its package is missing, or it cannot be used as it is set up.
+    """
+    start = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio, "mlflow": _mlflow}[name]
+    try:
+        with redirect_stdout(sys.stderr):
+            return start(run)
+    except ImportError as error:
+        raise UsageError(
+            f"--track {name}: {name} cannot be imported ({one_line(error)}). "
+            f"Run `pip install {name}`, or leave out --track {name}."
+        ) from error
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(f"--track {name}: {in_short(error)}. Correct this, or leave out --track {name}.") from error
+
+
+def tracked_id(tracker: GeneralTracker) -> str | None:
+    """What a resumed run needs to go on with the same run of the tracker; None if it needs nothing."""
+    match tracker.name:
+        case "wandb":  # an offline record has no run on the server to go on with
+            return None if tracker.tracker.offline else tracker.tracker.id
+        case "trackio":
+            return tracker.tracker.name
+        case "mlflow":
+            return tracker.tracker.info.run_id
+    return None
+
+
+def finish_tracker(tracker: GeneralTracker, failed: bool) -> None:
+    """End the run of a tracker; W&B and MLflow show whether it failed."""
+    with redirect_stdout(sys.stderr):
+        match tracker.name:
+            case "wandb":
+                tracker.tracker.finish(exit_code=int(failed))
+            case "mlflow":
+                import mlflow
+
+                mlflow.end_run("FAILED" if failed else "FINISHED")
+            case _:
+                tracker.finish()
+
+
+def in_short(error: Exception) -> str:
+    """An error of a tracker in one line of at most 300 characters, without a full stop."""
+    return shorten(one_line(error).rstrip("."), 300)
+
+
+def _tensorboard(run: TrackedRun) -> GeneralTracker:
+    importlib.import_module("tensorboard")  # else accelerate tries tensorboardX, and its error names that
+    # TensorBoard hides what an interrupted run recorded from `purge_step` on, because those steps come again.
+    purge_step = None if run.resume_after is None else run.resume_after + 1
+    tracker = TensorBoardTracker("", run.output / "tensorboard", purge_step=purge_step)
+    tracker.start()
+    if run.resume_after is None:
+        tracker.store_init_configuration(run.simple_settings)
+    return tracker
+
+
+def _wandb(run: TrackedRun) -> GeneralTracker:
+    """A W&B run; recorded offline if the server cannot be reached."""
+    import wandb
+
+    known = {
+        name: value
+        for name, value in WANDB_SETTINGS.items()
+        if name in wandb.Settings.model_fields and f"WANDB_{name.upper()}" not in os.environ
+    }
+
+    def start(**options: Any) -> GeneralTracker:
+        tracker = WandBTracker(
+            run.project,
+            dir=str(run.output.resolve()),
+            id=run.id,
+            resume="allow" if run.id else None,
+            config=run.settings,
+            reinit="create_new",  # another run that a notebook has open is neither ended nor mixed with this one
+            settings=wandb.Settings(**known),
+            **options,
+        )
+        tracker.start()
+        return tracker
+
+    try:
+        return start()
+    except wandb.errors.CommError as error:
+        if isinstance(error, wandb.errors.AuthenticationError):
+            raise _wandb_login(error) from error
+        record = run.output / "wandb"
+        note(
+            f"Weights & Biases cannot be reached ({in_short(error)}). The run is recorded in {record}; "
+            "upload it with `wandb sync`."
+        )
+        return start(mode="offline")
+    except Exception as error:
+        raise _wandb_login(error) from error
+
+
+def _wandb_login(error: Exception) -> UsageError:
+    return UsageError(
+        f"--track wandb: {in_short(error)}.\n"
+        "       Log in with `wandb login`, or set WANDB_MODE=offline, or leave out --track wandb (or --use-wandb)."
+    )
+
+
+def _trackio(run: TrackedRun) -> GeneralTracker:
+    # Trackio reads the variable once, when it is imported: all runs of one process share the folder of the first.
+    os.environ.setdefault("TRACKIO_DIR", str((run.output / "trackio").resolve()))
+    importlib.import_module("trackio")
+    tracker = TrackioTracker(
+        run.project,
+        name=run.id,
+        resume="allow" if run.id else "never",
+        config=run.settings,
+        embed=False,  # in a notebook it would start a server
+    )
+    tracker.start()
+    return tracker
+
+
+def _mlflow(run: TrackedRun) -> GeneralTracker:
+    import mlflow
+
+    artifacts = None
+    if "MLFLOW_TRACKING_URI" not in os.environ:
+        folder = (run.output / "mlflow").resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        artifacts = (folder / "artifacts").as_uri()
+        mlflow.set_tracking_uri(f"sqlite:///{(folder / 'mlflow.db').as_posix()}")
+        os.environ.pop("MLFLOW_TRACKING_URI", None)  # set by the line above: the next run has a folder of its own
+    tracker = MLflowTracker(run.project, logging_dir=artifacts, run_id=run.id)
+    tracker.start()
+    if run.id is None:
+        tracker.store_init_configuration(run.simple_settings)
+    return tracker
