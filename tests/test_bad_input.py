@@ -16,7 +16,7 @@ from test_data import draw, images
 from test_sources import table
 
 from vlm.config.resolve import resolve
-from vlm.data.splits import load_data
+from vlm.data import load_data
 
 CLASSES = {"cat": 4, "dog": 4}
 

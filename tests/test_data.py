@@ -12,7 +12,7 @@ from PIL import Image
 
 from vlm.common.errors import UsageError
 from vlm.config.resolve import resolve
-from vlm.data.splits import Data, load_data
+from vlm.data import Data, load_data
 
 ROLES = ("train", "validation", "test")
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from vlm.common.errors import UsageError
-from vlm.data.images import UnreadableImage, find_images, open_image
+from vlm.data import UnreadableImage, find_images, open_image
 
 RAMP = np.array([[0, 100], [200, 255]], dtype=np.uint8)
 

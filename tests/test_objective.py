@@ -22,7 +22,7 @@ from vlm.common.errors import UsageError
 from vlm.config.resolve import resolve
 from vlm.config.settings import BOTH, POSTERIOR, RESPONSE, Settings
 from vlm.conversation.prompts import build_prompts
-from vlm.data.splits import Sample
+from vlm.data import Sample
 from vlm.families import load_family
 from vlm.training.setup import set_up
 

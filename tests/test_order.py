@@ -2,7 +2,7 @@
 
 import pytest
 
-from vlm.data.order import epoch_plan
+from vlm.data import epoch_plan
 
 
 @pytest.mark.parametrize("n", [1, 5, 8, 23, 64])

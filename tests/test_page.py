@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from tiny import random_image
 
-from vlm.data.sources import Rows
-from vlm.data.splits import Data, Split
+from vlm.data import Data, Rows, Split
 from vlm.evaluation.metrics import classification_metrics
 from vlm.report.page import SECTIONS, Prediction, content, matrix, sections, shown_images, top, write_page
 from vlm.report.page.markup import VOID, shorten

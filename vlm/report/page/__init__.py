@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.common.files import replacing
-from vlm.data.splits import Data
+from vlm.data import Data
 from vlm.report.page import sections, top
 from vlm.report.page.content import Content, Prediction, shown_images
 from vlm.report.page.markup import Markup, element, join

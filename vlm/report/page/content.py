@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm.data.splits import Data
+from vlm.data import Data
 from vlm.evaluation.reliability import wilson_interval
 
 MOST_IMAGES = 12  # mistakes, and as many uncertain images

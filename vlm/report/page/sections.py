@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm.data.images import UnreadableImage
-from vlm.data.splits import Split
+from vlm.data import Split, UnreadableImage
 from vlm.evaluation.calibrate import is_calibrated
 from vlm.report.figures import accuracy_range, probed_encoder, reliability_states, series, smooth, wants_log_scale
 from vlm.report.page.charts import Axis, Line, axis_around, line_chart
