@@ -165,7 +165,7 @@ def _download(name: str, revision: str | None, silence: str) -> Path:
 def _refused(kind: Kind, name: str, revision: str | None, error: Exception) -> UsageError:
     if isinstance(error, GatedRepoError):
         return UsageError(
-            f"{kind} {name}: access is limited. Ask for it on its page on the hub, then log in with `hf auth login`."
+            f"{kind} {name}: access must be asked for on its page on the hub; then log in with `hf auth login`."
         )
     if isinstance(error, RevisionNotFoundError):
         return UsageError(
@@ -173,7 +173,7 @@ def _refused(kind: Kind, name: str, revision: str | None, error: Exception) -> U
         )
     if isinstance(error, RepositoryNotFoundError):
         return UsageError(
-            f"{kind} {name}: not on the hub and no local folder, or private. "
+            f"{kind} {name}: not on the hub, not a folder here, or private. "
             "Check the spelling. If it is private, log in with `hf auth login`."
         )
     return UsageError(f"{kind} {name}: no local folder, and not a valid name on the hub. Expected owner/name.")
@@ -181,7 +181,7 @@ def _refused(kind: Kind, name: str, revision: str | None, error: Exception) -> U
 
 def _not_cached(kind: Kind, name: str, silence: str) -> UsageError:
     return UsageError(
-        f"{kind} {name}: no local folder, {silence}, and it is missing or incomplete in the cache.\n"
+        f"{kind} {name}: no local folder, {silence}, and the cache has no complete copy.\n"
         "       Without the hub, give a model and a dataset in folders (--model, --dataset), or try --demo."
     )
 
