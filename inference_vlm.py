@@ -88,7 +88,7 @@ def predict(args: argparse.Namespace) -> None:
     wait_politely()
     import torch
 
-    from vlm.data.images import find_images
+    from vlm.data import find_images
     from vlm.inference.predictor import load_model_and_metadata, predict_batch
     from vlm.machine.device import pick_threads
 

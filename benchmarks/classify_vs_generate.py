@@ -26,8 +26,7 @@ from train_vs_plain import plain_batch
 
 from vlm.classifier.classifier import VLMClassifier
 from vlm.config.settings import ImageSize
-from vlm.data.images import open_image
-from vlm.data.splits import Sample
+from vlm.data import Sample, open_image
 from vlm.inference.predictor import predict_batch
 
 NEW_TOKENS = 40

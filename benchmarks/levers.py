@@ -25,8 +25,7 @@ from train_vs_trl import BATCH_SIZES
 from vlm.classifier.batching import IGNORED, Batch
 from vlm.classifier.classifier import LossOutput, Reading, Scored, VLMClassifier
 from vlm.classifier.prefix import expand, in_front
-from vlm.data.images import open_image
-from vlm.data.splits import Sample
+from vlm.data import Sample, open_image
 from vlm.training.tuning import trained_parameters
 
 # of loss and update, relative; of probabilities, absolute and three times that, as the search may leave out 1e-4

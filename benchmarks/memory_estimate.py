@@ -29,7 +29,7 @@ from vlm.common.tables import format_table
 from vlm.config.resolve import resolve
 from vlm.config.settings import RESPONSE, TUNING_DEFAULTS
 from vlm.conversation.prompts import build_prompts
-from vlm.data.splits import Sample
+from vlm.data import Sample
 from vlm.evaluation.evaluate import score_split
 from vlm.families import load_family, outline, read_config
 from vlm.inference.model_folder import save_model_folder

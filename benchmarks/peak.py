@@ -21,8 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from train_vs_trl import BATCH_SIZES
 
 from vlm.classifier.classifier import VLMClassifier
-from vlm.data.images import open_image
-from vlm.data.splits import Sample
+from vlm.data import Sample, open_image
 
 SIDE = {"full": 3072, "quick": 2048, "tiny": 256}  # of the square matrices
 GOAL = (0.80, 0.70)

@@ -22,7 +22,7 @@ from train_vs_trl import BATCH_SIZES, add_options, cases, row
 from vlm.classifier.batching import IGNORED, vlm_collate_fn
 from vlm.config.settings import Settings
 from vlm.conversation.rendered import Rendered
-from vlm.data.splits import Sample
+from vlm.data import Sample
 from vlm.training.tuning import prepare_tuning, trained_parameters
 
 PLAIN_GOALS = {"lora": (5, 4), "connector": (5, 4)}

@@ -24,7 +24,7 @@ from trl import SFTConfig, SFTTrainer
 from vlm.classifier.batching import IGNORED
 from vlm.config.settings import Settings
 from vlm.conversation.prompts import Prompts
-from vlm.data.splits import Split
+from vlm.data import Split
 from vlm.machine.device import DTYPES
 
 Examined = tuple[list[int], float, dict[str, Tensor]]  # what `OurTraining.examine` gives

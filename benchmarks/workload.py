@@ -29,8 +29,7 @@ from vlm.classifier.classifier import VLMClassifier
 from vlm.config.resolve import resolve
 from vlm.config.settings import RESPONSE, Settings
 from vlm.conversation.prompts import Prompts, build_prompts
-from vlm.data.order import Step
-from vlm.data.splits import Sample, Split, load_data
+from vlm.data import Sample, Split, Step, load_data
 from vlm.families import load_family
 from vlm.families.base import Family
 from vlm.families.demo import CHAT_TEMPLATE, build_model, build_processor

@@ -21,7 +21,7 @@ from vlm.config.resolve import resolve
 from vlm.config.settings import Settings
 from vlm.conversation.prompts import Prompts, build_prompts, parse_answer
 from vlm.conversation.responses import before_answer, before_reasoning, response_of
-from vlm.data.splits import Sample
+from vlm.data import Sample
 from vlm.evaluation.score_choice import measure_prior
 from vlm.families import load_family
 from vlm.inference.predictor import load_model_and_metadata

@@ -11,8 +11,7 @@ from tiny import NAMES, VISION, tiny_prompts
 
 from vlm.config.names import METADATA
 from vlm.config.resolve import resolve
-from vlm.data.sources import Rows
-from vlm.data.splits import Split
+from vlm.data import Rows, Split
 from vlm.families.demo import build_model, build_processor
 
 CLASSES = NAMES[:3]

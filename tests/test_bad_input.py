@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import socket
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -14,9 +13,6 @@ from commands import TRACEBACK, classify, names_in, run, train
 from PIL import Image
 from test_data import draw, images
 from test_sources import table
-
-from vlm.config.resolve import resolve
-from vlm.data.splits import load_data
 
 CLASSES = {"cat": 4, "dog": 4}
 
@@ -76,17 +72,17 @@ def test_a_model_of_an_architecture_that_is_not_known(refused, tiny_model, tmp_p
     assert "bert" in message
 
 
-@pytest.mark.parametrize(
-    ("missing", "said"), [("config.json", "no config.json there"), ("model.safetensors", "no weights as *.safetensors")]
-)
-def test_a_model_folder_with_a_file_missing(refused, tiny_model, tmp_path, missing, said):
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
+def test_a_model_folder_with_a_file_missing(refused, tiny_model, tmp_path, missing):
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     (folder / missing).unlink()
-    assert said in refused("--dataset", images(tmp_path / "data", CLASSES), model=folder, quiet=False)
+    assert f"model {folder}: " in refused("--dataset", images(tmp_path / "data", CLASSES), model=folder, quiet=False)
 
 
 def test_a_model_that_is_not_there(refused, tmp_path):
-    assert "no such folder" in refused("--dataset", images(tmp_path / "data", CLASSES), model="./nothing", quiet=False)
+    assert "model ./nothing: " in refused(
+        "--dataset", images(tmp_path / "data", CLASSES), model="./nothing", quiet=False
+    )
 
 
 def test_the_first_start_without_the_hub_names_the_demo(tmp_path):
@@ -101,36 +97,29 @@ def test_the_first_start_without_the_hub_names_the_demo(tmp_path):
     result = run("run_vlm_training.sh", cwd=tmp_path, **surroundings)
     assert (result.returncode, result.stdout) == (2, "")
     first, second = result.stderr.splitlines()
-    assert first.startswith("error: there is no folder Mirali33/mb-domars16k here, the hub cannot be reached")
-    assert first.endswith("and dataset Mirali33/mb-domars16k is not, or not completely, in the cache.")
-    assert second.strip().startswith("Without the hub name a model and a dataset in folders") and "--demo" in second
+    assert first.startswith("error: dataset Mirali33/mb-domars16k: ")
+    assert second.strip().startswith("Without the hub, give a model and a dataset in folders") and "--demo" in second
 
 
 def test_columns_that_are_not_there(refused, tmp_path):
     draw(tmp_path / "a.png")
     (tmp_path / "data.csv").write_text("file,kind\na.png,cat\n")
     message = refused("--dataset", tmp_path / "data.csv", "--image-column", "file", "--label-column", "kinds")
-    assert (
-        message
-        == "--label-column kinds: no such column. Columns there: file, kind (file has another use). Did you mean kind?\n"
-    )
-    assert "--label-column: no column was recognized" in refused("--dataset", tmp_path / "data.csv")
+    assert message.startswith("--label-column kinds: ")
+    assert refused("--dataset", tmp_path / "data.csv").startswith("--label-column: ")
 
 
 @pytest.mark.parametrize(
-    ("there", "said"),
+    ("there", "named"),
     [
-        ({"cat": 3}, "only one class (cat) in the dataset"),
-        ({"cat": 1, "dog": 5}, "train has less than 3 images of cat (1): validation and test cannot be cut from it"),
-        (
-            {"train/cat": 3, "train/dog": 3, "test/bird": 1},
-            "test: the label bird is outside the names of train (cat, dog)",
-        ),
-        ({"test/cat": 3, "test/dog": 3}, "no split called train"),
+        ({"cat": 3}, "cat"),
+        ({"cat": 1, "dog": 5}, "cat (1)"),
+        ({"train/cat": 3, "train/dog": 3, "test/bird": 1}, "bird"),
+        ({"test/cat": 3, "test/dog": 3}, "test"),
     ],
 )
-def test_images_that_cannot_be_learned_from(refused, tmp_path, there, said):
-    assert said in refused("--dataset", images(tmp_path / "data", there))
+def test_images_that_cannot_be_learned_from(refused, tmp_path, there, named):
+    assert named in refused("--dataset", images(tmp_path / "data", there))
 
 
 def test_images_without_folders_of_classes(refused, tmp_path):
@@ -138,20 +127,17 @@ def test_images_without_folders_of_classes(refused, tmp_path):
     for i in range(6):
         draw(tmp_path / "flat" / f"{i}.png")
     assert refused("--dataset", tmp_path / "flat") == (
-        f"--dataset {tmp_path / 'flat'}: the images lie directly in it, and nothing says their classes. Make one folder a class.\n"
+        f"--dataset {tmp_path / 'flat'}: the images are directly in this folder, so their classes are unknown. "
+        "Make one folder for each class.\n"
     )
 
 
 def test_an_empty_split_and_a_label_outside_the_names(refused, tmp_path):
-    assert "the split val is empty" in refused(
-        "--dataset", saved(tmp_path / "a", train=[0, 1] * 3, val=[], test=[0, 1])
-    )
+    assert "val" in refused("--dataset", saved(tmp_path / "a", train=[0, 1] * 3, val=[], test=[0, 1]))
     data = saved(tmp_path / "b", train=[0, 1] * 3, val=[0, 1], test=[0, 1])
-    assert "--class-names has 3 names, but the dataset has 2 classes: cat, dog" in refused(
-        "--dataset", data, "--class-names", "a b c"
-    )
+    assert refused("--dataset", data, "--class-names", "a b c").startswith("--class-names has 3 names")
     for name in (tmp_path / "nothing", "D/nothing.csv"):  # the second could be owner/name
-        assert f"--dataset {name}: no such file or folder" in refused("--dataset", name)
+        assert refused("--dataset", name).startswith(f"--dataset {name}: ")
 
 
 @pytest.mark.parametrize(
@@ -225,7 +211,7 @@ def test_images_of_every_kind_are_trained_on_and_classified(tiny_model, tmp_path
     assert len(out.splitlines()) == 2 + 22 and "error" not in out and err == ""
 
 
-def test_unreadable_images_are_skipped_counted_and_named(tiny_model, tmp_path, capsys):
+def test_unreadable_images_are_counted_in_the_results(tiny_model, tmp_path, capsys):
     folder = images(
         tmp_path / "data", {"train/cat": 15, "train/dog": 15, "val/cat": 1, "val/dog": 1, "test/cat": 1, "test/dog": 1}
     )
@@ -234,10 +220,7 @@ def test_unreadable_images_are_skipped_counted_and_named(tiny_model, tmp_path, c
     (tmp_path / "data" / "train" / "cat" / "3.png").write_bytes(half.getvalue()[:50])
     flags = ["--model", tiny_model, "--dataset", folder, "--epochs", 1, "--batch-size", 8, "--device", "cpu"]
     assert train(*flags, "--output-dir", tmp_path / "out") == 0
-    err = capsys.readouterr().err
-    assert "skipped an unreadable image of train: train/cat/3.png: " in err and re.search(
-        r"1 unreadable image$", err, re.MULTILINE
-    )
+    assert re.search(r"1 unreadable image$", capsys.readouterr().err, re.MULTILINE)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["pictures"] == {"train": 29, "validation": 2, "test": 2, "skipped": 1}
     assert json.loads((tmp_path / "out" / "training_metadata.json").read_text())["dataset"]["unreadable"] == 1
@@ -249,38 +232,4 @@ def test_more_than_5_percent_unreadable_images_stop(refused, tmp_path):
     )
     for name in ("cat", "dog"):
         (tmp_path / "data" / "train" / name / "3.png").write_bytes(b"no image")
-    assert "2 of 30 images of train are unreadable, more than 5%. First: train/cat/3.png: " in refused(
-        "--dataset", folder, quiet=False
-    )
-
-
-def test_unreadable_images_are_counted_before_train_is_cut(refused, tiny_model, tmp_path, capsys):
-    """However many of them fall into the small test split."""
-    folder = Path(images(tmp_path / "data", {"cat": 20, "dog": 20}))
-    resolved = resolve({"model": str(tiny_model), "dataset": str(folder), "output_dir": str(tmp_path / "out")})
-    for name in load_data(resolved).test.names[:2]:
-        (folder / name).write_bytes(b"no image")
-    data = load_data(resolved)
-    assert len(data.skipped) == 2 and [len(data.train), len(data.validation), len(data.test)] == [28, 6, 4]
-    for name in data.validation.names[:3]:
-        (folder / name).write_bytes(b"no image")
-    message = refused("--dataset", folder, quiet=False)
-    assert message.startswith(
-        "5 of 40 images of train (validation and test are cut from it) are unreadable, more than 5%. First: "
-    )
-    assert "Repair or remove these files" in message
-
-
-def test_a_split_without_any_readable_image(refused, tmp_path):
-    folder = Path(images(tmp_path / "data", {"cat": 70, "dog": 70}))
-    for name in ("cat", "dog"):
-        (folder / name / "1.png").write_bytes(b"no image")
-    flags = ["--validation-ratio", 0.01, "--test-ratio", 0.01]
-    names = load_data(
-        resolve({"dataset": str(folder), "validation_ratio": 0.01, "test_ratio": 0.01, "model": "x/y"})
-    ).test.names
-    for name in names:
-        (folder / name).write_bytes(b"no image")
-    assert (
-        refused("--dataset", folder, *flags, quiet=False) == "test has no readable image. Repair them, or add some.\n"
-    )
+    assert refused("--dataset", folder, quiet=False).startswith("2 of 30 images of train ")

@@ -12,7 +12,7 @@ from vlm.classifier.batching import IGNORED, vlm_collate_fn
 from vlm.classifier.calibration import Calibration
 from vlm.common.errors import UsageError
 from vlm.conversation.prompts import Prompts
-from vlm.data.splits import Sample
+from vlm.data import Sample
 
 
 @pytest.fixture(scope="module")

@@ -82,7 +82,7 @@ def test_results_go_to_stdout_and_all_else_to_stderr(mars_run):
     assert [line.split()[0] for line in lines[2:17]] == CODES
     assert any(line.startswith("test accuracy") for line in lines) and lines[-1].startswith("sure")
     for text in (
-        "left alone",
+        "unused splits",
         "trained parameters",
         "One sample as the model sees it",
         "validation accuracy",
@@ -200,8 +200,7 @@ print(json.dumps({"logits": list(model(**inputs).logits.shape), "text": text.str
 
 def test_the_model_folder_works_in_transformers_without_this_program(mars_run, tmp_path):
     from inference_vlm import load_model_and_metadata
-    from vlm.data.images import open_image
-    from vlm.data.splits import Sample
+    from vlm.data import Sample, open_image
 
     output, image = mars_run[0] / "vlm_results", tmp_path / "a.png"
     Image.radial_gradient("L").save(image)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from vlm.common.errors import UsageError
 from vlm.config.resolve import resolve
-from vlm.data.splits import Data, load_data
+from vlm.data import Data, load_data
 
 ROLES = ("train", "validation", "test")
 
@@ -70,6 +70,15 @@ def test_missing_splits_are_cut_from_train_by_class_and_seed(tmp_path):
     assert counts(load(folder, validation_ratio=0.5, test_ratio=0.25)) == [16, 31, 16]
 
 
+def test_a_seed_gives_these_splits_for_ever(tmp_path):
+    folder = images(tmp_path, {"a": 8, "b": 8})
+    data = load(folder, seed=7, validation_ratio=0.25, test_ratio=0.25)
+    assert data.validation.names == ["a/3.png", "a/6.png", "b/4.png", "b/7.png"]
+    assert data.test.names == ["a/0.png", "a/1.png", "b/1.png", "b/2.png"]
+    assert load(folder, seed=7, max_samples=4).train.names == ["a/1.png", "a/5.png", "b/5.png", "b/6.png"]
+    assert load(folder, seed=7, shots=2).train.names == ["a/2.png", "a/5.png", "b/1.png", "b/2.png"]
+
+
 @pytest.mark.parametrize(
     ("there", "expected"), [("val", [32, 3, 8]), ("test", [32, 8, 3]), ("val and test", [40, 3, 3])]
 )
@@ -83,14 +92,14 @@ def test_only_the_missing_split_is_cut(tmp_path, there, expected):
     assert [("cut from train" in table[role]) for role in ROLES] == [False, "val" not in there, "test" not in there]
 
 
-def test_few_shot_partitions_are_left_alone_and_named(tmp_path):
+def test_few_shot_partitions_are_not_used_and_named(tmp_path):
     data = load(images(tmp_path, {"train/a": 5, "train/b": 5, "train_1_shot/a": 1, "train_1_shot/b": 1}))
     assert sum(counts(data)) == 10
-    assert dict(data.summary)["left alone"] == "train_1_shot"
+    assert dict(data.summary)["unused splits"] == "train_1_shot"
 
 
 def test_no_train_split_is_refused(tmp_path):
-    refuse("no split called train; there are: test", images(tmp_path, {"test/a": 3, "test/b": 3}))
+    refuse("no split called train. Splits there: test", images(tmp_path, {"test/a": 3, "test/b": 3}))
 
 
 def test_an_empty_split_is_refused(tmp_path):
@@ -99,7 +108,7 @@ def test_an_empty_split_is_refused(tmp_path):
     refuse("split val is empty", folder)
 
 
-def test_a_class_with_one_sample_is_named_where_it_would_have_to_be_cut(tmp_path):
+def test_a_class_with_too_few_images_to_cut_is_named(tmp_path):
     refuse(r"less than 3 images of rare \(1\).*at least 3", images(tmp_path / "cut", {"common": 9, "rare": 1}))
     layout = {f"{split}/{c}": 1 for split in ("train", "val", "test") for c in ("a", "b")}
     assert counts(load(images(tmp_path / "whole", layout))) == [2, 2, 2]
@@ -114,7 +123,7 @@ def test_a_label_of_another_split_that_train_does_not_have_is_named(tmp_path):
     refuse(r"test: the label emu is outside the names of train \(a, b\)", images(tmp_path, layout))
 
 
-def test_given_names_that_are_the_data_sets_own_set_the_order(tmp_path):
+def test_given_names_that_are_the_datasets_own_set_the_order(tmp_path):
     folder = images(tmp_path, {"ael": 5, "cli": 6, "mix": 7})
     data = load(folder, class_names=["MIX", "ael", "cli"])
     assert data.class_names == ["MIX", "ael", "cli"]
@@ -135,11 +144,9 @@ def test_new_names_rename_by_index_and_the_table_says_so(tmp_path):
     assert "renamed by index: a -> cat" in dict(data.summary)["class names"]
 
 
-def test_a_mistyped_name_among_the_data_sets_own_does_not_rename_other_classes(tmp_path):
+def test_a_mistyped_name_among_the_datasets_own_does_not_rename_other_classes(tmp_path):
     folder = images(tmp_path, {"ael": 5, "cli": 5, "mix": 5})
-    refuse(
-        "mix is one of the dataset's own names, but cli of them is not given", folder, class_names=["mix", "ael", "clj"]
-    )
+    refuse("mix is one of the dataset's own names, but cli is missing", folder, class_names=["mix", "ael", "clj"])
 
 
 def test_a_count_of_names_that_does_not_fit_says_both_counts(tmp_path):
@@ -179,6 +186,27 @@ def test_more_than_5_percent_unreadable_images_of_a_split_stop(tmp_path):
     refuse(r"4 of 60 images of validation are unreadable, more than 5%. First: val/a/0.png", folder)
 
 
+def test_unreadable_images_are_counted_before_train_is_cut(tmp_path):
+    """However many of them fall into the small test split."""
+    folder = Path(images(tmp_path, {"a": 20, "b": 20}))
+    for name in load(folder).test.names[:2]:
+        (folder / name).write_bytes(b"damaged")
+    data = load(folder)
+    assert len(data.skipped) == 2 and counts(data) == [28, 6, 4]
+    for name in data.validation.names[:3]:
+        (folder / name).write_bytes(b"damaged")
+    refuse(r"5 of 40 images of train \(validation and test are cut from it\) are unreadable", folder)
+    refuse("Repair or remove these files", folder)
+
+
+def test_a_split_without_any_readable_image_is_refused(tmp_path):
+    ratios = {"validation_ratio": 0.01, "test_ratio": 0.01}
+    folder = Path(images(tmp_path, {"a": 70, "b": 70}))
+    for name in load(folder, **ratios).test.names:
+        (folder / name).write_bytes(b"damaged")
+    refuse("test has no readable image. Repair its images, or add some", folder, **ratios)
+
+
 def test_a_class_that_loses_its_last_image_is_named(tmp_path):
     folder = images(
         tmp_path, {f"{split}/{c}": n for split in ("train", "val", "test") for c, n in (("a", 60), ("rare", 1))}
@@ -187,7 +215,7 @@ def test_a_class_that_loses_its_last_image_is_named(tmp_path):
     refuse("train has no readable image of rare", folder)
 
 
-def test_columns_cannot_be_named_where_there_are_none(tmp_path):
+def test_columns_cannot_be_named_if_there_are_none(tmp_path):
     refuse('"image folder", which has no columns', images(tmp_path, {"a": 5, "b": 5}), image_column="image")
 
 

@@ -8,8 +8,7 @@ from train_vlm import evaluate_vlm_model, vlm_collate_fn
 from vlm.classifier.batching import IGNORED
 from vlm.common.modes import evaluation_mode
 from vlm.conversation.prompts import parse_answer
-from vlm.data.sources import Rows
-from vlm.data.splits import Split
+from vlm.data import Rows, Split
 from vlm.evaluation.evaluate import check_texts, explanations, score_split
 
 LABELS = [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3]

@@ -15,7 +15,7 @@ from vlm.classifier.classifier import VLMClassifier
 from vlm.common.errors import UsageError
 from vlm.config.resolve import resolve
 from vlm.conversation.prompts import Prompts
-from vlm.data.splits import Sample
+from vlm.data import Sample
 from vlm.families import load_family
 from vlm.families.features import FeatureCache
 from vlm.families.phi3.model import Phi3VConfig, Phi3VForCausalLM

@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 from tiny import save_classifier
 from torch.utils.data import DataLoader
 
-from vlm.data import splits as data
-from vlm.data.splits import Split
+from vlm.data import Split
 from vlm.evaluation.evaluate import score_split
 from vlm.families import features
 from vlm.families.encoded import CONNECTED_FEATURES, ENCODER_FEATURES
@@ -56,7 +55,7 @@ def opens_no_image(monkeypatch):
     def refuse(*_):
         raise AssertionError("an image is opened")
 
-    monkeypatch.setattr(data, "open_image", refuse)
+    monkeypatch.setattr("vlm.data.splits.open_image", refuse)
 
 
 @pytest.mark.parametrize(

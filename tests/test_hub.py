@@ -77,7 +77,7 @@ def test_a_commit_and_a_branch_can_be_named(hub):
     assert model_folder("me/small", COMMIT) == model_folder("me/small", "main")
 
 
-def test_a_cached_model_is_used_where_the_hub_is_out_of_reach(hub, monkeypatch, capsys):
+def test_a_cached_model_is_used_if_the_hub_is_out_of_reach(hub, monkeypatch, capsys):
     hub.add("models", "me/small", MODEL)
     online = model_folder("me/small")
     switch_off(monkeypatch)
@@ -101,7 +101,7 @@ def test_a_model_that_is_half_in_the_cache_counts_as_not_there(hub, monkeypatch)
     hub.add("models", "me/small", MODEL)
     (model_folder("me/small")[0] / "model.safetensors").unlink()
     switch_off(monkeypatch)
-    with pytest.raises(UsageError, match="not completely, in the cache"):
+    with pytest.raises(UsageError, match="no complete copy"):
         model_folder("me/small")
 
 
@@ -111,15 +111,15 @@ def test_a_model_of_which_only_the_config_was_ever_loaded_counts_as_not_there(hu
         file.parent.mkdir(parents=True)
         file.write_text(content)
     switch_off(monkeypatch)
-    with pytest.raises(UsageError, match="not completely, in the cache"):
+    with pytest.raises(UsageError, match="no complete copy"):
         model_folder("me/small")
 
 
 @pytest.mark.parametrize("load", [model_folder, check_dataset_reachable])
-def test_a_hub_out_of_reach_and_nothing_cached_is_said_at_once_with_demo_as_the_way_out(hub, monkeypatch, load):
+def test_a_hub_out_of_reach_and_nothing_cached_is_said_at_once(hub, monkeypatch, load):
     switch_off(monkeypatch)
     started = time.monotonic()
-    with pytest.raises(UsageError, match=r"(?s)cannot be reached.*me/other.*--demo"):
+    with pytest.raises(UsageError, match=r"(?s)me/other.*cannot be reached.*--demo"):
         load("me/other")
     assert time.monotonic() - started < 5
 
@@ -139,7 +139,7 @@ def test_a_request_whose_own_timeout_does_not_hold_is_given_up():
     release = Event()
     started = time.monotonic()
     with pytest.raises(TimeoutError, match=r"no answer within 0\.1 seconds"):
-        vlm_hub._within(0.1, release.wait)
+        vlm_hub.within(0.1, release.wait)
     assert time.monotonic() - started < 2
     release.set()
 
@@ -174,12 +174,12 @@ def test_a_gated_model_says_how_to_get_access(hub):
 def test_a_download_that_breaks_off_says_to_run_it_again(hub, monkeypatch):
     hub.add("models", "me/small", MODEL)
     hub.refusals["me/small"] = "Unexpected"
-    with pytest.raises(RunError, match="Run it again"):
+    with pytest.raises(RunError, match="Run the command again"):
         model_folder("me/small")
 
 
 @pytest.mark.parametrize(
-    ("missing", "message"), [("config.json", "no config.json"), ("model.safetensors", "no weights as")]
+    ("missing", "message"), [("config.json", "no config.json"), ("model.safetensors", "no weights in")]
 )
 def test_a_model_without_config_or_safetensors_is_refused_before_the_download(hub, tmp_path, missing, message):
     files = {name: content for name, content in MODEL.items() if name != missing} | {"pytorch_model.bin": b"x"}
@@ -211,6 +211,6 @@ def test_a_file_is_no_model_folder(tmp_path):
         model_folder(str(tmp_path / "a.txt"))
 
 
-def test_a_data_set_on_the_hub_is_there_with_its_commit(hub):
+def test_a_dataset_on_the_hub_is_there_with_its_commit(hub):
     hub.add("datasets", "me/set", {"README.md": "x"})
     assert check_dataset_reachable("me/set") == COMMIT

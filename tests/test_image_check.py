@@ -7,8 +7,7 @@ import torch
 from tiny import random_image, save_tiny_model, tiny_classifier
 
 from vlm.classifier.calibration import Scores
-from vlm.data.sources import Rows
-from vlm.data.splits import Sample, Split, balanced_positions
+from vlm.data import Rows, Sample, Split, balanced_positions
 from vlm.evaluation import image_check as picture_check
 from vlm.evaluation.evaluate import score_split
 from vlm.evaluation.image_check import check_images, other_class_partners

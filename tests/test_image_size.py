@@ -18,7 +18,7 @@ from vlm.classifier.classifier import VLMClassifier
 from vlm.common.errors import UsageError
 from vlm.config.resolve import resolve
 from vlm.config.settings import ImageSize
-from vlm.data.splits import Sample, load_data
+from vlm.data import Sample, load_data
 from vlm.families import load_family
 from vlm.families.generic import processor_class
 from vlm.families.images.sizes import pick_size

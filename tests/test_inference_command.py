@@ -152,8 +152,8 @@ def test_a_table_where_no_image_can_be_read(infer, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["missing.png"], "missing.png is not there: expected an image file or a folder of images."),
-        (["empty"], "empty holds no image"),
+        (["missing.png"], "missing.png does not exist"),
+        (["empty"], "empty has no image"),
         (
             ["a.png", "--model-dir", "nothing"],
             "nothing is not a folder: train a model first (./run_vlm_training.sh --demo)",
@@ -184,7 +184,7 @@ def test_no_image_at_all_is_wrong_usage(infer):
 def test_the_traceback_is_there_with_debug(infer, tmp_path):
     from vlm.common.errors import UsageError
 
-    with pytest.raises(UsageError, match="is not there"):
+    with pytest.raises(UsageError, match="missing.png"):
         infer(tmp_path / "missing.png", "--debug")
 
 

@@ -11,18 +11,18 @@ from family_checks import parted
 from test_training import gradients_of_first_step, image_folder
 from tiny import NAMES, batch_of, full_row_logits, random_image, save_tiny_model, tiny_classifier, tiny_prompts
 
-from vlm.classifier.batching import vlm_collate_fn
 from vlm.classifier import tree_rows
+from vlm.classifier.batching import vlm_collate_fn
 from vlm.classifier.classifier import VLMClassifier
-from vlm.classifier.plain import PlainForward
 from vlm.classifier.label_tree import build_label_tree
 from vlm.classifier.objective import Objective, balanced_weights, usual_objective
+from vlm.classifier.plain import PlainForward
 from vlm.classifier.tree_rows import TreeRows
 from vlm.common.errors import UsageError
 from vlm.config.resolve import resolve
 from vlm.config.settings import BOTH, POSTERIOR, RESPONSE, Settings
 from vlm.conversation.prompts import build_prompts
-from vlm.data.splits import Sample
+from vlm.data import Sample
 from vlm.families import load_family
 from vlm.training.setup import set_up
 

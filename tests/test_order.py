@@ -1,8 +1,8 @@
-"""The order of training: every image once an epoch, by seed and epoch alone, for any number of processes."""
+"""The order of training: every image once an epoch, by seed and epoch only, for any number of processes."""
 
 import pytest
 
-from vlm.data.order import epoch_plan
+from vlm.data import epoch_plan
 
 
 @pytest.mark.parametrize("n", [1, 5, 8, 23, 64])
@@ -25,9 +25,9 @@ def test_each_sample_counts_once_an_epoch_over_all_processes(n, world, batch_siz
 
 
 def test_a_step_holds_the_same_samples_for_any_number_of_processes():
-    alone = epoch_plan(50, 4, 4, seed=1, epoch=2)
+    single = epoch_plan(50, 4, 4, seed=1, epoch=2)
     four = [epoch_plan(50, 2, 2, seed=1, epoch=2, world=4, rank=rank) for rank in range(4)]
-    for number, step in enumerate(alone):
+    for number, step in enumerate(single):
         together = [i for plan in four if plan[number].counts for batch in plan[number].batches for i in batch]
         assert sorted(together) == sorted(i for batch in step.batches for i in batch)
 

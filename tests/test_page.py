@@ -9,8 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 from tiny import random_image
 
-from vlm.data.sources import Rows
-from vlm.data.splits import Data, Split
+from vlm.data import Data, Rows, Split
 from vlm.evaluation.metrics import classification_metrics
 from vlm.report import Prediction, page, shown_images, write_report
 from vlm.report.cards import MOST_IMAGES

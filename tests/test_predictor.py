@@ -12,8 +12,7 @@ from sklearn.datasets import load_digits
 from inference_vlm import load_model_and_metadata, predict_batch, predict_single_image
 from vlm.classifier.calibration import Calibration
 from vlm.common.errors import UsageError
-from vlm.data.images import UnreadableImage
-from vlm.data.splits import Sample
+from vlm.data import Sample, UnreadableImage
 from vlm.evaluation.evaluate import score_split
 
 COUNT = 7

@@ -12,8 +12,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from tiny import random_image, save_tiny_model, tiny_prompts
 
 from vlm.config.resolve import resolve
-from vlm.data.sources import Rows
-from vlm.data.splits import Data, Sample, Split
+from vlm.data import Data, Rows, Sample, Split
 from vlm.evaluation import linear_probe as module
 from vlm.evaluation.linear_probe import compare, pooled_features, probe
 from vlm.evaluation.reliability import may_be_chance

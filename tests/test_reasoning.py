@@ -22,8 +22,7 @@ from vlm.config.resolve import resolve
 from vlm.config.settings import Settings
 from vlm.conversation.prompts import build_prompts, parse_answer
 from vlm.conversation.responses import before_reasoning, response_lengths
-from vlm.data.sources import Rows
-from vlm.data.splits import Split
+from vlm.data import Rows, Split
 from vlm.evaluation.evaluate import evaluate_vlm_model, score_split
 from vlm.families import load_family
 from vlm.training.setup import set_up

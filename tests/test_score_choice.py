@@ -10,8 +10,7 @@ from tiny import batch_of, tiny_classifier
 
 from vlm.classifier.calibration import Calibration
 from vlm.config.resolve import resolve
-from vlm.evaluation import calibrating
-from vlm.evaluation import score_choice
+from vlm.evaluation import calibrating, score_choice
 from vlm.evaluation.calibrating import calibrate
 from vlm.evaluation.fit_calibration import MIN_IMAGES, fit_temperature
 from vlm.evaluation.score_choice import better_score, choose_score, measure_prior

@@ -13,7 +13,7 @@ from commands import ROOT, command, names_in, surroundings
 
 from vlm.common.errors import UsageError
 from vlm.config.resolve import resolve
-from vlm.data.splits import load_data
+from vlm.data import load_data
 from vlm.families import load_family
 
 SOURCES = [*(ROOT / "vlm").rglob("*.py"), *ROOT.glob("*.py")]

@@ -10,7 +10,7 @@ from torch import Tensor
 from vlm.common.errors import UsageError
 from vlm.conversation.rendered import Rendered
 from vlm.conversation.responses import response_of
-from vlm.data.splits import Sample
+from vlm.data import Sample
 from vlm.families.base import Family
 from vlm.families.features import FeatureCache, encode
 

@@ -24,7 +24,7 @@ from vlm.common.modes import evaluation_mode
 from vlm.common.progress import note
 from vlm.config.settings import RESPONSE
 from vlm.conversation.prompts import Prompts
-from vlm.data.splits import Sample
+from vlm.data import Sample
 from vlm.families.base import Family
 from vlm.families.features import FeatureCache
 

@@ -12,7 +12,7 @@ from vlm.common.errors import UsageError
 from vlm.config.formats import lay_out
 from vlm.conversation.prompts import Prompts
 from vlm.conversation.rendered import Rendered, common_start
-from vlm.data.splits import Sample, Split
+from vlm.data import Sample, Split
 
 ANY_REASONING = "It is."  # a reasoning for texts of which only the tokens around it are looked at
 

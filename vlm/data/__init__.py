@@ -1,0 +1,31 @@
+"""From any labeled source of images to checked splits of samples.
+
+Reads folders, tables and the hub, numbers the classes, cuts missing splits and opens images; also finds models on the
+hub and plans the order of an epoch. Importing it loads neither torch nor transformers nor datasets.
+"""
+
+from vlm.data.cutting import balanced_positions
+from vlm.data.hub import model_folder
+from vlm.data.images import ImageSource, UnreadableImage, find_images, image_key, open_image
+from vlm.data.load import load_data
+from vlm.data.order import Step, epoch_plan
+from vlm.data.sources import Rows
+from vlm.data.splits import ROLES, Data, Sample, Split
+
+__all__ = [
+    "ROLES",
+    "Data",
+    "ImageSource",
+    "Rows",
+    "Sample",
+    "Split",
+    "Step",
+    "UnreadableImage",
+    "balanced_positions",
+    "epoch_plan",
+    "find_images",
+    "image_key",
+    "load_data",
+    "model_folder",
+    "open_image",
+]

@@ -1,5 +1,4 @@
-"""Models and datasets on the hub: whether they can be had, in seconds; from the cache where the hub cannot be
-reached."""
+"""Models and datasets on the hub: found or refused in seconds, and taken from the cache if the hub is out of reach."""
 
 import json
 import os
@@ -7,9 +6,9 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Literal, TypeVar
 
-from huggingface_hub import HfApi, constants, is_offline_mode, snapshot_download
+from huggingface_hub import DatasetInfo, HfApi, ModelInfo, constants, is_offline_mode, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -25,22 +24,26 @@ REQUEST_SECONDS = 5
 PATIENCE_SECONDS = 8
 # Nothing that runs code when it is loaded: no *.py, and no pickles (*.bin, *.pt).
 MODEL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
-NOUNS = {"model": "model", "dataset": "dataset"}
+
+Kind = Literal["model", "dataset"]
+Info = TypeVar("Info", ModelInfo, DatasetInfo)
+Result = TypeVar("Result")
 
 
 def model_folder(name: str, revision: str | None = None) -> tuple[Path, str | None]:
-    """The folder of a model, downloaded from the hub if need be.
+    """The folder of a model; a model on the hub is downloaded, or taken from the cache.
 
     Args:
         name: a folder, or the id of a model on the hub.
         revision: branch, tag or commit on the hub; None: the main branch.
 
     Returns:
-        The folder with config.json and safetensors weights, and the commit; None for a folder that was given.
+        The folder with config.json and safetensors weights.
+        The commit on the hub; None for a folder that was given.
 
     Raises:
-        UsageError: there is no such model, it cannot be used, or the hub cannot be reached and the model is not in the
-            cache.
+        UsageError: there is no such model, or it cannot be used.
+        UsageError: the hub cannot be reached, and the model is not in the cache.
         RunError: the download broke off.
     """
     if looks_like_path(name):
@@ -50,7 +53,7 @@ def model_folder(name: str, revision: str | None = None) -> tuple[Path, str | No
             raise UsageError(f"model {name}: {found}. Expected the folder of a model, or its id on the hub.")
         _check_folder(name, folder)
         return folder, None
-    info, silence = _ask("model", name, revision)
+    info, silence = _ask(HfApi().model_info, "model", name, revision)
     if info is not None:
         _check_files(name, [file.rfilename for file in info.siblings or []])  # before gigabytes are downloaded
     folder = _download(name, revision, silence)
@@ -64,58 +67,70 @@ def model_folder(name: str, revision: str | None = None) -> tuple[Path, str | No
 
 
 def check_dataset_reachable(name: str) -> str | None:
-    """Make sure that a dataset of the hub can be loaded, from the hub or from the cache.
+    """Make sure that a dataset can be loaded, from the hub or from the cache.
 
     Returns:
-        The newest commit on the hub; None when the hub cannot be reached and the cached dataset is used.
+        The newest commit on the hub; None if the hub cannot be reached and the dataset is taken from the cache.
 
     Raises:
-        UsageError: there is no such dataset, or the hub cannot be reached and the dataset is not in the cache.
+        UsageError: there is no such dataset.
+        UsageError: the hub cannot be reached, and the dataset is not in the cache.
     """
-    info, silence = _ask("dataset", name)
+    info, silence = _ask(HfApi().dataset_info, "dataset", name)
     if info is not None:
         return info.sha
     import datasets
+    import datasets.config
 
-    datasets.config.HF_HUB_OFFLINE = True  # it keeps a switch of its own
+    datasets.config.HF_HUB_OFFLINE = True  # this library has a switch of its own
     try:
         datasets.load_dataset_builder(name)
     except (ConnectionError, FileNotFoundError) as error:
         raise _not_cached("dataset", name, silence) from error
     except ValueError:
-        pass  # several configurations are in the cache: which one is said later
+        pass  # the cache has several configurations; the loading says which
     note(f"note: {silence}: using the cached copy of dataset {name}.")
     return None
 
 
 def looks_like_path(name: str) -> bool:
-    """Whether a name is meant as a file or folder here, not as an id on the hub (which is `name` or `owner/name`)."""
+    """Whether a name means a local file or folder, not an id on the hub (which is `name` or `owner/name`)."""
     return name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1 or Path(name).exists()
 
 
-def _ask(kind: str, name: str, revision: str | None = None) -> tuple[Any, str]:
-    """What the hub says of a model or dataset, and ""; or None and why it says nothing.
+def _ask(request: Callable[..., Info], kind: Kind, name: str, revision: str | None = None) -> tuple[Info | None, str]:
+    """Ask the hub about a model or dataset.
 
-    When it cannot be reached, the hub's library is set offline, so that nothing later in this process waits for it
-    again.
+    If the hub cannot be reached, its library is set offline, so that nothing later in this process waits for it again.
+
+    Returns:
+        The answer, or None.
+        Why there is no answer; empty if there is one.
+
+    Raises:
+        UsageError: the hub has no such model or dataset.
     """
     if is_offline_mode():
         return None, "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "the hub cannot be reached"
-    api = HfApi()
-    request = api.model_info if kind == "model" else api.dataset_info
     try:
-        return _within(PATIENCE_SECONDS, lambda: request(name, revision=revision, timeout=REQUEST_SECONDS)), ""
+        return within(PATIENCE_SECONDS, lambda: request(name, revision=revision, timeout=REQUEST_SECONDS)), ""
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise _refused(kind, name, revision, error) from error
-    except Exception as error:  # each version of the library has other exceptions for a network that does not work
+    except Exception as error:  # each version of the library has other exceptions if the network does not work
         constants.HF_HUB_OFFLINE = True
         return None, f"the hub cannot be reached at {constants.ENDPOINT} ({one_line(error)})"
 
 
-def _within(seconds: float, call: Callable[[], Any]) -> Any:
-    """The result of `call`, or TimeoutError. A request's own timeout holds for each address again, and not for the name
-    look-up."""
-    future: Future = Future()
+def within(seconds: float, call: Callable[[], Result]) -> Result:
+    """The result of `call`.
+
+    The timeout of a request itself is not enough: it begins again with each address, and does not count the look-up
+    of the name.
+
+    Raises:
+        TimeoutError: the call takes longer; it goes on in a thread of its own.
+    """
+    future: Future[Result] = Future()
 
     def work() -> None:
         try:
@@ -131,7 +146,7 @@ def _within(seconds: float, call: Callable[[], Any]) -> Any:
 
 
 def _download(name: str, revision: str | None, silence: str) -> Path:
-    """The snapshot of a model; from the cache alone if the hub is silent."""
+    """The snapshot of a model; from the cache only, if `silence` says why the hub does not answer."""
     try:
         folder = snapshot_download(
             name, revision=revision, allow_patterns=MODEL_FILES, ignore_patterns=["*/*"], local_files_only=bool(silence)
@@ -147,53 +162,55 @@ def _download(name: str, revision: str | None, silence: str) -> Path:
     return Path(folder)
 
 
-def _refused(kind: str, name: str, revision: str | None, error: Exception) -> UsageError:
-    noun = NOUNS[kind]
+def _refused(kind: Kind, name: str, revision: str | None, error: Exception) -> UsageError:
     if isinstance(error, GatedRepoError):
         return UsageError(
-            f"{noun} {name}: access must be asked for on its page on the hub; then log in with `hf auth login`."
+            f"{kind} {name}: access must be asked for on its page on the hub; then log in with `hf auth login`."
         )
     if isinstance(error, RevisionNotFoundError):
         return UsageError(
-            f"{noun} {name}: no revision {revision} on the hub. Expected a branch, a tag or a whole commit hash."
+            f"{kind} {name}: no revision {revision} on the hub. Expected a branch, a tag or a whole commit hash."
         )
     if isinstance(error, RepositoryNotFoundError):
         return UsageError(
-            f"{noun} {name}: not on the hub, not a folder here, or private. "
-            "Check the spelling; for a private one log in with `hf auth login`."
+            f"{kind} {name}: not on the hub, not a folder here, or private. "
+            "Check the spelling. If it is private, log in with `hf auth login`."
         )
-    return UsageError(f"{noun} {name}: not a folder here, and not a name that the hub can have. Expected owner/name.")
+    return UsageError(f"{kind} {name}: no local folder, and not a valid name on the hub. Expected owner/name.")
 
 
-def _not_cached(kind: str, name: str, silence: str) -> UsageError:
+def _not_cached(kind: Kind, name: str, silence: str) -> UsageError:
     return UsageError(
-        f"there is no folder {name} here, {silence}, and {NOUNS[kind]} {name} is not, or not completely, in the cache.\n"
-        "       Without the hub name a model and a dataset in folders (--model, --dataset), or use --demo to try things out."
+        f"{kind} {name}: no local folder, {silence}, and the cache has no complete copy.\n"
+        "       Without the hub, give a model and a dataset in folders (--model, --dataset), or try --demo."
     )
 
 
 def _broken_off(name: str, error: Exception) -> RunError:
     return RunError(
-        f"model {name}: the download broke off ({one_line(error)}). Run it again: it goes on where it stopped."
+        f"model {name}: the download broke off ({one_line(error)}). Run the command again: the download goes on."
     )
 
 
 def _check_files(name: str, files: list[str]) -> None:
-    """Whether the files of a model, by their paths in its folder, are all that can be used.
+    """Check that a model has the files that are needed.
+
+    Args:
+        files: their paths, relative to its folder.
 
     Raises:
         UsageError: no config.json, or no weights as safetensors.
     """
     if "config.json" not in files:
-        raise UsageError(f"model {name}: no config.json there. Expected a model in the layout of transformers.")
+        raise UsageError(f"model {name}: no config.json there. Expected a model as transformers saves it.")
     if not any(file.endswith(".safetensors") and "/" not in file for file in files):
         raise UsageError(
-            f"model {name}: no weights as *.safetensors there; other formats are not loaded. Choose a model that has them."
+            f"model {name}: no weights in *.safetensors files. Other formats are not loaded; choose another model."
         )
 
 
 def _check_folder(name: str, folder: Path) -> None:
-    """Like `_check_files`, and all files that the index of the weights names must be there."""
+    """Check that a folder has the files of a model, and all files of weights that the index names."""
     _check_files(name, [path.name for path in folder.iterdir()])
     index = folder / "model.safetensors.index.json"
     if not index.exists():
@@ -205,5 +222,6 @@ def _check_folder(name: str, folder: Path) -> None:
     missing = sorted(shard for shard in shards if not (folder / shard).exists())
     if missing:
         raise UsageError(
-            f"model {name}: {len(missing)} of {len(shards)} files of weights are missing, such as {missing[0]}. Copy them too."
+            f"model {name}: {len(missing)} of {len(shards)} files of weights are missing, such as {missing[0]}. "
+            "Copy them too."
         )

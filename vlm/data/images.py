@@ -1,44 +1,61 @@
-"""Any image -> an upright RGB image, or `UnreadableImage` with the reason in one line."""
+"""Opens any image as an upright RGB image, or says in one line why it cannot; finds images in folders."""
 
 import hashlib
 import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vlm.common.errors import UsageError, reason
 
-# Files with these endings are taken for images when a folder is searched.
+# Files with these endings count as images when a folder is searched.
 IMAGE_ENDINGS = {
-    ".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp",
-}  # fmt: skip
+    ".avif",
+    ".bmp",
+    ".gif",
+    ".jp2",
+    ".jpeg",
+    ".jpg",
+    ".pbm",
+    ".pgm",
+    ".png",
+    ".pnm",
+    ".ppm",
+    ".tga",
+    ".tif",
+    ".tiff",
+    ".webp",
+}
+
+ImageSource = str | Path | bytes | bytearray | memoryview | np.ndarray | Image.Image
 
 
 class UnreadableImage(ValueError):
     """An image that cannot be used. The message is one line: its name and why."""
 
 
-def open_image(source: Any, name: str | None = None) -> Image.Image:
+def open_image(source: ImageSource | None, name: str | None = None) -> Image.Image:
     """Read and decode one image.
 
-    The first frame of an animation is taken, the EXIF orientation is applied, and transparent parts are put over white.
-    Images with more than 8 bits a channel (16-bit, 32-bit, floating point) have no fixed white point: they are
-    stretched linearly from their own smallest to their own largest value; an image of one single value becomes black.
+    Of an animation the first frame is taken. The EXIF orientation is applied. Transparent parts become white.
+    Images with more than 8 bits a channel (16-bit, 32-bit, floating point) have no fixed white point, so they are
+    stretched linearly from their own smallest to their own largest value; an image with only one value becomes black.
 
     Args:
         source: a path, the bytes of a file, a PIL image of any mode (taken at the frame it is at), or an array HxW,
             HxWx1, HxWx3 or HxWx4 (RGBA) of booleans, uint8, floats in 0..1, or wider numbers (stretched as above).
+            None, a row without an image, cannot be read.
         name: what to call the image in the error; default: the path.
 
     Returns:
-        An RGB image that is loaded and holds no file open.
+        An RGB image that is loaded and keeps no file open.
 
     Raises:
-        UnreadableImage: no such file, not an image, truncated, damaged, or larger than `PIL.Image.MAX_IMAGE_PIXELS`.
+        UnreadableImage: there is no such file, or it is not an image, truncated, damaged, or larger than
+            `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     try:
         return _read(source)
@@ -49,29 +66,30 @@ def open_image(source: Any, name: str | None = None) -> Image.Image:
 
 
 def image_key(image: Image.Image) -> str:
-    """What an RGB image is known by: a hash (SHA-256) of its size and pixels, so that equal images have one key."""
+    """A hash (SHA-256, in hex) of the size and pixels of an RGB image. Equal images have equal keys."""
     content = hashlib.sha256(f"{image.width}x{image.height}".encode())
     content.update(image.tobytes())
     return content.hexdigest()
 
 
 def find_images(paths: Sequence[str | Path]) -> list[Path]:
-    """Files as they are, folders searched for images anywhere below them, sorted by path, hidden ones left out.
+    """The images at some paths: files as they are given, and of folders all images anywhere below them.
 
-    A path that is not there is kept among others, to be reported as an image that cannot be read.
+    The images of a folder are sorted by path; hidden ones are left out. If only some of the paths do not exist, they
+    are kept, so that each is reported as an image that cannot be read.
 
     Raises:
-        UsageError: not one of the paths is there, or a folder has no image.
+        UsageError: none of the paths exists, or a folder has no image.
     """
     found: list[Path] = []
     if not any(map(os.path.exists, paths)):
-        others = ", nor is any of the others" if len(paths) > 1 else ""
-        raise UsageError(f"{paths[0]} is not there{others}: expected an image file or a folder of images.")
+        others = ", and neither do the other paths" if len(paths) > 1 else ""
+        raise UsageError(f"{paths[0]} does not exist{others}. Expected an image file or a folder of images.")
     for path in map(Path, paths):
         images = [path / file for file in visible_files(path) if is_image(file)] if path.is_dir() else [path]
         if not images:
             raise UsageError(
-                f"{path} holds no image; these endings are taken for one: {' '.join(sorted(IMAGE_ENDINGS))}."
+                f"{path} has no image. Files with these endings count as images: {' '.join(sorted(IMAGE_ENDINGS))}."
             )
         found += images
     return found
@@ -91,17 +109,16 @@ def visible_files(folder: Path) -> list[Path]:
     return sorted(files)
 
 
-def _read(source: Any) -> Image.Image:
+def _read(source: ImageSource | None) -> Image.Image:
     if source is None:
         raise ValueError("there is no image")
     if isinstance(source, np.ndarray):
         return _to_rgb(_from_array(source))
     if isinstance(source, Image.Image):
         return _to_rgb(source)
-    with Image.open(
-        io.BytesIO(source) if isinstance(source, bytes | bytearray | memoryview) else Path(source)
-    ) as image:
-        limit = Image.MAX_IMAGE_PIXELS  # PIL itself refuses only what is twice as large
+    file = io.BytesIO(source) if isinstance(source, bytes | bytearray | memoryview) else Path(source)
+    with Image.open(file) as image:
+        limit = Image.MAX_IMAGE_PIXELS  # PIL itself refuses only images that are twice as large
         if limit and image.width * image.height > limit:
             raise ValueError(f"{image.width}x{image.height} is more than the {limit} pixels that are safe to decode")
         return _to_rgb(image)
@@ -111,7 +128,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     image.load()
     try:
         image = ImageOps.exif_transpose(image)
-    except Exception:  # damaged EXIF data are no reason to lose an image
+    except Exception:  # an image with damaged EXIF data can still be used
         image = image.copy()
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = Image.fromarray(_stretch(np.asarray(image)))
@@ -122,6 +139,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
+    # (H, W, 1) -> (H, W): Pillow has no images of one channel in three dimensions
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if not array.size or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
@@ -148,7 +166,7 @@ def _stretch(values: np.ndarray) -> np.ndarray:
     return np.nan_to_num(values, nan=0, posinf=255, neginf=0).round().astype(np.uint8)
 
 
-def _name_of(source: Any) -> str:
+def _name_of(source: ImageSource | None) -> str:
     return str(source) if isinstance(source, str | Path) else f"an image given as {type(source).__name__}"
 
 

@@ -8,8 +8,8 @@ import numpy as np
 class Step(NamedTuple):
     """One optimizer step of one process.
 
-    batches: its micro-batches of sample indices; counts=False: to be run, but with weight 0. indices: the samples of
-    all processes.
+    batches: the micro-batches of the process, as sample indices; counts: False if they are run with weight 0;
+    indices: the samples of all processes in this step.
     """
 
     batches: list[list[int]]
@@ -20,24 +20,29 @@ class Step(NamedTuple):
 def epoch_plan(
     n: int, batch_size: int, accumulation: int, seed: int, epoch: int, world: int = 1, rank: int = 0
 ) -> list[Step]:
-    """The steps of one epoch for one of `world` processes, as a function of the arguments alone: resuming needs no
-    other state.
+    """The steps of one epoch for one process. They depend only on the arguments, so resuming needs nothing else.
 
-    All processes share one random order. Each step takes the next batch_size * accumulation * world samples of it, the
-    last step what is left; every process has every step. A process for which nothing is left in the last step runs one
-    sample of another one with weight 0, since all must take part in the exchange of gradients. So each sample counts
-    once an epoch.
+    All processes share one random order. Each step takes the next batch_size * accumulation * world samples of it; the
+    last step takes the rest. Every process has every step, since all must take part in the exchange of gradients: if
+    the last step has no sample left for a process, it runs a sample of another process with weight 0. So each sample
+    counts once an epoch.
+
+    Args:
+        n: how many samples there are.
+        batch_size: samples in a micro-batch of one process.
+        accumulation: micro-batches in a step of one process.
+        seed: of the run.
+        epoch: its number; each epoch has another order.
+        world: how many processes there are.
+        rank: the number of this process.
     """
     order = np.random.default_rng([seed, epoch]).permutation(n).tolist()
     size = batch_size * accumulation * world
-    steps = []
+    steps: list[Step] = []
     for start in range(0, n, size):
         chunk = order[start : start + size]
         own = chunk[rank::world]
         picked = own or chunk[:1]
-        steps.append(
-            Step(
-                [picked[i : i + batch_size] for i in range(0, len(picked), batch_size)], counts=bool(own), indices=chunk
-            )
-        )
+        batches = [picked[i : i + batch_size] for i in range(0, len(picked), batch_size)]
+        steps.append(Step(batches, counts=bool(own), indices=chunk))
     return steps

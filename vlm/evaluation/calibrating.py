@@ -11,7 +11,7 @@ from vlm.classifier.calibration import Calibration
 from vlm.classifier.classifier import VLMClassifier
 from vlm.common.progress import note
 from vlm.config.settings import AUTO, Settings
-from vlm.data.splits import Split
+from vlm.data import Split
 from vlm.evaluation.evaluate import score_split
 from vlm.evaluation.fit_calibration import MIN_IMAGES, coverage_and_accuracy, pick_threshold
 from vlm.evaluation.reliability import confidence_and_correctness, reliability_bins, reliability_figures

@@ -19,7 +19,7 @@ from vlm.common.modes import evaluation_mode
 from vlm.common.progress import progress
 from vlm.config.formats import reasoning_of
 from vlm.conversation.prompts import parse_answer
-from vlm.data.splits import Sample, Split
+from vlm.data import Sample, Split
 from vlm.evaluation.metrics import classification_metrics, user_metrics
 from vlm.families.features import FeatureCache
 

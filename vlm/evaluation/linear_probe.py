@@ -19,7 +19,7 @@ from threadpoolctl import threadpool_limits
 from vlm.common.errors import is_out_of_memory
 from vlm.common.modes import evaluation_mode
 from vlm.common.progress import Bar, note
-from vlm.data.splits import Data, Sample, Split
+from vlm.data import Data, Sample, Split
 from vlm.evaluation.reliability import accuracy_interval, may_be_chance
 from vlm.families.base import Family
 from vlm.families.features import FeatureCache, encode

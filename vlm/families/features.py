@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 from vlm.common.files import replacing
 from vlm.common.modes import evaluation_mode
 from vlm.common.progress import Bar, note
-from vlm.data.splits import Sample, Split
+from vlm.data import Sample, Split
 from vlm.families.base import Family
 from vlm.families.encoded import CONNECTED_FEATURES, ENCODER_FEATURES, EncodedImages, besides_pixels
 

@@ -23,8 +23,7 @@ from vlm.common.files import recover
 from vlm.common.progress import Bar
 from vlm.config.settings import CACHE_GB
 from vlm.conversation.prompts import Prompts
-from vlm.data.images import UnreadableImage, open_image
-from vlm.data.splits import Sample
+from vlm.data import Sample, UnreadableImage, open_image
 from vlm.families import load_family
 from vlm.families.features import FeatureCache, open_cache
 from vlm.inference.model_folder import read_metadata

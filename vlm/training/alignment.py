@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from vlm.common.progress import Bar, note
-from vlm.data.splits import Split
+from vlm.data import Split
 from vlm.families.base import Family
 from vlm.families.features import FeatureCache, encode
 from vlm.training.setup import Run

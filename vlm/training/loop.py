@@ -24,8 +24,7 @@ from vlm.common.progress import Bar, note
 from vlm.config.names import BEST_MODEL, FINAL_MODEL, METADATA
 from vlm.config.settings import Settings
 from vlm.conversation.responses import response_lengths
-from vlm.data.order import Step, epoch_plan
-from vlm.data.splits import Split
+from vlm.data import Split, Step, epoch_plan
 from vlm.evaluation.evaluate import metrics_of_sums, score_split
 from vlm.evaluation.metrics import load_metric
 from vlm.inference.model_folder import save_model_folder

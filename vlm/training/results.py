@@ -16,9 +16,9 @@ from vlm.classifier.search import TOLERANCE
 from vlm.common.files import write_json
 from vlm.common.progress import note
 from vlm.common.tables import format_table
-from vlm.config.names import BEST_MODEL, DEMO_IMAGES, METADATA, RESULTS, STATE
 from vlm.common.text import dtype_name
-from vlm.data.splits import Split
+from vlm.config.names import BEST_MODEL, DEMO_IMAGES, METADATA, RESULTS, STATE
+from vlm.data import Split
 from vlm.evaluation.calibrating import add_test_figures, calibrate
 from vlm.evaluation.evaluate import check_texts, explanations, metrics_of_sums, score_split
 from vlm.evaluation.image_check import check_images

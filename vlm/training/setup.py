@@ -25,8 +25,7 @@ from vlm.config.names import DEMO_MODEL
 from vlm.config.settings import Settings
 from vlm.conversation.prompts import Prompts, build_prompts
 from vlm.conversation.responses import longest_reasoning
-from vlm.data.hub import model_folder
-from vlm.data.splits import Data, load_data
+from vlm.data import Data, load_data, model_folder
 from vlm.families import load_family
 from vlm.families.base import Family
 from vlm.families.demo import MODEL_NAME, build_demo_model

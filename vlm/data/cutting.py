@@ -1,0 +1,105 @@
+"""Which samples a split gets: what is cut out of train, at most so many, or so many of each class.
+
+Every draw depends on the seed and the labels only.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from vlm.common.errors import UsageError
+from vlm.config.settings import Settings
+from vlm.data.splits import ROLES, Split
+
+# After the user's seed comes the number of the draw, so that no two draws are the same.
+CUT, MAX_SAMPLES, SHOTS = 1, 2, 3
+
+
+def cut_from_train(train: Split, missing: Sequence[str], names: Sequence[str], settings: Settings) -> dict[str, Split]:
+    """Cut the missing splits out of train: the same share of each class, and at least one image of each.
+
+    Args:
+        missing: the roles to cut, in order.
+        names: the class names.
+
+    Returns:
+        The missing splits and what is left of train, by role.
+
+    Raises:
+        UsageError: a class has too few images.
+    """
+    if not missing:
+        return {"train": train}
+    needed = len(missing) + 1
+    if small := _smaller(train.labels, names, needed):
+        raise UsageError(
+            f"train has less than {needed} images of {small}, so {' and '.join(missing)} cannot be cut from it. "
+            f"Expected at least {needed} of each class, or a dataset with these splits."
+        )
+    labels = np.array(train.labels)
+    rng = np.random.default_rng([settings.seed, CUT])
+    ratios = {"validation": settings.validation_ratio, "test": settings.test_ratio}
+    parts: dict[str, list[int]] = {role: [] for role in ["train", *missing]}
+    for label in range(len(names)):
+        positions = rng.permutation(np.flatnonzero(labels == label)).tolist()
+        count = len(positions)
+        for number, role in enumerate(missing):
+            most = len(positions) - (len(missing) - number)  # one image is left for each of the other splits
+            size = min(max(1, round(ratios[role] * count)), most)
+            parts[role] += positions[:size]
+            positions = positions[size:]
+        parts["train"] += positions
+    return {role: train.take(sorted(positions)) for role, positions in parts.items()}
+
+
+def limit_splits(splits: dict[str, Split], most: int, names: Sequence[str], seed: int) -> dict[str, Split]:
+    """At most so many samples of each split, balanced over the classes.
+
+    Raises:
+        UsageError: fewer samples than classes.
+    """
+    if most < len(names):
+        raise UsageError(f"--max-samples {most}: expected at least one for each of the {len(names)} classes.")
+    return {
+        role: split.take(balanced_positions(split.labels, most, [seed, MAX_SAMPLES, ROLES.index(role)]))
+        for role, split in splits.items()
+    }
+
+
+def take_shots(train: Split, names: Sequence[str], settings: Settings) -> Split:
+    """The `--shots` samples of each class, drawn at random, in the order of the split.
+
+    Raises:
+        UsageError: a class has fewer.
+    """
+    shots = settings.shots
+    if shots is None:
+        return train
+    if small := _smaller(train.labels, names, shots):
+        limited = "" if settings.max_samples is None else f" after --max-samples {settings.max_samples}"
+        raise UsageError(
+            f"--shots {shots}: train has fewer images of {small}{limited}. Expected at least {shots} of each class."
+        )
+    return train.take(balanced_positions(train.labels, shots * len(names), [settings.seed, SHOTS]))
+
+
+def balanced_positions(labels: Sequence[int], most: int, seed: Sequence[int]) -> list[int]:
+    """Draw at most so many samples at random, one of each class in turn.
+
+    Returns:
+        Their positions, sorted.
+    """
+    if len(labels) <= most:
+        return list(range(len(labels)))
+    order = np.random.default_rng(seed).permutation(len(labels))
+    drawn = np.array(labels)[order]
+    turn = np.empty(len(labels), dtype=int)  # how many of the same class come before
+    for label in set(labels):
+        turn[drawn == label] = np.arange((drawn == label).sum())
+    return sorted(order[np.argsort(turn, kind="stable")[:most]].tolist())
+
+
+def _smaller(labels: Sequence[int], names: Sequence[str], least: int) -> str:
+    """The classes with less than `least` images, each with its count; empty if there are none."""
+    counts = np.bincount(labels, minlength=len(names))
+    return ", ".join(f"{name} ({count})" for name, count in zip(names, counts, strict=True) if count < least)

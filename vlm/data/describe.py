@@ -1,0 +1,71 @@
+"""What is said about a dataset: the table "what was detected" and the metadata of the model."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vlm.config.settings import Settings
+from vlm.data.sources.rows import HUB, Source
+from vlm.data.splits import ROLES, Data
+
+MOST_CLASSES_SHOWN = 20
+
+
+def detected_rows(
+    settings: Settings, source: Source, origins: dict[str, str], how: Sequence[str], data: Data
+) -> list[tuple[str, str]]:
+    """The rows of the table "what was detected".
+
+    Args:
+        origins: where the images of each role are from, in words.
+        how: how the class names were found, in phrases.
+    """
+    columns, names = source.columns, data.class_names
+    rows = [("dataset", source.kind if settings.demo else f"{settings.dataset} ({source.kind})")]
+    if columns:
+        rows += [("image column", columns.image), ("label column", columns.label)]
+    shown = ", ".join(names[:MOST_CLASSES_SHOWN]) + (", ..." if len(names) > MOST_CLASSES_SHOWN else "")
+    rows += [("classes", f"{len(names)}: {shown}"), ("class names", "; ".join(how))]
+    rows += [(role, f"{len(getattr(data, role)):,} images ({origins[role]})") for role in ROLES]
+    if columns and columns.reasoning:
+        rows += _reasoning_rows(columns.reasoning, data.train.reasonings)
+    if source.others:
+        rows.append(("unused splits", ", ".join(source.others)))
+    if data.skipped:
+        rows.append(("skipped", f"{len(data.skipped)} unreadable image{'s' * (len(data.skipped) > 1)}"))
+    return rows
+
+
+def _reasoning_rows(column: str, texts: Sequence[str | None]) -> list[tuple[str, str]]:
+    own = sum(text is not None for text in texts)
+    rows = [("reasoning column", f"{column}: {own:,} of {len(texts):,} training images have a text")]
+    if own < len(texts):
+        rows.append(("without a text", f"{len(texts) - own:,} images, which get the response of their class"))
+    return rows
+
+
+def data_metadata(settings: Settings, source: Source, origins: dict[str, str], data: Data) -> dict[str, Any]:
+    """What the metadata of the model say about the data, as JSON values.
+
+    Of a local dataset they have only the name of its folder or file: its path tells about the user's machine.
+    """
+    columns = source.columns
+    return {
+        "dataset": _public_name(settings, source),
+        "config": settings.dataset_config,
+        "commit": source.commit,
+        "kind": source.kind,
+        "image_column": columns and columns.image,
+        "label_column": columns and columns.label,
+        "reasoning_column": columns and columns.reasoning,
+        "splits": {role: {"from": origins[role], "pictures": len(getattr(data, role))} for role in ROLES},
+        "left_alone": source.others,
+        "unreadable": len(data.skipped),
+    }
+
+
+def _public_name(settings: Settings, source: Source) -> str:
+    name = settings.dataset
+    if settings.demo or name is None:
+        return source.kind
+    return name if source.kind == HUB else Path(name).resolve().name

@@ -1,0 +1,101 @@
+"""Any labeled source of images -> a dataset that is ready for training, checked and split."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from vlm.common.errors import UsageError
+from vlm.config.settings import Settings
+from vlm.data.classes import is_missing, number_labels
+from vlm.data.cutting import cut_from_train, limit_splits, take_shots
+from vlm.data.describe import data_metadata, detected_rows
+from vlm.data.readable import keep_readable
+from vlm.data.sources import EXPECTED, Source, read_source
+from vlm.data.splits import ROLES, Data, Split
+
+EDGE_PERCENTILE = 95  # a few large images among small ones should not slow down all
+
+
+def load_data(settings: Settings) -> Data:
+    """Read, check and split the dataset that the settings name. The same settings give the same splits.
+
+    Raises:
+        UsageError: there is no such dataset, or it cannot be trained on; the message says what was expected.
+    """
+    source = read_source(settings)
+    _check_source(source, settings)
+    hidden = _splits_without_labels(source)
+    rows = {role: rows for role, rows in source.splits.items() if role not in hidden}
+    classes = number_labels({role: rows[role].labels for role in rows}, source.class_names, settings.class_names)
+    names = classes.names
+    splits = {role: Split(rows[role], range(len(rows[role].labels)), classes.numbers[role]) for role in rows}
+    cut = [role for role in ROLES if role not in splits]
+    splits |= cut_from_train(splits["train"], cut, names, settings)
+    if settings.max_samples is not None:
+        splits = limit_splits(splits, settings.max_samples, names, settings.seed)
+    readable = keep_readable(splits, names, cut)
+    splits = readable.splits | {"train": take_shots(readable.splits["train"], names, settings)}
+    _check_reasonings(source, splits["train"])
+    data = Data(
+        splits["train"],
+        splits["validation"],
+        splits["test"],
+        class_names=names,
+        edge=int(np.percentile(readable.edges, EDGE_PERCENTILE, method="higher")),
+        skipped=readable.skipped,
+    )
+    origins = {role: _origin(role, source, hidden, settings.shots) for role in ROLES}
+    data.summary = detected_rows(settings, source, origins, classes.how, data)
+    data.source = data_metadata(settings, source, origins, data)
+    return data
+
+
+def _check_source(source: Source, settings: Settings) -> None:
+    if "train" not in source.splits:
+        there = ", ".join(sorted([*source.split_names.values(), *source.others])) or "none"
+        raise UsageError(f"--dataset {settings.dataset}: no split called train. Splits there: {there}. {EXPECTED}")
+    if source.columns is None and (settings.image_column or settings.label_column or settings.reasoning_column):
+        raise UsageError(
+            "--image-column, --label-column and --reasoning-column: the dataset is of the kind "
+            f'"{source.kind}", which has no columns. Leave them out.'
+        )
+
+
+def _splits_without_labels(source: Source) -> list[str]:
+    """The roles whose labels are all hidden, as in the test splits of competitions.
+
+    Raises:
+        UsageError: a split is empty, or rows without a label are in a split that is needed.
+    """
+    hidden = []
+    for role, rows in source.splits.items():
+        name = source.split_names[role]
+        if not rows.labels:
+            raise UsageError(
+                f"the split {name} is empty. Expected at least one image. "
+                "If you remove the split, it is cut from train."
+            )
+        missing = [i for i, label in enumerate(rows.labels) if is_missing(label, source.class_names is not None)]
+        if role != "train" and len(missing) == len(rows.labels):
+            hidden.append(role)
+        elif missing:
+            first = ", ".join(rows.names[i] for i in missing[:3])
+            raise UsageError(
+                f"{name}: {len(missing)} of {len(rows.labels)} images have no label, first {first}. "
+                "Label or remove them."
+            )
+    return hidden
+
+
+def _check_reasonings(source: Source, train: Split) -> None:
+    column = source.columns and source.columns.reasoning
+    if column and not any(train.reasonings):
+        raise UsageError(f"--reasoning-column {column}: no training image has a text there. Name another column.")
+
+
+def _origin(role: str, source: Source, hidden: Sequence[str], shots: int | None) -> str:
+    """Where the images of a role are from, in words."""
+    if role in hidden:
+        return f"cut from train, as {source.split_names[role]} has no labels"
+    origin = source.split_names.get(role, "cut from train")
+    return f"{origin}, {shots} of each class" if role == "train" and shots is not None else origin

@@ -1,0 +1,151 @@
+"""What the `datasets` library reads: the hub, folders with Parquet or metadata files, folders by save_to_disk."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm.common.errors import UsageError, one_line
+from vlm.config.settings import Settings
+from vlm.data.images import ImageSource
+from vlm.data.sources.columns import Columns, choose_columns, reasoning_texts
+from vlm.data.sources.rows import EXPECTED, Rows, Source, sort_splits
+
+if TYPE_CHECKING:  # the library takes a second to import
+    from datasets import Dataset, DatasetDict
+
+ENDINGS = (".parquet", ".arrow")
+FILES = ("metadata.csv", "metadata.jsonl")
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether a folder was written by save_to_disk."""
+    one_split = (folder / "state.json").exists() and (folder / "dataset_info.json").exists()
+    return one_split or (folder / "dataset_dict.json").exists()
+
+
+def left_to_library(files: Sequence[Path]) -> bool:
+    """Whether a folder with images has, in it or one folder below, a file that only the library understands.
+
+    Args:
+        files: paths relative to the folder.
+    """
+    return any((file.name in FILES or file.suffix in ENDINGS) and len(file.parts) <= 2 for file in files)
+
+
+def read_saved(folder: Path, settings: Settings) -> Source:
+    """Read a folder that was written by save_to_disk.
+
+    Raises:
+        UsageError: the folder cannot be loaded, or a column is missing.
+    """
+    import datasets
+
+    with _errors_in_one_line(folder):
+        data = datasets.load_from_disk(str(folder))
+    splits = _by_name(data) if isinstance(data, datasets.DatasetDict) else {"train": data}
+    return _to_source(splits, settings, "save_to_disk folder", folder)
+
+
+def read_with_library(name: str, settings: Settings, kind: str, folder: Path = Path()) -> Source:
+    """Read whatever `datasets.load_dataset` understands.
+
+    Args:
+        name: a hub id, or the path of a folder such as a clone of one.
+        kind: what to call the source.
+        folder: what paths in a column of texts are relative to.
+
+    Raises:
+        UsageError: the dataset cannot be loaded, has several configurations and none was chosen, or has no such column.
+    """
+    with _errors_in_one_line(name):
+        data = _load(name, settings.dataset_config)
+    return _to_source(_by_name(data), settings, kind, folder)
+
+
+def _load(name: str, config: str | None) -> "DatasetDict":
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, config)
+    except ValueError as error:
+        names = datasets.get_dataset_config_names(name)
+        if config in names or len(names) < 2:
+            raise
+        found = f"no configuration {config}" if config else "there are several configurations"
+        raise UsageError(f"--dataset {name}: {found}. Choose one with --dataset-config: {', '.join(names)}.") from error
+
+
+@contextmanager
+def _errors_in_one_line(name: str | Path) -> Iterator[None]:
+    """Loading fails in many ways; each becomes a UsageError of one line."""
+    try:
+        yield
+    except (MemoryError, UsageError):
+        raise
+    except Exception as error:
+        if type(error).__name__ == "EmptyDatasetError":
+            raise UsageError(f"--dataset {name}: nothing there that can be read as a dataset. {EXPECTED}") from error
+        text = one_line(error)
+        raise UsageError(f"--dataset {name}: cannot be loaded ({type(error).__name__}: {text}). {EXPECTED}") from error
+
+
+def _by_name(data: "DatasetDict") -> "dict[str, Dataset]":
+    return {str(name): split for name, split in data.items()}
+
+
+def _to_source(data: "dict[str, Dataset]", settings: Settings, kind: str, folder: Path) -> Source:
+    """The splits of a `DatasetDict` as rows. The train split decides the columns and the class names."""
+    import datasets
+
+    roles, others = sort_splits(data)
+    if "train" not in roles:
+        return Source(kind, {}, {}, others)
+    features = data[roles["train"]].features
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    columns = choose_columns(settings, list(features), images, classes)
+    splits = {role: _rows(data[name].with_format(None), name, columns, folder) for role, name in roles.items()}
+    label = features[columns.label]
+    names = list(label.names) if isinstance(label, datasets.ClassLabel) else None
+    return Source(kind, splits, roles, others, names, columns)
+
+
+def _rows(data: "Dataset", split: str, columns: Columns, folder: Path) -> Rows:
+    """The rows of one split; without a label column, all labels are None."""
+    if columns.image not in data.features:
+        raise UsageError(
+            f"--image-column {columns.image}: train has this column, but {split} does not. "
+            f"Columns there: {', '.join(data.features)}."
+        )
+    labels = data[columns.label][:] if columns.label in data.features else [None] * len(data)
+    names = [f"{split}[{i}]" for i in range(len(data))]
+    texts = None
+    if columns.reasoning is not None and columns.reasoning in data.features:
+        texts = reasoning_texts(data[columns.reasoning][:], names)
+    return Rows(ImageColumn(data, columns.image, folder), labels, names, texts)
+
+
+class ImageColumn:
+    """The images of a column of a `datasets.Dataset`, read from disk only when asked for, not decoded. Can be pickled.
+
+    Args:
+        folder: what paths in a column of texts are relative to.
+    """
+
+    def __init__(self, data: "Dataset", column: str, folder: Path) -> None:
+        import datasets
+
+        self._data = data.select_columns([column])
+        if isinstance(data.features[column], datasets.Image):
+            self._data = self._data.cast_column(column, datasets.Image(decode=False))
+        self._column, self._folder = column, folder
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, row: int) -> ImageSource | None:
+        value: Any = self._data[int(row)][self._column]
+        if isinstance(value, dict):  # an Image feature
+            value = value.get("bytes") or value.get("path")
+        return self._folder / value if isinstance(value, str) else value

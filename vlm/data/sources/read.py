@@ -1,0 +1,49 @@
+"""Which kind of source a name is: the demo, a folder, a table, or a dataset on the hub."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlm.common.errors import UsageError
+from vlm.config.settings import Settings
+from vlm.data.hub import check_dataset_reachable, looks_like_path
+from vlm.data.sources.folders import read_folder
+from vlm.data.sources.library import read_with_library
+from vlm.data.sources.rows import EXPECTED, HUB, Rows, Source
+from vlm.data.sources.tables import is_table, read_tables
+
+DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+
+
+def read_source(settings: Settings) -> Source:
+    """Read the dataset that the settings name.
+
+    Raises:
+        UsageError: there is no such dataset, or its layout or columns are not understood.
+    """
+    name = settings.dataset
+    if settings.demo or name is None:
+        return _read_digits()
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return read_folder(path, settings)
+    if path.is_file():
+        if not is_table(path):
+            raise UsageError(f"--dataset {name}: files of this type are not read. {EXPECTED}")
+        return read_tables({"train": path}, [], settings)
+    if looks_like_path(name) or is_table(path):
+        raise UsageError(f"--dataset {name}: no such file or folder. {EXPECTED}")
+    commit = check_dataset_reachable(name)
+    source = read_with_library(name, settings, HUB)
+    source.commit = commit
+    return source
+
+
+def _read_digits() -> Source:
+    from sklearn.datasets import load_digits
+
+    digits: Any = load_digits()  # the library does not declare its fields
+    images = (digits.images * (255 / 16)).round().astype(np.uint8)  # (N, 8, 8): 0..16 -> 0..255
+    rows = Rows(images, digits.target.tolist(), [f"digit {i}" for i in range(len(images))])
+    return Source("scikit-learn's handwritten digits", {"train": rows}, {"train": "train"}, class_names=list(DIGITS))

@@ -1,0 +1,76 @@
+"""What every reader returns: the rows of each split, and what is known about the source."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from vlm.data.images import ImageSource
+from vlm.data.sources.columns import Columns
+
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "val", "valid", "dev"),
+    "test": ("test", "testing", "eval"),
+}
+EXPECTED = (
+    "Expected a hub id, a folder CLASS/IMAGE or SPLIT/CLASS/IMAGE, a CSV or JSONL file with paths and labels, "
+    "or a folder written by save_to_disk."
+)
+HUB = "hub"  # the kind of a dataset on the hub; all other kinds are local
+
+
+class Images(Protocol):
+    """What `open_image` takes, by row. Can be pickled, for the processes of a DataLoader."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int, /) -> ImageSource | None: ...
+
+
+@dataclass
+class Rows:
+    """The rows of one split.
+
+    images: what `open_image` takes; labels: as they are in the source, None if a row has none;
+    names: what messages call the images; reasonings: a text about each image or None, if a column of texts was named.
+    """
+
+    images: Images
+    labels: Sequence[object]
+    names: list[str]
+    reasonings: list[str | None] | None = None
+
+
+@dataclass
+class Source:
+    """A dataset as read.
+
+    kind: in words, for the user; splits: the rows by role (train, validation, test);
+    split_names: what the dataset calls the split of each role; others: its splits that have no role;
+    class_names: if there are any, the labels are indices into them;
+    columns: None if the kind has no columns; commit: of a dataset on the hub.
+    """
+
+    kind: str
+    splits: dict[str, Rows]
+    split_names: dict[str, str]
+    others: list[str] = field(default_factory=list)
+    class_names: list[str] | None = None
+    columns: Columns | None = None
+    commit: str | None = None
+
+
+def sort_splits(names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """Sort the names of splits by what they are for.
+
+    Returns:
+        The name of each role that is there.
+        The names that have no role, such as few-shot partitions, sorted.
+    """
+    names = list(names)
+    roles = {}
+    for role, spellings in SPLIT_NAMES.items():
+        found = [name for spelling in spellings for name in names if name.lower() == spelling]
+        if found:
+            roles[role] = found[0]
+    return roles, sorted(set(names) - set(roles.values()))
