@@ -22,10 +22,10 @@ from transformers import AutoModelForImageTextToText, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from vlm.classifier.batching import IGNORED
-from vlm.config.settings import Settings
+from vlm.config import Settings
 from vlm.conversation.prompts import Prompts
 from vlm.data.splits import Split
-from vlm.machine.device import DTYPES
+from vlm.machine import DTYPES
 
 Examined = tuple[list[int], float, dict[str, Tensor]]  # what `OurTraining.examine` gives
 

@@ -15,7 +15,7 @@ from PIL import Image
 from test_data import draw, images
 from test_sources import table
 
-from vlm.config.resolve import resolve
+from vlm.config import resolve
 from vlm.data.splits import load_data
 
 CLASSES = {"cat": 4, "dog": 4}

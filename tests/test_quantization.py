@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText
 
 from vlm.classifier.classifier import VLMClassifier
 from vlm.common.errors import UsageError
-from vlm.config.resolve import resolve
+from vlm.config import resolve
 from vlm.families import load_family, quantization
 from vlm.families.quantization import check_quantization, loading_options
 from vlm.inference.predictor import load_model_and_metadata

@@ -9,7 +9,7 @@ import torch
 from tiny import batch_of, tiny_classifier
 
 from vlm.classifier.calibration import Calibration
-from vlm.config.resolve import resolve
+from vlm.config import resolve
 from vlm.evaluation import calibrate as calibrate_module
 from vlm.evaluation import score_choice
 from vlm.evaluation.calibrate import calibrate

@@ -20,6 +20,9 @@ SCRIPTS = [
     "setup_env.sh",
     "setup_env.py",
     "vlm/__init__.py",
+    "vlm/common/__init__.py",
+    "vlm/common/lazy.py",
+    "vlm/machine/__init__.py",
     "vlm/machine/requirements.py",
 ]
 FAKE_TRAINING = """

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from vlm.common.errors import UsageError, did_you_mean, reason
-from vlm.config.formats import reasoning_of
-from vlm.config.settings import Settings
+from vlm.config import Settings, reasoning_of
 from vlm.data.hub import check_dataset_reachable, looks_like_path
 from vlm.data.images import is_image, visible_files
 

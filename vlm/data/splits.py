@@ -13,7 +13,7 @@ from PIL import Image
 
 from vlm.common.errors import UsageError
 from vlm.common.progress import note, progress
-from vlm.config.settings import Settings
+from vlm.config import Settings
 from vlm.data.classes import is_missing, number_labels
 from vlm.data.images import UnreadableImage, image_key, open_image
 from vlm.data.sources import EXPECTED, Rows, Source, read_source

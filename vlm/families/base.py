@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlm.common.errors import UsageError
-from vlm.config.settings import ImageSize
+from vlm.config import ImageSize
 from vlm.conversation.prompts import Prompts
 from vlm.conversation.rendered import Rendered
 from vlm.conversation.responses import scored_texts

@@ -4,7 +4,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-
 DISTRIBUTION = "vlm-classification"  # its name in pyproject.toml
 
 

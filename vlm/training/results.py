@@ -16,7 +16,7 @@ from vlm.classifier.search import TOLERANCE
 from vlm.common.files import write_json
 from vlm.common.progress import note
 from vlm.common.tables import format_table
-from vlm.config.names import BEST_MODEL, DEMO_IMAGES, METADATA, PAGE, RESULTS, STATE
+from vlm.config import BEST_MODEL, DEMO_IMAGES, METADATA, PAGE, RESULTS, STATE
 from vlm.data.splits import Split
 from vlm.evaluation.calibrate import add_test_figures, calibrate
 from vlm.evaluation.evaluate import check_texts, explanations, metrics_of_sums, score_split
