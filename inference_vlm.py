@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm.common.errors import RunError, UsageError, exit_code
-from vlm.config.flags import Parser
-from vlm.machine.threads import wait_politely
+from vlm.common.lazy import lazy_names
+from vlm.config import Parser
+from vlm.machine import wait_politely
 
 if TYPE_CHECKING:
     from vlm.inference.predictor import load_model_and_metadata, predict_batch, predict_single_image
@@ -24,14 +25,11 @@ if TYPE_CHECKING:
 __all__ = ["load_model_and_metadata", "main", "predict_batch", "predict_single_image"]
 
 
-def __getattr__(name: str) -> Any:
-    """The functions of `vlm.inference.predictor`, loaded with torch when they are asked for, so that `--help` answers
-    at once."""
-    if name in ("load_model_and_metadata", "predict_batch", "predict_single_image"):
-        import vlm.inference.predictor
-
-        return getattr(vlm.inference.predictor, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# `from inference_vlm import predict_batch` works, and `--help` does not load torch.
+__getattr__ = lazy_names(
+    __name__,
+    {"vlm.inference.predictor": ["load_model_and_metadata", "predict_batch", "predict_single_image"]},
+)
 
 
 def build_parser() -> Parser:
@@ -90,7 +88,7 @@ def predict(args: argparse.Namespace) -> None:
 
     from vlm.data import find_images
     from vlm.inference.predictor import load_model_and_metadata, predict_batch
-    from vlm.machine.device import pick_threads
+    from vlm.machine import pick_threads
 
     torch.set_num_threads(pick_threads(args.threads))
     paths = find_images(args.images)

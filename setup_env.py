@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vlm.machine.requirements import examine
+from vlm.machine import examine
 
 ROOT = Path(__file__).resolve().parent
 OWN = ROOT / ".venv"

@@ -1,4 +1,4 @@
-"""Checks whether this machine can train, and says what to do where it cannot:
+"""Checks whether this machine can train, and says what to do if it cannot:
 
 python test_vlm_setup.py            all checks; about a minute
 python test_vlm_setup.py --quick    without the training
@@ -30,10 +30,10 @@ def main():
     if sys.version_info < (3, 11):  # noqa: UP036 (the point is to say so where the rest cannot even be read)
         sys.exit("failure  Python {}.{}\n         cure: use Python 3.11 or newer".format(*sys.version_info[:2]))
 
-    from vlm.machine.doctor import CHECKS, examine_machine, training
+    from vlm.machine import CHECKS, examine_machine, trial_training
 
     color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    training_check = None if arguments.quick else partial(training, debug=arguments.debug)
+    training_check = None if arguments.quick else partial(trial_training, debug=arguments.debug)
     return examine_machine(CHECKS, training_check, write=partial(print, flush=True), color=color, debug=arguments.debug)
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm.common.errors import UsageError, exit_code
-from vlm.config.flags import parse_arguments
-from vlm.config.resolve import resolve
-from vlm.machine.threads import wait_politely
+from vlm.common.lazy import lazy_names
+from vlm.config import RunSettings, Settings, parse_arguments, read_settings, resolve
+from vlm.machine import wait_politely
 
 if TYPE_CHECKING:
     from vlm.classifier.batching import vlm_collate_fn
@@ -22,17 +22,11 @@ if TYPE_CHECKING:
 __all__ = ["evaluate_vlm_model", "main", "vlm_collate_fn"]
 
 
-def __getattr__(name: str) -> Any:
-    """`from train_vlm import vlm_collate_fn, evaluate_vlm_model`, without loading torch for `--help`."""
-    if name == "vlm_collate_fn":
-        from vlm.classifier.batching import vlm_collate_fn
-
-        return vlm_collate_fn
-    if name == "evaluate_vlm_model":
-        from vlm.evaluation.evaluate import evaluate_vlm_model
-
-        return evaluate_vlm_model
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# `from train_vlm import vlm_collate_fn` works, and `--help` does not load torch.
+__getattr__ = lazy_names(
+    __name__,
+    {"vlm.classifier.batching": ["vlm_collate_fn"], "vlm.evaluation.evaluate": ["evaluate_vlm_model"]},
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,14 +36,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(given: dict[str, Any]) -> None:
-    """Train with the flags that were given, by field name of `Settings`."""
+    """Train with the flags that were given.
+
+    Args:
+        given: values by field name of `Settings`.
+    """
     if given.get("list_models"):
-        from vlm.machine.registry import list_models
+        from vlm.machine import list_models
 
         return list_models(resolve(given))
-    settings = resolve(
-        given, saved_settings(Path(given.get("output_dir", "vlm_results"))) if given.get("resume") else None
-    )
+    output = Path(given.get("output_dir", Settings.output_dir))
+    settings = resolve(given, saved_settings(output) if given.get("resume") else None)
     from vlm.training.output import check_output
     from vlm.training.stopping import StopSignals
 
@@ -62,14 +59,18 @@ def train(given: dict[str, Any]) -> None:
     fit(settings, signals.should_stop, signals.enter)
 
 
-def saved_settings(output: Path) -> dict[str, Any]:
-    """The settings of the interrupted run in a folder."""
+def saved_settings(output: Path) -> RunSettings:
+    """The settings of the interrupted run in a folder.
+
+    Raises:
+        UsageError: there is none.
+    """
     import json
 
     path = output / "training_metadata.json"
     if not path.is_file():
-        raise UsageError(f"--resume: {output} holds no run to go on with. Leave out --resume to start one.")
-    return json.loads(path.read_text(encoding="utf-8"))["settings"]
+        raise UsageError(f"--resume: {output} holds no run to continue. Leave out --resume to start one.")
+    return read_settings(json.loads(path.read_text(encoding="utf-8"))["settings"])
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from torch import Tensor
 from train_vs_plain import plain_batch
 
 from vlm.classifier.classifier import VLMClassifier
-from vlm.config.settings import ImageSize
+from vlm.config import ImageSize
 from vlm.data import Sample, open_image
 from vlm.inference.predictor import predict_batch
 

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 sys.path.insert(0, str(ROOT))
 
-from vlm.machine.threads import wait_politely
+from vlm.machine import wait_politely
 
 wait_politely()
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -35,7 +35,7 @@ import torch
 from report import figures
 
 from vlm.common.tables import format_table
-from vlm.machine.device import pick_threads
+from vlm.machine import pick_threads
 
 ROUNDS, QUICK_ROUNDS, TINY_ROUNDS = 5, 3, 1
 MIB = 2**20

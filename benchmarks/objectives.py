@@ -25,8 +25,7 @@ from typing import Any
 
 import common
 
-from vlm.config.formats import LAYOUTS
-from vlm.config.settings import BOTH, POSTERIOR, RESPONSE
+from vlm.config import BOTH, LAYOUTS, POSTERIOR, RESPONSE
 
 TUNES = {
     "lora": ["--tune", "lora"],

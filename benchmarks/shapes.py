@@ -5,7 +5,7 @@ from typing import Any
 
 import common  # noqa: F401, first: it finds the program
 
-from vlm.machine.registry import MODELS
+from vlm.machine import MODELS
 
 PUBLISHED = {  # what `options.shape` may be
     "256M": "HuggingFaceTB/SmolVLM-256M-Instruct",

@@ -22,7 +22,7 @@ from transformers import AutoModelForImageTextToText, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from vlm.classifier.batching import IGNORED
-from vlm.config.settings import Settings
+from vlm.config import Settings
 from vlm.conversation.prompts import Prompts
 from vlm.data import Split
 from vlm.machine.device import DTYPES

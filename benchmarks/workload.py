@@ -26,8 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vlm.classifier.classifier import VLMClassifier
-from vlm.config.resolve import resolve
-from vlm.config.settings import RESPONSE, Settings
+from vlm.config import RESPONSE, Settings, resolve
 from vlm.conversation.prompts import Prompts, build_prompts
 from vlm.data import Sample, Split, Step, load_data
 from vlm.families import load_family
@@ -35,7 +34,7 @@ from vlm.families.base import Family
 from vlm.families.demo import CHAT_TEMPLATE, build_model, build_processor
 from vlm.families.encoded import ENCODER_FEATURES
 from vlm.families.features import FeatureCache, open_cache
-from vlm.machine.device import DTYPES
+from vlm.machine import DTYPES
 from vlm.training.loop import Trainer
 from vlm.training.setup import set_up
 from vlm.training.tuning import trained_parameters
@@ -73,7 +72,7 @@ def system_text(size: str, tokens: int | None = None) -> str:
 def prompts(size: str, classes: int, tokens: int | None = None, question_first: bool = False) -> Prompts:
     """The conversation about so many classes. The class list stays out, so that the prefix does not grow with it."""
     names = class_names(classes)
-    rendered = build_prompts(Settings(system_instructions=system_text(size, tokens)), names)
+    rendered = build_prompts(resolve({"system_instructions": system_text(size, tokens)}), names)
     responses = [
         r.replace(f"features of {name}", DESCRIPTION.format(name))
         for r, name in zip(rendered.responses, names, strict=True)
@@ -245,14 +244,15 @@ class OurTraining:
                 {n: p.grad.clone() for n, p in trained_parameters(self.classifier.model).items() if p.grad is not None}
             )
 
-        clip, self.run.settings.max_grad_norm = self.run.settings.max_grad_norm, 0.0
+        settings = self.run.settings
+        self.trainer.settings = self.run.settings = replace(settings, max_grad_norm=0.0)
         self.run.optimizer.step = keep
         try:
             with without_dropout(self.classifier):
                 indices = self.step()
         finally:
             del self.run.optimizer.step
-            self.run.settings.max_grad_norm = clip
+            self.trainer.settings = self.run.settings = settings
         return indices, float(self.loss), gradients
 
     def samples(self, indices: list[int]) -> list[Sample]:

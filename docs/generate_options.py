@@ -50,7 +50,7 @@ def page() -> str:
     """The whole of docs/options.md."""
     sys.path.insert(0, str(HERE.parent))
     import inference_vlm
-    from vlm.config.flags import build_parser
+    from vlm.config import build_parser
 
     parsers = {"train_vlm.py": build_parser(), "inference_vlm.py": inference_vlm.build_parser()}
     parts = [INTRODUCTION.format(script="python train_vlm.py")]

@@ -16,9 +16,7 @@ from vlm.classifier.batching import IGNORED, batch_without_image
 from vlm.classifier.classifier import VLMClassifier
 from vlm.classifier.objective import Objective
 from vlm.classifier.reasoning import classify, continue_rows, explain
-from vlm.config.formats import reasoning_of
-from vlm.config.resolve import resolve
-from vlm.config.settings import Settings
+from vlm.config import reasoning_of, resolve
 from vlm.conversation.prompts import Prompts, build_prompts, parse_answer
 from vlm.conversation.responses import before_answer, before_reasoning, response_of
 from vlm.data import Sample
@@ -252,7 +250,7 @@ class FamilyChecks:
 
     def free_classifier(self, folder, response_format) -> VLMClassifier:
         """A model that writes reasonings of its own."""
-        prompts = replace(build_prompts(Settings(response_format=response_format), self.names), reasoning_tokens=8)
+        prompts = replace(build_prompts(resolve({"response_format": response_format}), self.names), reasoning_tokens=8)
         return self.classifier(folder, torch.float32, prompts)
 
     @pytest.mark.parametrize("response_format", ["reasoning-first", "answer-first"])

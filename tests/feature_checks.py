@@ -8,7 +8,7 @@ import torch
 from tiny import random_image, save_tiny_model, tiny_prompts
 
 from vlm.classifier.classifier import VLMClassifier
-from vlm.config.resolve import resolve
+from vlm.config import resolve
 from vlm.data import Rows, Split
 from vlm.families import load_family
 from vlm.training.tuning import prepare_tuning

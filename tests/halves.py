@@ -9,8 +9,7 @@ from feature_checks import load
 from PIL import Image
 from tiny import NAMES, VISION, tiny_prompts
 
-from vlm.config.names import METADATA
-from vlm.config.resolve import resolve
+from vlm.config import METADATA, read_settings, resolve
 from vlm.data import Rows, Split
 from vlm.families.demo import build_model, build_processor
 
@@ -66,7 +65,7 @@ def settings(folder, images, output, **more):
 
 def resumed(output, **more):
     """The settings of a run that goes on."""
-    saved = json.loads((output / METADATA).read_text())["settings"]
+    saved = read_settings(json.loads((output / METADATA).read_text())["settings"])
     return resolve({"resume": True, "output_dir": str(output)} | more, saved)
 
 

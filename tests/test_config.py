@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 
 from vlm.common.errors import UsageError
-from vlm.config.flags import build_parser, parse_arguments
-from vlm.config.resolve import resolve, set_batch_size
-from vlm.config.settings import Settings
+from vlm.config import RunSettings, Settings, build_parser, parse_arguments, read_settings, resolve
 
 ROOT = Path(__file__).parent.parent
 
@@ -54,15 +52,39 @@ def test_default_is_lora_on_smolvlm_and_mars_with_eight_images_a_step():
     settings = resolve({})
     assert (settings.model, settings.dataset) == ("HuggingFaceTB/SmolVLM-500M-Instruct", "Mirali33/mb-domars16k")
     assert (settings.tune, settings.batch_size, settings.gradient_accumulation_steps) == ("lora", None, None)
-    assert (
-        settings.objective is None
-        and resolve({"label_smoothing": 0.1}).objective == "both"
-        and resolve({"demo": True}).objective == "response"
-    )
-    set_batch_size(settings, 2)  # when the model and the free memory are known
-    assert (settings.batch_size, settings.gradient_accumulation_steps) == (2, 4)
-    assert resolve({"batch_size": 3}).gradient_accumulation_steps == 3
-    assert resolve({"batch_size": 64}).gradient_accumulation_steps == 1
+    assert settings.objective is None
+    assert resolve({"label_smoothing": 0.1}).objective == "both"
+    assert resolve({"demo": True}).objective == "response"
+
+
+@pytest.mark.parametrize(("batch_size", "batches"), [(2, 4), (3, 3), (64, 1)])
+def test_a_run_is_completed_with_as_many_batches_as_make_eight_images(batch_size, batches):
+    given = resolve({})
+    run = given.complete(batch_size, "both")
+    assert (run.batch_size, run.objective, run.gradient_accumulation_steps) == (batch_size, "both", batches)
+    assert given.batch_size is None, "the settings as given stay as they are"
+    assert resolve({"gradient_accumulation_steps": 5}).complete(batch_size, "both").gradient_accumulation_steps == 5
+
+
+@pytest.mark.parametrize("settings", [resolve({}), resolve({}).complete(1, "both")])
+def test_settings_do_not_change(settings):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        settings.epochs = 7
+
+
+def test_the_settings_of_a_run_are_those_that_were_saved():
+    run = resolve({"tune": "connector", "class_names": ["a", "b"], "eval_steps": 7}).complete(4, "posterior")
+    assert isinstance(run, RunSettings) and read_settings(run.to_json()) == run
+    assert list(run.to_json()) == [item.name for item in dataclasses.fields(Settings)]
+
+
+def test_settings_of_other_versions_are_read():
+    saved = resolve({"epochs": 9}).complete(4, "both").to_json()
+    older = {name: value for name, value in saved.items() if name not in ("cache_size", "objective", "response_format")}
+    read = read_settings(older | {"no_alignment": False, "a_later_setting": 3})
+    assert (read.epochs, read.batch_size, read.cache_size) == (9, 4, 20)
+    assert (read.objective, read.response_format) == ("response", "reasoning-first")
+    assert read_settings({}).model == resolve({}).model
 
 
 @pytest.mark.parametrize(
@@ -87,7 +109,7 @@ def test_all_problems_are_named_at_once():
         "--batch-size 0",
         "--epochs -1",
         "--learning-rate 0.0",
-        "a is there twice",
+        "--class-names a a",
         "--demo brings its own model",
     ):
         assert expected in str(error.value)
@@ -97,13 +119,35 @@ def test_all_problems_are_named_at_once():
         resolve({"abstain_below": 5, "target_precision": 0.9})
 
 
-def test_only_lora_can_leave_the_connector_as_it_is():
-    assert resolve({"freeze_connector": True}).tune == "lora"
-    for tune in ("connector", "full"):
-        with pytest.raises(UsageError, match=f"--freeze-connector is for --tune lora, not {tune}"):
-            resolve({"tune": tune, "freeze_connector": True})
-    with pytest.raises(UsageError, match="--connector-learning-rate and --freeze-connector exclude each other"):
-        resolve({"freeze_connector": True, "connector_learning_rate": 1e-3})
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"tune": "connector", "freeze_connector": True}, "--freeze-connector needs --tune lora, not connector"),
+        ({"tune": "full", "freeze_connector": True}, "--freeze-connector needs --tune lora, not full"),
+        ({"freeze_connector": True, "connector_learning_rate": 1e-3}, "--connector-learning-rate and --freeze-conn"),
+        ({"align_connector": True, "tune": "full"}, "--align-connector needs a frozen vision encoder"),
+        ({"align_connector": True, "no_feature_cache": True}, "--align-connector and --no-feature-cache exclude"),
+        ({"align_connector": True, "epochs": 0}, "--align-connector and --epochs 0 exclude each other"),
+        ({"score": "mean"}, "--score mean no longer exists"),
+        ({"validation_ratio": 0.6, "test_ratio": 0.5}, "--validation-ratio 0.6: expected less than 1 together with"),
+        ({"resume": True, "overwrite": True}, "--resume and --overwrite exclude each other"),
+        ({"label_smoothing": 0.1, "objective": "response"}, "--label-smoothing smooths over classes"),
+        ({"class_names": ["mars", "moon", "moon"]}, "--class-names mars moon moon: expected different .* once: moon"),
+    ],
+)
+def test_what_cannot_be_asked_for_together_is_refused(given, message):
+    with pytest.raises(UsageError, match=message):
+        resolve(given)
+
+
+def test_the_connector_can_be_frozen_or_aligned_or_both():
+    settings = resolve({"freeze_connector": True, "align_connector": True})
+    assert settings.tune == "lora" and settings.freeze_connector and settings.align_connector
+
+
+def test_a_flag_without_effect_is_accepted_and_not_in_the_help_text():
+    assert parse_arguments(["--no-alignment", "--epochs", "2"]) == {"epochs": 2}
+    assert "--no-alignment" not in build_parser().format_help()
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
@@ -121,7 +165,7 @@ def test_texts_may_come_from_a_file(tmp_path):
 
 
 def test_resume_takes_the_saved_settings_and_refuses_others():
-    saved = resolve({"demo": True, "epochs": 5}).to_json()
+    saved = resolve({"demo": True, "epochs": 5}).complete(16, "response")
     settings = resolve({"resume": True, "debug": True, "epochs": 5}, saved)
     assert settings.demo and settings.epochs == 5 and settings.resume and settings.debug
     with pytest.raises(UsageError, match="--epochs 6 .*has 5"):
@@ -129,11 +173,11 @@ def test_resume_takes_the_saved_settings_and_refuses_others():
 
 
 def test_resume_may_change_how_the_model_abstains():
-    saved = resolve({"demo": True, "target_precision": 0.95}).to_json()
+    saved = resolve({"demo": True, "target_precision": 0.95}).complete(16, "response")
     settings = resolve({"resume": True, "abstain_below": 0.5}, saved)
     assert (settings.abstain_below, settings.target_precision) == (0.5, None)
     assert resolve({"resume": True}, saved).target_precision == 0.95
-    back = resolve({"resume": True, "target_precision": 0.9}, settings.to_json())
+    back = resolve({"resume": True, "target_precision": 0.9}, settings.complete(16, "response"))
     assert (back.abstain_below, back.target_precision) == (None, 0.9)
     with pytest.raises(UsageError, match="exclude each other"):
         resolve({"resume": True, "target_precision": 0.9, "abstain_below": 0.5}, saved)
@@ -177,10 +221,3 @@ def test_an_unknown_flag_is_answered_by_the_one_that_is_like_it(flag, meant, cap
     first, second = capsys.readouterr().err.splitlines()
     assert first == f"error: unrecognized arguments: {flag} x." + (f" Did you mean {meant}?" if meant else "")
     assert second.strip() == "train_vlm.py --help lists all flags."
-
-
-def test_names_in_a_message_are_shown_as_they_are_typed():
-    with pytest.raises(
-        UsageError, match="--class-names mars moon moon: expected different names, but moon is there twice"
-    ):
-        resolve({"class_names": ["mars", "moon", "moon"], "demo": True})

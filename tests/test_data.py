@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from vlm.common.errors import UsageError
-from vlm.config.resolve import resolve
+from vlm.config import resolve
 from vlm.data import Data, load_data
 
 ROLES = ("train", "validation", "test")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vlm.config.settings import DEFAULT_DATASET, DEFAULT_MODEL
+from vlm.config import DEFAULT_DATASET, DEFAULT_MODEL
 from vlm.machine import doctor
 from vlm.machine.doctor import FAILURE, OK, WARNING, Finding
 
@@ -197,7 +197,7 @@ pathlib.Path(table).write_text(json.dumps({"path": image, "prediction": ANSWER})
 def test_the_training_check_runs_the_two_commands(tmp_path, train, answer, expected):
     (tmp_path / "train_vlm.py").write_text(train)
     (tmp_path / "inference_vlm.py").write_text(PREDICT.replace("ANSWER", answer))
-    findings = list(doctor.training(root=tmp_path))
+    findings = list(doctor.trial_training(root=tmp_path))
     assert levels(findings) == expected
     assert expected != [FAILURE] or "exit code 1: error: no disk" in findings[0].text
 
@@ -206,7 +206,7 @@ def test_a_training_that_never_ends_is_a_failure():
     def hangs(command, timeout, **options):
         raise subprocess.TimeoutExpired(command, timeout)
 
-    assert levels(doctor.training(hangs)) == [FAILURE]
+    assert levels(doctor.trial_training(hangs)) == [FAILURE]
 
 
 def test_the_doctor_says_when_python_is_too_old_and_is_not_collected_as_a_test():

@@ -13,7 +13,7 @@ from transformers import Phi3ForCausalLM
 from vlm.classifier.batching import vlm_collate_fn
 from vlm.classifier.classifier import VLMClassifier
 from vlm.common.errors import UsageError
-from vlm.config.resolve import resolve
+from vlm.config import resolve
 from vlm.conversation.prompts import Prompts
 from vlm.data import Sample
 from vlm.families import load_family

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from vlm.common.errors import UsageError
-from vlm.config.resolve import resolve
+from vlm.config import resolve
 from vlm.families import load_family
 from vlm.families.qwen2_vl import PatchLinear
 from vlm.training.tuning import prepare_tuning, trained_parameters

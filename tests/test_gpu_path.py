@@ -10,8 +10,7 @@ from tiny import NAMES, batch_of, save_tiny_model, tiny_classifier
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlm.classifier.objective import Objective
-from vlm.config.resolve import resolve
-from vlm.config.settings import BOTH, RESPONSE
+from vlm.config import BOTH, RESPONSE, resolve
 from vlm.families.encoded import ENCODER_FEATURES
 from vlm.training.tuning import parameter_groups, prepare_tuning
 

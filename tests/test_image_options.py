@@ -11,8 +11,7 @@ from tiny import NAMES, random_image, save_classifier, save_tiny_model, tiny_pro
 
 from vlm.classifier.classifier import VLMClassifier
 from vlm.common.errors import UsageError
-from vlm.config.flags import parse_arguments
-from vlm.config.resolve import resolve
+from vlm.config import parse_arguments, resolve
 from vlm.families import load_family
 from vlm.inference.predictor import load_model_and_metadata
 

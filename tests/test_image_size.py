@@ -16,8 +16,7 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoPr
 from vlm.classifier.batching import vlm_collate_fn
 from vlm.classifier.classifier import VLMClassifier
 from vlm.common.errors import UsageError
-from vlm.config.resolve import resolve
-from vlm.config.settings import ImageSize
+from vlm.config import ImageSize, resolve
 from vlm.data import Sample, load_data
 from vlm.families import load_family
 from vlm.families.generic import processor_class

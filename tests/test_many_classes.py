@@ -8,7 +8,7 @@ from tiny import batch_of, full_row_logits, save_tiny_model
 
 from vlm.classifier import search as scoring
 from vlm.classifier.classifier import VLMClassifier
-from vlm.config.settings import Settings
+from vlm.config import resolve
 from vlm.conversation.prompts import build_prompts
 from vlm.families import load_family
 
@@ -20,7 +20,7 @@ def classifier(tmp_path_factory):
     """A model that was trained on one response until it is sure of it."""
     family = load_family(save_tiny_model(tmp_path_factory.mktemp("tiny")), torch.float32, torch.device("cpu"))
     names = [f"{kind} {number}" for kind in ("cat", "fish", "long class", "x") for number in range(CLASSES // 4)]
-    settings = Settings(system_instructions="Look.", response_format="answer-first")
+    settings = resolve({"system_instructions": "Look.", "response_format": "answer-first"})
     classifier = VLMClassifier(family, build_prompts(settings, names)).train()
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=1e-2, weight_decay=0.0)
     for _ in range(500):

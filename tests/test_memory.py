@@ -16,12 +16,12 @@ from commands import ROOT, train
 from tiny import NAMES, batch_of, save_tiny_model, tiny_classifier, tiny_prompts
 
 from vlm.classifier.classifier import VLMClassifier
-from vlm.config.resolve import resolve
-from vlm.config.settings import RESPONSE, TUNING_DEFAULTS
+from vlm.config import RESPONSE, TUNING_DEFAULTS, resolve
 from vlm.families import load_family, outline, read_config
 from vlm.families.demo import build_model, build_processor
-from vlm.machine import memory
-from vlm.machine.memory import GIB, Need, Texts, estimate, fit_to_memory, free_memory
+from vlm.machine import batch_size as sizes
+from vlm.machine.batch_size import fit_to_memory, free_memory, largest_batch
+from vlm.machine.memory import GIB, LIBRARIES, Need, Texts, estimate
 from vlm.training.tuning import parameter_groups, prepare_tuning, trained_parameters
 
 CPU = torch.device("cpu")
@@ -205,7 +205,7 @@ def warning(folder, capsys) -> Callable[..., str]:
 
 
 def test_a_warning_names_what_is_needed_what_is_free_and_what_helps(warning, monkeypatch):
-    monkeypatch.setattr(memory, "free_memory", lambda device: GIB // 50)
+    monkeypatch.setattr(sizes, "free_memory", lambda device: GIB // 50)
     text = warning(tune="full", batch_size=2)
     assert text.startswith("warning: this run needs about 0.") and "0.0 GiB are free on cpu" in text
     for flag in ("--batch-size 1 (", "--tune lora (", "--tune connector (", "--load-in-4bit (", "--list-models"):
@@ -214,13 +214,11 @@ def test_a_warning_names_what_is_needed_what_is_free_and_what_helps(warning, mon
     assert "--load-in-4bit" not in warning(load_in_4bit=True)
 
 
-def test_no_warning_where_it_fits_or_where_nothing_is_known(warning, tmp_path, capsys):
+def test_no_warning_if_it_fits_or_if_nothing_is_known(warning, tmp_path, capsys):
     assert warning() == ""
     (tmp_path / "config.json").write_text('{"model_type": "bert"}', encoding="utf-8")
-    settings = resolve({})
-    fit_to_memory(tmp_path, settings, torch.float32, CPU, Texts.of(tiny_prompts()))
+    assert fit_to_memory(tmp_path, resolve({}), torch.float32, CPU, Texts.of(tiny_prompts())) == 1
     assert capsys.readouterr().err == ""
-    assert (settings.batch_size, settings.gradient_accumulation_steps) == (1, 8)
 
 
 # The batch size
@@ -232,7 +230,8 @@ def batches(folder) -> Callable[..., tuple[int, int]]:
 
     def find(processes: int = 1, least: Callable[[int], int] = lambda found: found, **given) -> tuple[int, int]:
         settings = resolve(given)
-        fit_to_memory(folder, settings, torch.float32, CPU, Texts.of(tiny_prompts()), processes, least)
+        found = fit_to_memory(folder, settings, torch.float32, CPU, Texts.of(tiny_prompts()), processes, least)
+        settings = settings.complete(found, RESPONSE)
         return settings.batch_size, settings.gradient_accumulation_steps
 
     return find
@@ -248,15 +247,15 @@ def test_a_step_takes_as_many_images_at_once_as_there_is_memory_for(batches, fol
         estimate(family, resolve(flags | {"batch_size": n}), torch.float32, "cpu", texts).total for n in (1, 2, 4, 8)
     ]
     assert needs == sorted(needs) and needs[0] < needs[3]
-    monkeypatch.setattr(memory, "TRAINING_SHARE", 1.0)
+    monkeypatch.setattr(sizes, "TRAINING_SHARE", 1.0)
     for need in needs:
-        monkeypatch.setattr(memory, "free_memory", lambda device, need=need: need + 1)
+        monkeypatch.setattr(sizes, "free_memory", lambda device, need=need: need + 1)
         most = max(
             n for n, needed in zip((1, 2, 4, 8), needs, strict=True) if needed <= need
         )  # in so small a model 2 may need what 1 does
         assert batches(**flags) == (most, 8 // most)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(memory, "free_memory", lambda device: needs[0] // 2)
+    monkeypatch.setattr(sizes, "free_memory", lambda device: needs[0] // 2)
     assert batches(**flags) == (1, 8)
     assert "it may run out of memory" in capsys.readouterr().err
     assert batches(batch_size=4) == (4, 2)
@@ -273,7 +272,7 @@ def test_processes_share_a_cpu_s_memory_and_agree(batches, folder, monkeypatch):
     need = estimate(
         outline(read_config(folder)), resolve({"batch_size": 8}), torch.float32, "cpu", Texts.of(tiny_prompts())
     ).total
-    monkeypatch.setattr(memory, "free_memory", lambda device: 1.9 * need)
+    monkeypatch.setattr(sizes, "free_memory", lambda device: 1.9 * need)
     assert batches() == (8, 1)
     assert batches(processes=2)[0] < 8  # 0.95 of what it takes for each, of which a share is left alone
     assert batches(least=lambda found: min(found, 4)) == (4, 2)
@@ -281,7 +280,7 @@ def test_processes_share_a_cpu_s_memory_and_agree(batches, folder, monkeypatch):
 
 
 def test_a_run_goes_on_after_the_warning(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(memory, "free_memory", lambda device: 0)
+    monkeypatch.setattr(sizes, "free_memory", lambda device: 0)
     assert train("--demo", "--max-samples", 40, "--epochs", 1, "--output-dir", tmp_path / "out") == 0
     error = capsys.readouterr().err
     assert error.count("warning: this run needs about") == 1
@@ -298,16 +297,16 @@ def test_free_memory_is_that_of_the_device(monkeypatch):
 
 def test_the_batch_of_an_inference_is_as_large_as_half_of_the_free_memory(tmp_path, monkeypatch):
     classifier = tiny_classifier(save_tiny_model(tmp_path))
-    sizes = []
+    found = []
     for free in (2**50, 2 * 2**30, 0):
-        monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
-        sizes.append(memory.largest_batch(classifier, {}))
-    assert sizes[0] == memory.BATCH_ON_CPU and sizes[2] == 1 and sizes == sorted(sizes, reverse=True)
+        monkeypatch.setattr(sizes, "free_memory", lambda device, free=free: free)
+        found.append(largest_batch(classifier, resolve({})))
+    assert found[0] == sizes.BATCH_ON_CPU and found[2] == 1 and found == sorted(found, reverse=True)
     plain = tiny_classifier(tmp_path)
     plain.family.shares_prefix = False
     texts = Texts(prefix=2000, question=20, response=4, classes=1)
-    rows = [memory._evaluation(one.family, resolve({}), 4, texts) for one in (classifier, plain)]
-    assert rows[1] > rows[0], "a model that is driven by its plain forward has logits of whole rows"
+    needs = [estimate(one.family, resolve({}), torch.float32, "cpu", texts).evaluation for one in (classifier, plain)]
+    assert needs[1] > needs[0], "a plain forward pass has logits of whole rows"
 
 
 def test_texts_are_estimated_from_the_prompts():
@@ -330,7 +329,7 @@ def test_the_plain_forward_keeps_whole_rows_for_each_class(folder):
 
     def needed(objective: str | None) -> float:
         settings = resolve({} if objective is None else {"objective": objective})
-        return estimate(family, settings, torch.float32, "cpu", texts).activations - memory.LIBRARIES
+        return estimate(family, settings, torch.float32, "cpu", texts).activations - LIBRARIES
 
     shared = needed("both")
     family.shares_prefix = False

@@ -19,8 +19,7 @@ from vlm.classifier.objective import Objective, balanced_weights, usual_objectiv
 from vlm.classifier.plain import PlainForward
 from vlm.classifier.tree_rows import TreeRows
 from vlm.common.errors import UsageError
-from vlm.config.resolve import resolve
-from vlm.config.settings import BOTH, POSTERIOR, RESPONSE, Settings
+from vlm.config import BOTH, POSTERIOR, RESPONSE, resolve
 from vlm.conversation.prompts import build_prompts
 from vlm.data import Sample
 from vlm.families import load_family
@@ -176,7 +175,7 @@ def test_no_class_may_share_a_token_with_another():
 
 @pytest.mark.parametrize("response_format", ["reasoning-first", "answer-first"])
 def test_a_image_with_a_reasoning_of_its_own_is_learned_where_its_answer_is_scored(folder, response_format):
-    prompts = replace(build_prompts(Settings(response_format=response_format), NAMES), reasoning_tokens=8)
+    prompts = replace(build_prompts(resolve({"response_format": response_format}), NAMES), reasoning_tokens=8)
     classifier = VLMClassifier(load_family(folder, torch.float64, torch.device("cpu")), prompts).eval()
     classifier.objective = objective_of(classifier, BOTH)
     samples = [

@@ -8,8 +8,7 @@ import pytest
 from commands import ROOT, names_in, train
 
 from vlm.common.errors import UsageError
-from vlm.config.names import METADATA, RESULTS
-from vlm.config.resolve import resolve
+from vlm.config import METADATA, RESULTS, resolve
 from vlm.training.output import check_output, output_folder
 
 

@@ -11,7 +11,7 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_info, threadpool_limits
 from tiny import random_image, save_tiny_model, tiny_prompts
 
-from vlm.config.resolve import resolve
+from vlm.config import resolve
 from vlm.data import Data, Rows, Sample, Split
 from vlm.evaluation import linear_probe as module
 from vlm.evaluation.linear_probe import compare, pooled_features, probe

@@ -6,16 +6,14 @@ from dataclasses import replace
 import pytest
 
 from vlm.common.errors import UsageError
-from vlm.config.formats import LAYOUTS, reasoning_of, stated_format
-from vlm.config.resolve import resolve
-from vlm.config.settings import Settings
+from vlm.config import LAYOUTS, reasoning_of, resolve, stated_format
 from vlm.conversation.prompts import Prompts, build_prompts, parse_answer
 
 NAMES = ["cat", "catfish", "cat fish"]
 
 
 def test_default_texts_hold_the_task_and_all_classes():
-    prompts = build_prompts(Settings(task_description="pet recognition"), NAMES)
+    prompts = build_prompts(resolve({"task_description": "pet recognition"}), NAMES)
     assert "pet recognition" in prompts.system and "cat, catfish, cat fish" in prompts.system
     assert prompts.question.startswith(
         "Please classify this image for the pet recognition task. Strictly use this format:"
@@ -30,7 +28,8 @@ def test_default_texts_hold_the_task_and_all_classes():
 def test_only_the_two_known_fields_of_a_template_are_filled():
     template = '{classes} for {task_description}; keep {this}, {} and {"json": {classes}}'
     prompts = build_prompts(
-        Settings(prompt_template=template, system_instructions="sys {class}", task_description="{classes}"), ["a", "b"]
+        resolve({"prompt_template": template, "system_instructions": "sys {class}", "task_description": "{classes}"}),
+        ["a", "b"],
     )
     assert prompts.question == 'a, b for {classes}; keep {this}, {} and {"json": a, b}'
     assert prompts.system == "sys {class}"
@@ -39,7 +38,7 @@ def test_only_the_two_known_fields_of_a_template_are_filled():
 def test_descriptions_go_into_system_text_and_responses(tmp_path):
     file = tmp_path / "descriptions.json"
     file.write_text(json.dumps({"cat": "fur and {class} whiskers."}), encoding="utf-8")
-    prompts = build_prompts(Settings(class_descriptions=str(file)), NAMES)
+    prompts = build_prompts(resolve({"class_descriptions": str(file)}), NAMES)
     assert "these classes:\n- cat: fur and {class} whiskers.\n- catfish\n" in prompts.system
     assert "I can see fur and {class} whiskers. Based" in prompts.responses[0]
     assert "I can see features of catfish." in prompts.responses[1]
@@ -59,12 +58,12 @@ def test_bad_description_files_are_refused_with_their_name(tmp_path, content, me
     if content:
         file.write_text(content, encoding="utf-8")
     with pytest.raises(UsageError, match=message) as error:
-        build_prompts(Settings(class_descriptions=str(file)), NAMES)
+        build_prompts(resolve({"class_descriptions": str(file)}), NAMES)
     assert str(file) in str(error.value)
 
 
 def test_prompts_survive_json():
-    prompts = replace(build_prompts(Settings(response_format="answer-first"), NAMES), reasoning_tokens=50)
+    prompts = replace(build_prompts(resolve({"response_format": "answer-first"}), NAMES), reasoning_tokens=50)
     assert Prompts.from_json(json.loads(json.dumps(prompts.to_json()))) == prompts
     earlier = {"system": "s", "question": "q", "class_names": ["a", "b"], "responses": ["Answer: a", "Answer: b"]}
     assert Prompts.from_json(earlier).response_format == "reasoning-first" and not Prompts.from_json(earlier).free
@@ -82,7 +81,7 @@ RESPONSES = {
 
 @pytest.mark.parametrize("response_format", LAYOUTS)
 def test_question_and_responses_have_the_format(response_format):
-    prompts = build_prompts(Settings(response_format=response_format), NAMES)
+    prompts = build_prompts(resolve({"response_format": response_format}), NAMES)
     assert prompts.responses[0] == RESPONSES[response_format] == prompts.response(0)
     assert stated_format(prompts.question) == response_format, "the question asks for what the responses are"
     assert prompts.response_format == response_format
@@ -91,7 +90,7 @@ def test_question_and_responses_have_the_format(response_format):
 
 
 def test_a_reasoning_of_the_images_own_is_laid_out_as_it_is():
-    prompts = build_prompts(Settings(response_format="answer-first"), NAMES)
+    prompts = build_prompts(resolve({"response_format": "answer-first"}), NAMES)
     assert prompts.response(1, "{class} and {answer}: 50%") == "Answer: catfish\nReasoning: {class} and {answer}: 50%"
     assert prompts.response(1, "") == prompts.response(1, None) == prompts.responses[1]
 
@@ -123,15 +122,15 @@ def test_a_reasoning_of_the_images_own_is_laid_out_as_it_is():
 )
 def test_the_format_follows_the_template_unless_it_is_given(template, stated):
     assert stated_format(template) == stated
-    prompts = build_prompts(Settings(prompt_template=template), NAMES)
+    prompts = build_prompts(resolve({"prompt_template": template}), NAMES)
     assert prompts.response_format == (stated or "reasoning-first")
-    given = build_prompts(Settings(prompt_template=template, response_format="answer-first"), NAMES)
+    given = build_prompts(resolve({"prompt_template": template, "response_format": "answer-first"}), NAMES)
     assert given.response_format == "answer-first" and given.responses[0].startswith("Answer: cat")
     assert resolve({"prompt_template": template or "x"}).response_format == (stated or "reasoning-first")
 
 
 def test_a_reasoning_column_needs_a_format_with_reasoning():
-    with pytest.raises(UsageError, match="--reasoning-column .* not answer-only"):
+    with pytest.raises(UsageError, match="--reasoning-column needs .* answer-only"):
         resolve({"reasoning_column": "why", "response_format": "answer-only"})
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText
 
 from vlm.classifier.classifier import VLMClassifier
 from vlm.common.errors import UsageError
-from vlm.config.resolve import resolve
+from vlm.config import resolve
 from vlm.families import load_family, quantization
 from vlm.families.quantization import check_quantization, loading_options
 from vlm.inference.predictor import load_model_and_metadata
@@ -37,9 +37,9 @@ BUILDERS = {
     ("given", "message"),
     [
         ({"load_in_4bit": True, "load_in_8bit": True}, "exclude each other"),
-        ({"load_in_4bit": True, "tune": "full"}, "--load-in-4bit is for --tune lora, not full"),
-        ({"load_in_8bit": True, "tune": "connector"}, "--load-in-8bit is for --tune lora, not connector"),
-        ({"load_in_8bit": True, "demo": True}, "--load-in-8bit is for --tune lora, not full"),
+        ({"load_in_4bit": True, "tune": "full"}, "--load-in-4bit needs --tune lora, not full"),
+        ({"load_in_8bit": True, "tune": "connector"}, "--load-in-8bit needs --tune lora, not connector"),
+        ({"load_in_8bit": True, "demo": True}, "--load-in-8bit needs --tune lora, not full"),
     ],
 )
 def test_flags_that_do_not_go_together(given, message):

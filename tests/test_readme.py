@@ -16,10 +16,7 @@ from typing import NamedTuple
 
 import pytest
 
-from vlm.config.flags import parse_arguments
-from vlm.config.formats import LAYOUTS
-from vlm.config.resolve import resolve
-from vlm.config.settings import TUNING_DEFAULTS
+from vlm.config import LAYOUTS, TUNING_DEFAULTS, parse_arguments, resolve
 from vlm.conversation.prompts import QUESTION, REASONING, SYSTEM
 from vlm.evaluation.metrics import load_metric
 from vlm.training.output import check_output

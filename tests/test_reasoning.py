@@ -17,9 +17,7 @@ from vlm.classifier.batching import IGNORED, vlm_collate_fn
 from vlm.classifier.classifier import VLMClassifier
 from vlm.classifier.reasoning import classify, explain, names_class, write_freely
 from vlm.common.errors import UsageError
-from vlm.config.formats import LAYOUTS, reasoning_of
-from vlm.config.resolve import resolve
-from vlm.config.settings import Settings
+from vlm.config import LAYOUTS, reasoning_of, resolve
 from vlm.conversation.prompts import build_prompts, parse_answer
 from vlm.conversation.responses import before_reasoning, response_lengths
 from vlm.data import Rows, Split
@@ -38,7 +36,7 @@ def folder(tmp_path_factory):
 
 def classifier_of(folder, response_format, reasoning_tokens=0):
     prompts = replace(
-        build_prompts(Settings(response_format=response_format), NAMES), reasoning_tokens=reasoning_tokens
+        build_prompts(resolve({"response_format": response_format}), NAMES), reasoning_tokens=reasoning_tokens
     )
     return VLMClassifier(load_family(folder, torch.float32, torch.device("cpu")), prompts).eval()
 

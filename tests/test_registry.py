@@ -11,8 +11,7 @@ import torch
 from commands import ROOT, run, train
 
 from vlm.common.tables import format_table
-from vlm.config.resolve import resolve
-from vlm.config.settings import DEFAULT_MODEL, TUNING_DEFAULTS, ImageSize
+from vlm.config import DEFAULT_MODEL, TUNING_DEFAULTS, ImageSize, resolve
 from vlm.families import outline
 from vlm.machine import registry
 from vlm.machine.memory import GIB, Texts, estimate

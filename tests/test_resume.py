@@ -7,8 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from vlm.common.errors import Stopped, UsageError
-from vlm.config.names import STATE
-from vlm.config.resolve import resolve
+from vlm.config import STATE, read_settings, resolve
 from vlm.training.loop import fit
 from vlm.training.resume_state import read_state
 
@@ -39,7 +38,7 @@ def stop_after(step):
 
 
 def resumed(output):
-    saved = json.loads((output / "training_metadata.json").read_text())["settings"]
+    saved = read_settings(json.loads((output / "training_metadata.json").read_text())["settings"])
     return resolve({"resume": True, "output_dir": str(output)}, saved)
 
 

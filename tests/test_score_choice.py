@@ -9,7 +9,7 @@ import torch
 from tiny import batch_of, tiny_classifier
 
 from vlm.classifier.calibration import Calibration
-from vlm.config.resolve import resolve
+from vlm.config import resolve
 from vlm.evaluation import calibrating, score_choice
 from vlm.evaluation.calibrating import calibrate
 from vlm.evaluation.fit_calibration import MIN_IMAGES, fit_temperature

@@ -12,7 +12,7 @@ import torch
 from commands import ROOT, command, names_in, surroundings
 
 from vlm.common.errors import UsageError
-from vlm.config.resolve import resolve
+from vlm.config import resolve
 from vlm.data import load_data
 from vlm.families import load_family
 

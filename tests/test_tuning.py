@@ -6,7 +6,7 @@ from tiny import batch_of, save_classifier, save_tiny_model, tiny_classifier
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlm.classifier.classifier import VLMClassifier
-from vlm.config.resolve import resolve
+from vlm.config import resolve
 from vlm.families import load_family
 from vlm.inference.predictor import load_model_and_metadata
 from vlm.training.tuning import merged_state_dict, parameter_groups, prepare_tuning, trained_parameters

@@ -20,6 +20,9 @@ SCRIPTS = [
     "setup_env.sh",
     "setup_env.py",
     "vlm/__init__.py",
+    "vlm/common/__init__.py",
+    "vlm/common/lazy.py",
+    "vlm/machine/__init__.py",
     "vlm/machine/requirements.py",
 ]
 FAKE_TRAINING = """
@@ -211,9 +214,7 @@ def test_run_tests_runs_all_checks(project, tmp_path, arguments, selection):
 
 
 def test_run_tests_with_arguments_runs_pytest_only(project, tmp_path):
-    recorder = make_program(
-        tmp_path / "recorder", f'case $1 in -m) echo "$@";; *) exec {shlex.quote(sys.executable)} "$@";; esac'
-    )
+    make_program(tmp_path / "recorder", f'case $1 in -m) echo "$@";; *) exec {shlex.quote(sys.executable)} "$@";; esac')
     result = start("the project/run_tests.sh", "-k", "a", cwd=tmp_path, VLM_PYTHON="./recorder")
     assert result.stdout.splitlines() == ["-m pytest -k a"]
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from vlm.classifier.batching import Batch, vlm_collate_fn
 from vlm.classifier.classifier import VLMClassifier
-from vlm.config.settings import Settings
+from vlm.config import resolve
 from vlm.conversation.prompts import Prompts, build_prompts
 from vlm.data import Sample
 from vlm.families import load_family
@@ -45,7 +45,7 @@ def save_tiny_model(folder: Path, seed: int = 0, image_size: int = 16, tie: bool
 
 @cache
 def tiny_prompts(names: tuple[str, ...] = tuple(NAMES)) -> Prompts:
-    return build_prompts(Settings(), list(names))
+    return build_prompts(resolve({}), list(names))
 
 
 def tiny_classifier(folder: Path, dtype: torch.dtype = torch.float32, names: list[str] = NAMES) -> VLMClassifier:

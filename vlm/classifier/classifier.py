@@ -22,7 +22,7 @@ from vlm.classifier.shared import SharedPrefix
 from vlm.common.errors import UsageError, first_line
 from vlm.common.modes import evaluation_mode
 from vlm.common.progress import note
-from vlm.config.settings import RESPONSE
+from vlm.config import RESPONSE
 from vlm.conversation.prompts import Prompts
 from vlm.data import Sample
 from vlm.families.base import Family

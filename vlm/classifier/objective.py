@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 
 from vlm.classifier.label_tree import LabelTree
 from vlm.classifier.tree_rows import TreeRows
-from vlm.config.settings import BOTH, FEW_NODES, POSTERIOR, RESPONSE
+from vlm.config import BOTH, FEW_NODES, POSTERIOR, RESPONSE
 
 
 class Objective(nn.Module):

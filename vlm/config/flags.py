@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from vlm.common.errors import did_you_mean
+from vlm.config.rules import flag_of
 from vlm.config.settings import Settings
 
-UNRECOGNIZED = "unrecognized arguments: "  # how argparse begins what it says of a flag that it does not know
+UNRECOGNIZED = "unrecognized arguments: "  # how argparse begins its message about an unknown flag
+WITHOUT_EFFECT = ("no_alignment",)  # flags of earlier versions: accepted, not in --help
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in a line or two what is wrong with a command line, and which flag may have been meant; all flags are in
-    `--help` alone."""
+    """Answers a mistake in two lines: what is wrong with which flag was probably meant, and where all flags are."""
 
     def error(self, message: str) -> NoReturn:
         hint = ""
@@ -48,7 +49,9 @@ def build_parser() -> Parser:
             details["type"] = kind
             if "choices" not in details:
                 details.setdefault("metavar", {int: "N", float: "X"}.get(kind, "TEXT"))
-        group.add_argument("--" + item.name.replace("_", "-"), **details)
+        group.add_argument(flag_of(item.name), **details)
+    for name in WITHOUT_EFFECT:
+        parser.add_argument(flag_of(name), action="store_true", help=argparse.SUPPRESS)
     return parser
 
 
@@ -61,9 +64,10 @@ def _value_type(item: dataclasses.Field) -> type:
 
 
 def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
-    """The flags that were given, by field name. Wrong usage ends the program with exit code 2.
+    """The flags that were given, by field name; `--image_column` is accepted for `--image-column`.
 
-    `--image_column` is accepted for `--image-column`.
+    Raises:
+        SystemExit: wrong usage, with exit code 2, or `--help`.
     """
     parser = build_parser()
     known = {option for action in parser._actions for option in action.option_strings}
@@ -72,14 +76,14 @@ def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
         flag, equals, value = argument.partition("=")
         hyphenated = flag.replace("_", "-")
         spelled.append(hyphenated + equals + value if hyphenated in known else argument)
-    given = vars(parser.parse_args(spelled))
+    given = {name: value for name, value in vars(parser.parse_args(spelled)).items() if name not in WITHOUT_EFFECT}
     if "class_names" in given:
         given["class_names"] = split_names(given["class_names"])
     return given
 
 
 def split_names(words: list[str]) -> list[str]:
-    """Class names as typed: several words are taken as they are; one string is split at commas, or else at spaces."""
+    """Class names as typed: several words are taken as they are; one string is split at commas, else at spaces."""
     if len(words) > 1:
         return [word.strip(", ") for word in words]
     separator = "," if "," in words[0] else None

@@ -1,9 +1,9 @@
-"""In which order reasoning and answer stand: the response formats, and what a question template says about them."""
+"""The response formats: the order of reasoning and answer, and which order a question template asks for."""
 
 import re
 
 DEFAULT_FORMAT = "reasoning-first"
-# "Answer: " stands in every format, so that one rule reads all texts, and a class name always follows the same tokens.
+# "Answer: " is in every format, so that one rule reads all texts, and a class name always follows the same tokens.
 LAYOUTS = {
     "reasoning-first": "Reasoning: {reasoning}\nAnswer: {answer}",
     "answer-first": "Answer: {answer}\nReasoning: {reasoning}",
@@ -11,8 +11,11 @@ LAYOUTS = {
 }
 ANSWER_LINE = re.compile(r"^[ \t]*answer[ \t]*:", re.IGNORECASE | re.MULTILINE)
 REASONING = re.compile(r"reasoning[ \t]*:", re.IGNORECASE)
-# What a user's template may call them, at the beginning of a line, behind "1." or "- **", or anywhere.
-_WORDS = r"(?:reasoning|reasons?|explanations?|rationale|justification|why|observations?|description|analysis|thoughts?|thinking|evidence)"
+# Names of the two in a user's template: at the beginning of a line, after "1." or "- **", or anywhere.
+_WORDS = (
+    r"(?:reasoning|reasons?|explanations?|rationale|justification|why|observations?|description|analysis"
+    r"|thoughts?|thinking|evidence)"
+)
 _LINE = r"^[^\w\n]*(?:\d+[.)][^\w\n]*)?"
 LABELED_LINES = tuple(re.compile(rf"{_LINE}(?:\w+ )?{word}\W{{0,3}}:", re.I | re.M) for word in ("answer", _WORDS))
 LABELS = tuple(re.compile(rf"{word}[ \t]*:", re.I) for word in ("answer", _WORDS))
@@ -21,15 +24,16 @@ MENTION = re.compile(r"reason|expla|why|because|descri|justif|rational|observ|an
 
 
 def lay_out(response_format: str, reasoning: str, answer: str) -> str:
-    """One response, or what the question shows of it. Braces in the texts are left alone."""
+    """One response, or the example of one in the question. Braces in the texts stay as they are."""
     return LAYOUTS[response_format].format(reasoning=reasoning, answer=answer)
 
 
 def stated_format(template: str | None) -> str | None:
-    """The format that a question template asks for, or None where it asks for none.
+    """The format that a question template asks for, or None if it asks for none.
 
-    "Reasoning:", or a word like it, and "Answer:" state an order: the last ones that begin a line, else the first ones
-    anywhere. "Answer:" alone states that there is no reasoning, if no word of it is found at all but to exclude it.
+    "Reasoning:" (or a word like it) and "Answer:" state an order: the last ones that begin a line, else the first ones
+    anywhere. "Answer:" without any word about reasoning, or with one that excludes it ("do not explain"), states
+    answer-only.
     """
     template = template or ""
     on_lines = [[found.start() for found in label.finditer(template)] for label in LABELED_LINES]
@@ -48,11 +52,10 @@ def choose_format(given: str | None, template: str | None) -> str:
 
 
 def reasoning_of(text: str) -> str:
-    """The reasoning alone, of a text that may be laid out as a response, whatever its format; white space around it is
-    dropped.
+    """Only the reasoning of a text, which may be laid out as a response of any format, without white space around it.
 
-    A "Reasoning:" at the beginning goes, and all lines from one that begins with "Answer:", or, where that is the first
-    line, this line.
+    Removed are "Reasoning:" at the beginning, a first line that begins with "Answer:", and all lines from a later
+    "Answer:" on.
     """
     text = text.strip()
     first = ANSWER_LINE.match(text)

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.common.errors import UsageError, reason
-from vlm.config.formats import DEFAULT_FORMAT, choose_format, lay_out
-from vlm.config.settings import Settings
+from vlm.config import DEFAULT_FORMAT, Settings, lay_out
 
 SYSTEM = "You are an expert in {task_description}. Every image belongs to exactly one of these classes: {classes}"
 QUESTION = "Please classify this image for the {task_description} task. Strictly use this format:\n"
@@ -91,9 +90,8 @@ def build_prompts(settings: Settings, class_names: list[str]) -> Prompts:
     Raises:
         UsageError: the file of class descriptions is unreadable or names a class that is not there.
     """
-    response_format = choose_format(settings.response_format, settings.prompt_template)
-    template = lay_out(response_format, REASONING, "{class}")
-    question = settings.prompt_template or QUESTION + lay_out(response_format, SHOWN_REASONING, SHOWN_ANSWER)
+    template = lay_out(settings.response_format, REASONING, "{class}")
+    question = settings.prompt_template or QUESTION + lay_out(settings.response_format, SHOWN_REASONING, SHOWN_ANSWER)
     descriptions = read_descriptions(settings.class_descriptions, class_names) if settings.class_descriptions else {}
     system = settings.system_instructions or SYSTEM
     if descriptions:  # the list begins on a line of its own: no blank is left before it
@@ -108,7 +106,7 @@ def build_prompts(settings: Settings, class_names: list[str]) -> Prompts:
         question=fill(question, values),
         class_names=tuple(class_names),
         responses=tuple(responses),
-        response_format=response_format,
+        response_format=settings.response_format,
         question_first=settings.question_first,
     )
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from vlm.common.errors import UsageError
-from vlm.config.formats import lay_out
+from vlm.config import lay_out
 from vlm.conversation.prompts import Prompts
 from vlm.conversation.rendered import Rendered, common_start
 from vlm.data import Sample, Split

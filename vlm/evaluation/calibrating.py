@@ -10,7 +10,7 @@ from torch import Tensor
 from vlm.classifier.calibration import Calibration
 from vlm.classifier.classifier import VLMClassifier
 from vlm.common.progress import note
-from vlm.config.settings import AUTO, Settings
+from vlm.config import AUTO, Settings
 from vlm.data import Split
 from vlm.evaluation.evaluate import score_split
 from vlm.evaluation.fit_calibration import MIN_IMAGES, coverage_and_accuracy, pick_threshold

@@ -17,7 +17,7 @@ from vlm.classifier.reasoning import classify, explain, names_class, write_freel
 from vlm.classifier.search import TOLERANCE
 from vlm.common.modes import evaluation_mode
 from vlm.common.progress import progress
-from vlm.config.formats import reasoning_of
+from vlm.config import reasoning_of
 from vlm.conversation.prompts import parse_answer
 from vlm.data import Sample, Split
 from vlm.evaluation.metrics import classification_metrics, user_metrics

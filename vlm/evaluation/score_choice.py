@@ -15,7 +15,7 @@ from vlm.classifier.calibration import Calibration
 from vlm.classifier.classifier import VLMClassifier
 from vlm.classifier.reasoning import classify
 from vlm.common.errors import first_line
-from vlm.config.settings import AUTO
+from vlm.config import AUTO
 from vlm.evaluation.fit_calibration import MIN_IMAGES, fit_calibration
 
 LEAST_GAIN = 1e-6  # nats; smaller differences are rounding

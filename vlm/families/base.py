@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlm.common.errors import UsageError, first_line
 from vlm.common.text import dtype_name
-from vlm.config.settings import ImageSize
+from vlm.config import ImageSize
 from vlm.conversation.prompts import Prompts
 from vlm.conversation.rendered import Rendered
 from vlm.conversation.responses import scored_texts

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from vlm.config.settings import Settings
+from vlm.config import Settings
 from vlm.conversation.prompts import build_prompts
 from vlm.families.base import quiet
 

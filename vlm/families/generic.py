@@ -22,7 +22,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from vlm.common.errors import UsageError, first_line
 from vlm.common.progress import note
-from vlm.config.settings import ImageSize
+from vlm.config import ImageSize
 from vlm.conversation.prompts import Prompts
 from vlm.conversation.rendered import Rendered
 from vlm.families.base import Family

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, PreTrainedConfig
 
-from vlm.config.settings import ImageSize
+from vlm.config import ImageSize
 from vlm.families.base import Family
 from vlm.families.encoded import EncodedImages
 from vlm.families.images.resizing import equals, one_tile

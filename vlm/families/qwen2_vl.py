@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor
 from transformers.vision_utils import get_vision_window_index
 
 from vlm.common.errors import UsageError
-from vlm.config.settings import ImageSize
+from vlm.config import ImageSize
 from vlm.families.base import Family
 from vlm.families.encoded import EncodedImages
 from vlm.families.images.resizing import equals, native_patches

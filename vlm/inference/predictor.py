@@ -21,14 +21,13 @@ from vlm.classifier.search import TOLERANCE
 from vlm.common.errors import RunError, UsageError
 from vlm.common.files import recover
 from vlm.common.progress import Bar
-from vlm.config.settings import CACHE_GB
+from vlm.config import RunSettings, read_settings
 from vlm.conversation.prompts import Prompts
 from vlm.data import Sample, UnreadableImage, open_image
 from vlm.families import load_family
 from vlm.families.features import FeatureCache, open_cache
 from vlm.inference.model_folder import read_metadata
-from vlm.machine.device import pick_device, pick_dtype
-from vlm.machine.memory import largest_batch
+from vlm.machine import largest_batch, pick_device, pick_dtype
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -146,7 +145,7 @@ def predict_batch(
         raise TypeError(f"image_paths is one path ({image_paths}): pass a list of paths, or use predict_single_image.")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected at least 1")
-    batch_size = batch_size or largest_batch(model, metadata.get("settings", {}))
+    batch_size = batch_size or largest_batch(model, _settings_of(metadata))
     paths = list(dict.fromkeys(str(path) for path in image_paths))
     chunks = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
     cache = _open_cache(model, metadata) if feature_cache else None
@@ -163,6 +162,11 @@ def predict_batch(
     return results
 
 
+def _settings_of(metadata: dict[str, Any]) -> RunSettings:
+    """The settings of the training, also of a version that wrote fewer of them or none."""
+    return read_settings(metadata.get("settings", {}))
+
+
 def _open_cache(model: VLMClassifier, metadata: dict[str, Any]) -> FeatureCache | None:
     """The cache for a trained model, with the size and number format of its training.
 
@@ -171,8 +175,8 @@ def _open_cache(model: VLMClassifier, metadata: dict[str, Any]) -> FeatureCache 
     it, so it is opened once for all calls.
     """
     if model.inference_cache is None:
-        settings = metadata.get("settings", {})
-        options = settings.get("cache_dtype", "float32"), settings.get("cache_size", CACHE_GB)
+        settings = _settings_of(metadata)
+        options = settings.cache_dtype, settings.cache_size
         before = open_cache(model.family, False, *options)
         known = before is None or before.folder.is_dir()
         model.inference_cache = before if known else open_cache(model.family, True, *options)

@@ -1,4 +1,4 @@
-"""Where to compute, and in which number format."""
+"""The device to compute on, the number format, and the number of threads."""
 
 import math
 import os
@@ -10,12 +10,16 @@ import torch
 
 from vlm.common.errors import UsageError, first_line
 
-USERS_THREADS = "VLM_OMP_NUM_THREADS"  # OMP_NUM_THREADS before `accelerate launch` set it (see launch_processes.py)
+# What OMP_NUM_THREADS was before `accelerate launch` set it (see launch_processes.py).
+USERS_THREADS = "VLM_OMP_NUM_THREADS"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def pick_device(wanted: str) -> tuple[torch.device, str]:
-    """The device for `auto`, `cpu`, `cuda` or `mps`, and a line that says why.
+    """The device for `auto`, `cpu`, `cuda` or `mps`.
+
+    Returns:
+        the device, and a line that names it and says why it was taken.
 
     Raises:
         UsageError: the device that was asked for is not there.
@@ -23,7 +27,8 @@ def pick_device(wanted: str) -> tuple[torch.device, str]:
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if wanted == "cuda" and not cuda:
         raise UsageError(
-            "--device cuda: this PyTorch finds no CUDA device. Use --device auto, or check the driver and `python test_vlm_setup.py`."
+            "--device cuda: this PyTorch finds no CUDA device. Use --device auto, or check the driver with "
+            "`python test_vlm_setup.py`."
         )
     if wanted == "mps" and not mps:
         raise UsageError("--device mps: this PyTorch finds no Apple GPU. Use --device auto.")
@@ -38,12 +43,12 @@ def pick_device(wanted: str) -> tuple[torch.device, str]:
 
 
 def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """The number format of the computation: `auto` is bfloat16 on CUDA where the chip has it, else float32.
+    """The number format of the computation: `auto` is bfloat16 on CUDA if the GPU has it, else float32.
 
     On a CPU without matrix instructions for it, bfloat16 is about 20 times slower than float32.
 
     Raises:
-        UsageError: float16 anywhere but on CUDA, where its gradients can be scaled.
+        UsageError: float16 on a device other than CUDA; gradients are scaled for it only there.
     """
     if wanted == "float16" and device.type != "cuda":
         raise UsageError(
@@ -51,13 +56,13 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
         )
     if wanted != "auto":
         return DTYPES[wanted]
-    # Chips before Ampere emulate bfloat16, slowly.
+    # GPUs before Ampere emulate bfloat16, slowly.
     native = device.type == "cuda" and torch.cuda.get_device_capability()[0] >= 8
     return torch.bfloat16 if native else torch.float32
 
 
 def pick_threads(wanted: int | None) -> int:
-    """Threads for torch on the CPU: `wanted`, or `OMP_NUM_THREADS` as the user set it, or `share_of_cores`."""
+    """Threads for torch on the CPU: `wanted`, else `OMP_NUM_THREADS` as the user set it, else `share_of_cores`."""
     said = os.environ.get(USERS_THREADS, os.environ.get("OMP_NUM_THREADS", ""))
     if wanted is None and said.isdigit():
         wanted = int(said)
@@ -65,11 +70,13 @@ def pick_threads(wanted: int | None) -> int:
 
 
 def share_of_cores() -> int:
-    """The physical cores that this process may use, shared fairly with the other processes of the run on this machine;
-    at least 1.
+    """The physical cores that this process may use, shared with the other processes of the run on this machine.
 
-    Two threads on one core (hyper-threading) get in each other's way in matrix products. A container may be allowed
-    less than it sees.
+    Two threads on one core (hyper-threading) slow each other down in matrix products. A container may be allowed fewer
+    cores than it sees.
+
+    Returns:
+        at least 1.
     """
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = min(usable, psutil.cpu_count(logical=False) or usable, _quota() or usable)
@@ -77,8 +84,7 @@ def share_of_cores() -> int:
 
 
 def _quota(file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int | None:
-    """Cores that a container on Linux may use at a time, rounded up (`docker run --cpus`); None where nothing is
-    said."""
+    """Cores that a container on Linux may use at a time (`docker run --cpus`), rounded up; None: no limit."""
     try:
         quota, period = map(int, file.read_text(encoding="ascii").split())
     except (OSError, ValueError):  # another system, or "max"
@@ -87,7 +93,11 @@ def _quota(file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int | None:
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raises UsageError where torch.compile has no compiler to work with."""
+    """Check that torch.compile works.
+
+    Raises:
+        UsageError: it finds no compiler.
+    """
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(2, device=device))
     except Exception as error:

@@ -1,4 +1,4 @@
-"""What `test_vlm_setup.py` checks: whether this machine can train, and the cure for each thing in the way.
+"""The checks of `test_vlm_setup.py`: whether this machine can train, and how to repair what keeps it from training.
 
 A check is a function that yields findings. Packages are imported inside the checks, since they may be missing or
 broken.
@@ -19,26 +19,26 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vlm.common.text import dtype_name
-from vlm.config.settings import DEFAULT_DATASET, DEFAULT_MODEL, Settings
+from vlm.config import DEFAULT_DATASET, DEFAULT_MODEL, Settings
 from vlm.machine.requirements import examine, examine_installed
 
-ROOT = Path(__file__).resolve().parents[2]
-REQUIREMENTS = ROOT / "requirements.txt"
+ROOT = Path(__file__).resolve().parents[2]  # where the scripts are, next to the package
+REQUIREMENTS = ROOT / "requirements.txt"  # not there if pip has installed the program
 OK, WARNING, FAILURE = "ok", "warning", "failure"
 COLORS = {OK: "\033[32m", WARNING: "\033[33m", FAILURE: "\033[31m"}
 GIB = 2**30
-# Estimates for the default model, 0.5 billion weights: 2 GB in float32 and twice that while a model is saved;
-# activations; PyTorch.
+# Estimates for the default model with 0.5 billion weights, 2 GB in float32: these, once more while a model is saved,
+# activations, and PyTorch itself.
 MEMORY_GIB = 6
-OUTPUT_GIB = 7  # best_model, final_model, the state to resume from, and one more copy while one of them is written
+OUTPUT_GIB = 7  # best_model, final_model, the checkpoint for --resume, and one more copy while one of them is written
 DOWNLOADS_GIB = 4  # the model and the dataset
-LEAST_GIB = 0.5  # not even the demo has enough
+LEAST_GIB = 0.5  # less is not enough even for the demo
 HUB_SECONDS = 3
 TRAINING_SECONDS = 600
 
 
 class Finding(NamedTuple):
-    """One line of the report. level: OK, WARNING or FAILURE; cure: what to do about it."""
+    """What a check found. level: OK, WARNING or FAILURE; cure: what to do about it."""
 
     level: str
     text: str
@@ -56,12 +56,16 @@ def examine_machine(
     color: bool = False,
     debug: bool = False,
 ) -> int:
-    """Run the checks, write a line for each finding, and return the exit code: 0 this machine can train, 1 it cannot.
+    """Run the checks and write a line for each finding.
 
-    `last` is left out after a failure, since it would only fail for the same reason. With `debug` an error in a check
-    is raised.
+    Args:
+        last: a check that is left out after a failure, since it would fail for the same reason.
+        debug: raise an error in a check; else it is a finding.
+
+    Returns:
+        the exit code: 0 this machine can train, 1 it cannot.
     """
-    levels = []
+    levels: list[str] = []
 
     def show(finding: Finding) -> None:
         levels.append(finding.level)
@@ -82,7 +86,7 @@ def examine_machine(
 
 
 def _findings(check: Check, debug: bool) -> Iterator[Finding]:
-    """What a check finds; a check that breaks is a finding too."""
+    """What a check finds; an error in the check is a finding too."""
     try:
         yield from check()
     except Exception as error:
@@ -103,7 +107,7 @@ def _line(finding: Finding, color: bool) -> str:
 
 
 def _last_line(text: str) -> str:
-    """The line that says what went wrong: the last one, but for a hint."""
+    """The line that says what went wrong: the last one that is not a hint."""
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("hint:")]
     return lines[-1] if lines else "no message"
 
@@ -114,24 +118,25 @@ def python(version: tuple[int, ...] = sys.version_info[:3]) -> Iterator[Finding]
     if version < (3, 11):
         yield Finding(FAILURE, text, "install Python 3.11 or newer")
     elif version >= (3, 15):
-        yield Finding(WARNING, f"{text}: newer than the packages may be", "use Python 3.11 to 3.14")
+        yield Finding(WARNING, f"{text}: the packages may not work on so new a version", "use Python 3.11 to 3.14")
     else:
         yield Finding(OK, text)
 
 
 def packages(requirements: Path = REQUIREMENTS) -> Iterator[Finding]:
     """Each package that is required: whether it is installed, in a version that fits."""
-    for package in examine(requirements) if requirements.is_file() else examine_installed():
+    found = examine(requirements) if requirements.is_file() else examine_installed()
+    for package in found:
         if package.fits:
             yield Finding(OK, f"{package.name} {package.found}")
         else:
-            found = f"{package.found} is installed" if package.found else "not installed"
-            text = f"{package.name}: {found}, {package.wanted} is needed"
-            yield Finding(FAILURE, text, _pip("install", *_named(requirements, package.wanted)))
+            state = f"{package.found} is installed" if package.found else "not installed"
+            text = f"{package.name}: {state}, {package.wanted} is needed"
+            yield Finding(FAILURE, text, _pip("install", *_packages_for_pip(requirements, package.wanted)))
 
 
-def _named(requirements: Path, wanted: str) -> list[str]:
-    """What pip is asked for: the requirement file, or the one package if the program was installed without the file."""
+def _packages_for_pip(requirements: Path, wanted: str) -> list[str]:
+    """What pip should install: all of the requirement file or, without one, the package that is wanted."""
     return ["-r", str(requirements)] if requirements.is_file() else [wanted]
 
 
@@ -140,7 +145,7 @@ def _pip(*words: str) -> str:
 
 
 def transformers(load: Callable[[str], object] = importlib.import_module) -> Iterator[Finding]:
-    """Whether transformers can be used: it comes in many parts, and another package may break some."""
+    """Whether transformers can be used: it loads its parts one by one, and other packages may break some of them."""
     try:
         library = load("transformers")
         for name in (
@@ -153,11 +158,11 @@ def transformers(load: Callable[[str], object] = importlib.import_module) -> Ite
     except Exception as error:
         text = f"transformers cannot be imported: {type(error).__name__}: {_last_line(str(error))}"
         if _installed("torchvision"):
-            yield Finding(
-                FAILURE, f"{text} (often a torchvision that does not match torch)", _pip("uninstall", "torchvision")
-            )
+            text += " (often because torchvision does not match torch)"
+            yield Finding(FAILURE, text, _pip("uninstall", "torchvision"))
         else:
-            yield Finding(FAILURE, text, _pip("install", "--force-reinstall", *_named(REQUIREMENTS, "transformers")))
+            again = _packages_for_pip(REQUIREMENTS, "transformers")
+            yield Finding(FAILURE, text, _pip("install", "--force-reinstall", *again))
     else:
         yield Finding(OK, "transformers can be imported")
 
@@ -167,7 +172,7 @@ def _installed(name: str) -> bool:
 
 
 def device() -> Iterator[Finding]:
-    """The device that `--device auto` takes, whether it computes, and in which number format."""
+    """The device that `--device auto` takes, whether it computes, and the number format that it computes in."""
     import psutil
     import torch
 
@@ -176,10 +181,8 @@ def device() -> Iterator[Finding]:
     found, text = pick_device("auto")
     torch.ones(2, 2, device=found).matmul(torch.ones(2, 2, device=found)).sum().item()
     dtype = dtype_name(pick_dtype("auto", found))
-    yield Finding(
-        OK,
-        f"device: {text}, computing in {dtype}; {psutil.cpu_count(logical=False) or os.cpu_count()} physical CPU cores",
-    )
+    cores = psutil.cpu_count(logical=False) or os.cpu_count()
+    yield Finding(OK, f"device: {text}, computing in {dtype}; {cores} physical CPU cores")
     if found.type == "cuda":
         free, total = torch.cuda.mem_get_info()
         yield _enough("GPU memory", free, total, MEMORY_GIB, "a smaller --model, or --tune connector")
@@ -187,12 +190,19 @@ def device() -> Iterator[Finding]:
         yield Finding(
             WARNING,
             f"device: there is an NVIDIA driver, but PyTorch {torch.__version__} finds no GPU",
-            "choose a CUDA build of PyTorch that fits the driver at https://pytorch.org/get-started/locally, or renew the driver",
+            "install a build of PyTorch for the CUDA version of the driver (https://pytorch.org/get-started/locally), "
+            "or update the driver",
         )
 
 
 def _enough(name: str, free: float, total: float, wanted_gib: float, cure: str, least_gib: float = 0.0) -> Finding:
-    """free, total: bytes; wanted_gib: what the default model needs."""
+    """Whether there is enough of something.
+
+    Args:
+        free, total: bytes.
+        wanted_gib: what the default model needs; less is a warning.
+        least_gib: less is a failure.
+    """
     text = f"{name}: {free / GIB:.1f} of {total / GIB:.1f} GiB free"
     if free >= wanted_gib * GIB:
         return Finding(OK, text)
@@ -201,7 +211,7 @@ def _enough(name: str, free: float, total: float, wanted_gib: float, cure: str, 
 
 
 def memory(limit_file: Path = Path("/sys/fs/cgroup/memory.max")) -> Iterator[Finding]:
-    """Free memory of the machine, or of the container if that has a limit."""
+    """Free memory of the machine, or of the container if it has a limit."""
     import psutil
 
     machine = psutil.virtual_memory()
@@ -214,37 +224,31 @@ def memory(limit_file: Path = Path("/sys/fs/cgroup/memory.max")) -> Iterator[Fin
 def disk(
     output: Path | None = None, usage: Callable[[Path], tuple[int, int, int]] = shutil.disk_usage
 ) -> Iterator[Finding]:
-    """Free space where the results go, and where the hub's files are kept."""
+    """Free space for the results, and for the files of the hub."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     places = (
-        (
-            "results",
-            output or Path(Settings().output_dir),
-            OUTPUT_GIB,
-            "free some space, or --output-dir on another disk",
-        ),
-        ("downloads", Path(HF_HUB_CACHE), DOWNLOADS_GIB, "free some space, or set HF_HOME to a folder on another disk"),
+        ("results", output or Path(Settings.output_dir), OUTPUT_GIB, "give an --output-dir on another disk"),
+        ("downloads", Path(HF_HUB_CACHE), DOWNLOADS_GIB, "set HF_HOME to a folder on another disk"),
     )
-    for name, folder, wanted, cure in places:
+    for name, folder, wanted, other_place in places:
         total, _, free = usage(_existing(folder))
-        yield _enough(f"disk for {name} ({folder.absolute()})", free, total, wanted, cure, LEAST_GIB)
+        text, cure = f"disk for {name} ({folder.absolute()})", f"free some space, or {other_place}"
+        yield _enough(text, free, total, wanted, cure, LEAST_GIB)
 
 
 def vision_features() -> Iterator[Finding]:
-    """Where the features of images are kept, and how large they are and may become."""
+    """The folder of the feature cache, its size, and the size that it may have."""
     from vlm.families.features import cache_root
 
     folder = cache_root()
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    yield Finding(
-        OK,
-        f"vision features ({folder}): {size / 1e9:.1f} GB, and never more than --cache-size {Settings().cache_size:g}",
-    )
+    limit = f"never more than --cache-size {Settings.cache_size:g}"
+    yield Finding(OK, f"vision features ({folder}): {size / 1e9:.1f} GB, and {limit}")
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
+    """The folder or, if it does not exist, the nearest one above it that does."""
     folder = folder.absolute()
     while not folder.is_dir():
         folder = folder.parent
@@ -253,25 +257,22 @@ def _existing(folder: Path) -> Path:
 
 def output_folder(output: Path | None = None) -> Iterator[Finding]:
     """Whether the results can be written."""
-    output = output or Path(Settings().output_dir)
+    output = output or Path(Settings.output_dir)
     try:
         with tempfile.TemporaryFile(dir=_existing(output)):
             yield Finding(OK, f"results can be written to {output.absolute()}")
     except OSError as error:
-        yield Finding(
-            FAILURE,
-            f"results cannot be written to {output.absolute()}: {error.strerror}",
-            "give another folder by --output-dir",
-        )
+        text = f"results cannot be written to {output.absolute()}: {error.strerror}"
+        yield Finding(FAILURE, text, "give another folder with --output-dir")
 
 
 def hub(run: Run = subprocess.run) -> Iterator[Finding]:
-    """Whether the hub can be reached, and what of the default model and data is in the cache."""
+    """Whether the hub can be reached, and whether the default model and dataset are in the cache."""
     from huggingface_hub import try_to_load_from_cache
 
     missing = _why_unreachable(run)
     if missing:
-        cure = "check the network and HTTPS_PROXY; --demo, local data and what is in the cache work without the hub"
+        cure = "check the network and HTTPS_PROXY; without the hub, --demo, local data and the cache still work"
         yield Finding(WARNING, f"hub: cannot be reached ({missing})", cure)
     else:
         yield Finding(OK, "hub: can be reached")
@@ -282,31 +283,31 @@ def hub(run: Run = subprocess.run) -> Iterator[Finding]:
         if cached:
             yield Finding(OK, f"default {kind} {name}: in the cache")
         elif missing:
-            yield Finding(
-                WARNING,
-                f"default {kind} {name}: not in the cache",
-                f"train once with the hub in reach, or give --{kind} a folder",
-            )
+            cure = f"train once while the hub can be reached, or give --{kind} a folder"
+            yield Finding(WARNING, f"default {kind} {name}: not in the cache", cure)
         else:
             yield Finding(OK, f"default {kind} {name}: not in the cache yet; the first run downloads it")
 
 
 def _why_unreachable(run: Run) -> str:
-    """ "" if the hub answers. Asked in a process of its own, since the look-up of a name cannot be given a time
-    limit."""
+    """Empty if the hub answers. A process of its own asks, since the look-up of a name has no time limit."""
     ask = f"from huggingface_hub import HfApi; HfApi().model_info({DEFAULT_MODEL!r}, timeout={HUB_SECONDS})"
     try:
         result = run([sys.executable, "-c", ask], capture_output=True, text=True, timeout=HUB_SECONDS + 5)
     except subprocess.TimeoutExpired:
         return f"no answer within {HUB_SECONDS + 5} seconds"
-    return (
-        re.sub(r"^[\w.]+: ", "", _last_line(result.stderr)) if result.returncode else ""
-    )  # without the name of the exception
+    if not result.returncode:
+        return ""
+    return re.sub(r"^[\w.]+: ", "", _last_line(result.stderr))  # without the name of the exception
 
 
-def training(run: Run = subprocess.run, root: Path = ROOT, debug: bool = False) -> Iterator[Finding]:
-    """Train the demo on a few images, save, load and predict, as a user would. With `debug` all that it prints is
-    shown."""
+def trial_training(run: Run = subprocess.run, root: Path = ROOT, debug: bool = False) -> Iterator[Finding]:
+    """Train the demo on a few images, save, load and predict, as a user would.
+
+    Args:
+        root: the folder of the scripts.
+        debug: show all that they print.
+    """
     with tempfile.TemporaryDirectory(prefix="vlm_check_") as name:
         folder = Path(name)
         image, table = folder / "digit.png", folder / "predictions.jsonl"
@@ -324,13 +325,12 @@ def training(run: Run = subprocess.run, root: Path = ROOT, debug: bool = False) 
             yield Finding(OK, f"{what}: {time.monotonic() - start:.0f} s")
         answer = json.loads(table.read_text(encoding="utf-8").splitlines()[0])
         if answer.get("prediction") is None:
-            yield Finding(
-                FAILURE, f"load and predict: no prediction in {answer}", "report this: it is a mistake in the program"
-            )
+            text = f"load and predict: no prediction in {answer}"
+            yield Finding(FAILURE, text, "report this: it is a mistake in the program")
 
 
 def _try(command: list[str], run: Run, folder: Path, debug: bool) -> str:
-    """ "" if the command worked, else what went wrong. What it prints is kept from the report, unless `debug`."""
+    """Empty if the command worked, else what went wrong. What it prints is shown only with `debug`."""
     try:
         result = run(command, cwd=folder, text=True, timeout=TRAINING_SECONDS, capture_output=not debug)
     except subprocess.TimeoutExpired:

@@ -21,8 +21,7 @@ from vlm.classifier.batching import Batch
 from vlm.common.errors import RunError, Stopped, UsageError
 from vlm.common.files import write_json
 from vlm.common.progress import Bar, note
-from vlm.config.names import BEST_MODEL, FINAL_MODEL, METADATA
-from vlm.config.settings import Settings
+from vlm.config import BEST_MODEL, FINAL_MODEL, METADATA, Settings
 from vlm.conversation.responses import response_lengths
 from vlm.data import Split, Step, epoch_plan
 from vlm.evaluation.evaluate import metrics_of_sums, score_split

@@ -8,8 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vlm.common.errors import UsageError, is_main_process
-from vlm.config.names import METADATA, RESULTS, WRITTEN
-from vlm.config.settings import Settings
+from vlm.config import METADATA, RESULTS, WRITTEN, Settings
 
 
 def check_output(settings: Settings) -> None:

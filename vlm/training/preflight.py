@@ -9,8 +9,7 @@ from vlm.classifier.classifier import VLMClassifier
 from vlm.common.errors import UsageError
 from vlm.common.progress import note
 from vlm.common.text import dtype_name
-from vlm.config.formats import stated_format
-from vlm.config.settings import IMAGES_PER_STEP, Settings
+from vlm.config import IMAGES_PER_STEP, RunSettings, Settings, stated_format
 from vlm.data import Sample
 from vlm.families.features import cache_root
 
@@ -31,7 +30,7 @@ SHOWN_SETTINGS = (
 
 
 def settings_rows(
-    settings: Settings, classifier: VLMClassifier, device: str, dtype: torch.dtype, processes: int
+    settings: RunSettings, classifier: VLMClassifier, device: str, dtype: torch.dtype, processes: int
 ) -> list[tuple[str, str]]:
     trained = sum(p.numel() for p in classifier.parameters() if p.requires_grad)
     every = classifier.model.num_parameters()  # quantized ones too, of which there are several in a number

@@ -17,7 +17,7 @@ from vlm.common.files import write_json
 from vlm.common.progress import note
 from vlm.common.tables import format_table
 from vlm.common.text import dtype_name
-from vlm.config.names import BEST_MODEL, DEMO_IMAGES, METADATA, RESULTS, STATE
+from vlm.config import BEST_MODEL, DEMO_IMAGES, METADATA, RESULTS, STATE
 from vlm.data import Split
 from vlm.evaluation.calibrating import add_test_figures, calibrate
 from vlm.evaluation.evaluate import check_texts, explanations, metrics_of_sums, score_split

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from vlm.common.errors import RunError
 from vlm.common.files import recover, write_folder
-from vlm.config.names import STATE
+from vlm.config import STATE
 
 WEIGHTS, OPTIMIZER, REST = "trained.safetensors", "optimizer.safetensors", "state.json"
 

@@ -21,8 +21,7 @@ from vlm.common.errors import UsageError
 from vlm.common.files import usual_modes
 from vlm.common.progress import note
 from vlm.common.tables import format_table
-from vlm.config.names import DEMO_MODEL
-from vlm.config.settings import Settings
+from vlm.config import DEMO_MODEL, RunSettings, Settings
 from vlm.conversation.prompts import Prompts, build_prompts
 from vlm.conversation.responses import longest_reasoning
 from vlm.data import Data, load_data, model_folder
@@ -31,8 +30,7 @@ from vlm.families.base import Family
 from vlm.families.demo import MODEL_NAME, build_demo_model
 from vlm.families.features import FeatureCache, fill_cache
 from vlm.families.quantization import check_quantization
-from vlm.machine.device import check_compiler, pick_device, pick_dtype, pick_threads, share_of_cores
-from vlm.machine.memory import Texts, fit_to_memory
+from vlm.machine import Texts, check_compiler, fit_to_memory, pick_device, pick_dtype, pick_threads, share_of_cores
 from vlm.training.preflight import point_out_contradictions, preflight, settings_rows
 from vlm.training.tuning import parameter_groups, prepare_tuning, trained_parameters
 
@@ -55,7 +53,7 @@ class Run:
         workers: processes that prepare images.
     """
 
-    settings: Settings
+    settings: RunSettings
     accelerator: Accelerator
     dtype: torch.dtype
     data: Data
@@ -92,10 +90,11 @@ def set_up(settings: Settings) -> Run:
     prompts = build_prompts(settings, data.class_names)
 
     folder, revision = _find_model(settings, data.class_names, accelerator)
-    _fit_batch(folder, settings, prompts, data, dtype, accelerator)
+    batch_size = _fit_batch(folder, settings, prompts, data, dtype, accelerator)
     family, image_size = _load_model(folder, settings, data, dtype, accelerator)
     classifier = _build_classifier(family, prompts, settings, data)
-    rows = settings_rows(settings, classifier, reason, dtype, accelerator.num_processes)
+    run_settings = settings.complete(batch_size, classifier.objective.name)
+    rows = settings_rows(run_settings, classifier, reason, dtype, accelerator.num_processes)
     note(format_table(rows) + "\n")
     preflight(classifier, data.train[0])
 
@@ -110,7 +109,7 @@ def set_up(settings: Settings) -> Run:
     optimizer = torch.optim.AdamW(groups, fused=accelerator.device.type in ("cpu", "cuda"))
     model, optimizer = accelerator.prepare(classifier, optimizer)
     return Run(
-        settings=settings,
+        settings=run_settings,
         accelerator=accelerator,
         dtype=dtype,
         data=data,
@@ -120,7 +119,7 @@ def set_up(settings: Settings) -> Run:
         cache=cache,
         optimizer=optimizer,
         learned=learned,
-        metadata=_metadata(settings, data, classifier, revision, image_size),
+        metadata=_metadata(run_settings, data, classifier, revision, image_size),
         workers=workers,
     )
 
@@ -152,10 +151,11 @@ def _find_model(settings: Settings, class_names: list[str], accelerator: Acceler
 
 def _fit_batch(
     folder: Path, settings: Settings, prompts: Prompts, data: Data, dtype: torch.dtype, accelerator: Accelerator
-) -> None:
+) -> int:
+    """The batch size: the one that was given, or what all processes have memory for."""
     texts = Texts.of(prompts, [text for text in data.train.reasonings if text], data.edge)
     processes = accelerator.num_processes
-    fit_to_memory(folder, settings, dtype, accelerator.device, texts, processes, partial(least, accelerator))
+    return fit_to_memory(folder, settings, dtype, accelerator.device, texts, processes, partial(least, accelerator))
 
 
 def _load_model(
@@ -181,7 +181,6 @@ def _build_classifier(family: Family, prompts: Prompts, settings: Settings, data
         prompts = replace(prompts, reasoning_tokens=longest_reasoning(data.train.reasonings, family))
     classifier = VLMClassifier(family, prompts)
     classifier.objective = build_objective(settings, classifier, data.train.labels)
-    settings.objective = classifier.objective.name
     return classifier
 
 
@@ -214,7 +213,7 @@ def _fill_cache(
 
 
 def _metadata(
-    settings: Settings, data: Data, classifier: VLMClassifier, revision: str | None, image_size: str | None
+    settings: RunSettings, data: Data, classifier: VLMClassifier, revision: str | None, image_size: str | None
 ) -> dict[str, Any]:
     """What the model folder tells inference, and people."""
     return {

@@ -7,7 +7,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
-from vlm.config.settings import Settings
+from vlm.config import Settings
 from vlm.families.base import Family
 
 ADAPTER = "default"

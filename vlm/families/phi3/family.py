@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache
 import vlm.families.phi3.model  # noqa: F401 (makes the model known to transformers)
 from vlm.common.errors import UsageError
 from vlm.common.text import dtype_name
-from vlm.config.settings import ImageSize
+from vlm.config import ImageSize
 from vlm.conversation.prompts import Prompts
 from vlm.conversation.rendered import Rendered
 from vlm.families.base import Family

@@ -1,0 +1,160 @@
+"""Which values the settings may have, and which cannot be asked for together: one row a rule."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from vlm.config.settings import AUTO, POSTERIOR, RESPONSE, Settings
+
+
+class Values(NamedTuple):
+    """What a value has to be, if it was given. fits: whether a value is right; wanted: the same in words."""
+
+    names: tuple[str, ...]
+    fits: Callable[[Any], bool]
+    wanted: str
+
+
+class Conflict(NamedTuple):
+    """What cannot be asked for together. message: filled in with the settings as `s`."""
+
+    is_there: Callable[[Settings], Any]
+    message: str
+
+
+VALUES = (
+    Values(
+        (
+            *("batch_size", "gradient_accumulation_steps", "eval_batch_size", "eval_steps", "max_samples", "shots"),
+            *("lora_rank", "min_pixels", "max_pixels", "num_crops", "threads"),
+        ),
+        lambda value: value >= 1,
+        "a whole number of at least 1",
+    ),
+    Values(("epochs", "workers", "seed"), lambda value: value >= 0, "a whole number of at least 0"),
+    Values(
+        ("image_size",),
+        lambda value: value == AUTO or (value.isdecimal() and int(value) > 0),
+        "a number of pixels, or auto",
+    ),
+    Values(
+        ("learning_rate", "connector_learning_rate", "lora_alpha", "save_minutes", "cache_size"),
+        lambda value: 0 < value < math.inf,
+        "a number above 0",
+    ),
+    Values(("weight_decay", "max_grad_norm"), lambda value: 0 <= value < math.inf, "a number of at least 0"),
+    Values(("validation_ratio", "test_ratio"), lambda value: 0 < value < 1, "a share between 0 and 1, such as 0.15"),
+    Values(
+        ("warmup_ratio", "label_smoothing", "lora_dropout"),
+        lambda value: 0 <= value < 1,
+        "a share of at least 0 and below 1",
+    ),
+    Values(("abstain_below", "target_precision"), lambda value: 0 <= value <= 1, "a probability, 0 to 1"),
+    Values(("class_names",), lambda value: len(value) >= 2, "at least two names"),
+)
+
+CONFLICTS = (
+    Conflict(
+        lambda s: s.image_size != AUTO and s.image_splitting,
+        "--image-size and --image-splitting exclude each other: both say how large images become.",
+    ),
+    Conflict(
+        lambda s: s.image_size != AUTO and s.max_pixels,
+        "--image-size and --max-pixels exclude each other: both say how large images become.",
+    ),
+    Conflict(
+        lambda s: s.min_pixels and s.max_pixels and s.min_pixels > s.max_pixels,
+        "--min-pixels {s.min_pixels}: expected no more than --max-pixels {s.max_pixels}.",
+    ),
+    Conflict(
+        lambda s: s.validation_ratio + s.test_ratio >= 1,
+        "--validation-ratio {s.validation_ratio}: expected less than 1 together with --test-ratio {s.test_ratio}.",
+    ),
+    Conflict(
+        lambda s: s.score == "mean",
+        "--score mean no longer exists: give --score sum, or auto for the one that validation chooses.",
+    ),
+    Conflict(
+        lambda s: s.abstain_below is not None and s.target_precision is not None,
+        "--abstain-below and --target-precision exclude each other: one is a fixed threshold, the other finds one.",
+    ),
+    Conflict(
+        lambda s: s.demo and (s.model or s.dataset),
+        "--demo brings its own model and dataset: leave out --model and --dataset, or leave out --demo.",
+    ),
+    Conflict(
+        lambda s: s.reasoning_column and s.response_format == "answer-only",
+        "--reasoning-column needs responses with a reasoning, but they are answer-only: "
+        "change --response-format or --prompt-template.",
+    ),
+    Conflict(
+        lambda s: s.reasoning_column and s.objective == POSTERIOR,
+        "--objective posterior does not teach the texts of --reasoning-column: give --objective both.",
+    ),
+    Conflict(
+        lambda s: s.label_smoothing and s.objective == RESPONSE,
+        "--label-smoothing smooths over classes, and --objective response learns tokens: "
+        "give --objective posterior or both.",
+    ),
+    Conflict(
+        lambda s: s.load_in_4bit and s.load_in_8bit,
+        "--load-in-4bit and --load-in-8bit exclude each other: 4 bits need less memory, 8 are closer to the model.",
+    ),
+    Conflict(
+        lambda s: s.bits and s.tune != "lora",
+        "--load-in-{s.bits}bit needs --tune lora, not {s.tune}: quantized weights cannot be trained themselves.",
+    ),
+    Conflict(
+        lambda s: s.freeze_connector and s.tune != "lora",
+        "--freeze-connector needs --tune lora, not {s.tune}, which trains the connector: leave it out.",
+    ),
+    Conflict(
+        lambda s: s.freeze_connector and s.connector_learning_rate != s.learning_rate,
+        "--connector-learning-rate and --freeze-connector exclude each other: a frozen connector is not trained.",
+    ),
+    Conflict(
+        lambda s: s.align_connector and s.tune == "full",
+        "--align-connector needs a frozen vision encoder, and --tune full trains it: give --tune lora or connector.",
+    ),
+    Conflict(
+        lambda s: s.align_connector and s.no_feature_cache,
+        "--align-connector and --no-feature-cache exclude each other: the connector is aligned on cached features.",
+    ),
+    Conflict(
+        lambda s: s.align_connector and s.epochs == 0,
+        "--align-connector and --epochs 0 exclude each other: with 0 epochs nothing is trained.",
+    ),
+    Conflict(
+        lambda s: s.resume and s.overwrite,
+        "--resume and --overwrite exclude each other: continue the earlier run, or delete it.",
+    ),
+)
+
+
+def flag_of(name: str) -> str:
+    """The flag of a setting: batch_size -> --batch-size."""
+    return f"--{name.replace('_', '-')}"
+
+
+def problems(settings: Settings) -> list[str]:
+    """What cannot work in the settings, each with what was expected."""
+    conflicts = [rule.message.format(s=settings) for rule in CONFLICTS if rule.is_there(settings)]
+    return [*_wrong_values(settings), *_repeated_names(settings.class_names or []), *conflicts]
+
+
+def _wrong_values(settings: Settings) -> Iterator[str]:
+    for rule in VALUES:
+        for name in rule.names:
+            value = getattr(settings, name)
+            if value is not None and not rule.fits(value):
+                shown = " ".join(value) if isinstance(value, list) else value
+                yield f"{flag_of(name)} {shown}: expected {rule.wanted}."
+
+
+def _repeated_names(names: list[str]) -> Iterator[str]:
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        yield (
+            f"--class-names {' '.join(names)}: expected different names, "
+            f"but these are there more than once: {', '.join(repeated)}."
+        )
