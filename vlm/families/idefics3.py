@@ -6,13 +6,14 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from vlm.config.settings import ImageSize
 from vlm.families.base import Family
 from vlm.families.encoded import EncodedImages
 from vlm.families.images.resizing import equals, one_tile
 from vlm.families.images.sizes import pick_size
+from vlm.families.processors import read_processor
 
 PATCHES_AT_ONCE = (
     2048  # of the vision encoder on a CPU: 25 MB of its widest values, which memory that was used before has room for
@@ -59,9 +60,7 @@ class Idefics3Family(Family):
         may be smaller than published: the encoder's position embeddings are looked up by the place in the image, a
         fraction of its edge. All is saved with the processor.
         """
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-        # The PIL images do not depend on whether torchvision is installed.
-        processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
+        processor = read_processor(folder)
         image_processor = processor.image_processor
         if image_splitting is not None:
             config = AutoConfig.from_pretrained(folder, local_files_only=True)

@@ -12,7 +12,6 @@ import torch
 import transformers
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoImageProcessor
 from transformers.vision_utils import get_vision_window_index
 
 from vlm.common.errors import UsageError
@@ -20,27 +19,11 @@ from vlm.config.settings import ImageSize
 from vlm.families.base import Family
 from vlm.families.encoded import EncodedImages
 from vlm.families.images.resizing import equals, native_patches
+from vlm.families.processors import read_processor, without_videos
 
 MIN_PIXELS = 4 * 28 * 28  # as published
 MAX_PIXELS = 256 * 28 * 28  # 448 x 448: 256 image tokens, where the published 16384 * 28 * 28 runs out of memory
 LONGEST_SHAPE = 200  # the processor refuses images whose sides differ by more than this factor
-
-
-# Both keep their published names, under which they are saved and others load them.
-class Qwen2VLProcessor(transformers.Qwen2VLProcessor):
-    """Images and text, no videos."""
-
-    @classmethod
-    def get_attributes(cls) -> list[str]:
-        return ["image_processor", "tokenizer"]
-
-
-class Qwen2_5_VLProcessor(transformers.Qwen2_5_VLProcessor):
-    """Images and text, no videos."""
-
-    @classmethod
-    def get_attributes(cls) -> list[str]:
-        return ["image_processor", "tokenizer"]
 
 
 class PatchLinear(nn.Module):
@@ -77,7 +60,7 @@ class Qwen2VLFamily(Family):
     model_types = ("qwen2_vl",)
     title = "Qwen2-VL"
     image_defaults = {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS, "image_size": None}
-    processor_class = Qwen2VLProcessor
+    processor_class = without_videos(transformers.Qwen2VLProcessor)
     end_of_turn = "<|im_end|>"
 
     def __init__(self, model: nn.Module, processor: Any):
@@ -100,9 +83,7 @@ class Qwen2VLFamily(Family):
         `max_pixels`. With `image_size` exactly, it has at most the pixels of a square with that edge; auto is no
         different from nothing, as images keep their size anyway.
         """
-        processor = cls.processor_class.from_pretrained(folder, local_files_only=True)
-        # The PIL images do not depend on whether torchvision is installed.
-        processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
+        processor = read_processor(folder, cls.processor_class)
         processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
         saved = processor.image_processor.size
         least, most = min_pixels or saved["shortest_edge"], _most(max_pixels or saved["longest_edge"], image_size)
@@ -208,7 +189,7 @@ class Qwen2VLFamily(Family):
 class Qwen25VLFamily(Qwen2VLFamily):
     model_types = ("qwen2_5_vl",)
     title = "Qwen2.5-VL"
-    processor_class = Qwen2_5_VLProcessor
+    processor_class = without_videos(transformers.Qwen2_5_VLProcessor)
 
     def vision_features(self, inputs: dict[str, Tensor]) -> Tensor:
         """The encoder sorts the tokens by attention window; here they are back in the order of the image."""
