@@ -31,11 +31,8 @@ from vlm.config.settings import RESPONSE, Settings
 from vlm.conversation.prompts import Prompts, build_prompts
 from vlm.data.order import Step
 from vlm.data.splits import Sample, Split, load_data
-from vlm.families import load_family
-from vlm.families.base import Family
-from vlm.families.demo import CHAT_TEMPLATE, build_model, build_processor
-from vlm.families.encoded import ENCODER_FEATURES
-from vlm.families.features import FeatureCache, open_cache
+from vlm.families import ENCODER_FEATURES, Family, FeatureCache, build_model, build_processor, load_family, open_cache
+from vlm.families.demo import CHAT_TEMPLATE
 from vlm.machine.device import DTYPES
 from vlm.training.loop import Trainer
 from vlm.training.setup import set_up

@@ -13,7 +13,7 @@ from vlm.config.names import METADATA
 from vlm.config.resolve import resolve
 from vlm.data.sources import Rows
 from vlm.data.splits import Split
-from vlm.families.demo import build_model, build_processor
+from vlm.families import build_model, build_processor
 
 CLASSES = NAMES[:3]
 TEXT = {

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vlm.classifier.objective import Objective
 from vlm.config.resolve import resolve
 from vlm.config.settings import BOTH, RESPONSE
-from vlm.families.encoded import ENCODER_FEATURES
+from vlm.families import ENCODER_FEATURES
 from vlm.training.tuning import parameter_groups, prepare_tuning
 
 

@@ -18,8 +18,7 @@ from tiny import NAMES, batch_of, save_tiny_model, tiny_classifier, tiny_prompts
 from vlm.classifier.classifier import VLMClassifier
 from vlm.config.resolve import resolve
 from vlm.config.settings import RESPONSE, TUNING_DEFAULTS
-from vlm.families import load_family, outline, read_config
-from vlm.families.demo import build_model, build_processor
+from vlm.families import build_model, build_processor, load_family, outline, read_config
 from vlm.machine import memory
 from vlm.machine.memory import GIB, Need, Texts, estimate, fit_to_memory, free_memory
 from vlm.training.tuning import parameter_groups, prepare_tuning, trained_parameters

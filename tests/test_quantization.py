@@ -18,8 +18,8 @@ from transformers import AutoModelForImageTextToText
 from vlm.classifier.classifier import VLMClassifier
 from vlm.common.errors import UsageError
 from vlm.config.resolve import resolve
-from vlm.families import load_family, quantization
-from vlm.families.quantization import check_quantization, loading_options
+from vlm.families import check_quantization, load_family, quantization
+from vlm.families.quantization import loading_options
 from vlm.inference.predictor import load_model_and_metadata
 from vlm.training.tuning import parameter_groups, prepare_tuning
 

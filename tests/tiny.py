@@ -12,8 +12,7 @@ from vlm.classifier.classifier import VLMClassifier
 from vlm.config.settings import Settings
 from vlm.conversation.prompts import Prompts, build_prompts
 from vlm.data.splits import Sample
-from vlm.families import load_family
-from vlm.families.demo import build_model, build_processor
+from vlm.families import build_model, build_processor, load_family
 from vlm.inference.model_folder import save_model_folder
 from vlm.training.tuning import merged_state_dict
 

@@ -11,8 +11,7 @@ from vlm.common.errors import UsageError
 from vlm.conversation.rendered import Rendered
 from vlm.conversation.responses import response_of
 from vlm.data.splits import Sample
-from vlm.families.base import Family
-from vlm.families.features import FeatureCache, encode
+from vlm.families import Family, FeatureCache, encode
 
 IGNORED = -100  # a target that is not in the loss; what torch's cross entropy ignores
 

@@ -25,8 +25,7 @@ from vlm.common.progress import note
 from vlm.config.settings import RESPONSE
 from vlm.conversation.prompts import Prompts
 from vlm.data.splits import Sample
-from vlm.families.base import Family
-from vlm.families.features import FeatureCache
+from vlm.families import Family, FeatureCache
 
 # The largest difference between the log-probabilities of the shared and the plain forward: in float32, and in formats of
 # half the size.

@@ -16,7 +16,7 @@ from vlm.evaluation.evaluate import score_split
 from vlm.evaluation.fit_calibration import MIN_IMAGES, coverage_and_accuracy, pick_threshold
 from vlm.evaluation.reliability import confidence_and_correctness, reliability_bins, reliability_figures
 from vlm.evaluation.score_choice import choose_score
-from vlm.families.features import FeatureCache
+from vlm.families import FeatureCache
 
 
 def calibrate(

@@ -21,7 +21,7 @@ from vlm.config.formats import reasoning_of
 from vlm.conversation.prompts import parse_answer
 from vlm.data.splits import Sample, Split
 from vlm.evaluation.metrics import classification_metrics, user_metrics
-from vlm.families.features import FeatureCache
+from vlm.families import FeatureCache
 
 TEXTS = 32  # images whose text is written in a test
 

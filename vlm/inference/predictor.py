@@ -25,8 +25,7 @@ from vlm.config.settings import CACHE_GB
 from vlm.conversation.prompts import Prompts
 from vlm.data.images import UnreadableImage, open_image
 from vlm.data.splits import Sample
-from vlm.families import load_family
-from vlm.families.features import FeatureCache, open_cache
+from vlm.families import FeatureCache, load_family, open_cache
 from vlm.inference.model_folder import read_metadata
 from vlm.machine.device import pick_device, pick_dtype
 from vlm.machine.memory import largest_batch

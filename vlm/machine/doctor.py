@@ -232,7 +232,7 @@ def disk(
 
 def vision_features() -> Iterator[Finding]:
     """Where the features of images are kept, and how large they are and may become."""
-    from vlm.families.features import cache_root
+    from vlm.families import cache_root
 
     folder = cache_root()
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -39,8 +39,7 @@ from vlm.common.progress import note
 from vlm.config.resolve import set_batch_size
 from vlm.config.settings import BOTH, IMAGES_PER_STEP, POSTERIOR, RESPONSE, Settings
 from vlm.conversation.prompts import Prompts
-from vlm.families import outline, read_config
-from vlm.families.base import Family
+from vlm.families import Family, outline, read_config
 
 GIB = 2**30
 FLOAT32 = 4  # bytes

@@ -12,8 +12,7 @@ import torch
 from vlm.common.errors import UsageError
 from vlm.common.tables import format_table
 from vlm.config.settings import AUTO, TUNING_DEFAULTS, Settings
-from vlm.families import outline
-from vlm.families.base import Family
+from vlm.families import Family, outline
 from vlm.machine.device import pick_device, pick_dtype
 from vlm.machine.memory import GIB, Texts, estimate, free_memory
 

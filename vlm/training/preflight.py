@@ -11,7 +11,7 @@ from vlm.common.progress import note
 from vlm.config.formats import stated_format
 from vlm.config.settings import IMAGES_PER_STEP, Settings
 from vlm.data.splits import Sample
-from vlm.families.features import cache_root
+from vlm.families import cache_root
 
 SHOWN_SETTINGS = (
     "tune",

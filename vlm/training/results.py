@@ -23,8 +23,7 @@ from vlm.evaluation.evaluate import check_texts, explanations, metrics_of_sums, 
 from vlm.evaluation.image_check import check_images
 from vlm.evaluation.probe import compare, probe
 from vlm.evaluation.reliability import confidence_and_correctness
-from vlm.families import load_family
-from vlm.families.features import FeatureCache
+from vlm.families import FeatureCache, load_family
 from vlm.inference.predictor import load_model_and_metadata
 from vlm.report.figures import confusion_matrix, per_class_table, reliability_diagram, training_curves
 from vlm.report.page import Prediction, shown_images, write_page

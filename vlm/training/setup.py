@@ -27,11 +27,7 @@ from vlm.conversation.prompts import Prompts, build_prompts
 from vlm.conversation.responses import longest_reasoning
 from vlm.data.hub import model_folder
 from vlm.data.splits import Data, load_data
-from vlm.families import load_family
-from vlm.families.base import Family
-from vlm.families.demo import MODEL_NAME, build_demo_model
-from vlm.families.features import FeatureCache, fill_cache
-from vlm.families.quantization import check_quantization
+from vlm.families import DEMO_NAME, Family, FeatureCache, build_demo_model, check_quantization, fill_cache, load_family
 from vlm.machine.device import check_compiler, pick_device, pick_dtype, pick_threads, share_of_cores
 from vlm.machine.memory import Texts, fit_to_memory
 from vlm.training.preflight import point_out_contradictions, preflight, settings_rows
@@ -220,7 +216,7 @@ def _metadata(
     """What the model folder tells inference, and people."""
     return {
         "format_version": 1,
-        "model": MODEL_NAME if settings.demo else settings.model,
+        "model": DEMO_NAME if settings.demo else settings.model,
         "model_revision": revision,
         "model_type": classifier.model.config.model_type,
         "class_names": list(classifier.class_names),
