@@ -14,13 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm.common.errors import RunError, UsageError, exit_code
-from vlm.common.lazy import lazy_names
+from vlm.common import RunError, UsageError, exit_code, lazy_names
 from vlm.config import Parser
 from vlm.machine import wait_politely
 
 if TYPE_CHECKING:
-    from vlm.inference.predictor import load_model_and_metadata, predict_batch, predict_single_image
+    from vlm.inference import load_model_and_metadata, predict_batch, predict_single_image
 
 __all__ = ["load_model_and_metadata", "main", "predict_batch", "predict_single_image"]
 
@@ -87,7 +86,7 @@ def predict(args: argparse.Namespace) -> None:
     import torch
 
     from vlm.data import find_images
-    from vlm.inference.predictor import load_model_and_metadata, predict_batch
+    from vlm.inference import load_model_and_metadata, predict_batch
     from vlm.machine import pick_threads
 
     torch.set_num_threads(pick_threads(args.threads))
@@ -116,7 +115,7 @@ def check_output(path: Path) -> None:
 def print_results(results: dict[str, dict[str, Any]], explain: bool) -> None:
     """Print a table to stdout: path, prediction, confidence, the runner-up (the two best, if abstained), and the text
     if asked for."""
-    from vlm.common.tables import format_table
+    from vlm.common import format_table
 
     rows = []
     for path, result in results.items():
@@ -141,7 +140,7 @@ def print_results(results: dict[str, dict[str, Any]], explain: bool) -> None:
 
 def write_results(path: Path, results: dict[str, dict[str, Any]]) -> None:
     """Write one row an image, whole or not at all: CSV with a column a class, or JSON lines."""
-    from vlm.common.files import replacing
+    from vlm.common import replacing
 
     try:
         with replacing(path) as new, new.open("w", encoding="utf-8", newline="") as file:

@@ -10,14 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm.common.errors import UsageError, exit_code
-from vlm.common.lazy import lazy_names
+from vlm.common import UsageError, exit_code, lazy_names
 from vlm.config import RunSettings, Settings, parse_arguments, read_settings, resolve
 from vlm.machine import wait_politely
 
 if TYPE_CHECKING:
-    from vlm.classifier.batching import vlm_collate_fn
-    from vlm.evaluation.evaluate import evaluate_vlm_model
+    from vlm.classifier import vlm_collate_fn
+    from vlm.evaluation import evaluate_vlm_model
 
 __all__ = ["evaluate_vlm_model", "main", "vlm_collate_fn"]
 
@@ -47,14 +46,13 @@ def train(given: dict[str, Any]) -> None:
         return list_models(resolve(given))
     output = Path(given.get("output_dir", Settings.output_dir))
     settings = resolve(given, saved_settings(output) if given.get("resume") else None)
-    from vlm.training.output import check_output
-    from vlm.training.stopping import StopSignals
+    from vlm.training import StopSignals, check_output
 
     check_output(settings)
     signals = StopSignals(settings.output_dir)
     signals.listen()  # before the heavy imports, which take seconds
     wait_politely()
-    from vlm.training.loop import fit
+    from vlm.training import fit
 
     fit(settings, signals.should_stop, signals.enter)
 

@@ -24,10 +24,10 @@ import workload
 from torch import Tensor
 from train_vs_plain import plain_batch
 
-from vlm.classifier.classifier import VLMClassifier
+from vlm.classifier import VLMClassifier
 from vlm.config import ImageSize
 from vlm.data import Sample, open_image
-from vlm.inference.predictor import predict_batch
+from vlm.inference import predict_batch
 
 NEW_TOKENS = 40
 TOLERANCE = 5e-4  # of a probability relative to the most probable class; the search of the tree may leave out 1e-4

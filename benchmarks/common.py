@@ -34,7 +34,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from report import figures
 
-from vlm.common.tables import format_table
+from vlm.common import format_table
 from vlm.machine import pick_threads
 
 ROUNDS, QUICK_ROUNDS, TINY_ROUNDS = 5, 3, 1

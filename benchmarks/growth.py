@@ -18,7 +18,7 @@ import torch
 import workload
 from classify_vs_generate import predict
 
-from vlm.inference.predictor import predict_batch
+from vlm.inference import predict_batch
 
 SERIES = {
     "full": {

@@ -22,8 +22,8 @@ import workload
 from torch import Tensor, nn
 from train_vs_trl import BATCH_SIZES
 
-from vlm.classifier.batching import IGNORED, Batch
-from vlm.classifier.classifier import LossOutput, Reading, Scored, VLMClassifier
+from vlm.classifier import IGNORED, Batch, VLMClassifier
+from vlm.classifier.classifier import LossOutput, Reading, Scored
 from vlm.classifier.prefix import expand, in_front
 from vlm.data import Sample, open_image
 from vlm.training.tuning import trained_parameters

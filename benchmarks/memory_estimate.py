@@ -24,14 +24,14 @@ from PIL import Image
 from shapes import shape
 from workload import build
 
-from vlm.classifier.classifier import VLMClassifier
-from vlm.common.tables import format_table
+from vlm.classifier import VLMClassifier
+from vlm.common import format_table
 from vlm.config import RESPONSE, TUNING_DEFAULTS, resolve
-from vlm.conversation.prompts import build_prompts
+from vlm.conversation import build_prompts
 from vlm.data import Sample
-from vlm.evaluation.evaluate import score_split
+from vlm.evaluation import score_split
 from vlm.families import load_family, outline, read_config
-from vlm.inference.model_folder import save_model_folder
+from vlm.inference import save_model_folder
 from vlm.machine import Texts, estimate
 from vlm.training.tuning import merged_state_dict, parameter_groups, prepare_tuning
 

@@ -20,7 +20,7 @@ import workload
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from train_vs_trl import BATCH_SIZES
 
-from vlm.classifier.classifier import VLMClassifier
+from vlm.classifier import VLMClassifier
 from vlm.data import Sample, open_image
 
 SIDE = {"full": 3072, "quick": 2048, "tiny": 256}  # of the square matrices

@@ -19,9 +19,9 @@ import workload
 from torch import Tensor
 from train_vs_trl import BATCH_SIZES, add_options, cases, row
 
-from vlm.classifier.batching import IGNORED, vlm_collate_fn
+from vlm.classifier import IGNORED, vlm_collate_fn
 from vlm.config import Settings
-from vlm.conversation.rendered import Rendered
+from vlm.conversation import Rendered
 from vlm.data import Sample
 from vlm.training.tuning import prepare_tuning, trained_parameters
 

@@ -21,11 +21,11 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from vlm.classifier.batching import IGNORED
+from vlm.classifier import IGNORED
 from vlm.config import Settings
-from vlm.conversation.prompts import Prompts
+from vlm.conversation import Prompts
 from vlm.data import Split
-from vlm.machine.device import DTYPES
+from vlm.machine import DTYPES
 
 Examined = tuple[list[int], float, dict[str, Tensor]]  # what `OurTraining.examine` gives
 

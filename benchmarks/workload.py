@@ -25,15 +25,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vlm.classifier.classifier import VLMClassifier
+from vlm.classifier import VLMClassifier
 from vlm.config import RESPONSE, Settings, resolve
-from vlm.conversation.prompts import Prompts, build_prompts
+from vlm.conversation import Prompts, build_prompts
 from vlm.data import Sample, Split, Step, load_data
-from vlm.families import load_family
-from vlm.families.base import Family
-from vlm.families.demo import CHAT_TEMPLATE, build_model, build_processor
-from vlm.families.encoded import ENCODER_FEATURES
-from vlm.families.features import FeatureCache, open_cache
+from vlm.families import ENCODER_FEATURES, Family, FeatureCache, build_model, build_processor, load_family, open_cache
+from vlm.families.demo import CHAT_TEMPLATE
 from vlm.machine import DTYPES
 from vlm.training.loop import Trainer
 from vlm.training.setup import set_up

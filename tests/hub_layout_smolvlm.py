@@ -7,7 +7,7 @@ import torch
 from family_checks import randomize
 from tiny import tiny_prompts
 
-from vlm.families.demo import build_model, build_processor
+from vlm.families import build_model, build_processor
 
 # What differs between the sizes and matters to this program: the geometry, and whether rows and columns have tokens of
 # their own.

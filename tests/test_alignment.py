@@ -12,7 +12,7 @@ from halves import CLASSES, connector_of, resumed, settings, split
 from safetensors.torch import load_file
 
 from vlm.common.errors import Stopped, UsageError
-from vlm.families.features import fill_cache
+from vlm.families import fill_cache
 from vlm.training import alignment, results
 from vlm.training import loop as training
 from vlm.training.alignment import align, nearest_name_accuracy

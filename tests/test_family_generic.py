@@ -30,7 +30,7 @@ from transformers import (
     SiglipImageProcessorPil,
 )
 
-from vlm.families.generic import processor_class
+from vlm.families.processors import processor_class_of
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
@@ -128,7 +128,7 @@ class TestLlavaOnevision(Generic):
         model.generation_config.eos_token_id = words.convert_tokens_to_ids("<|im_end|>")
         model.save_pretrained(folder)
         images = LlavaOnevisionImageProcessorPil(size={"height": 28, "width": 28}, image_grid_pinpoints=pinpoints)
-        processor_class(folder)(
+        processor_class_of(folder)(
             images,
             words,
             num_image_tokens=4,
@@ -162,7 +162,7 @@ class TestInternVL(Generic):
         model.save_pretrained(folder)
         images = GotOcr2ImageProcessorPil(size={"height": 28, "width": 28}, crop_to_patches=True, max_patches=3)
         template = CHATML.replace("IMAGE", "<IMG_CONTEXT>\n")
-        processor_class(folder)(images, words, image_seq_length=4, chat_template=template).save_pretrained(folder)
+        processor_class_of(folder)(images, words, image_seq_length=4, chat_template=template).save_pretrained(folder)
 
     def one_image(self, batch, i):
         counts = [int((row == self.image_token).sum()) // 4 for row in batch["input_ids"]]

@@ -16,9 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from inference_vlm import load_model_and_metadata, predict_batch
-from vlm.families import features
-from vlm.families.base import Family
-from vlm.families.features import FeatureCache, cache_root, fill_cache, make_room
+from vlm.families import Family, FeatureCache, cache_root, features, fill_cache
+from vlm.families.features import make_room
 
 OLD, NEW = 2 * 86400, 60  # seconds since a file was used
 

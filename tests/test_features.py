@@ -15,9 +15,8 @@ from torch.utils.data import DataLoader
 
 from vlm.data import Split
 from vlm.evaluation.evaluate import score_split
-from vlm.families import features
-from vlm.families.encoded import CONNECTED_FEATURES, ENCODER_FEATURES
-from vlm.families.features import cache_root, fill_cache, fingerprint, open_cache
+from vlm.families import CONNECTED_FEATURES, ENCODER_FEATURES, cache_root, features, fill_cache, open_cache
+from vlm.families.features import fingerprint
 
 
 @pytest.fixture(autouse=True)

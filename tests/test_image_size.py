@@ -19,8 +19,8 @@ from vlm.common.errors import UsageError
 from vlm.config import ImageSize, resolve
 from vlm.data import Sample, load_data
 from vlm.families import load_family
-from vlm.families.generic import processor_class
 from vlm.families.images.sizes import pick_size
+from vlm.families.processors import processor_class_of
 
 SAVE = {
     "smolvlm": save_smolvlm,
@@ -212,7 +212,7 @@ def probabilities(classifier, image):
 
 def plain_processor(folder, model):
     """As anybody loads it; the video half of some processors needs torchvision."""
-    loader = processor_class(folder) if model == "internvl" else AutoProcessor
+    loader = processor_class_of(folder) if model == "internvl" else AutoProcessor
     processor = loader.from_pretrained(folder)
     processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     return processor

@@ -16,8 +16,7 @@ from vlm.data import Data, Rows, Sample, Split
 from vlm.evaluation import linear_probe as module
 from vlm.evaluation.linear_probe import compare, pooled_features, probe
 from vlm.evaluation.reliability import may_be_chance
-from vlm.families import load_family
-from vlm.families.features import fill_cache
+from vlm.families import fill_cache, load_family
 from vlm.training.tuning import prepare_tuning
 
 GENERIC = {

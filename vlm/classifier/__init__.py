@@ -9,11 +9,13 @@ from vlm.classifier.calibration import Calibration
 from vlm.classifier.classifier import VLMClassifier
 from vlm.classifier.objective import Objective, balanced_weights, usual_objective
 from vlm.classifier.reasoning import classify, explain, names_class, write_freely
-from vlm.classifier.search import NODES_AT_ONCE, TOLERANCE
+from vlm.classifier.search import LOGITS_AT_ONCE, NODES_AT_ONCE, NODES_KEPT, TOLERANCE
 
 __all__ = [
     "IGNORED",
+    "LOGITS_AT_ONCE",
     "NODES_AT_ONCE",
+    "NODES_KEPT",
     "TOLERANCE",
     "Batch",
     "Calibration",

@@ -7,12 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm.common.errors import UsageError
-from vlm.conversation.rendered import Rendered
-from vlm.conversation.responses import response_of
+from vlm.common import UsageError
+from vlm.conversation import Rendered, response_of
 from vlm.data import Sample
-from vlm.families.base import Family
-from vlm.families.features import FeatureCache, encode
+from vlm.families import Family, FeatureCache, encode
 
 IGNORED = -100  # a target that is not in the loss; what torch's cross entropy ignores
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from vlm.common.progress import note
-from vlm.conversation.prompts import Prompts
+from vlm.common import note
+from vlm.conversation import Prompts
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,11 @@ from vlm.classifier.objective import Objective
 from vlm.classifier.plain import PlainForward
 from vlm.classifier.search import PROVEN, TOLERANCE
 from vlm.classifier.shared import SharedPrefix
-from vlm.common.errors import UsageError, first_line
-from vlm.common.modes import evaluation_mode
-from vlm.common.progress import note
+from vlm.common import UsageError, evaluation_mode, first_line, note
 from vlm.config import RESPONSE
-from vlm.conversation.prompts import Prompts
+from vlm.conversation import Prompts
 from vlm.data import Sample
-from vlm.families.base import Family
-from vlm.families.features import FeatureCache
+from vlm.families import Family, FeatureCache
 
 # The largest difference between the log-probabilities of the shared and the plain forward: in float32, and in formats
 # of half the size.

@@ -14,8 +14,8 @@ from vlm.classifier.batching import Batch
 from vlm.classifier.calibration import Calibration
 from vlm.classifier.label_tree import LabelTree
 from vlm.classifier.objective import Objective
-from vlm.conversation.rendered import Rendered
-from vlm.families.base import Family
+from vlm.conversation import Rendered
+from vlm.families import Family
 
 
 class LossOutput(NamedTuple):

@@ -19,7 +19,7 @@ from vlm.classifier.batching import IGNORED, Batch, pad_rows, places
 from vlm.classifier.classifier import VLMClassifier
 from vlm.classifier.search import TOLERANCE
 from vlm.config import lay_out, reasoning_of
-from vlm.conversation.responses import before_answer, before_reasoning
+from vlm.conversation import before_answer, before_reasoning
 
 
 @dataclass

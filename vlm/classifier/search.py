@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 
 from vlm.classifier.label_tree import LabelTree, Search
 from vlm.classifier.prefix import expand
-from vlm.families.base import Family
+from vlm.families import Family
 
 TOLERANCE = 1e-4  # how much a probability may be wrong at most
 PROVEN = 1  # the prediction; of the others those with more than the tolerance are proven anyway

@@ -24,9 +24,8 @@ from vlm.classifier.objective import Objective
 from vlm.classifier.prefix import KeysAndValues, Recorded, StepPrefix, expand, in_front
 from vlm.classifier.search import Reading, run_searches
 from vlm.classifier.tree_rows import TreeRows
-from vlm.conversation.rendered import Rendered
-from vlm.families.base import Family
-from vlm.families.encoded import CONNECTED_FEATURES, besides_pixels
+from vlm.conversation import Rendered
+from vlm.families import CONNECTED_FEATURES, Family, besides_pixels
 
 
 class SharedPrefix(Forward):

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vlm.classifier.label_tree import ROOT, LabelTree
 from vlm.classifier.search import LOGITS_AT_ONCE
-from vlm.families.base import Family
+from vlm.families import Family
 
 
 class TreeRows(nn.Module):

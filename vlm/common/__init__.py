@@ -1,0 +1,51 @@
+"""What every room may use: errors and their exit codes, notes and progress, tables, and files written whole.
+
+Knows nothing of images, models or settings, and imports no heavy library.
+"""
+
+from vlm.common.errors import (
+    RunError,
+    Stopped,
+    UsageError,
+    did_you_mean,
+    exit_code,
+    first_line,
+    is_main_process,
+    is_out_of_memory,
+    one_line,
+    reason,
+)
+from vlm.common.files import recover, replacing, usual_modes, write_folder, write_json
+from vlm.common.lazy import lazy_names
+from vlm.common.modes import evaluation_mode
+from vlm.common.progress import Bar, note, progress
+from vlm.common.tables import format_table, printable, text_width
+from vlm.common.text import dtype_name, shorten
+
+__all__ = [
+    "Bar",
+    "RunError",
+    "Stopped",
+    "UsageError",
+    "did_you_mean",
+    "dtype_name",
+    "evaluation_mode",
+    "exit_code",
+    "first_line",
+    "format_table",
+    "is_main_process",
+    "is_out_of_memory",
+    "lazy_names",
+    "note",
+    "one_line",
+    "printable",
+    "progress",
+    "reason",
+    "recover",
+    "replacing",
+    "shorten",
+    "text_width",
+    "usual_modes",
+    "write_folder",
+    "write_json",
+]

@@ -9,7 +9,7 @@ def lazy_names(module: str, sources: Mapping[str, Sequence[str]]) -> Callable[[s
     """The `__getattr__` (PEP 562) of a package or script that hands on names of other modules.
 
         if TYPE_CHECKING:
-            from vlm.machine.device import pick_device
+            from vlm.machine import pick_device
 
         __getattr__ = lazy_names(__name__, {".device": ["pick_device"]})
 

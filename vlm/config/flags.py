@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from vlm.common.errors import did_you_mean
+from vlm.common import did_you_mean
 from vlm.config.rules import flag_of
 from vlm.config.settings import Settings
 

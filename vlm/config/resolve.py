@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm.common.errors import UsageError, reason
+from vlm.common import UsageError, reason
 from vlm.config.formats import choose_format
 from vlm.config.rules import flag_of, problems
 from vlm.config.settings import (

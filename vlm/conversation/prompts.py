@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm.common.errors import UsageError, reason
+from vlm.common import UsageError, reason
 from vlm.config import DEFAULT_FORMAT, Settings, lay_out
 
 SYSTEM = "You are an expert in {task_description}. Every image belongs to exactly one of these classes: {classes}"

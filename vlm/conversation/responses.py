@@ -8,7 +8,7 @@ reasoning-first "X" and the end of turn, after the reasoning and "Answer:".
 from collections.abc import Sequence
 from typing import Protocol
 
-from vlm.common.errors import UsageError
+from vlm.common import UsageError
 from vlm.config import lay_out
 from vlm.conversation.prompts import Prompts
 from vlm.conversation.rendered import Rendered, common_start

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from vlm.common.errors import UsageError
+from vlm.common import UsageError
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from vlm.common.errors import RunError, UsageError, one_line
-from vlm.common.progress import note
+from vlm.common import RunError, UsageError, note, one_line
 
 REQUEST_SECONDS = 5
 PATIENCE_SECONDS = 8

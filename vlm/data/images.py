@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from vlm.common.errors import UsageError, reason
+from vlm.common import UsageError, reason
 
 # Files with these endings count as images when a folder is searched.
 IMAGE_ENDINGS = {

@@ -6,8 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from vlm.common.errors import UsageError
-from vlm.common.progress import note, progress
+from vlm.common import UsageError, note, progress
 from vlm.data.images import UnreadableImage
 from vlm.data.splits import ROLES, Split
 

@@ -7,16 +7,15 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from vlm.classifier.calibration import Calibration
-from vlm.classifier.classifier import VLMClassifier
-from vlm.common.progress import note
+from vlm.classifier import Calibration, VLMClassifier
+from vlm.common import note
 from vlm.config import AUTO, Settings
 from vlm.data import Split
 from vlm.evaluation.evaluate import score_split
 from vlm.evaluation.fit_calibration import MIN_IMAGES, coverage_and_accuracy, pick_threshold
 from vlm.evaluation.reliability import confidence_and_correctness, reliability_bins, reliability_figures
 from vlm.evaluation.score_choice import choose_score
-from vlm.families.features import FeatureCache
+from vlm.families import FeatureCache
 
 
 def calibrate(

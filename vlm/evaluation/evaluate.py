@@ -11,17 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from vlm.classifier.batching import Batch
-from vlm.classifier.classifier import VLMClassifier
-from vlm.classifier.reasoning import classify, explain, names_class, write_freely
-from vlm.classifier.search import TOLERANCE
-from vlm.common.modes import evaluation_mode
-from vlm.common.progress import progress
+from vlm.classifier import TOLERANCE, Batch, VLMClassifier, classify, explain, names_class, write_freely
+from vlm.common import evaluation_mode, progress
 from vlm.config import reasoning_of
-from vlm.conversation.prompts import parse_answer
+from vlm.conversation import parse_answer
 from vlm.data import Sample, Split
 from vlm.evaluation.metrics import classification_metrics, user_metrics
-from vlm.families.features import FeatureCache
+from vlm.families import FeatureCache
 
 TEXTS = 32  # images whose text is written in a test
 

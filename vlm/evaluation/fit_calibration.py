@@ -10,7 +10,7 @@ from scipy.optimize import brentq, minimize
 from scipy.special import logsumexp, softmax
 from torch import Tensor
 
-from vlm.classifier.calibration import Calibration
+from vlm.classifier import Calibration
 
 MIN_IMAGES = 20  # with fewer, a temperature would say more about these images than about the model
 COLDEST, HOTTEST = 0.01, 100.0  # bounds of the temperature

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from vlm.classifier.classifier import VLMClassifier
+from vlm.classifier import VLMClassifier
 from vlm.data import Sample, Split, balanced_positions
 from vlm.evaluation.evaluate import score_split
 from vlm.evaluation.reliability import may_be_chance

@@ -16,13 +16,10 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
-from vlm.common.errors import is_out_of_memory
-from vlm.common.modes import evaluation_mode
-from vlm.common.progress import Bar, note
+from vlm.common import Bar, evaluation_mode, is_out_of_memory, note
 from vlm.data import Data, Sample, Split
 from vlm.evaluation.reliability import accuracy_interval, may_be_chance
-from vlm.families.base import Family
-from vlm.families.features import FeatureCache, encode
+from vlm.families import Family, FeatureCache, encode
 
 BATCH_SIZE = 16
 STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)  # scikit-learn's C, from strong regularization to weak

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-from vlm.common.errors import RunError, UsageError
-from vlm.common.progress import note
+from vlm.common import RunError, UsageError, note
 
 SMALLEST_LOG_PROBABILITY = (
     -100.0

@@ -10,11 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlm.classifier.batching import batch_without_image
-from vlm.classifier.calibration import Calibration
-from vlm.classifier.classifier import VLMClassifier
-from vlm.classifier.reasoning import classify
-from vlm.common.errors import first_line
+from vlm.classifier import Calibration, VLMClassifier, batch_without_image, classify
+from vlm.common import first_line
 from vlm.config import AUTO
 from vlm.evaluation.fit_calibration import MIN_IMAGES, fit_calibration
 

@@ -20,12 +20,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConf
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from vlm.common.errors import UsageError, first_line
-from vlm.common.text import dtype_name
+from vlm.common import UsageError, dtype_name, first_line
 from vlm.config import ImageSize
-from vlm.conversation.prompts import Prompts
-from vlm.conversation.rendered import Rendered
-from vlm.conversation.responses import scored_texts
+from vlm.conversation import Prompts, Rendered, scored_texts
 from vlm.families.encoded import CONNECTED_FEATURES, ENCODER_FEATURES, EncodedImages
 from vlm.families.images.sizes import size_text
 from vlm.families.quantization import forget_quantizer, loading_options

@@ -16,10 +16,10 @@ from transformers import (
 )
 
 from vlm.config import Settings
-from vlm.conversation.prompts import build_prompts
+from vlm.conversation import build_prompts
 from vlm.families.base import quiet
 
-MODEL_NAME = "demo"  # what the metadata calls the model
+DEMO_NAME = "demo"  # what the metadata calls the model
 IMAGE_SIZE = 32  # pixels; the digits have 8
 PATCH_SIZE = 8  # 2 x 2 of their pixels
 SCALE_FACTOR = 2  # 2 x 2 patches become one image token: 4 tokens an image

@@ -28,9 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from vlm.common.files import replacing
-from vlm.common.modes import evaluation_mode
-from vlm.common.progress import Bar, note
+from vlm.common import Bar, evaluation_mode, note, replacing
 from vlm.data import Sample, Split
 from vlm.families.base import Family
 from vlm.families.encoded import CONNECTED_FEATURES, ENCODER_FEATURES, EncodedImages, besides_pixels

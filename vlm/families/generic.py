@@ -8,27 +8,22 @@ B = batch, K = tokens of a whole sequence, D = width, V = vocabulary.
 """
 
 import inspect
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoProcessor
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-from vlm.common.errors import UsageError, first_line
-from vlm.common.progress import note
+from vlm.common import UsageError, first_line, note
 from vlm.config import ImageSize
-from vlm.conversation.prompts import Prompts
-from vlm.conversation.rendered import Rendered
+from vlm.conversation import Prompts, Rendered
 from vlm.families.base import Family
 from vlm.families.encoded import CONNECTED_FEATURES, ENCODER_FEATURES, EncodedImages
 from vlm.families.images import squares
 from vlm.families.images.sizes import pick_size
+from vlm.families.processors import processor_class_of, read_processor
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")
 VISION_NAMES = ("vision_tower", "vision_model", "visual", "vision_encoder", "image_tower")
@@ -36,19 +31,6 @@ VISION_NAMES = ("vision_tower", "vision_model", "visual", "vision_encoder", "ima
 # check.
 BIDIRECTIONAL = ("gemma3", "gemma4", "paligemma")
 PROBE_SIZE = (64, 48)  # pixels of the image that shows where a processor puts its tokens
-
-
-def processor_class(folder: Path) -> Any:
-    """The class of the processor in a folder, without its video half where it has one, since that needs torchvision."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    whole = getattr(transformers, PROCESSOR_MAPPING_NAMES.get(config["model_type"], ""), None)
-    if whole is None or "video_processor" not in whole.get_attributes():
-        return AutoProcessor
-    parts = [name for name in whole.get_attributes() if name != "video_processor"]
-    # It keeps its name, under which it is saved and others load it.
-    return type(
-        whole.__name__, (whole,), {"get_attributes": classmethod(lambda cls: parts), "__module__": whole.__module__}
-    )
 
 
 class _Reached(Exception):
@@ -89,11 +71,9 @@ class GenericFamily(Family):
     @classmethod
     def load_processor(cls, folder: Path, **options: Any) -> Any:
         try:
-            processor = processor_class(folder).from_pretrained(folder, local_files_only=True)
-            processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
+            return read_processor(folder, processor_class_of(folder))
         except (ImportError, OSError, ValueError) as error:
             raise UsageError(f"the processor in {folder} cannot be loaded: {first_line(error)}") from error
-        return processor
 
     # The parts
 
@@ -157,7 +137,6 @@ class GenericFamily(Family):
         self._closing_ids = [self.tokenizer.eos_token_id]
         if not getattr(self.processor, "chat_template", None):
             note("the model has no chat template: image, instructions and question are put one after the other.")
-            self._turn = lambda text: text
             return f"{self._placeholder}{prompts.system}\n{prompts.question}\n"
         for messages in (prompts.messages(), in_user_turn):
             try:

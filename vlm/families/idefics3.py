@@ -6,18 +6,17 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from vlm.config import ImageSize
 from vlm.families.base import Family
 from vlm.families.encoded import EncodedImages
-from vlm.families.images.resizing import equals, one_tile
 from vlm.families.images.sizes import pick_size
+from vlm.families.processors import read_processor
 
-PATCHES_AT_ONCE = (
-    2048  # of the vision encoder on a CPU: 25 MB of its widest values, which memory that was used before has room for
-)
-PUBLISHED_TILES = 4  # the width to which images are enlarged before they are split, in tiles, in SmolVLM of every size
+# Of the vision encoder on a CPU: their widest activations take 25 MB, which fits into memory that was used before.
+PATCHES_AT_ONCE = 2048
+PUBLISHED_TILES = 4  # SmolVLM of every size enlarges an image to the width of so many tiles before it is split
 
 
 def _tile(config: PreTrainedConfig, image_size: ImageSize | None) -> int:
@@ -32,46 +31,36 @@ def _load_of(tile: int, config: PreTrainedConfig) -> tuple[int, int]:
     return patches, patches // config.scale_factor**2
 
 
-def by_processor(image_processor: Any, images: list[Image.Image]) -> dict[str, Any]:
-    """What transformers gives of RGB images, one each sample."""
-    return image_processor([[p] for p in images], return_tensors="pt", return_row_col_info=True)
-
-
 class Idefics3Family(Family):
     model_types = ("idefics3",)
     title = "SmolVLM"
     image_defaults = {"image_splitting": False, "image_size": None}
     end_of_turn = "<end_of_utterance>"
 
-    def __init__(self, model: nn.Module, processor: Any):
-        super().__init__(model, processor)
-        image_processor = processor.image_processor
-        self.resizes_fast = not image_processor.do_image_splitting and equals(one_tile, by_processor, image_processor)
-
     @classmethod
     def load_processor(
         cls, folder: Path, image_splitting: bool | None = None, image_size: ImageSize | None = None
     ) -> Any:
-        """The published processor, with one tile an image or, with `image_splitting`, as many as were published.
+        """The published processor, with one tile for each image or, with `image_splitting`, as many as published.
 
-        The published default splits a 224 x 224 image into 17 tiles (1,088 tokens) where one tile has 64. Without
-        splitting a `size` equal to the tile spares the enlargement to four tiles' width that comes before it. The tile
-        may be smaller than published: the encoder's position embeddings are looked up by the place in the image, a
-        fraction of its edge. All is saved with the processor.
+        The published default splits a 224 x 224 image into 17 tiles (1,088 tokens); one tile has 64 tokens. Without
+        splitting, `size` is that of the tile, so an image is resized once and not first enlarged to four tiles' width.
+        A tile may be smaller than published, because position embeddings are looked up by the relative place in the
+        image. All of it is saved with the processor.
         """
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-        # The PIL images do not depend on whether torchvision is installed.
-        processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
+        processor = read_processor(folder)
         image_processor = processor.image_processor
-        if image_splitting is not None:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
-            tile = _tile(config, image_size)
-            processor.image_seq_len = _load_of(tile, config)[1]
-            image_processor.do_image_splitting, image_processor.max_image_size = image_splitting, {"longest_edge": tile}
-            if not image_splitting:
-                image_processor.size = {"longest_edge": tile}
-            elif image_processor.size["longest_edge"] <= tile:  # saved without splitting: back to what SmolVLM has
-                image_processor.size = {"longest_edge": PUBLISHED_TILES * tile}
+        if image_splitting is None:
+            return processor
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        tile = _tile(config, image_size)
+        _, processor.image_seq_len = _load_of(tile, config)
+        image_processor.do_image_splitting = image_splitting
+        image_processor.max_image_size = {"longest_edge": tile}
+        if not image_splitting:
+            image_processor.size = {"longest_edge": tile}
+        elif image_processor.size["longest_edge"] <= tile:  # saved without splitting: back to the published size
+            image_processor.size = {"longest_edge": PUBLISHED_TILES * tile}
         return processor
 
     @property
@@ -96,14 +85,16 @@ class Idefics3Family(Family):
         return tiles * patches, tiles * tokens
 
     def encode_images(self, images: list[Image.Image]) -> EncodedImages:
-        image_processor = self.processor.image_processor
-        encode = one_tile if self.resizes_fast and not image_processor.do_image_splitting else by_processor
-        batch = encode(image_processor, images)
+        """RGB images -> tiles of all images, (tiles, 3, H, W), and which of their pixels belong to an image."""
+        batch = self.processor.image_processor(
+            [[image] for image in images], return_tensors="pt", return_row_col_info=True
+        )
+        # An image that was split has rows x columns tiles and the whole image; any other is one tile.
         tiles = [
             max(1, rows[0] * columns[0] + (rows[0] > 0))
             for rows, columns in zip(batch["rows"], batch["cols"], strict=True)
         ]
-        # (B, most tiles, 3, H, W) padded with empty tiles -> (all tiles, 3, H, W)
+        # (B, most tiles, 3, H, W) padded with empty tiles -> (all tiles, 3, H, W); masks likewise without the 3
         inputs = {
             name: torch.cat([tensor[i, :count] for i, count in enumerate(tiles)])
             for name, tensor in batch.items()
@@ -115,12 +106,13 @@ class Idefics3Family(Family):
     def vision_features(self, inputs: dict[str, Tensor]) -> Tensor:
         """(tiles, patches, vision width)."""
         size = self.model.config.vision_config.patch_size
-        # A patch counts where any of its pixels belongs to the image.
+        # (tiles, H, W) -> (tiles, rows, columns): a patch counts if any of its pixels belongs to the image
         patches = inputs["pixel_attention_mask"].unfold(1, size, size).unfold(2, size, size).any(-1).any(-1)
         pixels = inputs["pixel_values"].to(self.vision.dtype)
         count = len(pixels)
         if pixels.device.type == "cpu" and not torch.is_grad_enabled():
             count = max(1, PATCHES_AT_ONCE // patches[0].numel())
+        # (tiles, 3, H, W) -> (tiles, patches, vision width), `count` tiles at a time
         pieces = zip(pixels.split(count), patches.split(count), strict=True)
         return torch.cat(
             [self.vision(pixel_values=some, patch_attention_mask=seen).last_hidden_state for some, seen in pieces]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from vlm.common.errors import UsageError
+from vlm.common import UsageError
 
 PACKAGE = "bitsandbytes"
 OLDEST = "0.48"  # the first that computes on the CPU without a separate package

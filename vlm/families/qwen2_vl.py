@@ -1,5 +1,4 @@
-"""Qwen2-VL-Instruct and Qwen2.5-VL-Instruct of every size, without the video half of their processor, which needs
-torchvision.
+"""Qwen2-VL-Instruct and Qwen2.5-VL-Instruct of every size.
 
 B = batch, L = tokens of a row, N = patches of all images, D = width. Four neighboring patches become one image token.
 """
@@ -12,42 +11,23 @@ import torch
 import transformers
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoImageProcessor
 from transformers.vision_utils import get_vision_window_index
 
-from vlm.common.errors import UsageError
+from vlm.common import UsageError
 from vlm.config import ImageSize
 from vlm.families.base import Family
 from vlm.families.encoded import EncodedImages
-from vlm.families.images.resizing import equals, native_patches
+from vlm.families.processors import read_processor, without_videos
 
 MIN_PIXELS = 4 * 28 * 28  # as published
 MAX_PIXELS = 256 * 28 * 28  # 448 x 448: 256 image tokens, where the published 16384 * 28 * 28 runs out of memory
 LONGEST_SHAPE = 200  # the processor refuses images whose sides differ by more than this factor
 
 
-# Both keep their published names, under which they are saved and others load them.
-class Qwen2VLProcessor(transformers.Qwen2VLProcessor):
-    """Images and text, no videos."""
-
-    @classmethod
-    def get_attributes(cls) -> list[str]:
-        return ["image_processor", "tokenizer"]
-
-
-class Qwen2_5_VLProcessor(transformers.Qwen2_5_VLProcessor):
-    """Images and text, no videos."""
-
-    @classmethod
-    def get_attributes(cls) -> list[str]:
-        return ["image_processor", "tokenizer"]
-
-
 class PatchLinear(nn.Module):
-    """A Conv3d over patches of exactly its kernel's size, as the matrix product that it is.
+    """The same as a Conv3d over patches of exactly its kernel's size, computed as a matrix product.
 
-    The weight is the convolution's own, in name and shape. Conv3d is several times slower
-    (`benchmarks/patch_embed.py`).
+    The weight keeps its name and shape. Conv3d is several times slower (`benchmarks/patch_embed.py`).
     """
 
     def __init__(self, convolution: nn.Conv3d):
@@ -55,7 +35,7 @@ class PatchLinear(nn.Module):
         self.weight = convolution.weight
 
     def forward(self, patches: Tensor) -> Tensor:
-        """(N, channels, frames, height, width) -> (N, D)."""
+        """(N, channels, frames, height, width) -> (N, vision width)."""
         return nn.functional.linear(patches.flatten(1), self.weight.flatten(1))
 
 
@@ -68,23 +48,17 @@ def _most(max_pixels: int, image_size: ImageSize | None) -> int:
     return image_size.pixels**2
 
 
-def by_processor(image_processor: Any, images: list[Image.Image]) -> dict[str, Any]:
-    """What transformers gives of RGB images."""
-    return image_processor(images, return_tensors="pt")
-
-
 class Qwen2VLFamily(Family):
     model_types = ("qwen2_vl",)
     title = "Qwen2-VL"
     image_defaults = {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS, "image_size": None}
-    processor_class = Qwen2VLProcessor
+    processor_class = without_videos(transformers.Qwen2VLProcessor)
     end_of_turn = "<|im_end|>"
 
     def __init__(self, model: nn.Module, processor: Any):
         super().__init__(model, processor)
         patch_embed = model.model.visual.patch_embed
         patch_embed.proj = PatchLinear(patch_embed.proj)
-        self.resizes_fast = equals(native_patches, by_processor, processor.image_processor)
 
     @classmethod
     def load_processor(
@@ -94,31 +68,31 @@ class Qwen2VLFamily(Family):
         max_pixels: int | None = None,
         image_size: ImageSize | None = None,
     ) -> Any:
-        """The published processor without videos.
+        """The published processor without its video half.
 
-        An image is resized to multiples of 28 pixels, its shape kept about, so that it has between `min_pixels` and
-        `max_pixels`. With `image_size` exactly, it has at most the pixels of a square with that edge; auto is no
-        different from nothing, as images keep their size anyway.
+        An image is resized to multiples of 28 pixels with about the same shape, so that it has between `min_pixels` and
+        `max_pixels`. With an exact `image_size` it has at most the pixels of a square with that edge. `auto` changes
+        nothing, because images keep their size anyway.
+
+        Raises:
+            UsageError: `min_pixels` is more than `max_pixels`.
+            UsageError: `image_size` is below the edge of one token, 28 pixels.
         """
-        processor = cls.processor_class.from_pretrained(folder, local_files_only=True)
-        # The PIL images do not depend on whether torchvision is installed.
-        processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
+        processor = read_processor(folder, cls.processor_class)
         processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
         saved = processor.image_processor.size
         least, most = min_pixels or saved["shortest_edge"], _most(max_pixels or saved["longest_edge"], image_size)
         if least > most:
             flag = f"--max-pixels {most}" if most == max_pixels else f"the {most} of --image-size"
             raise UsageError(f"--min-pixels {least} is more than {flag}: give both.")
-        processor.image_processor.size = {
-            "shortest_edge": least,
-            "longest_edge": most,
-        }  # pixels, whatever they are called
+        # transformers calls them edges, but they are numbers of pixels
+        processor.image_processor.size = {"shortest_edge": least, "longest_edge": most}
         return processor
 
     def save(self, folder: Path, state: dict[str, Tensor], dtype: torch.dtype) -> None:
         """Also write the published `preprocessor_config.json`.
 
-        Older programs read it and, where torchvision is installed, so does the video half of transformers' processor.
+        Older programs read it, and so does the video half of transformers' processor if torchvision is installed.
         """
         super().save(folder, state, dtype)
         image_processor = self.processor.image_processor
@@ -131,7 +105,7 @@ class Qwen2VLFamily(Family):
         }
         file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
-    # The parts. transformers keeps the connector, which it calls merger, inside of the vision encoder.
+    # The parts. transformers keeps the connector, which it calls merger, inside the vision encoder.
 
     @property
     def vision(self) -> nn.Module:
@@ -165,22 +139,28 @@ class Qwen2VLFamily(Family):
         return patches, patches // vision.spatial_merge_size**2
 
     def encode_images(self, images: list[Image.Image]) -> EncodedImages:
-        """Patches of all images, one after the other, and their grids: (images, 3) frames, rows, columns of patches."""
+        """RGB images -> patches of all images, (N, values of a patch), and grids, (B, 3) frames, rows and columns.
+
+        Raises:
+            UsageError: an image is more than 200 times as long as wide, or as wide as long.
+        """
         for image in images:
             if max(image.size) > LONGEST_SHAPE * min(image.size):
                 shape = f"{image.width} x {image.height}"
                 raise UsageError(
-                    f"an image has {shape} pixels: {self.title} takes at most {LONGEST_SHAPE} times as long as wide; crop it."
+                    f"an image has {shape} pixels: {self.title} takes at most {LONGEST_SHAPE} times as long as wide; "
+                    "crop it."
                 )
         image_processor = self.processor.image_processor
-        batch = native_patches(image_processor, images) if self.resizes_fast else by_processor(image_processor, images)
+        batch = image_processor(images, return_tensors="pt")
+        # (B, 3) grids of patches -> (B,) image tokens: merge_size x merge_size patches become one
         counts = batch["image_grid_thw"].prod(1) // image_processor.merge_size**2
         return EncodedImages(dict(batch), [[self.image_token_id] * count for count in counts.tolist()])
 
     def vision_features(self, inputs: dict[str, Tensor]) -> Tensor:
         """(N, vision width), the four patches of a token next to each other.
 
-        The forward runs the merger too, and its result is dropped: about one part in seventy of the encoder's work.
+        The forward runs the merger too, and its result is dropped: about 1/70 of the vision encoder's work.
         """
         return self.model.model.visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).last_hidden_state
 
@@ -189,29 +169,35 @@ class Qwen2VLFamily(Family):
     def positions(
         self, start: int, input_ids: Tensor, lengths: Tensor, inputs: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Positions (3, B, L) of rows that begin with an image, and (B,) the position after each row.
+        """Positions of rows that begin with an image, as in `Family.positions`.
 
-        All tokens of the image have the time `start` and count rows and columns from there. The text continues after
-        the larger of rows and columns, as if the image were that many tokens long.
+        The tokens of the image all have the time `start`, and count rows and columns from there. The text continues
+        after the larger of rows and columns, as if the image were that many tokens long.
+
+        Returns:
+            positions: (3, B, L) time, row and column of each token.
+            ends: (B,) the position of the first token after each row.
         """
         if not inputs:
             return super().positions(start, input_ids, lengths, inputs)
+        # (B, 3) patches -> rows and columns of image tokens, (B, 1) each
         grid = inputs["image_grid_thw"] // self.processor.image_processor.merge_size
-        rows, columns = grid[:, 1:2], grid[:, 2:3]  # (B, 1) each
+        rows, columns = grid[:, 1:2], grid[:, 2:3]
         count, extent = rows * columns, torch.maximum(rows, columns)
-        places = torch.arange(input_ids.shape[1], device=grid.device).unsqueeze(0)  # (1, L)
-        text = places - count + extent  # (B, L)
-        inside = torch.stack([torch.zeros_like(text), places // columns, places % columns])  # (3, B, L)
+        # (1, L) places in the row -> (B, L) positions as text, (3, B, L) positions as image tokens
+        places = torch.arange(input_ids.shape[1], device=grid.device).unsqueeze(0)
+        text = places - count + extent
+        inside = torch.stack([torch.zeros_like(text), places // columns, places % columns])
         return start + torch.where(places < count, inside, text), start + lengths + (extent - count).squeeze(1)
 
 
 class Qwen25VLFamily(Qwen2VLFamily):
     model_types = ("qwen2_5_vl",)
     title = "Qwen2.5-VL"
-    processor_class = Qwen2_5_VLProcessor
+    processor_class = without_videos(transformers.Qwen2_5_VLProcessor)
 
     def vision_features(self, inputs: dict[str, Tensor]) -> Tensor:
-        """The encoder sorts the tokens by attention window; here they are back in the order of the image."""
+        """(N, vision width) in the order of the image; the vision encoder itself sorts tokens by attention window."""
         hidden = super().vision_features(inputs)
         visual = self.model.model.visual
         order, _ = get_vision_window_index(
@@ -220,4 +206,6 @@ class Qwen25VLFamily(Qwen2VLFamily):
             window_size=visual.window_size,
             patch_size=visual.patch_size,
         )
-        return hidden.unflatten(0, (-1, visual.spatial_merge_unit))[order.argsort().to(hidden.device)].flatten(0, 1)
+        # (N, width) -> (tokens, patches of a token, width): tokens change places -> (N, width)
+        tokens = hidden.unflatten(0, (-1, visual.spatial_merge_unit))
+        return tokens[order.argsort().to(hidden.device)].flatten(0, 1)

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm.common.errors import UsageError
-from vlm.common.files import write_folder, write_json
+from vlm.common import UsageError, write_folder, write_json
 from vlm.config import BEST_MODEL, DEMO_MODEL, METADATA
-from vlm.families.base import Family
+from vlm.families import Family
 
 
 def save_model_folder(

@@ -12,20 +12,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlm.classifier.batching import Batch
-from vlm.classifier.calibration import Calibration
-from vlm.classifier.classifier import VLMClassifier
-from vlm.classifier.reasoning import classify
-from vlm.classifier.reasoning import explain as explain_predictions
-from vlm.classifier.search import TOLERANCE
-from vlm.common.errors import RunError, UsageError
-from vlm.common.files import recover
-from vlm.common.progress import Bar
+from vlm.classifier import TOLERANCE, Batch, Calibration, VLMClassifier, classify
+from vlm.classifier import explain as explain_predictions
+from vlm.common import Bar, RunError, UsageError, recover
 from vlm.config import RunSettings, read_settings
-from vlm.conversation.prompts import Prompts
+from vlm.conversation import Prompts
 from vlm.data import Sample, UnreadableImage, open_image
-from vlm.families import load_family
-from vlm.families.features import FeatureCache, open_cache
+from vlm.families import FeatureCache, load_family, open_cache
 from vlm.inference.model_folder import read_metadata
 from vlm.machine import largest_batch, pick_device, pick_dtype
 

@@ -6,7 +6,7 @@ and the set-up of the environment have to run without it.
 
 from typing import TYPE_CHECKING
 
-from vlm.common.lazy import lazy_names
+from vlm.common import lazy_names
 
 if TYPE_CHECKING:
     from vlm.machine.batch_size import fit_to_memory, largest_batch

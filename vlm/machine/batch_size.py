@@ -7,11 +7,10 @@ from pathlib import Path
 import psutil
 import torch
 
-from vlm.classifier.classifier import VLMClassifier
-from vlm.common.progress import note
+from vlm.classifier import VLMClassifier
+from vlm.common import note
 from vlm.config import IMAGES_PER_STEP, RESPONSE, Settings
-from vlm.families import outline, read_config
-from vlm.families.base import Family
+from vlm.families import Family, outline, read_config
 from vlm.machine.memory import GIB, Texts, estimate, evaluation_bytes
 
 BATCHES = (128, 64, 32, 16, 8, 4, 2)

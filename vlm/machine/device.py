@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from vlm.common.errors import UsageError, first_line
+from vlm.common import UsageError, first_line
 
 # What OMP_NUM_THREADS was before `accelerate launch` set it (see launch_processes.py).
 USERS_THREADS = "VLM_OMP_NUM_THREADS"

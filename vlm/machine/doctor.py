@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from vlm.common.text import dtype_name
+from vlm.common import dtype_name
 from vlm.config import DEFAULT_DATASET, DEFAULT_MODEL, Settings
 from vlm.machine.requirements import examine, examine_installed
 
@@ -239,7 +239,7 @@ def disk(
 
 def vision_features() -> Iterator[Finding]:
     """The folder of the feature cache, its size, and the size that it may have."""
-    from vlm.families.features import cache_root
+    from vlm.families import cache_root
 
     folder = cache_root()
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

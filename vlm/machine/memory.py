@@ -34,10 +34,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from vlm.classifier.search import LOGITS_AT_ONCE, NODES_AT_ONCE, NODES_KEPT
+from vlm.classifier import LOGITS_AT_ONCE, NODES_AT_ONCE, NODES_KEPT
 from vlm.config import BOTH, POSTERIOR, RESPONSE, Settings
-from vlm.conversation.prompts import Prompts
-from vlm.families.base import Family
+from vlm.conversation import Prompts
+from vlm.families import Family
 
 GIB = 2**30
 FLOAT32 = 4  # bytes

@@ -7,12 +7,9 @@ from typing import Any
 
 import torch
 
-from vlm.common.errors import UsageError
-from vlm.common.tables import format_table
-from vlm.common.text import dtype_name
+from vlm.common import UsageError, dtype_name, format_table
 from vlm.config import AUTO, TUNING_DEFAULTS, Settings
-from vlm.families import outline
-from vlm.families.base import Family
+from vlm.families import Family, outline
 from vlm.machine.batch_size import free_memory
 from vlm.machine.device import pick_device, pick_dtype
 from vlm.machine.memory import GIB, Texts, estimate

@@ -13,7 +13,7 @@ from matplotlib.collections import Collection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from vlm.common.files import replacing
+from vlm.common import replacing
 from vlm.report.figures import BLUE, INK, ORANGE, STYLE
 
 DPI = 150

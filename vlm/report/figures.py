@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from vlm.common.tables import printable, text_width
+from vlm.common import printable, text_width
 
 SMOOTHING = 15  # the smoothed training loss is the mean over about 1/15 of the run
 RANGE_FOR_LOG_SCALE = 30  # largest / smallest loss; above, all after the first steps would lie flat on the axis

@@ -8,9 +8,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from vlm.common.files import replacing
-from vlm.config.names import PAGE
-from vlm.data.splits import Data
+from vlm.common import replacing
+from vlm.config import PAGE
+from vlm.data import Data
 from vlm.report.cards import Prediction
 from vlm.report.content import Content
 from vlm.report.figure_files import describe, save_png, to_svg

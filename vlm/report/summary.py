@@ -3,7 +3,7 @@ in `results.json` only."""
 
 from typing import Any
 
-from vlm.common.tables import format_table
+from vlm.common import format_table
 from vlm.evaluation import is_calibrated, missed_target
 
 MEANING = {

@@ -19,10 +19,9 @@ from accelerate.utils import broadcast
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from vlm.common.progress import Bar, note
+from vlm.common import Bar, note
 from vlm.data import Split
-from vlm.families.base import Family
-from vlm.families.features import FeatureCache, encode
+from vlm.families import Family, FeatureCache, encode
 from vlm.training.setup import Run
 
 STEPS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 400, 32, 1e-3, 0.01

@@ -17,16 +17,13 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vlm.classifier.batching import Batch
-from vlm.common.errors import RunError, Stopped, UsageError
-from vlm.common.files import write_json
-from vlm.common.progress import Bar, note
+from vlm.classifier import Batch
+from vlm.common import Bar, RunError, Stopped, UsageError, note, write_json
 from vlm.config import BEST_MODEL, FINAL_MODEL, METADATA, Settings
-from vlm.conversation.responses import response_lengths
+from vlm.conversation import response_lengths
 from vlm.data import Split, Step, epoch_plan
-from vlm.evaluation.evaluate import metrics_of_sums, score_split
-from vlm.evaluation.metrics import load_metric
-from vlm.inference.model_folder import save_model_folder
+from vlm.evaluation import load_metric, metrics_of_sums, score_split
+from vlm.inference import save_model_folder
 from vlm.training.alignment import align_connector
 from vlm.training.output import output_folder
 from vlm.training.results import finish

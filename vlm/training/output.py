@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from vlm.common.errors import UsageError, is_main_process
+from vlm.common import UsageError, is_main_process
 from vlm.config import METADATA, RESULTS, WRITTEN, Settings
 
 

@@ -4,14 +4,11 @@ from collections.abc import Sequence
 
 import torch
 
-from vlm.classifier.batching import IGNORED, vlm_collate_fn
-from vlm.classifier.classifier import VLMClassifier
-from vlm.common.errors import UsageError
-from vlm.common.progress import note
-from vlm.common.text import dtype_name
+from vlm.classifier import IGNORED, VLMClassifier, vlm_collate_fn
+from vlm.common import UsageError, dtype_name, note
 from vlm.config import IMAGES_PER_STEP, RunSettings, Settings, stated_format
 from vlm.data import Sample
-from vlm.families.features import cache_root
+from vlm.families import cache_root
 
 SHOWN_SETTINGS = (
     "tune",

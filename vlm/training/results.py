@@ -11,22 +11,24 @@ from typing import Any
 
 from torch import Tensor
 
-from vlm.classifier.classifier import VLMClassifier
-from vlm.classifier.search import TOLERANCE
-from vlm.common.files import write_json
-from vlm.common.progress import note
-from vlm.common.tables import format_table
-from vlm.common.text import dtype_name
+from vlm.classifier import TOLERANCE, VLMClassifier
+from vlm.common import dtype_name, format_table, note, write_json
 from vlm.config import BEST_MODEL, DEMO_IMAGES, METADATA, RESULTS, STATE
 from vlm.data import Split
-from vlm.evaluation.calibrating import add_test_figures, calibrate
-from vlm.evaluation.evaluate import check_texts, explanations, metrics_of_sums, score_split
-from vlm.evaluation.image_check import check_images
-from vlm.evaluation.linear_probe import compare, probe
-from vlm.evaluation.reliability import confidence_and_correctness
-from vlm.families import load_family
-from vlm.families.features import FeatureCache
-from vlm.inference.predictor import load_model_and_metadata
+from vlm.evaluation import (
+    add_test_figures,
+    calibrate,
+    check_images,
+    check_texts,
+    compare,
+    confidence_and_correctness,
+    explanations,
+    metrics_of_sums,
+    probe,
+    score_split,
+)
+from vlm.families import FeatureCache, load_family
+from vlm.inference import load_model_and_metadata
 from vlm.report import Prediction, per_class_table, shown_images, summary_rows, write_report
 from vlm.training.resume_state import Progress
 from vlm.training.setup import Run

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from vlm.common.errors import RunError
-from vlm.common.files import recover, write_folder
+from vlm.common import RunError, recover, write_folder
 from vlm.config import STATE
 
 WEIGHTS, OPTIMIZER, REST = "trained.safetensors", "optimizer.safetensors", "state.json"

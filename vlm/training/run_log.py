@@ -9,10 +9,8 @@ from typing import Any, TextIO
 
 from accelerate.tracking import GeneralTracker
 
-from vlm.common.errors import is_main_process
-from vlm.common.files import replacing
-from vlm.common.progress import note
-from vlm.config.names import LOG
+from vlm.common import is_main_process, note, replacing
+from vlm.config import LOG
 from vlm.training.trackers import TITLES, TrackedRun, finish_tracker, in_short, start_tracker, tracked_id
 
 

@@ -15,21 +15,12 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
 import vlm
-from vlm.classifier.classifier import VLMClassifier
-from vlm.classifier.objective import Objective, balanced_weights, usual_objective
-from vlm.common.errors import UsageError
-from vlm.common.files import usual_modes
-from vlm.common.progress import note
-from vlm.common.tables import format_table
+from vlm.classifier import Objective, VLMClassifier, balanced_weights, usual_objective
+from vlm.common import UsageError, format_table, note, usual_modes
 from vlm.config import DEMO_MODEL, RunSettings, Settings
-from vlm.conversation.prompts import Prompts, build_prompts
-from vlm.conversation.responses import longest_reasoning
+from vlm.conversation import Prompts, build_prompts, longest_reasoning
 from vlm.data import Data, load_data, model_folder
-from vlm.families import load_family
-from vlm.families.base import Family
-from vlm.families.demo import MODEL_NAME, build_demo_model
-from vlm.families.features import FeatureCache, fill_cache
-from vlm.families.quantization import check_quantization
+from vlm.families import DEMO_NAME, Family, FeatureCache, build_demo_model, check_quantization, fill_cache, load_family
 from vlm.machine import Texts, check_compiler, fit_to_memory, pick_device, pick_dtype, pick_threads, share_of_cores
 from vlm.training.preflight import point_out_contradictions, preflight, settings_rows
 from vlm.training.tuning import parameter_groups, prepare_tuning, trained_parameters
@@ -218,7 +209,7 @@ def _metadata(
     """What the model folder tells inference, and people."""
     return {
         "format_version": 1,
-        "model": MODEL_NAME if settings.demo else settings.model,
+        "model": DEMO_NAME if settings.demo else settings.model,
         "model_revision": revision,
         "model_type": classifier.model.config.model_type,
         "class_names": list(classifier.class_names),

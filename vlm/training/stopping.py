@@ -4,7 +4,7 @@ import signal
 import sys
 from typing import Any
 
-from vlm.common.errors import Stopped
+from vlm.common import Stopped
 
 TRAINING, TESTING = "training", "testing"  # what `Trainer` enters; before these nothing of the run is worth keeping
 

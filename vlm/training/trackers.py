@@ -14,9 +14,7 @@ from typing import Any
 
 from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 
-from vlm.common.errors import UsageError, one_line
-from vlm.common.progress import note
-from vlm.common.text import shorten
+from vlm.common import UsageError, note, one_line, shorten
 
 TITLES = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases", "trackio": "Trackio", "mlflow": "MLflow"}
 # wandb waits 90 s for an unreachable server by default, and without end for the upload after the last step.

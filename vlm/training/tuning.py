@@ -8,7 +8,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from vlm.config import Settings
-from vlm.families.base import Family
+from vlm.families import Family
 
 ADAPTER = "default"
 

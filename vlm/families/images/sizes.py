@@ -1,6 +1,6 @@
 """What `--image-size` comes to, in families whose images all become squares of one size."""
 
-from vlm.common.errors import UsageError
+from vlm.common import UsageError
 from vlm.config import ImageSize
 
 # `auto` goes down to this share of the published edge and no further, however small the images are: a pretrained

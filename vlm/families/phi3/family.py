@@ -17,11 +17,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
 import vlm.families.phi3.model  # noqa: F401 (makes the model known to transformers)
-from vlm.common.errors import UsageError
-from vlm.common.text import dtype_name
+from vlm.common import UsageError, dtype_name
 from vlm.config import ImageSize
-from vlm.conversation.prompts import Prompts
-from vlm.conversation.rendered import Rendered
+from vlm.conversation import Prompts, Rendered
 from vlm.families.base import Family
 from vlm.families.encoded import EncodedImages
 from vlm.families.phi3.images import TILE, Phi3VisionProcessor, count_tokens, naming_its_code

@@ -17,7 +17,7 @@ from transformers import (
     Phi3ForCausalLM,
 )
 
-from vlm.common.errors import UsageError
+from vlm.common import UsageError
 
 # openai/clip-vit-large-patch14-336. The published config.json names the encoder and says its width, nothing else.
 CLIP_L_336 = {
