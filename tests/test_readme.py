@@ -1,4 +1,4 @@
-"""What README.md, docs/ and the other pages say is true: commands run; flags, defaults, messages, links, files exist."""
+"""What README.md and the other pages say is true: commands run; flags, defaults, messages, links, files exist."""
 
 import ast
 import contextlib
