@@ -7,7 +7,7 @@ import pytest
 
 from vlm.common import progress as module
 from vlm.common.files import replacing
-from vlm.common.progress import Bar, note, progress
+from vlm.common.progress import Bar, note, with_bar
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def test_progress_passes_items_through_and_counts_them(capsys, clock):
             clock["now"] += 6
             yield item
 
-    assert list(progress(slow(), 4, "Predicting")) == list("abcd")
+    assert list(with_bar(slow(), 4, "Predicting")) == list("abcd")
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("Predicting: 2/4 images (50%)") and lines[-1].startswith("Predicting: 4/4 images (100%)")
 
@@ -143,7 +143,7 @@ def test_batches_count_as_many_as_they_hold(capsys, clock):
             clock["now"] += 10
             yield "x" * size
 
-    list(progress(batches(), 10, "Testing", count=len))
+    list(with_bar(batches(), 10, "Testing", count=len))
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("Testing: 4/10 images (40%), 0.4 images/s") and lines[-1].startswith(
         "Testing: 10/10 images"
@@ -152,7 +152,7 @@ def test_batches_count_as_many_as_they_hold(capsys, clock):
 
 def test_other_processes_show_no_progress(capsys, clock, monkeypatch):
     monkeypatch.setenv("RANK", "3")
-    for _ in progress(range(5), 5, "Predicting"):
+    for _ in with_bar(range(5), 5, "Predicting"):
         clock["now"] += 60
     assert capsys.readouterr().err == ""
 

@@ -18,7 +18,7 @@ from vlm.common.errors import (
 from vlm.common.files import recover, replacing, usual_modes, write_folder, write_json
 from vlm.common.lazy import lazy_names
 from vlm.common.modes import evaluation_mode
-from vlm.common.progress import Bar, note, progress
+from vlm.common.progress import Bar, note, with_bar
 from vlm.common.tables import format_table, printable, text_width
 from vlm.common.text import dtype_name, shorten
 
@@ -39,7 +39,7 @@ __all__ = [
     "note",
     "one_line",
     "printable",
-    "progress",
+    "with_bar",
     "reason",
     "recover",
     "replacing",

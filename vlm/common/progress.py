@@ -131,7 +131,7 @@ class Bar:
         ]
 
 
-def progress(
+def with_bar(
     iterable: Iterable[Item],
     total: int | None,
     description: str,

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from vlm.common import UsageError, note, progress
+from vlm.common import UsageError, note, with_bar
 from vlm.data.images import UnreadableImage
 from vlm.data.splits import ROLES, Split
 
@@ -81,7 +81,7 @@ def _decode(splits: dict[str, Split]) -> tuple[list[Unreadable], list[int]]:
     places = [(role, i) for role in ROLES for i in range(len(splits[role]))]
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
-        found = list(progress(pool.map(check, places), len(places), "checking images"))
+        found = list(with_bar(pool.map(check, places), len(places), "checking images"))
     finally:
         pool.shutdown(cancel_futures=True)  # otherwise Ctrl-C would wait for all images
     unreadable = [result for result in found if isinstance(result, Unreadable)]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from vlm.classifier import TOLERANCE, Batch, VLMClassifier, classify, explain, names_class, write_freely
-from vlm.common import evaluation_mode, progress
+from vlm.common import evaluation_mode, with_bar
 from vlm.config import reasoning_of
 from vlm.conversation import parse_answer
 from vlm.data import Sample, Split
@@ -60,7 +60,7 @@ def _batches(
     collate = classifier.collate(with_response=False, cache=cache)
     loader = DataLoader(samples, batch_size, collate_fn=collate, num_workers=workers, generator=torch.Generator())
     with evaluation_mode(classifier), torch.no_grad():
-        for batch in progress(loader, len(samples), description, count=len):
+        for batch in with_bar(loader, len(samples), description, count=len):
             yield batch.to(classifier.device)
 
 
