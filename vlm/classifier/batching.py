@@ -58,9 +58,10 @@ class Batch:
         return self._each(lambda tensor: tensor.pin_memory())
 
     def _each(self, change: Any) -> "Batch":
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        values: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
         pixels = {name: change(tensor) for name, tensor in values.pop("pixels").items()}
-        return replace(self, pixels=pixels, **{name: None if x is None else change(x) for name, x in values.items()})
+        changed: dict[str, Any] = {name: None if x is None else change(x) for name, x in values.items()}
+        return replace(self, pixels=pixels, **changed)
 
 
 def vlm_collate_fn(

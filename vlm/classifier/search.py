@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from vlm.classifier.label_tree import LabelTree, Search
-from vlm.classifier.prefix import expand
+from vlm.classifier.prefix import change_layers, expand
 from vlm.families import Family
 
 TOLERANCE = 1e-4  # how much a probability may be wrong at most
@@ -177,8 +177,7 @@ class TreeState:
         index = torch.tensor(which, device=self.seen.device)
         self.images = [self.images[i] for i in which]
         self.nodes, self.seen, self.next_position = self.nodes[which], self.seen[index], self.next_position[index]
-        for layer in self.cache.layers:
-            layer.keys, layer.values = layer.keys[index], layer.values[index]
+        change_layers(self.cache, lambda tensor: tensor[index])
 
     def drop_finished(self, searches: Sequence[Search]) -> None:
         """Where the cache has grown large, keep only the nodes that an open branch goes through."""
@@ -193,8 +192,7 @@ class TreeState:
         prompt = self.seen.shape[1]
         self.nodes = np.where(kept >= 0, np.take_along_axis(self.nodes, np.maximum(kept, 0), axis=1), -1)
         index = torch.from_numpy(np.maximum(kept, 0)).to(self.seen.device)[:, None, :, None]
-        for layer in self.cache.layers:
-            layer.keys, layer.values = (_gather(tensor, index, prompt) for tensor in (layer.keys, layer.values))
+        change_layers(self.cache, lambda tensor: _gather(tensor, index, prompt))
 
 
 def _gather(tensor: Tensor, index: Tensor, prompt: int) -> Tensor:

@@ -21,7 +21,7 @@ from vlm.classifier.calibration import Calibration
 from vlm.classifier.forward import Forward, LossOutput, Scored
 from vlm.classifier.label_tree import LabelTree, Search
 from vlm.classifier.objective import Objective
-from vlm.classifier.prefix import KeysAndValues, Recorded, StepPrefix, expand, in_front
+from vlm.classifier.prefix import KeysAndValues, Recorded, StepPrefix, expand, in_front, keys_and_values
 from vlm.classifier.search import Reading, run_searches
 from vlm.classifier.tree_rows import TreeRows
 from vlm.conversation import Rendered
@@ -82,7 +82,7 @@ class SharedPrefix(Forward):
         cache = Cache(layer_class_to_replicate=Recorded)
         positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)  # (1, P)
         self.family.run_language(self.family.embed(ids), self.family.text_positions(positions), cache)
-        return [(layer.keys, layer.values) for layer in cache.layers]
+        return keys_and_values(cache)
 
     def run_rows(
         self, batch: Batch, cache: Cache, nodes: TreeRows | None = None, branching: Tensor | None = None

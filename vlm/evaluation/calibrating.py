@@ -34,7 +34,9 @@ def calibrate(
         abstention: below, target_precision, validation (coverage and accuracy), if there is a threshold or one was
             asked for.
     """
-    calibration, compared, remarks, measured = Calibration(), {}, [], None
+    calibration, measured = Calibration(), None
+    compared: dict[str, dict[str, float]] = {}
+    remarks: list[str] = []
     if _is_needed(settings):
         sums = score_split(
             classifier,

@@ -4,12 +4,12 @@ N = images, C = classes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from vlm.classifier import TOLERANCE, Batch, VLMClassifier, classify, explain, names_class, write_freely
 from vlm.common import evaluation_mode, with_bar
@@ -39,13 +39,18 @@ def score_split(
         tolerance: see `VLMClassifier.search`; 0 makes every number exact. That of the true class is always exact.
         cache: features that take the place of pixels.
     """
-    samples = split if indices is None else Subset(split, indices)
+    samples: Any = split if indices is None else _some(split, indices)
     if not len(samples):
         return torch.empty(0, len(classifier.class_names))
     parts = []
     for batch in _batches(classifier, samples, batch_size, description, workers, cache):
         parts.append(classify(classifier, batch, tolerance, batch.labels.tolist()).scores.cpu())
     return torch.cat(parts)
+
+
+def _some(split: Split | Sequence[Sample], indices: Sequence[int]) -> Dataset[Sample]:
+    """Some samples of a split, for a loader."""
+    return Subset(cast("Dataset[Sample]", split), indices)
 
 
 def _batches(
@@ -94,7 +99,7 @@ def metrics_of_sums(
     truth = torch.as_tensor(list(labels))
     log_probabilities = classifier.calibration.log_probabilities(sums).numpy()
     names = list(classifier.class_names)
-    result = classification_metrics(truth.numpy(), log_probabilities, names)
+    result = classification_metrics(truth.tolist(), log_probabilities, names)
     of_labels = sums.gather(1, truth.unsqueeze(1)).sum()  # (N, C) -> (N, 1) -> ()
     result["loss"] = float(-of_labels / classifier.tree.lengths[truth.numpy()].sum())
     if metrics:
@@ -123,7 +128,7 @@ def check_texts(
     prompts = classifier.prompts
     predictions: list[str] = []
     texts: list[str] = []
-    for batch in _batches(classifier, Subset(split, chosen), batch_size, "writing texts", cache=cache):
+    for batch in _batches(classifier, _some(split, chosen), batch_size, "writing texts", cache=cache):
         found = classify(classifier, batch)
         best = classifier.calibration.log_probabilities(found.scores).argmax(-1).tolist()
         predictions += [classifier.class_names[i] for i in best]
@@ -163,7 +168,7 @@ def explanations(
             two equally probable classes may change places by rounding.
     """
     texts: list[str] = []
-    for batch in _batches(classifier, Subset(split, indices), batch_size, "writing explanations", cache=cache):
+    for batch in _batches(classifier, _some(split, indices), batch_size, "writing explanations", cache=cache):
         found = classify(classifier, batch)
         texts += explain(classifier, found, list(answers[len(texts) : len(texts) + len(batch)]))
     return texts

@@ -42,7 +42,7 @@ def check_images(
     exchanged = labels[partners] != labels
     gray = _gray_predictions(classifier, [split[i].image.size for i in chosen], batch_size) == labels
     shuffled = predictions[partners] == labels
-    result = {
+    result: dict[str, Any] = {
         "pictures": len(chosen),
         "accuracy": float(right.mean()),
         "shuffled": float(shuffled[exchanged].mean()) if exchanged.any() else None,

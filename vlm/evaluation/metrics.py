@@ -43,7 +43,7 @@ def classification_metrics(
     Raises:
         RunError: a log-probability is NaN.
     """
-    labels, scores = np.asarray(labels, dtype=np.int64), np.asarray(log_probabilities, dtype=np.float64)
+    truth, scores = np.asarray(labels, dtype=np.int64), np.asarray(log_probabilities, dtype=np.float64)
     if scores.shape != (len(labels), len(class_names)) or len(labels) == 0:
         raise ValueError(
             f"{len(labels)} labels and {len(class_names)} classes do not fit log-probabilities of shape {scores.shape}"
@@ -57,11 +57,11 @@ def classification_metrics(
     predictions = scores.argmax(axis=1)
     classes = range(len(class_names))
     precision, recall, f1, support = precision_recall_fscore_support(
-        labels, predictions, labels=classes, zero_division=0
+        truth, predictions, labels=classes, zero_division=0
     )
-    true_scores = np.maximum(scores[np.arange(len(labels)), labels], SMALLEST_LOG_PROBABILITY)
+    true_scores = np.maximum(scores[np.arange(len(truth)), truth], SMALLEST_LOG_PROBABILITY)
     return {
-        "accuracy": float((predictions == labels).mean()),
+        "accuracy": float((predictions == truth).mean()),
         "macro_f1": float(f1.mean()),
         "weighted_f1": float(np.average(f1, weights=support)),
         "nll": float(-true_scores.mean()),
@@ -75,7 +75,7 @@ def classification_metrics(
             }
             for i, name in enumerate(class_names)
         },
-        "confusion_matrix": confusion_matrix(labels, predictions, labels=classes).tolist(),
+        "confusion_matrix": confusion_matrix(truth, predictions, labels=classes).tolist(),
     }
 
 
@@ -101,6 +101,8 @@ def load_metric(specification: str) -> Metric:
 
 def _import_file(path: Path, specification: str) -> Any:
     spec = importlib.util.spec_from_file_location(f"vlm_user_metrics_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"--metrics {specification}: {path} is no Python file; expected FILE.py:FUNCTION.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickling look a module up there
     try:

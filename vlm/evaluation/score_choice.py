@@ -43,7 +43,8 @@ def choose_score(
         name: replace(kind, temperature=fits[name][0].temperature, bias=fits[name][0].bias)
         for name, kind in kinds.items()
     }
-    losses, compared = {}, {}
+    losses: dict[str, np.ndarray] = {}
+    compared: dict[str, dict[str, float]] = {}
     if comparable:
         losses, compared = _compare(fitted, sums[whole], np.asarray(labels)[whole])
     chosen = better_score(losses) if wanted == AUTO else wanted if wanted in kinds else "sum"
@@ -54,7 +55,8 @@ def _compare(
     fitted: dict[str, Calibration], sums: Tensor, labels: np.ndarray
 ) -> tuple[dict[str, np.ndarray], dict[str, dict[str, float]]]:
     """For each score the (N,) NLL of the images, and its figures."""
-    losses, compared = {}, {}
+    losses: dict[str, np.ndarray] = {}
+    compared: dict[str, dict[str, float]] = {}
     for name, calibration in fitted.items():
         log_probabilities = calibration.log_probabilities(sums).numpy()
         losses[name] = -log_probabilities[np.arange(len(labels)), labels]

@@ -9,19 +9,19 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from vlm.classifier import Batch
 from vlm.common import Bar, RunError, Stopped, UsageError, note, write_json
 from vlm.config import BEST_MODEL, FINAL_MODEL, METADATA, Settings
 from vlm.conversation import response_lengths
-from vlm.data import Split, Step, epoch_plan
+from vlm.data import Sample, Split, Step, epoch_plan
 from vlm.evaluation import load_metric, metrics_of_sums, score_split
 from vlm.inference import save_model_folder
 from vlm.training.alignment import align_connector
@@ -198,8 +198,8 @@ class Trainer:
     def _batches(self, plan: list[Step]) -> Iterator[Batch]:
         """This process's batches of the steps in `plan`, one after the other."""
         classifier = self.run.classifier
-        loader = DataLoader(
-            self.run.data.train,
+        loader: DataLoader[Batch] = DataLoader(
+            cast("Dataset[Sample]", self.run.data.train),
             batch_sampler=[batch for step in plan for batch in step.batches],
             collate_fn=classifier.collate(classifier.objective.has_response, self.run.cache),
             num_workers=self.run.workers,

@@ -121,7 +121,8 @@ def preflight(classifier: VLMClassifier, sample: Sample) -> None:
 def render_sample(classifier: VLMClassifier, ids: Sequence[int], targets: Sequence[int]) -> str:
     """Prefix and row as text: runs of image tokens shortened, what is in the loss between [[ and ]]."""
     family = classifier.family
-    text, run = [family.decode(classifier.rendered.prefix_ids, exact=True)], []
+    text = [family.decode(classifier.rendered.prefix_ids, exact=True)]
+    run: list[int] = []  # tokens that are all in the loss, or all not
     images, in_loss = 0, False
     for token, target in [*zip(ids, targets, strict=True), (None, IGNORED)]:
         if token == family.image_token_id:
@@ -132,5 +133,6 @@ def render_sample(classifier: VLMClassifier, ids: Sequence[int], targets: Sequen
             text.append(f"{family.image_token} x {images}" if images else "")
             text.append(("]]" if in_loss else "[[") if (target != IGNORED) != in_loss else "")
             run, images, in_loss = [], 0, target != IGNORED
-        run.append(token)
+        if token is not None:
+            run.append(token)
     return "  | " + "".join(text).replace("\n", "\n  | ")

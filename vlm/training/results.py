@@ -84,7 +84,7 @@ def _test_best(run: Run, metrics: Sequence[Callable[..., Any]]) -> tuple[Tested,
     """Load the best model, calibrate it on validation, and test it; its calibration is stored in its folder."""
     settings, data, folder = run.settings, run.data, run.output / BEST_MODEL
     cache = run.cache
-    run.model = run.optimizer = run.classifier = run.learned = None  # make room for the model that is loaded
+    del run.model, run.optimizer, run.classifier, run.learned  # make room for the model that is loaded
     run.accelerator.free_memory()
     classifier, _, metadata = load_model_and_metadata(
         folder, device=run.accelerator.device.type, dtype=dtype_name(run.dtype)
@@ -118,7 +118,7 @@ def _checks(run: Run, tested: Tested, frozen: FeatureCache | None) -> dict[str, 
         frozen: features of the vision encoder as the training found it.
     """
     size, test, seed = run.settings.eval_batch_size, run.data.test, run.settings.seed
-    results = {
+    results: dict[str, Any] = {
         "texts": check_texts(tested.classifier, test, size, cache=tested.cache),
         "picture_check": check_images(tested.classifier, test, tested.sums, size, seed),
         "probe": _probe(run, tested, frozen) if run.settings.probe else None,

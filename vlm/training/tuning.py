@@ -1,5 +1,6 @@
-"""What is trained: all weights, the connector, or LoRA on the language model with or without the connector; and how it
-is merged."""
+"""What is trained: all weights, the connector, or LoRA on the language model; and how LoRA is merged."""
+
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -7,6 +8,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
+from vlm.classifier import VLMClassifier
 from vlm.config import Settings
 from vlm.families import Family
 
@@ -26,7 +28,7 @@ def prepare_tuning(family: Family, settings: Settings) -> None:
         torch.manual_seed(settings.seed)  # the matrices start at random
         config = LoraConfig(
             r=settings.lora_rank,
-            lora_alpha=settings.lora_alpha,
+            lora_alpha=cast(int, settings.lora_alpha),  # peft takes any number
             lora_dropout=settings.lora_dropout,
             target_modules=targets,
             bias="none",
@@ -54,27 +56,24 @@ def merged_state_dict(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]
     state = {}
     for name, tensor in model.state_dict().items():
         layer, _, part = name.partition(".base_layer.")
-        if ".lora_" not in name and part in (
-            "",
-            "bias",
-        ):  # the other parts are the weight, which follows, and how it is quantized
+        # The other parts are the weight, which follows, and how it is quantized.
+        if ".lora_" not in name and part in ("", "bias"):
             kind = dtype if tensor.is_floating_point() else tensor.dtype
             state[f"{layer}.{part}" if part else name] = tensor.detach().to("cpu", kind)
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            update = module.get_delta_weight(ADAPTER)
+            update = cast(Any, module).get_delta_weight(ADAPTER)  # each kind of LoRA layer has it, their base has not
             weight = dequantize_module_weight(module.get_base_layer())
             state[f"{name}.weight"] = (weight.to(update.dtype) + update).detach().to("cpu", dtype)
     return state
 
 
 def parameter_groups(
-    classifier: nn.Module, weight_decay: float, learning_rate: float, connector_learning_rate: float
+    classifier: VLMClassifier, weight_decay: float, learning_rate: float, connector_learning_rate: float
 ) -> list[dict]:
-    """AdamW groups: matrices are decayed, biases and norms are not; the connector may have a peak learning rate of its
-    own.
+    """AdamW groups. Matrices are decayed, biases and norms are not; the connector may have a learning rate of its own.
 
-    Each group keeps its peak as `peak_lr`, from which the schedule is computed.
+    Each group keeps its peak learning rate as `peak_lr`, from which the schedule is computed.
     """
     inside = {id(p) for p in classifier.family.connector.parameters()}
     groups = []

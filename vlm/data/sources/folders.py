@@ -54,11 +54,11 @@ def _read_image_folders(folder: Path, images: list[Path]) -> Source:
     if not roles or direct - set(roles.values()):
         labels = [image.parts[0] for image in images]
         return Source("image folder", {"train": _rows(folder, images, labels)}, {"train": "the folder"})
-    splits = {}
+    splits: dict[str, Rows] = {}
     for role, name in roles.items():
         found = [image for image in images if image.parts[0] == name]
-        labels = [image.parts[1] if len(image.parts) > 2 else None for image in found]
-        splits[role] = _rows(folder, found, labels)
+        below = [image.parts[1] if len(image.parts) > 2 else None for image in found]
+        splits[role] = _rows(folder, found, below)
     if "train" in splits and splits["train"].labels and not any(splits["train"].labels):
         raise UsageError(
             f"--dataset {folder}: the images are directly in {roles['train']}, not in folders of classes. {EXPECTED}"
