@@ -128,8 +128,9 @@ class Content:
         abstention = self.test.get("abstention")
         if abstention and abstention["below"] is None:
             found.append(f"{missed_target(abstention['target_precision'])}.")
-        found += [(self.results[part] or {}).get("warning") for part in ("probe", "picture_check")]
-        return [text[0].upper() + text[1:] for text in found if text]
+        checks = [self.results[name] or {} for name in ("probe", "picture_check")]
+        found += [check["warning"] for check in checks if check.get("warning")]
+        return [text[0].upper() + text[1:] for text in found]
 
     @property
     def comparison(self) -> list[tuple[str, str | None, Measured]]:

@@ -28,7 +28,7 @@ def save_png(figure: Figure, path: str | Path) -> None:
 
 
 def to_svg(figure: Figure, name: str, alt: str) -> str:
-    """A figure as an `<svg>` element for an HTML page, in the colors and the font of the page.
+    """A figure as an `<svg>` element for an HTML page, in the colors of the page.
 
     Args:
         name: begins every id, so that the ids of several figures on a page differ.
@@ -49,7 +49,7 @@ def to_svg(figure: Figure, name: str, alt: str) -> str:
 
 
 def _of_the_page(key: str, value: str, name: str) -> str:
-    """An attribute of an SVG as the page needs it: with ids of its own and the colors of the style sheet."""
+    """An attribute of an SVG as the page needs it: with ids of its own, and the colors of the page."""
     if key == "id":
         return f"{name}-{value}"
     if key == "href" and value.startswith("#"):

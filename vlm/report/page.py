@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from vlm.common import replacing
@@ -47,7 +46,7 @@ def render_page(content: Content, figures: dict[str, Figure]) -> str:
     environment.filters |= {"shorten": shorten, "percent": _percent, "thousands": "{:,}".format}
     alts = {name: describe(figure) for name, figure in figures.items()}
     alts["confusion_matrix"] = "Confusion matrix: rows are the true classes, columns the predicted ones."
-    svgs = {name: Markup(to_svg(figure, name, alts[name])) for name, figure in figures.items()}
+    svgs = {name: to_svg(figure, name, alts[name]) for name, figure in figures.items()}
     classes = len(content.names)
     return environment.get_template(TEMPLATE).render(
         page=content,
