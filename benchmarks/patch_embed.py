@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.qwen2_vl.modeling_qwen2_vl import PatchEmbed
 
+from vlm.common import dtype_name
 from vlm.families.qwen2_vl import PatchLinear
 
 WIDTH, PATCH = 1280, (3, 2, 14, 14)  # Qwen2-VL and Qwen2.5-VL of every size
@@ -101,7 +102,7 @@ def compare(dtype: torch.dtype, images: int, train: bool, rounds: int, device: t
         "linear_ms": linear * 1000,
         "images": images,
         "train": train,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "difference": relative(*results),
         "conv3d_error": relative(results[0], exact),
         "linear_error": error,

@@ -12,6 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from vlm.common import shorten
 from vlm.report import figure_files
 from vlm.report.figure_files import describe, save_png, to_svg
 from vlm.report.figures import (
@@ -20,7 +21,6 @@ from vlm.report.figures import (
     accuracy_range,
     confusion_matrix,
     reliability_diagram,
-    shorten,
     smooth,
     training_curves,
 )

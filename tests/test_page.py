@@ -9,12 +9,13 @@ import pytest
 from matplotlib.figure import Figure
 from tiny import random_image
 
+from vlm.common import shorten
 from vlm.data import Data, Rows, Split
 from vlm.evaluation.metrics import classification_metrics
 from vlm.report import Prediction, page, shown_images, write_report
 from vlm.report.cards import MOST_IMAGES
 from vlm.report.content import MOST_ROWS, MOST_SAMPLES, Content, used_settings
-from vlm.report.figures import draw, shorten
+from vlm.report.figures import draw
 from vlm.report.page import render_page
 
 EVIL = "<b>&\"'</td><script src=http://x.example>{{ 7 * 7 }}"

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from vlm.common import printable, text_width
+from vlm.common import printable, shorten, text_width
 
 SMOOTHING = 15  # the smoothed training loss is the mean over about 1/15 of the run
 RANGE_FOR_LOG_SCALE = 30  # largest / smallest loss; above, all after the first steps would lie flat on the axis
@@ -270,8 +270,3 @@ def reliability_diagram(calibration: dict[str, Any]) -> Figure:
     axes.grid(color=INK, alpha=0.15)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=1)
     return figure
-
-
-def shorten(text: str, longest: int) -> str:
-    """At most so many characters. A longer text is cut in the middle, since long names often differ at the end."""
-    return text if len(text) <= longest else f"{text[: longest * 2 // 3 - 1]}…{text[len(text) - longest // 3 :]}"

@@ -7,13 +7,13 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from vlm.common import replacing
+from vlm.common import replacing, shorten
 from vlm.config import PAGE
 from vlm.data import Data
 from vlm.report.cards import Prediction
 from vlm.report.content import Content
 from vlm.report.figure_files import describe, save_png, to_svg
-from vlm.report.figures import MOST_CLASSES_WITH_COUNTS, draw, names_every, shorten
+from vlm.report.figures import MOST_CLASSES_WITH_COUNTS, draw, names_every
 
 TEMPLATE = "page.html.jinja"
 MOST_CLASSES_ON_A_PHONE = 7  # a wider matrix is cut off there
