@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vlm.common.errors import UsageError
-from vlm.config.settings import Settings
+from vlm.config import Settings
 from vlm.data.splits import ROLES, Split
 
 # After the user's seed comes the number of the draw, so that no two draws are the same.

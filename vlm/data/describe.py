@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm.config.settings import Settings
+from vlm.config import Settings
 from vlm.data.sources.rows import HUB, Source
 from vlm.data.splits import ROLES, Data
 

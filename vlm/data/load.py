@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vlm.common.errors import UsageError
-from vlm.config.settings import Settings
+from vlm.config import Settings
 from vlm.data.classes import is_missing, number_labels
 from vlm.data.cutting import cut_from_train, limit_splits, take_shots
 from vlm.data.describe import data_metadata, detected_rows

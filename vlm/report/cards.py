@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlm.data.images import UnreadableImage
-from vlm.data.splits import Split
+from vlm.data import Split, UnreadableImage
 
 MOST_IMAGES = 12  # mistakes, and as many uncertain images
 MOST_PROBABLE = 3  # classes of an image

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm.data.splits import Data
+from vlm.data import Data
 from vlm.evaluation import is_calibrated, missed_target
 from vlm.report.cards import Card, Prediction, Thumbnail, card, confident_mistakes, least_certain, thumbnail
 from vlm.report.summary import MEANING, abstention_line, probed_encoder

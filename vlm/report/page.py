@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from vlm.common.files import replacing
 from vlm.config.names import PAGE
-from vlm.data.splits import Data
+from vlm.data import Data
 from vlm.report.cards import Prediction
 from vlm.report.content import Content
 from vlm.report.figure_files import describe, save_png, to_svg

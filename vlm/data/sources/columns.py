@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vlm.common.errors import UsageError, did_you_mean
-from vlm.config.formats import reasoning_of
-from vlm.config.settings import Settings
+from vlm.config import Settings, reasoning_of
 
 # Usual names, best first.
 IMAGE_COLUMNS = (

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlm.common.errors import UsageError
-from vlm.config.settings import Settings
+from vlm.config import Settings
 from vlm.data.images import is_image, visible_files
 from vlm.data.sources.library import is_saved, left_to_library, read_saved, read_with_library
 from vlm.data.sources.rows import EXPECTED, Rows, Source, sort_splits

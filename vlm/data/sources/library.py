@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm.common.errors import UsageError, one_line
-from vlm.config.settings import Settings
+from vlm.config import Settings
 from vlm.data.images import ImageSource
 from vlm.data.sources.columns import Columns, choose_columns, reasoning_texts
 from vlm.data.sources.rows import EXPECTED, Rows, Source, sort_splits

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from vlm.common.errors import UsageError
-from vlm.config.settings import Settings
+from vlm.config import Settings
 from vlm.data.hub import check_dataset_reachable, looks_like_path
 from vlm.data.sources.folders import read_folder
 from vlm.data.sources.library import read_with_library

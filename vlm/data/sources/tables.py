@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from vlm.common.errors import UsageError, reason
-from vlm.config.settings import Settings
+from vlm.config import Settings
 from vlm.data.sources.columns import Columns, choose_columns, reasoning_texts
 from vlm.data.sources.rows import Rows, Source
 
