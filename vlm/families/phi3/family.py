@@ -157,8 +157,8 @@ class Phi3VisionFamily(Family):
         pieces = IMAGES.split(opening)
         if len(pieces) != 2 or PLACEHOLDER in "".join([opening, *prompts.responses]):
             raise UsageError(
-                f"your texts contain a placeholder of an image, such as {IMAGE} or {PLACEHOLDER}. Remove it; the program "
-                "inserts the image itself."
+                f"your texts contain a placeholder of an image, such as {IMAGE} or {PLACEHOLDER}. Remove it; the "
+                "program inserts the image itself."
             )
         rendered = self.rendered(prompts, self.tokenize(pieces[0]), self.tokenize(pieces[1]))
         # Room for what is written later, so that no row grows past the switch of the positions.
