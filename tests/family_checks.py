@@ -21,7 +21,7 @@ from vlm.conversation.prompts import Prompts, build_prompts, parse_answer
 from vlm.conversation.responses import before_answer, before_reasoning, response_of
 from vlm.data import Sample
 from vlm.evaluation.score_choice import measure_prior
-from vlm.families import load_family
+from vlm.families import checkpoint_blocks, load_family
 from vlm.inference.predictor import load_model_and_metadata
 from vlm.training.tuning import parameter_groups, prepare_tuning
 
@@ -195,7 +195,7 @@ class FamilyChecks:
                     if "lora_B" in name:
                         parameter.fill_(0.01)
             if checkpointing:
-                classifier.family.checkpoint_layers()
+                checkpoint_blocks(classifier.family)
             classifier.train()
             torch.manual_seed(0)
             for i, labels in enumerate(([0, 5], [3])):

@@ -60,7 +60,7 @@ class TestQwen2VL(FamilyChecks):
         family, prefix = classifier.family, torch.tensor(classifier.rendered.prefix_ids)
         batch = self.batch(classifier, [0, 5, 3], with_response)
         assert len({tuple(grid) for grid in batch.pixels["image_grid_thw"].tolist()}) > 1
-        positions, ends = family.positions(len(prefix), batch)
+        positions, ends = family.positions(len(prefix), batch.input_ids, batch.lengths, batch.pixels)
         for i, length in enumerate(batch.lengths.tolist()):
             after = torch.full((5,), family.tokenizer.convert_tokens_to_ids("a"))
             ids = torch.cat([prefix, batch.input_ids[i, :length], after]).unsqueeze(0)

@@ -55,7 +55,7 @@ def start(classifier, images, save) -> multiprocessing.Process:
 def test_features_that_are_too_large_are_not_kept(tmp_path, root, capsys):
     classifier = classifier_of("idefics3", tmp_path / "model")
     assert fill_cache(classifier.family, [split()], limit_gb=1e-6) is None
-    assert "for 3 images, more than --cache-size 1e-06: not kept" in capsys.readouterr().err
+    assert "for 3 images, more than --cache-size 1e-06, so they are not kept" in capsys.readouterr().err
     assert not list(root.glob("*/*"))
 
 
@@ -66,7 +66,7 @@ def test_features_that_turn_out_larger_than_the_first_ones_are_not_kept(tmp_path
     sizes = [file.stat().st_size for file in root.glob("*/*")]
     for file in root.glob("*/*"):
         file.unlink()
-    monkeypatch.setattr("vlm.families.features.IMAGES_AT_ONCE", 1)
+    monkeypatch.setattr("vlm.families.features.filling.IMAGES_AT_ONCE", 1)
     assert min(sizes) * 3 < 0.9 * sum(sizes)
     assert fill_cache(classifier.family, [split()], limit_gb=0.9 * sum(sizes) / 1e9) is None
     assert "not kept" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlm.classifier.objective import Objective
 from vlm.config import BOTH, RESPONSE, resolve
-from vlm.families.encoded import ENCODER_FEATURES
+from vlm.families import ENCODER_FEATURES, checkpoint_blocks, compile_blocks
 from vlm.training.tuning import parameter_groups, prepare_tuning
 
 
@@ -40,7 +40,7 @@ def test_checkpointing_keeps_the_inputs_of_the_blocks_alone(folder):
         return sum(size for place, size in sizes.items() if place not in known)
 
     before = kept()
-    classifier.family.checkpoint_layers()
+    checkpoint_blocks(classifier.family)
     assert kept() < 0.6 * before
 
 
@@ -49,7 +49,7 @@ def test_compiled_blocks_give_the_same_gradients(folder):
     classifier = tiny_classifier(folder).train()
     batch = batch_of(classifier, [0, 5, 6])
     expected = gradients(classifier, classifier(batch).loss)
-    classifier.family.compile_layers(backend="aot_eager")
+    compile_blocks(classifier.family, backend="aot_eager")
     found = gradients(classifier, classifier(batch).loss)
     assert all(layer._compiled_call_impl is not None for layer in classifier.family.language.layers)
     for name, gradient in expected.items():
@@ -72,7 +72,7 @@ def test_every_block_of_a_deep_model_is_compiled(folder, monkeypatch):
         compiled.append(graph)
         return graph.forward
 
-    classifier.family.compile_layers(backend=backend)
+    compile_blocks(classifier.family, backend=backend)
     classifier(batch_of(classifier, [0, 5, 6]))
     assert len(compiled) >= 12
 

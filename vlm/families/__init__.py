@@ -5,6 +5,7 @@ an entry in loading.py. The cache of vision features lives here too.
 """
 
 from vlm.families.base import Family
+from vlm.families.blocks import checkpoint_blocks, compile_blocks
 from vlm.families.demo import DEMO_NAME, build_demo_model, build_model, build_processor
 from vlm.families.encoded import CONNECTED_FEATURES, ENCODER_FEATURES, EncodedImages, besides_pixels
 from vlm.families.features import FeatureCache, cache_root, encode, fill_cache, open_cache
@@ -25,6 +26,8 @@ __all__ = [
     "build_processor",
     "cache_root",
     "check_quantization",
+    "checkpoint_blocks",
+    "compile_blocks",
     "encode",
     "fill_cache",
     "load_family",

@@ -1,78 +1,63 @@
 """What the rest of the program may ask of an architecture.
 
-B = batch, P = prefix tokens, L = tokens of a row, K = cached and new tokens, D = width, V = vocabulary.
+B = batch, L = tokens of a row, K = cached and new tokens, D = width of the language model, V = vocabulary.
 """
 
 import copy
-import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
-import transformers
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from vlm.common import UsageError, dtype_name, first_line
+from vlm.common import UsageError
 from vlm.config import ImageSize
 from vlm.conversation import Prompts, Rendered, scored_texts
 from vlm.families.encoded import CONNECTED_FEATURES, ENCODER_FEATURES, EncodedImages
 from vlm.families.images.sizes import size_text
-from vlm.families.quantization import forget_quantizer, loading_options
-
-COMPILATIONS = 4  # of a block: for rows and prefix, with and without gradients
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' progress bars, which are for files of gigabytes and print the same lines for each small
-    one."""
-    was_on = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_on:
-            transformers.utils.logging.enable_progress_bar()
-
-
-def _run_again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return (
-        checkpoint(forward, *args, use_reentrant=False, **kwargs)
-        if torch.is_grad_enabled()
-        else forward(*args, **kwargs)
-    )
+from vlm.families.weights import read_model, write_model
 
 
 class Family:
     """One architecture: how it reads text and images, and what its parts are called.
 
-    A family file says `model_types`, `vision`, `connector`, `language`, `encode_images`, `vision_features` and, where
-    they differ, the rest.
+    A new family is a subclass in a file of its own and an entry in `FAMILIES` (loading.py). It has to say:
+
+        model_types, title         which configurations it is for, and its name in messages
+        load_processor             the published processor, with the image options of the settings
+        vision, connector, language   the three parts of the model
+        end_of_turn                the token that ends the model's turn
+        encode_images              images -> tensors and tokens
+        vision_features            tensors -> what the vision encoder makes of them
+        image_load                 patches and tokens of an image, for the estimate of memory
+
+    and, only if they differ: image_defaults (its image options), edges or size_text (what --image-size came to),
+    connect (if the connector needs more than the features), positions and text_positions (if a token has several),
+    new_cache, run_language, stop_ids, max_length, render, response_ids, apply_template, tokenize, save.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
-    title: ClassVar[str] = ""  # what people call it
-    # The settings about images that it knows, with their values in training where none is given (see `load_family`).
+    title: ClassVar[str] = ""
+    # The settings about images that it knows, with the values of a training run that gives none (see `load_family`).
     image_defaults: ClassVar[dict[str, Any]] = {}
-    shares_prefix = True  # else everything goes through `full_logits`, with the prefix in every row
-    can_cache = True  # whether what the encoder makes of several images is what it makes of each, one after the other
-    must_be_checked = False  # whether the shared prefix has to be held against the plain forward first
+    end_of_turn: ClassVar[str] = ""
 
-    def __init__(self, model: nn.Module, processor: Any):
+    shares_prefix = True  # False: every row repeats the prefix and goes through `full_logits`
+    can_cache = True  # False: the features of several images are not those of each image, one after the other
+    must_be_checked = False  # True: the shared prefix is compared with the plain forward before it is used
+
+    def __init__(self, model: Any, processor: Any):
         self.model = model
         self.processor = processor
         self.tokenizer = processor.tokenizer
 
-    def without_weights(self) -> "Family":
-        """The same family for loader processes, which only encode images and should get no copy of the weights."""
+    def without_weights(self) -> Self:
+        """The same family for loader processes. They only encode images and should not get a copy of the weights."""
         light = copy.copy(self)
         light.model = None
         return light
@@ -82,40 +67,26 @@ class Family:
     @classmethod
     def load(
         cls, folder: Path, dtype: torch.dtype, device: torch.device, bits: int | None = None, **images: Any
-    ) -> "Family":
-        """Load weights (safetensors only) and processor from a local folder. `images` goes to `load_processor`.
+    ) -> Self:
+        """Load weights and processor from a local folder.
 
-        The weights are read into tensors of `dtype`, the language model's linear layers of `bits` bits where that is
-        given, one after the
-        other: there is never a second copy of them.
+        Args:
+            dtype: the number format of the weights; the language model's linear layers have `bits` bits if given.
+            images: as in `load_processor`.
+
+        Raises:
+            UsageError: the weights or the processor cannot be read, or the image options do not fit the model.
         """
         processor = cls.load_processor(folder, **images)
-        kept = (
-            cls.outline(AutoConfig.from_pretrained(folder, local_files_only=True)).linear_layers(language=False)
-            if bits
-            else []
-        )
-        try:
-            with quiet():
-                model, report = AutoModelForImageTextToText.from_pretrained(
-                    folder, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True, local_files_only=True,
-                    **loading_options(bits, dtype, device, kept),
-                )  # fmt: skip
-        except OSError as error:
-            raise UsageError(f"the weights in {folder} cannot be read: {first_line(error)}") from error
-        missing = sorted(report["missing_keys"])
-        if missing:
-            raise UsageError(
-                f"the weights in {folder} are incomplete: {len(missing)} are missing, such as {missing[0]}. Download it again."
-            )
+        kept: list[str] = []
         if bits:
-            forget_quantizer(model)
-        return cls(model.to(device), processor)
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            kept = cls.outline(config).linear_layers(language=False)
+        return cls(read_model(folder, dtype, device, bits, kept), processor)
 
     @classmethod
-    def outline(cls, config: PreTrainedConfig) -> "Family":
-        """The architecture alone, with neither values of the weights nor processor: to name its parts and count their
-        parameters."""
+    def outline(cls, config: PreTrainedConfig) -> Self:
+        """A family without values of the weights and without processor: to name parts and count parameters."""
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config)
         family = cls.__new__(cls)
@@ -124,22 +95,24 @@ class Family:
 
     @classmethod
     def load_processor(cls, folder: Path, **images: Any) -> Any:
-        """The processor in a folder, with the options named in `image_defaults`; one that is None or left out is as the
-        folder says."""
+        """The processor in a folder.
+
+        Args:
+            images: the options named in `image_defaults`. One that is None or left out stays as the folder says.
+        """
         raise NotImplementedError
 
     def save(self, folder: Path, state: dict[str, Tensor], dtype: torch.dtype) -> None:
-        """Write weights and processor so that transformers loads them without this program."""
-        # Tensors that were converted share no memory any more, by which transformers would know that they are tied.
-        state = {name: tensor for name, tensor in state.items() if name not in self.model.all_tied_weights_keys}
-        with quiet():
-            self.model.save_pretrained(folder, state_dict=state)
+        """Write weights (`state`, all of `dtype`) and processor so that transformers reads them by itself."""
+        write_model(self.model, folder, state, dtype)
         self.processor.save_pretrained(folder)
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config["dtype"] = dtype_name(dtype)  # that of the saved weights, not of the ones being trained
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     # The parts
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and where its inputs have to be."""
+        return next(self.model.parameters()).device
 
     @property
     def vision(self) -> nn.Module:
@@ -148,7 +121,7 @@ class Family:
 
     @property
     def connector(self) -> nn.Module:
-        """What turns vision features into the width of the language model."""
+        """The layers that turn vision features into the width of the language model."""
         raise NotImplementedError
 
     @property
@@ -167,55 +140,29 @@ class Family:
 
     @property
     def edges(self) -> tuple[int, int] | None:
-        """Pixels of an image's edge, as it is processed and as published; None where images keep sizes of their own."""
+        """The edge of an image in pixels, as processed and as published; None if images differ in size."""
         return None
 
     def size_text(self, wish: ImageSize) -> str:
-        """What `--image-size` came to and what it costs, for people."""
+        """A message: what `--image-size` came to, and what it costs."""
         if self.edges is None:
             return f"as {self.title} takes it."
         loads = [self.image_load(image_size=ImageSize(edge)) for edge in self.edges]
         return size_text(wish, *self.edges, *loads)
 
     def image_load(self, **images: Any) -> tuple[int, int]:
-        """Patches that the vision encoder reads of the largest image, and the tokens that it becomes; of the
-        configuration alone.
+        """How much work the largest image is, read from the configuration only.
 
         Args:
             images: as in `load_processor`.
+
+        Returns:
+            patches: how many the vision encoder reads.
+            tokens: how many the language model reads.
         """
         raise NotImplementedError
 
-    def layers(self) -> list[GradientCheckpointingLayer]:
-        """The blocks of both encoders."""
-        return [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
-
-    def checkpoint_layers(self) -> None:
-        """Gradient checkpointing (Chen et al. 2016, arXiv 1604.06174): every block keeps its input alone, and is run
-        again on the way back.
-
-        transformers' own switch leaves out the cache, and with it the prefix.
-        """
-        for layer in self.layers():
-            layer.forward = partial(_run_again, layer.forward)
-
-    def compile_layers(self, backend: str = "inductor") -> None:
-        """Let torch compile the blocks of the language model: at the first use, and again for lengths of another
-        kind."""
-        inside = {id(module) for module in self.language.modules()}
-        blocks = [layer for layer in self.layers() if id(layer) in inside]
-        # They share their code, of which torch gives up after eight compilations; each block's number is a reason for
-        # one.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILATIONS * len(blocks))
-        for layer in blocks:
-            layer.compile(backend=backend, dynamic=True)
-
     # Text
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is, and where its inputs have to be."""
-        return next(self.model.parameters()).device
 
     @property
     def image_token(self) -> str:
@@ -228,46 +175,43 @@ class Family:
         return self.tokenizer.convert_tokens_to_ids(self.image_token)
 
     @property
-    def end_of_turn(self) -> str:
-        """The token that ends the model's turn."""
-        raise NotImplementedError
-
-    @property
     def stop_ids(self) -> list[int]:
-        """Tokens at which the model's turn is over when it writes."""
+        """Tokens that end a text when the model writes."""
         return [self.tokenizer.convert_tokens_to_ids(self.end_of_turn)]
 
     @property
     def max_length(self) -> int:
+        """The most tokens that the model reads."""
         return self.model.config.get_text_config().max_position_embeddings
 
     def render(self, prompts: Prompts) -> Rendered:
         """Conversation and responses -> token ids.
 
         Raises:
-            UsageError: a text holds an image placeholder or a special token that breaks the conversation.
+            UsageError: a text contains the placeholder of an image.
         """
         opening = self.apply_template(prompts.messages(), add_generation_prompt=True)
         pieces = opening.split(self.image_token)
         if len(pieces) != 2:
             raise UsageError(
-                f"the texts hold {len(pieces) - 2} {self.image_token} of their own, which stands for an image: leave it out."
+                f"your texts contain the placeholder {self.image_token} {len(pieces) - 2} times. Remove it; the "
+                "program inserts the image itself."
             )
         return self.rendered(prompts, self.tokenize(pieces[0]), self.tokenize(pieces[1]))
 
     def rendered(self, prompts: Prompts, prefix: list[int], question: list[int]) -> Rendered:
-        """Prefix and question with the responses of the classes and what of them is scored."""
+        """Prefix and question (token ids), with the responses of the classes and what is scored of them."""
         responses = [self.response_ids(prompts, text) for text in prompts.responses]
         return Rendered(prefix, question, responses, scored_texts(self, prompts, responses), self.max_length, prompts)
 
     def response_ids(self, prompts: Prompts, text: str) -> list[int]:
-        """The tokens of one response to a conversation that was rendered, end of turn included. Runs in loader
-        processes, too."""
+        """The tokens of one response to a rendered conversation, end of turn included. Also runs in loader
+        processes."""
         turn = self.turn(prompts, text)
         return self.tokenize(turn[: turn.rindex(self.end_of_turn)] + self.end_of_turn)
 
     def turn(self, prompts: Prompts, text: str) -> str:
-        """What the chat template adds to a conversation that is answered with a text."""
+        """What the chat template adds to the conversation if it is answered with a text."""
         opening = self.apply_template(prompts.messages(), add_generation_prompt=True)
         answered = [*prompts.messages(), {"role": "assistant", "content": [{"type": "text", "text": text}]}]
         return self.apply_template(answered, add_generation_prompt=False).removeprefix(opening)
@@ -289,7 +233,11 @@ class Family:
         raise NotImplementedError
 
     def vision_features(self, inputs: dict[str, Tensor]) -> Tensor:
-        """What the vision encoder makes of the images, before the connector: one row for each row of pixels."""
+        """What the vision encoder makes of the images, before the connector.
+
+        Returns:
+            one row for each row of `pixel_values`, in the same order.
+        """
         raise NotImplementedError
 
     def image_features(self, inputs: dict[str, Tensor]) -> Tensor:
@@ -299,24 +247,28 @@ class Family:
         return self.connect(self.encoder_features(inputs), inputs)
 
     def encoder_features(self, inputs: dict[str, Tensor]) -> Tensor:
-        """`vision_features`, or those of the cache where a batch was made of them."""
+        """`vision_features`, or the cached ones if the batch was made from the feature cache."""
         if ENCODER_FEATURES in inputs:
             return inputs[ENCODER_FEATURES]
         frozen = not any(p.requires_grad for p in self.vision.parameters())
-        with torch.no_grad() if frozen else nullcontext():  # a frozen encoder would keep a graph otherwise
+        with torch.no_grad() if frozen else nullcontext():  # a frozen vision encoder would keep a graph otherwise
             return self.vision_features(inputs)
 
     def connect(self, hidden: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         """What `vision_features` gave -> (number of placeholders, D)."""
         features = self.connector(hidden)
+        # (tiles, tokens of a tile, D) -> (number of placeholders, D)
         return features.reshape(-1, features.shape[-1])
 
     def features_of_each(self, images: Sequence[EncodedImages], connected: bool) -> list[Tensor]:
         """The features of several images, each encoded by itself, from one pass over all of them.
 
         Args:
-            connected: behind the connector, where an image has one row for each of its placeholders; else before it,
-                where it has as many as of pixels (tiles or patches).
+            connected: features after the connector, else before it.
+
+        Returns:
+            for each image its features: connected, one row for each of its placeholders; else one row for each row of
+            its pixels (tiles or patches).
         """
         inputs = {name: torch.cat([one.inputs[name] for one in images]).to(self.device) for name in images[0].inputs}
         if connected:
@@ -328,7 +280,7 @@ class Family:
 
     @property
     def vocabulary(self) -> int:
-        """How many numbers the logits of a token have."""
+        """How many logits a token has."""
         return self.model.get_output_embeddings().weight.shape[0]
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -356,18 +308,23 @@ class Family:
         return positions
 
     def new_cache(self) -> Cache:
+        """An empty cache of keys and values."""
         return DynamicCache(config=self.model.config)
 
     def run_language(
         self, embeddings: Tensor, positions: Tensor, cache: Cache | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """(B, L, D) -> hidden states (B, L, D).
+        """The language model without its head.
 
         Args:
+            embeddings: (B, L, D).
             positions: from `positions` or `text_positions`.
             cache: keys and values of earlier tokens; the new ones are added to it.
-            mask: (B, 1, L, K) bool, True where a token (L) sees another (K); without it every token sees itself and all
-                before it.
+            mask: (B, 1, L, K) bool, True if a token (L) sees another (K). Without it a token sees itself and all before
+                it.
+
+        Returns:
+            (B, L, D) hidden states.
         """
         return self.language(
             inputs_embeds=embeddings,
@@ -378,7 +335,7 @@ class Family:
         ).last_hidden_state
 
     def full_logits(self, ids: Tensor, mask: Tensor, response: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-        """The plain forward over whole sequences; only a family that may not share its prefix has to have one."""
+        """The plain forward over whole sequences. Only a family that may not share its prefix needs it."""
         raise NotImplementedError
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -1,5 +1,4 @@
-"""The embedded default: a small Idefics3 with its own tokenizer and processor, built on the spot, with random
-weights."""
+"""The model of the demo: a small Idefics3 with random weights, its tokenizer and its processor, built in a second."""
 
 import re
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from transformers import (
 
 from vlm.config import Settings
 from vlm.conversation import build_prompts
-from vlm.families.base import quiet
+from vlm.families.weights import quiet
 
 DEMO_NAME = "demo"  # what the metadata calls the model
 IMAGE_SIZE = 32  # pixels; the digits have 8
@@ -35,7 +34,7 @@ CHAT_TEMPLATE = (
 
 
 def build_demo_model(folder: Path, settings: Settings, class_names: list[str]) -> None:
-    """Write a model of 0.4M parameters, laid out as on the hub, into a folder. The same seed gives the same weights."""
+    """Write a model of 0.4M parameters into a folder, laid out as on the hub. The same seed gives the same weights."""
     prompts = build_prompts(settings, class_names)
     corpus = [prompts.system, prompts.question, *prompts.responses]
     processor = build_processor(IMAGE_SIZE, PATCH_SIZE, SCALE_FACTOR, corpus, class_names)
@@ -62,11 +61,15 @@ def build_demo_model(folder: Path, settings: Settings, class_names: list[str]) -
 def build_processor(
     image_size: int, patch_size: int, scale_factor: int, corpus: list[str], class_names: Sequence[str] = ()
 ) -> Idefics3Processor:
-    """A processor whose byte-level BPE tokenizer, trained on `corpus`, can write any text.
+    """A processor with a byte-level BPE tokenizer that is trained on `corpus` and can write any text.
 
-    With `class_names` the tokens may be whole phrases, with a class name always a token of its own. A model that starts
-    from nothing then learns the classes, not the spelling of the sentences around them: the demo's response has 8
-    tokens where words make 32.
+    Args:
+        image_size, patch_size: edges in pixels.
+        scale_factor: so many patches in a line, and as many lines, become one image token.
+        corpus: texts.
+        class_names: if given, tokens may be whole phrases, and each class name is a token of its own. A model with
+            random weights then learns the classes and not the spelling of the sentences around them: the demo's
+            response has 8 tokens instead of 32.
     """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -81,7 +84,7 @@ def build_processor(
     trainer = trainers.BpeTrainer(
         vocab_size=1000, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
     )
-    # " Assistant:" and the like are in every conversation; words are repeated so that each becomes a token of its own.
+    # Every conversation has " Assistant:" and the like. Words are repeated so that each becomes a token of its own.
     bpe.train_from_iterator([*corpus, " System: User: Assistant:"] * 4, trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,

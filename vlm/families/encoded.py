@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-# Names of cached features among a batch's pixels: before and behind the connector.
+# Names of cached features among the inputs of images: before and after the connector.
 ENCODER_FEATURES, CONNECTED_FEATURES = "encoder_features", "connected_features"
 
 
@@ -12,8 +12,9 @@ ENCODER_FEATURES, CONNECTED_FEATURES = "encoder_features", "connected_features"
 class EncodedImages:
     """Images as the model takes them.
 
-    inputs: tensors of all images one after the other (an image may take several rows). token_ids: for each image
-    the tokens that stand for it in the text, placeholders and wrappers.
+    Attributes:
+        inputs: tensors of all images, one image after the other; an image may have several rows.
+        token_ids: for each image the tokens that stand for it in the text, placeholders and what is around them.
     """
 
     inputs: dict[str, Tensor]
@@ -21,6 +22,6 @@ class EncodedImages:
 
 
 def besides_pixels(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the model takes of images that is neither pixels nor features of them, such as their sizes."""
+    """The inputs that are neither pixels nor features, such as the sizes of images."""
     features = (ENCODER_FEATURES, CONNECTED_FEATURES)
     return {name: tensor for name, tensor in inputs.items() if not name.startswith("pixel") and name not in features}

@@ -1,8 +1,7 @@
 """Any other image-text-to-text model that transformers knows, driven by its processor and chat template.
 
-Nothing is assumed of a model but `forward`. Where it has a language model that takes embeddings and a cache, the shared
-prefix is used, after a check against the plain forward at start (`vlm/classifier/classifier.py`); else everything goes
-through the plain forward.
+Only `forward` is assumed of a model. If it has a language model that takes embeddings and a cache, the shared prefix is
+used, after a check against the plain forward at the start of a run. Else everything goes through the plain forward.
 
 B = batch, K = tokens of a whole sequence, D = width, V = vocabulary.
 """
@@ -23,33 +22,37 @@ from vlm.families.base import Family
 from vlm.families.encoded import CONNECTED_FEATURES, ENCODER_FEATURES, EncodedImages
 from vlm.families.images import squares
 from vlm.families.images.sizes import pick_size
+from vlm.families.layout import Layout, lay_out_conversation
 from vlm.families.processors import processor_class_of, read_processor
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")
 VISION_NAMES = ("vision_tower", "vision_model", "visual", "vision_encoder", "image_tower")
-# Their image tokens, or the whole prompt, see each other in both directions, which a small model may hide from the
-# check.
+# Their image tokens, or the whole prompt, see each other in both directions. The check may miss it on a small model.
 BIDIRECTIONAL = ("gemma3", "gemma4", "paligemma")
 PROBE_SIZE = (64, 48)  # pixels of the image that shows where a processor puts its tokens
 
 
 class _Reached(Exception):
-    """The encoder is done."""
+    """Ends a forward pass where the vision encoder has done its work."""
 
 
 class GenericFamily(Family):
-    """A model that is driven through its processor. `shares_prefix` may be switched off by the check at start."""
+    """A model that is driven through its processor. The check at the start of a run may switch off `shares_prefix`."""
 
     title = "this model"
     image_defaults = {"image_size": None}
     must_be_checked = True
     _published_edge: int | None = None  # of the processor, before another size was set
+    _layout: Layout  # of the conversation, set by `render` like the token ids before and after the image
+    _prefix: list[int]
+    _question: list[int]
 
     def __init__(self, model: nn.Module, processor: Any):
         super().__init__(model, processor)
         if model.config.model_type in BIDIRECTIONAL:
             note(
-                f"{model.config.model_type} reads images in both directions: no prefix can be shared, training takes the plain forward."
+                f"{model.config.model_type} reads images in both directions, so no prefix can be shared: "
+                "training takes the plain forward."
             )
             self.shares_prefix = False
 
@@ -79,7 +82,7 @@ class GenericFamily(Family):
 
     @property
     def body(self) -> nn.Module:
-        """What holds vision, connector and language side by side."""
+        """The module with vision, connector and language as its children."""
         return getattr(self.model, "model", self.model)
 
     @property
@@ -92,7 +95,7 @@ class GenericFamily(Family):
 
     @property
     def connector(self) -> nn.Module:
-        """All that is neither vision nor language."""
+        """Everything that is neither vision nor language."""
         return nn.ModuleList(
             child for child in self.body.children() if child is not self.vision and child is not self.language
         )
@@ -101,13 +104,13 @@ class GenericFamily(Family):
 
     @cached_property
     def image_token_id(self) -> int:
-        """Kept, for loader processes, which have no model."""
+        """Cached for loader processes, which have no model."""
         config = self.model.config
         for name in ("image_token_id", "image_token_index"):
             if getattr(config, name, None) is not None:
                 return getattr(config, name)
         raise UsageError(
-            f"a model of type {config.model_type} names no image token in its config: it cannot be driven."
+            f"a model of type {config.model_type} names no image token in its config.json: choose another model."
         )
 
     @property
@@ -116,68 +119,39 @@ class GenericFamily(Family):
         ends = [ends] if isinstance(ends, int) else list(ends or [])
         return list(dict.fromkeys([self._closing_ids[-1], *ends]))
 
-    def render(self, prompts: Prompts) -> Rendered:
-        """Let the processor lay out an image, and see what stands before and after its tokens."""
-        self._opening = self._render_opening(prompts)
-        probe = self._whole_ids([Image.new("RGB", PROBE_SIZE)])[0][0]
-        places = [i for i, token in enumerate(probe) if token == self.image_token_id]
-        if not places:
-            raise UsageError(
-                "the processor puts no image token into the conversation: the model would learn from the text alone."
-            )
-        self._prefix = probe[: places[0]] if self.shares_prefix else []
-        self._question = probe[places[-1] + 1 :]
-        return self.rendered(prompts, self._prefix, self._question)
-
-    def _render_opening(self, prompts: Prompts) -> str:
-        """The conversation up to the model's turn. A model without a system role gets the instructions at the head of
-        the user's turn."""
-        asked = prompts.messages()[-1]["content"]
-        in_user_turn = [{"role": "user", "content": [{"type": "text", "text": prompts.system + "\n"}, *asked]}]
-        self._closing_ids = [self.tokenizer.eos_token_id]
-        if not getattr(self.processor, "chat_template", None):
-            note("the model has no chat template: image, instructions and question are put one after the other.")
-            return f"{self._placeholder}{prompts.system}\n{prompts.question}\n"
-        for messages in (prompts.messages(), in_user_turn):
-            try:
-                opening = self.apply_template(messages, add_generation_prompt=True)
-            except Exception:  # templates refuse a system role each in its own way
-                continue
-            if prompts.system in opening and prompts.question in opening:
-                break
-        else:
-            raise UsageError(
-                "the chat template of the model drops the instructions or the question: it cannot be used."
-            )
-        if opening.count(self._placeholder) != 1:
-            raise UsageError(
-                f"the conversation holds {opening.count(self._placeholder)} of {self._placeholder}, expected 1: leave it out of the texts."
-            )
-        self._find_closing(messages, opening)
-        return opening
+    @property
+    def _closing_ids(self) -> list[int]:
+        """The tokens that end the model's turn."""
+        return self.tokenize(self._layout.closing) or [self.tokenizer.eos_token_id]
 
     @property
     def _placeholder(self) -> str:
-        """What a template writes for an image, before the processor puts in its tokens."""
+        """What a chat template writes for an image, before the processor puts in its tokens."""
         return getattr(self.processor, "boi_token", None) or getattr(self.processor, "image_token", "<image>")
 
-    def _find_closing(self, messages: list[dict[str, Any]], opening: str) -> None:
-        """What the template puts after the model's turn, which the model has to learn as its end."""
-        mark = "ANSWER"
-        answered = [*messages, {"role": "assistant", "content": [{"type": "text", "text": mark}]}]
-        turn = self.apply_template(answered, add_generation_prompt=False).removeprefix(opening)
-        before, _, after = turn.partition(mark)
-        closing = self.tokenize(after.rstrip())
-        if closing:
-            self._closing_ids = closing
-        self._before = before if len(before) <= 1 else ""  # a space that belongs to the answer
+    def render(self, prompts: Prompts) -> Rendered:
+        """Have the processor lay out a conversation with an image, and see which tokens come before and after it.
+
+        Raises:
+            UsageError: the chat template or the processor drops a part of the conversation.
+        """
+        self._layout = lay_out_conversation(self.processor, prompts, self._placeholder)
+        (ids,), _ = self._whole_ids([Image.new("RGB", PROBE_SIZE)])
+        places = [i for i, token in enumerate(ids) if token == self.image_token_id]
+        if not places:
+            raise UsageError(
+                "the processor puts no image token into the conversation, so the model would learn from the text only: "
+                "choose another model."
+            )
+        self._prefix = ids[: places[0]] if self.shares_prefix else []
+        self._question = ids[places[-1] + 1 :]
+        return self.rendered(prompts, self._prefix, self._question)
 
     def response_ids(self, prompts: Prompts, text: str) -> list[int]:
-        """As it is tokenized behind the question, and the end of the turn."""
-        before = getattr(self, "_before", "")
-        tail = self._opening[-20:]
-        alone, together = self.tokenize(tail), self.tokenize(tail + before + text)
-        ids = together[len(alone) :] if together[: len(alone)] == alone else self.tokenize(before + text)
+        """As it is tokenized after the question, and the end of the turn."""
+        tail, text = self._layout.opening[-20:], self._layout.before + text
+        alone, together = self.tokenize(tail), self.tokenize(tail + text)
+        ids = together[len(alone) :] if together[: len(alone)] == alone else self.tokenize(text)
         return ids + self._closing_ids
 
     # Images
@@ -190,17 +164,17 @@ class GenericFamily(Family):
         return super().size_text(wish) if self.edges else "as the model's processor makes it."
 
     def _set_size(self, wish: ImageSize) -> None:
-        """Have the processor make images of this size, where the encoder takes them: tried on an image.
+        """Have the processor make images of another size, if the vision encoder takes them. Tried on an image.
 
         Raises:
-            UsageError: exactly so many pixels do not work. (auto goes back to the published size.)
+            UsageError: an exact size does not work. (auto keeps the published size.)
         """
         published = self._published_edge
         if published is None:
             if wish.auto:
                 return
             raise UsageError(
-                f"--image-size {wish.pixels}: the processor of this model makes images of no one size. Leave it out."
+                f"--image-size {wish.pixels}: the processor of this model makes images of several sizes. Leave it out."
             )
         patch, unit = squares.patch_and_unit(self.model.config)
         edge = pick_size(wish, unit, published, self.title, enlarges=True)
@@ -211,28 +185,26 @@ class GenericFamily(Family):
             self.processor = resized
         elif not wish.auto:
             raise UsageError(
-                f"--image-size {wish.pixels}: the vision encoder of this model is fixed to images of {published} pixels. "
-                f"Leave it out, or say {published}."
+                f"--image-size {wish.pixels}: the vision encoder of this model is fixed to images of {published} "
+                f"pixels. Leave it out, or say {published}."
             )
 
     @torch.no_grad()
     def _takes_images_of(self, processor: Any) -> bool:
-        """Whether the encoder makes as many features of an image as a processor puts tokens into the text."""
+        """Whether the vision encoder makes as many features of an image as a processor puts tokens into the text."""
         image = Image.effect_noise(PROBE_SIZE, 80).convert("RGB")
         try:
             batch = processor(text=[self._placeholder], images=[[image]], return_tensors="pt")
             inputs = {name: tensor.to(self.model.device) for name, tensor in batch.items() if name not in TEXT_INPUTS}
             return len(self.image_features(inputs)) == int((batch["input_ids"] == self.image_token_id).sum()) > 0
-        except Exception:  # encoders refuse a size each in its own way
+        except Exception:  # each vision encoder has its own way to refuse a size
             return False
 
     def image_load(self, image_size: ImageSize | None = None) -> tuple[int, int]:
-        """What the configuration says of one tile; of a model that says nothing, about what most have."""
+        """One tile, as the configuration says; if it does not say, about what most models have."""
         config = self.model.config
-        published, (patch, unit) = (
-            squares.first(getattr(config.vision_config, "image_size", 384)),
-            squares.patch_and_unit(config),
-        )
+        published = squares.first(getattr(config.vision_config, "image_size", 384))
+        patch, unit = squares.patch_and_unit(config)
         if image_size is not None:
             edge = pick_size(image_size, unit, published, self.title, enlarges=True)
             return (edge // patch) ** 2, (edge // unit) ** 2
@@ -241,12 +213,17 @@ class GenericFamily(Family):
         return patches, min(tokens or patches, patches)
 
     def _whole_ids(self, images: list[Image.Image]) -> tuple[list[list[int]], dict[str, Tensor]]:
-        """The processor's own token ids of conversation and image, one list an image, and the pixels."""
-        opening = self._opening
+        """Conversation and image, as the processor lays them out.
+
+        Returns:
+            rows: for each image its token ids, without padding.
+            pixels: all other tensors that the processor gives.
+        """
+        opening = self._layout.opening
         twice = self.tokenizer.bos_token is not None and opening.startswith(self.tokenizer.bos_token)
         batch = self.processor(
             text=[opening] * len(images),
-            images=[[p] for p in images],
+            images=[[image] for image in images],
             return_tensors="pt",
             padding=True,
             add_special_tokens=not twice,
@@ -273,17 +250,14 @@ class GenericFamily(Family):
             name: t.to(self.model.dtype) if t.is_floating_point() else t for name, t in inputs.items() if name in known
         }
         features = get(**inputs).pooler_output
-        features = (
-            torch.cat([f.reshape(-1, f.shape[-1]) for f in features])
-            if isinstance(features, list | tuple)
-            else features
-        )
-        return features.reshape(-1, features.shape[-1])
+        # One tensor, or one for each image: (..., D) each -> (number of placeholders, D)
+        each = features if isinstance(features, list | tuple) else [features]
+        return torch.cat([part.reshape(-1, part.shape[-1]) for part in each])
 
     @cached_property
     def can_cache(self) -> bool:
-        """Whether the features are those of one connector behind the encoder, and the same in a batch: tried on two
-        images."""
+        """Whether the features are what one connector makes of the vision encoder's, and the same in a batch. Tried on
+        two images."""
         if not self.shares_prefix or len(self.connector) != 1:
             return False
         noise = [Image.effect_noise(size, 80).convert("RGB") for size in (PROBE_SIZE, PROBE_SIZE[::-1])]
@@ -296,11 +270,11 @@ class GenericFamily(Family):
                 share = 1e-3 if whole.dtype in (torch.float32, torch.float64) else 5e-2
                 same = torch.allclose(torch.cat(alone), whole, rtol=0, atol=share * float(whole.abs().max()))
                 return same and torch.equal(self.connect(encoder, {}), whole)
-        except Exception:  # an encoder that does not hand its features to the connector in one tensor
+        except Exception:  # a vision encoder that does not hand its features to the connector in one tensor
             return False
 
     def vision_features(self, inputs: dict[str, Tensor]) -> Tensor:
-        """What reaches the connector."""
+        """(rows, vision width) or more dimensions: what reaches the connector."""
         caught: list[Tensor] = []
 
         def catch(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -318,16 +292,22 @@ class GenericFamily(Family):
 
     def connect(self, hidden: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         features = self.connector[0](hidden)
+        # (images or tiles, tokens of one, D) -> (number of placeholders, D)
         return features.reshape(-1, features.shape[-1])
 
     # The plain forward
 
     def full_logits(self, ids: Tensor, mask: Tensor, response: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-        """(B, K, V) by transformers' own forward.
+        """Logits by transformers' own forward.
 
         Args:
-            ids: (B, K) with padding on the right. mask: (B, K) False at padding. response: (B, K) True at the
-                response's tokens.
+            ids: (B, K) with padding on the right.
+            mask: (B, K) bool, False at padding.
+            response: (B, K) bool, True at the tokens of the response.
+            inputs: tensors of the images.
+
+        Returns:
+            (B, K, V) float32 at least.
         """
         images = (ids == self.image_token_id).long()
         known = inspect.signature(self.model.forward).parameters

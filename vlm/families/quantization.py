@@ -1,7 +1,7 @@
-"""Weights in 4 or 8 bits through bitsandbytes, where it is installed, for training LoRA on top of them (QLoRA).
+"""Weights in 4 or 8 bits by bitsandbytes, if it is installed, for training LoRA on top of them (QLoRA).
 
-Only the linear layers of the language model are quantized: they are most of the weights, and LoRA makes up for what
-rounding loses. What is saved is a plain model (see `merged_state_dict`).
+Only the linear layers of the language model are quantized: they are most of the weights, and LoRA makes up for the
+rounding. The model that is saved has usual weights.
 """
 
 import importlib.util
@@ -18,7 +18,7 @@ OLDEST = "0.48"  # the first that computes on the CPU without a separate package
 
 
 def check_quantization(bits: int | None, device: torch.device) -> None:
-    """See that weights in `bits` bits (None: as they are) can be used on a device.
+    """Check that weights of `bits` bits (None: not quantized) can be used on a device.
 
     Raises:
         UsageError: bitsandbytes is not installed, or does not know the device.
@@ -38,7 +38,7 @@ def check_quantization(bits: int | None, device: torch.device) -> None:
 
 
 def loading_options(bits: int | None, dtype: torch.dtype, device: torch.device, kept: list[str]) -> dict[str, Any]:
-    """What `from_pretrained` is told; nothing where `bits` is None.
+    """Arguments for `from_pretrained`; none if `bits` is None.
 
     NF4 with blocks of 64 weights for 4 bits (QLoRA, Dettmers et al. 2023, arXiv 2305.14314), rows of int8 for 8 bits
     (LLM.int8(), Dettmers et al. 2022, arXiv 2208.07339).
@@ -48,7 +48,7 @@ def loading_options(bits: int | None, dtype: torch.dtype, device: torch.device, 
     """
     if bits is None:
         return {}
-    # It says for every layer that int8 products are computed from float16.
+    # It warns for every layer that int8 products are computed from float16.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     config = BitsAndBytesConfig(
         load_in_4bit=bits == 4,
@@ -61,9 +61,9 @@ def loading_options(bits: int | None, dtype: torch.dtype, device: torch.device, 
 
 
 def forget_quantizer(model: PreTrainedModel) -> None:
-    """Make a quantized model a usual one, some of whose linear layers are of another class.
+    """Remove transformers' marks from a quantized model, so that it is a usual model with some other linear layers.
 
-    With the marks that transformers leaves on it, it would save the quantized weights, whatever it is given to save.
+    With the marks transformers would save the quantized weights, whatever it is given to save.
     """
     for mark in ("hf_quantizer", "is_quantized", "quantization_method", "hf_device_map"):
         if mark in vars(model):

@@ -20,7 +20,17 @@ from vlm.common import UsageError, format_table, note, usual_modes
 from vlm.config import DEMO_MODEL, RunSettings, Settings
 from vlm.conversation import Prompts, build_prompts, longest_reasoning
 from vlm.data import Data, load_data, model_folder
-from vlm.families import DEMO_NAME, Family, FeatureCache, build_demo_model, check_quantization, fill_cache, load_family
+from vlm.families import (
+    DEMO_NAME,
+    Family,
+    FeatureCache,
+    build_demo_model,
+    check_quantization,
+    checkpoint_blocks,
+    compile_blocks,
+    fill_cache,
+    load_family,
+)
 from vlm.machine import Texts, check_compiler, fit_to_memory, pick_device, pick_dtype, pick_threads, share_of_cores
 from vlm.training.preflight import point_out_contradictions, preflight, settings_rows
 from vlm.training.tuning import parameter_groups, prepare_tuning, trained_parameters
@@ -160,10 +170,10 @@ def _load_model(
         note(f"image size: {image_size}\n")
     prepare_tuning(family, settings)
     if settings.gradient_checkpointing:
-        family.checkpoint_layers()
+        checkpoint_blocks(family)
     if settings.compile:
         check_compiler(accelerator.device)
-        family.compile_layers()
+        compile_blocks(family)
     return family, image_size
 
 

@@ -1,10 +1,10 @@
-"""What `--image-size` comes to, in families whose images all become squares of one size."""
+"""What `--image-size` means in families whose images all become squares of one size."""
 
 from vlm.common import UsageError
 from vlm.config import ImageSize
 
-# `auto` goes down to this share of the published edge and no further, however small the images are: a pretrained
-# encoder sees little in a few patches. docs/experiments.md has the measurements.
+# `auto` goes down to this share of the published edge, however small the images are: a pretrained vision encoder sees
+# little in a few patches. docs/experiments.md has the measurements.
 LEAST_SHARE = 0.5
 
 
@@ -12,35 +12,50 @@ def pick_size(wish: ImageSize | None, unit: int, published: int, title: str, enl
     """The edge in pixels.
 
     Args:
-        wish: None: the published size. auto: the smallest one that loses nothing of the images, between half the
+        wish: None: the published size. auto: the smallest size that loses nothing of the images, between half the
             published size and all of it.
-        unit: pixels that come together to one token in a line; all multiples of it work, and the published size.
+        unit: pixels of an image token in a line. All multiples of it work, and the published size.
+        published: the edge that the model was published with, in pixels.
+        title: what messages call the model.
         enlarges: whether more than the published size works too.
 
     Raises:
-        UsageError: exactly so many pixels do not work.
+        UsageError: an exact size does not work.
     """
     if wish is None:
         return published
     if wish.auto:
         least = max(wish.pixels, LEAST_SHARE * published)
         return next((edge for edge in range(unit, published, unit) if edge >= least), published)
-    if wish.pixels == published or (wish.pixels % unit == 0 and (wish.pixels < published or enlarges)):
+    fits = wish.pixels % unit == 0 and (enlarges or wish.pixels < published)
+    if fits or wish.pixels == published:
         return wish.pixels
-    below = wish.pixels // unit * unit
-    near = [edge for edge in (below, below + unit) if 0 < edge < published or enlarges and edge]
-    if not enlarges and below + unit >= published:  # the largest that there is, also where it is no multiple
-        near = [(published - 1) // unit * unit, published]
+    most = "" if enlarges else f" up to {published}"
+    nearest = " and ".join(str(edge) for edge in _nearest(wish.pixels, unit, published, enlarges))
     raise UsageError(
-        f"--image-size {wish.pixels}: {title} takes multiples of {unit} pixels{'' if enlarges else f' up to {published}'}. "
-        f"The nearest are {' and '.join(str(edge) for edge in near if edge)}."
+        f"--image-size {wish.pixels}: {title} takes multiples of {unit} pixels{most}. The nearest are {nearest}."
     )
+
+
+def _nearest(pixels: int, unit: int, published: int, enlarges: bool) -> list[int]:
+    """The sizes that work just below and just above one that does not."""
+    below = pixels // unit * unit
+    above = below + unit
+    if not enlarges and above >= published:  # the published size is the largest, even if it is no multiple
+        below, above = (published - 1) // unit * unit, published
+    return [edge for edge in (below, above) if edge]
 
 
 def size_text(
     wish: ImageSize, edge: int, published: int, load: tuple[int, int], published_load: tuple[int, int]
 ) -> str:
-    """The choice and its cost, for people. load: patches and tokens of an image, of `image_load`."""
+    """A message: the size that was picked, and what it costs.
+
+    Args:
+        wish: as in `pick_size`.
+        edge, published: of an image, as it is processed and as published, in pixels.
+        load, published_load: patches and tokens of an image of these sizes (see `Family.image_load`).
+    """
     why = f" (auto: 95% of the images are at most {wish.pixels} px)" if wish.auto else ""
     if edge == published:
         return f"{edge} px, as published{why}: {load[1]} image tokens."

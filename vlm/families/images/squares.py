@@ -1,7 +1,7 @@
-"""Processors that make squares of one size of all images, as most do: which size, and how to set another.
+"""Processors that make all images squares of one size, as most do: which size, and how to set another.
 
-Known are two ways of saying it: `size` with height and width (SigLIP, InternVL), and `size` with the shortest edge and
-`crop_size` with the square that is cut out of the middle (CLIP, DINOv2).
+There are two ways to configure it: `size` with height and width (SigLIP, InternVL), or `size` with the shortest edge
+and `crop_size` with the square that is cut out of the middle (CLIP, DINOv2).
 """
 
 import copy
@@ -11,12 +11,12 @@ from transformers import PreTrainedConfig
 
 
 def first(value: Any) -> int:
-    """Some configurations give one number for both edges, and some two that are equal."""
+    """One number for both edges, of a configuration that gives one or two equal ones."""
     return value[0] if isinstance(value, list | tuple) else value
 
 
 def edge_of(images: Any) -> int | None:
-    """Edge of the squares that an image processor makes, in pixels; None where it makes no squares of one size."""
+    """Edge of the squares that an image processor makes, in pixels; None if it makes no squares of one size."""
     crop, size = (dict(getattr(images, name, None) or {}) for name in ("crop_size", "size"))
     size = crop if getattr(images, "do_center_crop", None) else size
     edge = size.get("height")
@@ -24,10 +24,13 @@ def edge_of(images: Any) -> int | None:
 
 
 def with_edge(processor: Any, edge: int, tokens: int) -> Any:
-    """The processor as one that makes squares of another edge, which become so many tokens; the tokenizer is shared.
+    """A copy of a processor that makes squares of another edge. The tokenizer is shared.
 
-    A part that is cut out of the middle stays the same part. Where a processor counts the tokens by itself, from the
-    pixels, it keeps no number of them.
+    A part that is cut out of the middle stays the same part.
+
+    Args:
+        edge: in pixels.
+        tokens: image tokens of a square; only set if the processor does not count them from the pixels.
     """
     resized = copy.copy(processor)
     images = resized.image_processor = copy.deepcopy(processor.image_processor)
@@ -41,7 +44,6 @@ def with_edge(processor: Any, edge: int, tokens: int) -> Any:
 
 
 def patch_and_unit(config: PreTrainedConfig) -> tuple[int, int]:
-    """Pixels in a line of a patch, and of an image token, of several patches where the model puts neighbors
-    together."""
+    """The edges of a patch and of an image token in pixels; they differ if a token is made of several patches."""
     patch = first(getattr(config.vision_config, "patch_size", 16))
     return patch, round(patch * getattr(config, "scale_factor", 1) / getattr(config, "downsample_ratio", 1))

@@ -1,4 +1,4 @@
-"""Phi-3.5-vision-instruct, as a model of our own: no remote code.
+"""Phi-3.5-vision-instruct, with the model in model.py: no code of the published folder is run.
 
 B = batch, L = tokens of a row, T = tiles of all images, N = image tokens of all images, D = width.
 """
@@ -28,7 +28,7 @@ IMAGE = "<|image_1|>"  # the image in the text
 IMAGES = re.compile(r"<\|image_\d+\|>")
 PLACEHOLDER = "<|image|>"  # a token that the published processor reserves for images, and never writes
 WORDS = "model.embed_tokens.weight"
-WORDS_AGAIN = "model.vision_embed_tokens.wte.weight"  # the published files have them twice, and some programs want both
+WORDS_AGAIN = "model.vision_embed_tokens.wte.weight"  # the published files have both, and some programs want both
 ROOM_TO_WRITE = 64  # tokens; what `VLMClassifier.write` allows at least
 
 
@@ -36,13 +36,16 @@ def _check_size(image_size: ImageSize | None) -> None:
     """Raises UsageError for any size but that of the tiles."""
     if image_size and not image_size.auto and image_size.pixels != TILE:
         raise UsageError(
-            f"--image-size {image_size.pixels}: {Phi3VisionFamily.title} is fixed to tiles of {TILE} pixels; --num-crops says how many."
+            f"--image-size {image_size.pixels}: {Phi3VisionFamily.title} is fixed to tiles of {TILE} pixels. Leave it "
+            "out; --num-crops says how many tiles."
         )
 
 
 class Part(nn.Module):
-    """Some parts of a module, which stay its own, with one of its methods: what is published as one module is several
-    here."""
+    """Some parts of a module, with one of its methods as the forward. The parts still belong to the module.
+
+    The published layout has in one module what are two parts of a `Family`.
+    """
 
     def __init__(self, owner: nn.Module, names: Iterable[str], run: Callable[..., Any]):
         super().__init__()
@@ -64,7 +67,7 @@ class Phi3VisionFamily(Family):
     def __init__(self, model: nn.Module, processor: Phi3VisionProcessor):
         super().__init__(model, processor)
         known = self.tokenizer.convert_tokens_to_ids(PLACEHOLDER)
-        # Without the reserved token the last row of the embedding will do: the vocabulary is padded, no text has it.
+        # Without the reserved token it is the last row of the embedding: the vocabulary is padded, so no text has it.
         self.placeholder_id = model.config.vocab_size - 1 if known in (None, self.tokenizer.unk_token_id) else known
         self.published: dict[str, dict[str, Any]] = {}  # configuration files as they were read
 
@@ -84,21 +87,23 @@ class Phi3VisionFamily(Family):
     def load_processor(
         cls, folder: Path, num_crops: int | None = None, image_size: ImageSize | None = None
     ) -> Phi3VisionProcessor:
-        """Tokenizer and image processing as published. An image has at most `num_crops` tiles, besides its global
-        view."""
+        """Tokenizer and image processor as published. An image has at most `num_crops` tiles, and its global view.
+
+        Raises:
+            UsageError: `image_size` is not that of a tile.
+        """
         _check_size(image_size)
         return Phi3VisionProcessor.from_folder(folder, num_crops)
 
     def save(self, folder: Path, state: dict[str, Tensor], dtype: torch.dtype) -> None:
-        """Write the layout that was published: names of the weights, configuration, tokenizer, image settings."""
+        """Write the published layout: names of the weights, configuration, tokenizer, image settings."""
         super().save(folder, state | {WORDS_AGAIN: state[WORDS].to("cpu", copy=True)}, dtype)
         for name, content in self.published.items():
             if name == "config.json":
                 content = naming_its_code(content) | {"torch_dtype": dtype_name(dtype)}
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
-    # The parts. The published layout has the vision encoder and the connector in one module, and that inside of the
-    # language model.
+    # The parts. The published layout has vision encoder and connector in one module, inside the language model.
 
     @property
     def vision(self) -> nn.Module:
@@ -126,57 +131,53 @@ class Phi3VisionFamily(Family):
 
     @property
     def switch_length(self) -> int | None:
-        """Tokens up to which the short factors of the positions hold (LongRoPE, Ding et al. 2024, arXiv 2402.13753), if
-        there are two."""
+        """Tokens up to which positions take the short factors (LongRoPE, Ding et al. 2024, arXiv 2402.13753); None if
+        there is one set of factors."""
         rope = self.model.config.rope_parameters
         return rope["original_max_position_embeddings"] if rope["rope_type"] == "longrope" else None
 
     @property
     def max_length(self) -> int:
-        """Only as far as the short factors hold, 4,096 tokens.
+        """As many tokens as take the short factors, 4,096.
 
-        In a longer row all positions take the long factors, those of the prefix too: a prefix that is run once has the
-        short ones.
+        In a longer row all positions take the long factors, also those of the prefix. But a prefix that was run once
+        has the short ones.
         """
         config = self.model.config
         return min(config.max_position_embeddings, config.sliding_window or math.inf, self.switch_length or math.inf)
 
     def render(self, prompts: Prompts) -> Rendered:
-        """As published: the text on either side of the image is tokenized by itself, each with its beginning-of-text
+        """As published: the texts before and after the image are tokenized one by one, each with a beginning-of-text
         token.
 
         Raises:
-            UsageError: a text holds an image placeholder.
+            UsageError: a text contains the placeholder of an image.
         """
         opening = self.apply_template(prompts.messages(), add_generation_prompt=True)
         pieces = IMAGES.split(opening)
         if len(pieces) != 2 or PLACEHOLDER in "".join([opening, *prompts.responses]):
             raise UsageError(
-                f"the texts hold a placeholder of their own, such as {IMAGE} or {PLACEHOLDER}: leave it out."
+                f"your texts contain a placeholder of an image, such as {IMAGE} or {PLACEHOLDER}. Remove it; the "
+                "program inserts the image itself."
             )
         rendered = self.rendered(prompts, self.tokenize(pieces[0]), self.tokenize(pieces[1]))
-        # Room for whatever is written later, so that no row passes the switch of the positions on its way.
+        # Room for what is written later, so that no row grows past the switch of the positions.
         room = max(ROOM_TO_WRITE, 2 * max(map(len, rendered.response_ids)), 2 * prompts.reasoning_tokens)
         return replace(rendered, max_length=self.max_length - room)
 
     def response_ids(self, prompts: Prompts, text: str) -> list[int]:
-        """Tokenized together with what stands before it, since the first word may depend on it."""
+        """Tokenized together with the question before it, because its first token may depend on it."""
         question = IMAGES.split(self.apply_template(prompts.messages(), add_generation_prompt=True))[1]
         turn = self.turn(prompts, text)
         ids = self.tokenize(question + turn[: turn.rindex(self.end_of_turn)] + self.end_of_turn)
         return ids[len(self.tokenize(question)) :]
 
     def apply_template(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-        """The published template takes plain text."""
-        plain = [
-            {
-                **message,
-                "content": "".join(
-                    f"{IMAGE}\n" if part["type"] == "image" else part["text"] for part in message["content"]
-                ),
-            }
-            for message in messages
-        ]
+        """The published template takes plain text, in which an image is a placeholder in a line of its own."""
+        plain = []
+        for message in messages:
+            parts = [f"{IMAGE}\n" if part["type"] == "image" else part["text"] for part in message["content"]]
+            plain.append({**message, "content": "".join(parts)})
         return self.tokenizer.apply_chat_template(plain, add_generation_prompt=add_generation_prompt, tokenize=False)
 
     def tokenize(self, text: str) -> list[int]:
@@ -185,11 +186,9 @@ class Phi3VisionFamily(Family):
     # Images
 
     def size_text(self, wish: ImageSize) -> str:
-        crops, load = (
-            self.processor.image_processor.num_crops,
-            self.image_load(num_crops=self.processor.image_processor.num_crops),
-        )
-        return f"{TILE} px, to which {self.title} is fixed, with --num-crops {crops}: up to {load[1]} image tokens."
+        crops = self.processor.image_processor.num_crops
+        _, tokens = self.image_load(num_crops=crops)
+        return f"{TILE} px, to which {self.title} is fixed, with --num-crops {crops}: up to {tokens} image tokens."
 
     def image_load(self, num_crops: int = 1, image_size: ImageSize | None = None) -> tuple[int, int]:
         _check_size(image_size)
@@ -203,12 +202,12 @@ class Phi3VisionFamily(Family):
         return EncodedImages(inputs, [[self.placeholder_id] * count for count in counts])
 
     def vision_features(self, inputs: dict[str, Tensor]) -> Tensor:
-        """(T, patches, vision width)."""
+        """(T, 3, 336, 336) pixels -> (T, patches, vision width)."""
         pixels = inputs["pixel_values"].to(self.vision.dtype)
         return self.model.model.vision_embed_tokens.patches(pixels)
 
     def connect(self, hidden: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-        """Newlines and separators are put between the tokens of the tiles."""
+        """(T, patches, vision width) -> (N, D), with newlines and separators between the tokens of the tiles."""
         return self.connector(hidden, (inputs["image_sizes"] // TILE).tolist())
 
     # The language model
@@ -222,15 +221,15 @@ class Phi3VisionFamily(Family):
         """As in any family, up to the switch of the positions.
 
         Raises:
-            UsageError: a text is written past it: the tokens before it would need other positions than they have in the
-                cache.
+            UsageError: a text grows past the switch. The tokens before it would need other positions than they have in
+                the cache.
         """
         keys = embeddings.shape[1] + (cache.get_seq_length() if cache is not None else 0)
         limit = self.switch_length or math.inf
-        if (
-            keys > limit and int(positions.max()) >= limit
-        ):  # looking at the positions makes a GPU wait, so only if need be
+        # Reading the positions makes a GPU wait, so they are read only if the row may be too long.
+        if keys > limit and int(positions.max()) >= limit:
             raise UsageError(
-                f"the text would grow longer than {limit} tokens, where this model's positions change: write less."
+                f"the text would grow longer than {limit} tokens, where the positions of this model change: write a "
+                "shorter text."
             )
         return super().run_language(embeddings, positions, cache, mask)

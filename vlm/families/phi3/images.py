@@ -16,20 +16,27 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 TILE = 336  # pixels
-TOKENS = 12  # tokens of a tile in a line
+TOKENS = 12  # of a tile, in each of its 12 lines
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SETTINGS = "preprocessor_config.json"
 KEPT = (
-    SETTINGS, "processor_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "tokenizer.model", "chat_template.json", "chat_template.jinja",
-)  # fmt: skip
+    SETTINGS,
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "chat_template.json",
+    "chat_template.jinja",
+)
 CODE = "microsoft/Phi-3.5-vision-instruct"  # where the published files have the code that they name
 
 
 def fit_to_tiles(image: Image.Image, num_crops: int) -> Image.Image:
-    """Enlarge or shrink an image to whole tiles, at most `num_crops`, and fill up with white.
+    """Enlarge or shrink an image to whole tiles, at most `num_crops`, and fill the rest with white.
 
-    The longer side takes as many tiles as can be had; the shorter one is filled up equally on both sides.
+    The longer side takes as many tiles as possible; the shorter one is filled equally on both sides.
     """
     portrait = image.height > image.width
     if portrait:
@@ -38,10 +45,9 @@ def fit_to_tiles(image: Image.Image, num_crops: int) -> Image.Image:
     columns = max(s for s in range(1, num_crops + 1) if s * math.ceil(s / ratio) <= num_crops)
     width = columns * TILE
     height = max(1, int(width / ratio))
+    resized = image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
     padded = Image.new("RGB", (width, math.ceil(height / TILE) * TILE), (255, 255, 255))
-    padded.paste(
-        image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR), (0, (padded.height - height) // 2)
-    )
+    padded.paste(resized, (0, (padded.height - height) // 2))
     return padded.transpose(Image.Transpose.TRANSPOSE) if portrait else padded
 
 
@@ -52,7 +58,7 @@ def count_tokens(rows: int, columns: int) -> int:
 
 
 class Phi3VisionImages:
-    """How images are processed: the settings in preprocessor_config.json, under their names."""
+    """The image processor. Its settings are those in preprocessor_config.json, under their names."""
 
     def __init__(
         self, num_crops: int, image_mean: tuple[float, ...] = CLIP_MEAN, image_std: tuple[float, ...] = CLIP_STD
@@ -62,34 +68,33 @@ class Phi3VisionImages:
         self.image_std = image_std
 
     def __call__(self, images: list[Image.Image]) -> dict[str, Tensor]:
-        """Images -> pixels and sizes.
+        """RGB images -> pixels and sizes.
 
         Returns:
-            pixel_values: (all tiles, 3, 336, 336), of each image the global view, then its tiles line by line.
+            pixel_values: (all tiles, 3, 336, 336) float32; for each image the global view, then its tiles line by line.
             image_sizes: (B, 2) height and width in pixels.
         """
         tiles, sizes = [], []
         for image in images:
             pixels = self._normalized(fit_to_tiles(image, self.num_crops))
             height, width = pixels.shape[1:]
+            # (3, height, width) -> (1, 3, 336, 336)
             overview = torch.nn.functional.interpolate(pixels.unsqueeze(0), size=(TILE, TILE), mode="bicubic")
-            cut = (
-                pixels.reshape(3, height // TILE, TILE, width // TILE, TILE)
-                .permute(1, 3, 0, 2, 4)
-                .reshape(-1, 3, TILE, TILE)
-            )
-            tiles += [overview, cut]
+            # (3, height, width) -> (3, rows, 336, columns, 336) -> (rows, columns, 3, 336, 336) -> (tiles, 3, 336, 336)
+            cut = pixels.reshape(3, height // TILE, TILE, width // TILE, TILE).permute(1, 3, 0, 2, 4)
+            tiles += [overview, cut.reshape(-1, 3, TILE, TILE)]
             sizes.append([height, width])
         return {"pixel_values": torch.cat(tiles), "image_sizes": torch.tensor(sizes)}
 
     def _normalized(self, image: Image.Image) -> Tensor:
-        """(3, height, width), float32."""
+        """(3, height, width) float32, with CLIP's mean and deviation."""
+        # (height, width, 3) bytes -> (3, height, width) from 0 to 1
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div(255)
         return pixels.sub(torch.tensor(self.image_mean).view(3, 1, 1)).div(torch.tensor(self.image_std).view(3, 1, 1))
 
 
 class Phi3VisionProcessor:
-    """Tokenizer and image processing. The published files are kept as they are, for the programs that read them."""
+    """Tokenizer and image processor. The published files are kept as they are for other programs that read them."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, image_processor: Phi3VisionImages, files: dict[str, bytes]):
         self.tokenizer = tokenizer
@@ -98,7 +103,7 @@ class Phi3VisionProcessor:
 
     @classmethod
     def from_folder(cls, folder: Path, num_crops: int | None = None) -> "Phi3VisionProcessor":
-        """Read a folder. `num_crops` is in place of the one in the folder."""
+        """Read a folder. `num_crops` replaces the number in the folder, if given."""
         files = {name: (folder / name).read_bytes() for name in KEPT if (folder / name).is_file()}
         settings = json.loads(files.get(SETTINGS, b"{}"))
         images = Phi3VisionImages(
@@ -106,11 +111,11 @@ class Phi3VisionProcessor:
             tuple(settings.get("image_mean") or CLIP_MEAN),
             tuple(settings.get("image_std") or CLIP_STD),
         )
-        # Built from tokenizer.json alone: the class that tokenizer_config.json names would make its own pipeline of it.
+        # Only tokenizer.json is used: the class that tokenizer_config.json names would build its own pipeline from it.
         return cls(PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True), images, files)
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write the files that were read, with `num_crops` as it is used."""
+        """Write the files that were read, with `num_crops` as it was used."""
         for name, content in self.files.items():
             (folder / name).write_bytes(content)
         settings = naming_its_code(json.loads(self.files.get(SETTINGS, b"{}")))
@@ -119,9 +124,10 @@ class Phi3VisionProcessor:
 
 
 def naming_its_code(settings: dict[str, Any]) -> dict[str, Any]:
-    """A published JSON file with the place of the code that it names: no code is saved with a model here.
+    """A published JSON file that names where its code is, because no code is saved with a model here.
 
-    `auto_map` holds `file.Class` for code beside the model and `owner/name--file.Class` for code in another repository.
+    `auto_map` holds `file.Class` for code in the model's own folder, and `owner/name--file.Class` for code in another
+    repository.
     """
     places = settings.get("auto_map")
     if not places:

@@ -1,0 +1,174 @@
+"""The cache: one safetensors file for each image, named by the image's content.
+
+Files are mapped into memory, so that reading one copies nothing until a batch is made. A file is written whole or not
+at all, so runs that share the cache, or are killed, do it no harm.
+"""
+
+import os
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vlm.common import note, replacing
+from vlm.data import Sample
+from vlm.families.base import Family
+from vlm.families.encoded import CONNECTED_FEATURES, ENCODER_FEATURES, EncodedImages, besides_pixels
+from vlm.families.features.fingerprint import fingerprint
+from vlm.families.features.room import make_room
+
+TOKEN_IDS = "token_ids"
+HOUR = 3600.0
+
+
+def cache_root() -> Path:
+    """The folder of all features: in `VLM_CACHE`, or in the user's cache folder."""
+    base = os.environ.get("VLM_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "vlm")
+    return Path(base).expanduser() / "features"
+
+
+class FeatureCache:
+    """Features of one model's images. Can be pickled, for the processes of a loader.
+
+    Args:
+        connected: features after the connector, else before it.
+        halved: float32 features are kept as float16, half the size. They come back as float32, with a relative
+            difference of at most 2^-11. An image with a feature that float16 cannot hold is kept as it is.
+        limit_gb: the largest size of all that is kept, in 10^9 bytes.
+    """
+
+    def __init__(self, family: Family, connected: bool, halved: bool, limit_gb: float):
+        self.connected = connected
+        self.halved = halved
+        self.folder = cache_root() / fingerprint(family, connected, halved)
+        self.limit_gb = limit_gb
+        self.room = 0.0  # bytes that may be written before all files are looked at again
+        self.full = False
+
+    def fits(self, family: Family) -> bool:
+        """Whether the features are those of this model too."""
+        return fingerprint(family, self.connected, self.halved) == self.folder.name
+
+    # Reading
+
+    def use(self, key: str) -> bool:
+        """Whether the features of an image are there. Marks them as used, so that they stay for at least a day."""
+        file = self._file(key)
+        try:
+            os.utime(file)
+        except OSError:  # not there, or another user's
+            return os.access(file, os.R_OK)
+        return True
+
+    def encode(self, keys: Sequence[str]) -> EncodedImages | None:
+        """What `Family.encode_images` gives, with features instead of pixels; None if an image has no features here."""
+        entries = []
+        for key in keys:
+            try:
+                if time.time() - self._file(key).stat().st_mtime > HOUR:
+                    self.use(key)
+                entries.append(load_file(self._file(key)))
+            except OSError:
+                return None
+            except SafetensorError:  # damaged, such as by a crash of the machine: computed again the next time
+                with suppress(OSError):
+                    self._file(key).unlink()
+                return None
+        token_ids = [entry.pop(TOKEN_IDS).tolist() for entry in entries]
+        inputs = {name: torch.cat([entry[name] for entry in entries]) for name in entries[0]}
+        if self.halved:
+            inputs[self._name] = inputs[self._name].float()
+        return EncodedImages(inputs, token_ids)
+
+    # Writing
+
+    @torch.no_grad()
+    def add(self, family: Family, images: dict[str, EncodedImages], to_come: int = 0) -> bool:
+        """Compute the features of some images together, and write them.
+
+        Args:
+            family: in evaluation mode.
+            images: each encoded by itself, by its key.
+            to_come: how many more images will follow, for which room is made too.
+
+        Returns:
+            False if they cannot be kept. A note says why, and nothing is tried from then on.
+        """
+        if self.full or not images:
+            return not self.full
+        entries = self._compute(family, images)
+        size = sum(tensor.nbytes for entry in entries.values() for tensor in entry.values())
+        try:
+            if not self._has_room(size, len(images), to_come):
+                return False
+            for key, entry in entries.items():
+                with replacing(self._file(key)) as new:
+                    save_file(entry, new)
+        except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
+            reason = getattr(error, "strerror", None) or str(error)
+            note(f"vision features cannot be kept in {self.folder} ({reason}).")
+            self.full = True
+        self.room -= size
+        return not self.full
+
+    def _has_room(self, size: int, count: int, to_come: int) -> bool:
+        """Make room for `count` images of `size` bytes together and for those to come; if there is none, say so."""
+        wanted = size * (1 + to_come / count)
+        if size > self.room:
+            self.room = make_room(self.folder, wanted, self.limit_gb)
+            self.full = self.room < wanted
+        if self.full:
+            smaller = "--image-size, --cache-dtype float16" + ("" if self.connected else ", --freeze-connector")
+            note(
+                f"vision features would take {wanted / 1e9:.1f} GB for {count + to_come} images, more than "
+                f"--cache-size {self.limit_gb:g}, so they are not kept. Smaller: a smaller {smaller}."
+            )
+        return not self.full
+
+    def add_missing(self, family: Family, samples: Iterable[Sample]) -> bool:
+        """`add` the features that are missing of a few samples."""
+        if self.full:
+            return False
+        missing = {sample.key: sample for sample in samples if not self.use(sample.key)}
+        return self.add(family, {key: family.encode_images([sample.image]) for key, sample in missing.items()})
+
+    def _compute(self, family: Family, images: dict[str, EncodedImages]) -> dict[str, dict[str, Tensor]]:
+        """The content of each image's file: features, inputs other than pixels, and the image's tokens."""
+        features = family.features_of_each(list(images.values()), self.connected)
+        entries = {}
+        for (key, one), tensor in zip(images.items(), features, strict=True):
+            half = tensor.half() if self.halved else tensor
+            own = {self._name: half if half.isfinite().all() else tensor, TOKEN_IDS: torch.tensor(one.token_ids[0])}
+            entry = besides_pixels(one.inputs) | own
+            entries[key] = {name: kept.detach().cpu().contiguous() for name, kept in entry.items()}
+        return entries
+
+    @property
+    def _name(self) -> str:
+        return CONNECTED_FEATURES if self.connected else ENCODER_FEATURES
+
+    def _file(self, key: str) -> Path:
+        return self.folder / f"{key}.safetensors"
+
+
+def encode(samples: Sequence[Sample], family: Family, cache: FeatureCache | None = None) -> EncodedImages:
+    """The images of some samples as the model takes them: features if the cache has all of them, else pixels."""
+    known = cache.encode([sample.key for sample in samples]) if cache else None
+    return known or family.encode_images([sample.image for sample in samples])
+
+
+def open_cache(family: Family, connected: bool, cache_dtype: str, limit_gb: float) -> FeatureCache | None:
+    """The cache for a model; None if its features cannot be told apart by image.
+
+    Args:
+        cache_dtype: float32 keeps features as they are computed, float16 halves those of a model in float32.
+    """
+    if not family.can_cache:
+        return None
+    computed = next(family.vision.parameters()).dtype
+    return FeatureCache(family, connected, cache_dtype == "float16" and computed == torch.float32, limit_gb)

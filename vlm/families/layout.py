@@ -1,0 +1,72 @@
+"""How a model without a family file lays out a conversation: as its chat template does, if it has one."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from vlm.common import UsageError, note
+from vlm.conversation import Prompts
+
+ANSWER = "ANSWER"  # stands for an answer while the text around it is looked at
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The text around an answer.
+
+    Attributes:
+        opening: the conversation up to the model's turn, with the placeholder of the image.
+        before: a space that belongs to the answer, or nothing.
+        closing: what ends the model's turn; nothing for the end-of-text token.
+    """
+
+    opening: str
+    before: str = ""
+    closing: str = ""
+
+
+def lay_out_conversation(processor: Any, prompts: Prompts, placeholder: str) -> Layout:
+    """The conversation as text.
+
+    Args:
+        placeholder: what stands for an image, before the processor puts in its tokens.
+
+    Raises:
+        UsageError: the chat template drops the instructions or the question.
+        UsageError: the conversation does not have exactly one placeholder.
+    """
+    if not getattr(processor, "chat_template", None):
+        note("the model has no chat template: image, instructions and question are put one after the other.")
+        return Layout(f"{placeholder}{prompts.system}\n{prompts.question}\n")
+    messages, opening = _accepted_messages(processor, prompts)
+    count = opening.count(placeholder)
+    if count != 1:
+        raise UsageError(
+            f"the conversation contains {count} of the placeholder {placeholder}, expected 1. Remove it from your "
+            "texts; the program inserts the image itself."
+        )
+    # The model's turn with an answer -> what the template puts before and after the answer
+    answered = [*messages, {"role": "assistant", "content": [{"type": "text", "text": ANSWER}]}]
+    turn = _apply(processor, answered, add_generation_prompt=False).removeprefix(opening)
+    before, _, after = turn.partition(ANSWER)
+    return Layout(opening, before if len(before) <= 1 else "", after.rstrip())
+
+
+def _accepted_messages(processor: Any, prompts: Prompts) -> tuple[list[dict[str, Any]], str]:
+    """The messages that the chat template takes, and the conversation up to the model's turn.
+
+    A model without a system role gets the instructions at the head of the user's turn.
+    """
+    asked = prompts.messages()[-1]["content"]
+    in_user_turn = [{"role": "user", "content": [{"type": "text", "text": prompts.system + "\n"}, *asked]}]
+    for messages in (prompts.messages(), in_user_turn):
+        try:
+            opening = _apply(processor, messages, add_generation_prompt=True)
+        except Exception:  # each template has its own way to refuse a system role
+            continue
+        if prompts.system in opening and prompts.question in opening:
+            return messages, opening
+    raise UsageError("the chat template of the model drops the instructions or the question: choose another model.")
+
+
+def _apply(processor: Any, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+    return processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
