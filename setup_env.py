@@ -46,7 +46,8 @@ def main(arguments: list[str]) -> int:
     except (OSError, subprocess.CalledProcessError) as error:
         say(f"error: the set-up failed: {error}")
         say(
-            "Repair this and start again, or activate a virtual environment of your own first: it is used instead of .venv."
+            "Repair this and start again, or activate a virtual environment of your own first: it is used instead of "
+            ".venv."
         )
         return 1
 
@@ -72,7 +73,8 @@ def prepare_own(files: list[Path]) -> int:
         if not pip_install(OWN_PYTHON, files, "-c", str(CONSTRAINTS)):
             STATE.write_text("\n".join(before))
             say(
-                "error: the packages could not be installed; pip says why above. Check the network and the free space, then start again."
+                "error: the packages could not be installed; pip says why above. Check the network and the free "
+                "space, then start again."
             )
             return 1
         STATE.write_text("\n".join({wanted, checksum([REQUIREMENTS])}))

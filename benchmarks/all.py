@@ -2,7 +2,7 @@
 """Every benchmark, one after the other, each in a process of its own; then the tables of docs/performance.md.
 
 python benchmarks/all.py            (the true model: an hour or two on 2 cores, nothing else running)
-python benchmarks/all.py --quick    (a sixth of the model and the three for everyday use: 3 minutes; writes no tables without --report)
+python benchmarks/all.py --quick    (a sixth of the model, three benchmarks, 3 minutes; no tables without --report)
 python benchmarks/all.py --quick --only peak levers    (others)
 
 train_on_gpu.py and objectives.py are run by themselves: one needs a GPU, the other trains for hours.
@@ -16,8 +16,15 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 NAMES = (
-    "startup", "train_vs_trl", "train_vs_plain", "classify_vs_generate", "peak", "levers", "growth", "memory_vs_trl",
-)  # fmt: skip
+    "startup",
+    "train_vs_trl",
+    "train_vs_plain",
+    "classify_vs_generate",
+    "peak",
+    "levers",
+    "growth",
+    "memory_vs_trl",
+)
 EVERYDAY = ("startup", "train_vs_trl", "classify_vs_generate")
 
 

@@ -70,9 +70,12 @@ def parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
         help="a model without any use but to test the benchmark",
     )
     result.add_argument(
-        "--cache", type=Path, default=Path(tempfile.gettempdir()) / "vlm_benchmarks", metavar="FOLDER",
+        "--cache",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "vlm_benchmarks",
+        metavar="FOLDER",
         help="where models and features are kept between benchmarks (default: %(default)s)",
-    )  # fmt: skip
+    )
     # What no option of most benchmarks changes: SmolVLM-256M in float32 on the CPU, images read by the process itself,
     # once an epoch.
     result.set_defaults(size="full", shape="256M", device="cpu", dtype="float32", workers=None, repeats=1, **defaults)
@@ -215,15 +218,22 @@ def report(options: argparse.Namespace, rows: list[dict[str, Any]], correct: boo
     where = machine(options.device)
     chips = ", ".join(where[name] for name in ("gpu", "cpu") if name in where)
     print(
-        f"{chips}, {where['threads']} threads, load {where['load']}, torch {where['torch']}, {figures(rows, options.rounds)}\n"
+        f"{chips}, {where['threads']} threads, load {where['load']}, torch {where['torch']}, "
+        f"{figures(rows, options.rounds)}\n"
     )
     print(format_table([list(row.values()) for row in rows], list(rows[0])))
     if not correct:
         print("\nA check failed: the sides do not compute the same.", file=sys.stderr)
     values = {
-        "benchmark": script.removesuffix(".py"), "command": shlex.join(["python", f"benchmarks/{script}", *arguments]), "machine": where,
-        "size": options.size, "rounds": options.rounds, "correct": correct, **more, "rows": rows,
-    }  # fmt: skip
+        "benchmark": script.removesuffix(".py"),
+        "command": shlex.join(["python", f"benchmarks/{script}", *arguments]),
+        "machine": where,
+        "size": options.size,
+        "rounds": options.rounds,
+        "correct": correct,
+        **more,
+        "rows": rows,
+    }
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

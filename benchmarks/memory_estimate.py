@@ -74,8 +74,11 @@ def measure(folder: Path, tune: str, dtype: torch.dtype, batch_size: int) -> dic
     kept = need.weights + need.optimizer
     estimated = {
         "loading": sum(p.numel() for p in estimated_family.model.parameters()) * dtype.itemsize,
-        "training": need.training, "evaluation": kept + need.evaluation, "saving": kept + need.saving, "whole run": need.total,
-    }  # fmt: skip
+        "training": need.training,
+        "evaluation": kept + need.evaluation,
+        "saving": kept + need.saving,
+        "whole run": need.total,
+    }
     measured["whole run"] = max(measured.values())
     return {phase: {"estimated": estimated[phase], "measured": measured[phase]} for phase in estimated}
 

@@ -88,8 +88,14 @@ def main() -> int:
     parser.add_argument(
         "--formats", nargs="+", choices=formats, default=formats, metavar="FORMAT", help="(default: all three)"
     )
-    parser.add_argument("--objectives", nargs="+", choices=(RESPONSE, POSTERIOR, BOTH), default=(RESPONSE, POSTERIOR, BOTH), metavar="NAME",
-                        help="(default: response posterior both)")  # fmt: skip
+    parser.add_argument(
+        "--objectives",
+        nargs="+",
+        choices=(RESPONSE, POSTERIOR, BOTH),
+        default=(RESPONSE, POSTERIOR, BOTH),
+        metavar="NAME",
+        help="(default: response posterior both)",
+    )
     parser.add_argument(
         "--tunes",
         nargs="+",

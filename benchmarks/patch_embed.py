@@ -63,7 +63,8 @@ def main() -> int:
     )
     print(f"torch {torch.__version__}, {where}, medians of {arguments.rounds} rounds\n")
     print(
-        "| Conv3d / Linear | Conv3d ms | Linear ms | images | what | number format | difference | error of Conv3d | of Linear |"
+        "| Conv3d / Linear | Conv3d ms | Linear ms | images | what | number format | difference | error of Conv3d "
+        "| of Linear |"
     )
     print("|---:|---:|---:|---:|---|---|---:|---:|---:|")
     cases = []
@@ -137,7 +138,8 @@ def _wait(device: torch.device) -> None:
 def line(case: dict[str, Any]) -> str:
     """One row of the table."""
     what = "forward and backward" if case["train"] else "forward"
-    times = f"| {case['ratio']:.1f} | {case['conv3d_ms']:.1f} | {case['linear_ms']:.1f} | {case['images']} | {what} | {case['dtype']} "
+    times = f"| {case['ratio']:.1f} | {case['conv3d_ms']:.1f} | {case['linear_ms']:.1f} | {case['images']} | {what} "
+    times += f"| {case['dtype']} "
     errors = f"| {case['difference']:.1e} | {case['conv3d_error']:.1e} | {case['linear_error']:.1e} |"
     return times + errors + ("" if case["agrees"] else " WRONG")
 

@@ -92,11 +92,15 @@ def main() -> int:
         rates = [operations[name] / taken for taken in seconds[name]]
         rows.append(
             {
-                "share of peak": statistics.median(rates) / best, "best": max(rates) / best, "work": name,
-                "GFLOP": operations[name] / 1e9, "seconds": statistics.median(seconds[name]),
-                "GFLOP/s": statistics.median(rates) / 1e9, "peak GFLOP/s": best / 1e9,
+                "share of peak": statistics.median(rates) / best,
+                "best": max(rates) / best,
+                "work": name,
+                "GFLOP": operations[name] / 1e9,
+                "seconds": statistics.median(seconds[name]),
+                "GFLOP/s": statistics.median(rates) / 1e9,
+                "peak GFLOP/s": best / 1e9,
             }
-        )  # fmt: skip
+        )
     return common.report(options, rows, layer["by hand"] == layer["counted"], goals=GOAL, one_layer=layer)
 
 

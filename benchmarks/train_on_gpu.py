@@ -190,8 +190,14 @@ def measure(options: argparse.Namespace, shape: str, batch_size: int) -> dict[st
 def parse() -> argparse.Namespace:
     """The options. Exits with code 2 where they cannot be followed here."""
     parser = common.parser(__doc__)
-    parser.add_argument("--models", nargs="+", choices=tuple(shapes.PUBLISHED), default=("256M", "2.2B"), metavar="SIZE",
-                        help=f"SmolVLM of {', '.join(shapes.PUBLISHED)} parameters (default: 256M 2.2B)")  # fmt: skip
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=tuple(shapes.PUBLISHED),
+        default=("256M", "2.2B"),
+        metavar="SIZE",
+        help=f"SmolVLM of {', '.join(shapes.PUBLISHED)} parameters (default: 256M 2.2B)",
+    )
     parser.add_argument(
         "--batch-sizes", nargs="+", type=int, default=(8, 32, 128), metavar="N", help="of a step (default: 8 32 128)"
     )
@@ -202,8 +208,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--workers", type=int, metavar="N", help="loader processes of each side (default: the program's, at most 8)"
     )
-    parser.add_argument("--peak-tflops", type=float, default=H100_TFLOPS, metavar="X",
-                        help="dense bfloat16 TFLOP/s of the GPU's data sheet (default: 989, H100 SXM)")  # fmt: skip
+    parser.add_argument(
+        "--peak-tflops",
+        type=float,
+        default=H100_TFLOPS,
+        metavar="X",
+        help="dense bfloat16 TFLOP/s of the GPU's data sheet (default: 989, H100 SXM)",
+    )
     options = parser.parse_args()
     found = torch.cuda.device_count()
     if options.size != "tiny" and found != 1:

@@ -75,9 +75,13 @@ def build_trainer(
     lora = None
     if settings.tune == "lora":
         lora = LoraConfig(
-            r=settings.lora_rank, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout, bias="none",
-            target_modules=family.linear_layers(language=True), modules_to_save=["connector"],
-        )  # fmt: skip
+            r=settings.lora_rank,
+            lora_alpha=settings.lora_alpha,
+            lora_dropout=settings.lora_dropout,
+            bias="none",
+            target_modules=family.linear_layers(language=True),
+            modules_to_save=["connector"],
+        )
     elif settings.tune == "connector":
         model.requires_grad_(False)
         model.model.connector.requires_grad_(True)
@@ -87,9 +91,13 @@ def build_trainer(
     if options.repeats > 1:
         data = data.select(workload.repeated(options, len(data)))
     trainer = SFTTrainer(
-        model=model, args=_config(options, settings, steps), train_dataset=data, processing_class=processor, peft_config=lora,
+        model=model,
+        args=_config(options, settings, steps),
+        train_dataset=data,
+        processing_class=processor,
+        peft_config=lora,
         callbacks=[AfterStep(after_step)],
-    )  # fmt: skip
+    )
     for parameter in trained(trainer).values():
         parameter.data = parameter.data.float()
     return trainer
@@ -99,13 +107,27 @@ def _config(options: argparse.Namespace, s: Settings, steps: int) -> SFTConfig:
     os.environ["WANDB_MODE"] = "disabled"
     on_cpu = options.device == "cpu"
     return SFTConfig(
-        output_dir=str(Path(s.output_dir).with_name("trl_output")), max_steps=steps, per_device_train_batch_size=s.batch_size,
-        gradient_accumulation_steps=s.gradient_accumulation_steps, bf16=options.dtype == "bfloat16", fp16=False,
-        gradient_checkpointing=False, use_cpu=on_cpu, max_length=None, optim="adamw_torch_fused",
-        learning_rate=s.learning_rate, weight_decay=s.weight_decay, max_grad_norm=s.max_grad_norm,
-        logging_strategy="no", save_strategy="no", report_to="none", dataloader_pin_memory=not on_cpu,
-        dataloader_num_workers=s.workers or 0, disable_tqdm=True, seed=s.seed,
-    )  # fmt: skip
+        output_dir=str(Path(s.output_dir).with_name("trl_output")),
+        max_steps=steps,
+        per_device_train_batch_size=s.batch_size,
+        gradient_accumulation_steps=s.gradient_accumulation_steps,
+        bf16=options.dtype == "bfloat16",
+        fp16=False,
+        gradient_checkpointing=False,
+        use_cpu=on_cpu,
+        max_length=None,
+        optim="adamw_torch_fused",
+        learning_rate=s.learning_rate,
+        weight_decay=s.weight_decay,
+        max_grad_norm=s.max_grad_norm,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        dataloader_pin_memory=not on_cpu,
+        dataloader_num_workers=s.workers or 0,
+        disable_tqdm=True,
+        seed=s.seed,
+    )
 
 
 def plain_name(name: str) -> str:

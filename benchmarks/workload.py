@@ -43,8 +43,8 @@ ADJECTIVES = ["rough", "smooth", "dark", "bright", "old", "young", "steep", "fla
 NOUNS = ["crater", "dune", "ridge", "slope", "plain", "cliff", "gully", "mound", "valley", "terrace"]
 DESCRIPTION = "a wide piece of {} terrain with marks of running water"
 RULES = (
-    "Look at the whole image before you decide. Light comes from one side, so that every height has a shadow. Size says little about the "
-    "kind, since images were taken from different heights. Where two kinds are in one image, the larger one counts. "
+    "Look at the whole image before you decide. Light comes from one side, so that every height has a shadow. "
+    "Size says little about the kind, since images were taken from different heights. Where two kinds are in one image, the larger one counts. "
 )
 # The layout of SmolVLM-Instruct without the line break after the last turn: TRL would train that token too, and this
 # program does not.
@@ -174,13 +174,24 @@ def settings(options: argparse.Namespace, tune: str, batch_size: int, cached: bo
             json.dumps({name: DESCRIPTION.format(name) for name in class_names(10)}), encoding="utf-8"
         )
     return {
-        "model": str(model_folder(options)), "dataset": str(image_folder(options, images_for(images), 10)), "tune": tune,
-        "epochs": 1000, "objective": RESPONSE,
-        "system_instructions": system_text(options.size), "class_descriptions": str(descriptions),
-        "batch_size": batch_size, "gradient_accumulation_steps": 1, "no_feature_cache": not cached,
-        "device": options.device, "dtype": options.dtype, "threads": options.threads, "workers": options.workers,
-        "question_first": options.question_first, "output_dir": str(options.cache / "output"), **more,
-    }  # fmt: skip
+        "model": str(model_folder(options)),
+        "dataset": str(image_folder(options, images_for(images), 10)),
+        "tune": tune,
+        "epochs": 1000,
+        "objective": RESPONSE,
+        "system_instructions": system_text(options.size),
+        "class_descriptions": str(descriptions),
+        "batch_size": batch_size,
+        "gradient_accumulation_steps": 1,
+        "no_feature_cache": not cached,
+        "device": options.device,
+        "dtype": options.dtype,
+        "threads": options.threads,
+        "workers": options.workers,
+        "question_first": options.question_first,
+        "output_dir": str(options.cache / "output"),
+        **more,
+    }
 
 
 def given(options: argparse.Namespace, tune: str, batch_size: int) -> tuple[Settings, Split, Prompts]:

@@ -13,9 +13,15 @@ PATIENCE = 240  # seconds for a whole process; only a broken one takes as long
 # The last lines of a run's error output are for people who made a mistake; this is what they must never see.
 TRACEBACK = "Traceback (most recent call last)"
 MODEL_FOLDER = {
-    "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "processor_config.json", "tokenizer.json",
-    "tokenizer_config.json", "training_metadata.json",
-}  # fmt: skip
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "training_metadata.json",
+}
 
 
 def command(script: str, *arguments: Any) -> list[str]:

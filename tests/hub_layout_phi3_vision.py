@@ -12,15 +12,23 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from vlm.families.phi3.model import Phi3VConfig, Phi3VForCausalLM
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{'<|' + message['role'] + '|>' + '\n' + message['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% for message in messages %}{{'<|' + message['role'] + '|>' + '\n' + message['content'] + '<|end|>\n' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt and messages[-1]['role'] != 'assistant' %}{{- '<|assistant|>\n' -}}{% endif %}"
 )
 # Behind <|endoftext|>, in the order of the published vocabulary: 32001 <|assistant|>, 32007 <|end|>, 32010 <|user|>,
 # 32044 <|image|>.
 ADDED = [
-    "<|assistant|>", *[f"<|placeholder{i}|>" for i in range(1, 5)], "<|system|>", "<|end|>", "<|placeholder5|>", "<|placeholder6|>",
-    "<|user|>", *[f"<|placeholder{i}|>" for i in range(7, 40)], "<|image|>",
-]  # fmt: skip
+    "<|assistant|>",
+    *[f"<|placeholder{i}|>" for i in range(1, 5)],
+    "<|system|>",
+    "<|end|>",
+    "<|placeholder5|>",
+    "<|placeholder6|>",
+    "<|user|>",
+    *[f"<|placeholder{i}|>" for i in range(7, 40)],
+    "<|image|>",
+]
 
 
 def save_published(folder: Path, rope_switch: int = 4096, **config) -> Path:
@@ -196,6 +204,13 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     )
     write(
         folder / "special_tokens_map.json",
-        {name: {"content": token, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-         for name, token in (("bos_token", "<s>"), ("eos_token", "<|endoftext|>"), ("pad_token", "<|endoftext|>"), ("unk_token", "<unk>"))},
-    )  # fmt: skip
+        {
+            name: {"content": token, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+            for name, token in (
+                ("bos_token", "<s>"),
+                ("eos_token", "<|endoftext|>"),
+                ("pad_token", "<|endoftext|>"),
+                ("unk_token", "<unk>"),
+            )
+        },
+    )

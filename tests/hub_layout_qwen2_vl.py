@@ -17,9 +17,21 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AddedToken, AutoConfig, AutoModelForImageTextToText, Qwen2Tokenizer
 
 SPECIAL_TOKENS = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>",
-    "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
-)  # fmt: skip
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 SYSTEM = "You are a helpful assistant."
 # <|im_start|>{role}\n ... <|im_end|>\n for each turn, a system turn first, an image as three tokens.
 CHAT_TEMPLATE = (
@@ -46,15 +58,34 @@ PREPROCESSOR = {
 }
 VISION = {
     "qwen2_vl": {
-        "depth": 2, "embed_dim": 32, "mlp_ratio": 4, "num_heads": 2, "in_chans": 3, "hidden_size": 64, "patch_size": 14,
-        "spatial_merge_size": 2, "spatial_patch_size": 14, "temporal_patch_size": 2,
+        "depth": 2,
+        "embed_dim": 32,
+        "mlp_ratio": 4,
+        "num_heads": 2,
+        "in_chans": 3,
+        "hidden_size": 64,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "spatial_patch_size": 14,
+        "temporal_patch_size": 2,
     },
     "qwen2_5_vl": {
-        "depth": 2, "hidden_act": "silu", "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "in_chans": 3, "out_hidden_size": 64,
-        "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1],
-        "tokens_per_second": 2, "temporal_patch_size": 2,
+        "depth": 2,
+        "hidden_act": "silu",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "in_chans": 3,
+        "out_hidden_size": 64,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "spatial_patch_size": 14,
+        "window_size": 56,
+        "fullatt_block_indexes": [1],
+        "tokens_per_second": 2,
+        "temporal_patch_size": 2,
     },
-}  # fmt: skip
+}
 CLASSES = {
     "qwen2_vl": ("Qwen2VLForConditionalGeneration", "Qwen2VLProcessor"),
     "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLProcessor"),

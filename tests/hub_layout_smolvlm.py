@@ -44,11 +44,21 @@ def save_published(folder: Path, size: str = "256M") -> Path:
     processor.save_pretrained(folder)
     (folder / "processor_config.json").unlink()  # transformers 5 keeps all in this one; the published files are three
     images = {
-        "do_convert_rgb": True, "do_image_splitting": True, "do_normalize": True, "do_pad": True, "do_rescale": True, "do_resize": True,
-        "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "image_processor_type": "Idefics3ImageProcessor",
-        "max_image_size": {"longest_edge": geometry["image_size"]}, "processor_class": "Idefics3Processor", "resample": 1,
-        "rescale_factor": 1 / 255, "size": {"longest_edge": 4 * geometry["image_size"]},
-    }  # fmt: skip
+        "do_convert_rgb": True,
+        "do_image_splitting": True,
+        "do_normalize": True,
+        "do_pad": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "image_processor_type": "Idefics3ImageProcessor",
+        "max_image_size": {"longest_edge": geometry["image_size"]},
+        "processor_class": "Idefics3Processor",
+        "resample": 1,
+        "rescale_factor": 1 / 255,
+        "size": {"longest_edge": 4 * geometry["image_size"]},
+    }
     _write(folder / "preprocessor_config.json", images)
     _write(
         folder / "processor_config.json",

@@ -217,7 +217,7 @@ def test_other_prompts_or_classes_have_another_key_and_no_calibration(change, ca
         {"score": "prior", "prior": [None] * 7},
         {"score": "prior", "prior": "-1"},
         {"prior": [-1] * 7},
-    ],  # fmt: skip
+    ],
 )
 def test_a_damaged_calibration_is_left_out_with_a_note(change, capsys):
     prompts = tiny_prompts()

@@ -20,7 +20,8 @@ COMMIT = "0123456789abcdef" * 2 + "76543210"
 OWN_METRICS = """
 import numpy as np
 def sure(labels, predictions, probabilities, class_names):
-    return {"mean": probabilities.max(axis=1).mean(), "right": np.mean(labels == predictions), "classes": len(class_names)}
+    right = np.mean(labels == predictions)
+    return {"mean": probabilities.max(axis=1).mean(), "right": right, "classes": len(class_names)}
 """
 
 
@@ -96,9 +97,17 @@ def test_the_output_folder_holds_these_files_and_no_others(mars_run):
     output = mars_run[0] / "vlm_results"
     assert names_in(mars_run[0]) == {"vlm_results", "mars data", "metrics.py"}
     assert names_in(output) == {
-        "best_model", "final_model", "training_metadata.json", "results.json", "training_curves.png", "confusion_matrix.png", "log.jsonl",
-        "report.html", "wandb", "reliability.png",
-    }  # fmt: skip
+        "best_model",
+        "final_model",
+        "training_metadata.json",
+        "results.json",
+        "training_curves.png",
+        "confusion_matrix.png",
+        "log.jsonl",
+        "report.html",
+        "wandb",
+        "reliability.png",
+    }
     assert names_in(output / "best_model") == names_in(output / "final_model") == MODEL_FOLDER
     for name in ("training_curves.png", "confusion_matrix.png", "reliability.png"):
         with Image.open(output / name) as image:
@@ -185,13 +194,15 @@ import importlib.util, json, sys
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 assert importlib.util.find_spec("vlm") is None
-folder, image, metadata = sys.argv[1], Image.open(sys.argv[2]).convert("RGB"), json.load(open(sys.argv[1] + "/training_metadata.json"))
+folder, image = sys.argv[1], Image.open(sys.argv[2]).convert("RGB")
+metadata = json.load(open(folder + "/training_metadata.json"))
 model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
 messages = [
     {"role": "system", "content": [{"type": "text", "text": metadata["prompts"]["system"]}]},
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": metadata["prompts"]["question"]}]},
 ]
-inputs = processor(text=processor.apply_chat_template(messages, add_generation_prompt=True), images=[image], return_tensors="pt")
+text = processor.apply_chat_template(messages, add_generation_prompt=True)
+inputs = processor(text=text, images=[image], return_tensors="pt")
 ids = model.generate(**inputs, do_sample=False, max_new_tokens=20)
 text = processor.batch_decode(ids[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)[0]
 print(json.dumps({"logits": list(model(**inputs).logits.shape), "text": text.strip()}))

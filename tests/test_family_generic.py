@@ -38,9 +38,13 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TEXT = {
-    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "max_position_embeddings": 1024,
-}  # fmt: skip
+}
 VISION = {
     "hidden_size": 16,
     "intermediate_size": 32,
@@ -84,18 +88,26 @@ def save_llava(folder, vision, strategy="default"):
     words = tokenizer(["<|im_start|>", "<|im_end|>", "<image>"], eos_token="<|im_end|>", pad_token="<|im_end|>")
     torch.manual_seed(0)
     config = LlavaConfig(
-        vision_config=vision, text_config=LlamaConfig(vocab_size=len(words), **TEXT).to_dict(), vision_feature_layer=-2,
-        vision_feature_select_strategy=strategy, image_token_index=words.convert_tokens_to_ids("<image>"), image_seq_length=4,
-    )  # fmt: skip
+        vision_config=vision,
+        text_config=LlamaConfig(vocab_size=len(words), **TEXT).to_dict(),
+        vision_feature_layer=-2,
+        vision_feature_select_strategy=strategy,
+        image_token_index=words.convert_tokens_to_ids("<image>"),
+        image_seq_length=4,
+    )
     model = LlavaForConditionalGeneration(config)
     randomize(model)
     model.generation_config.eos_token_id = words.convert_tokens_to_ids("<|im_end|>")
     model.save_pretrained(folder)
     images = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     LlavaProcessor(
-        images, words, patch_size=14, vision_feature_select_strategy=strategy, num_additional_image_tokens=1,
+        images,
+        words,
+        patch_size=14,
+        vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=1,
         chat_template=CHATML.replace("IMAGE", "<image>"),
-    ).save_pretrained(folder)  # fmt: skip
+    ).save_pretrained(folder)
 
 
 class TestLlavaClip(Generic):
@@ -119,10 +131,14 @@ class TestLlavaOnevision(Generic):
         torch.manual_seed(0)
         pinpoints = [[28, 28], [28, 56], [56, 28], [56, 56]]
         config = LlavaOnevisionConfig(
-            vision_config=VISION | {"vision_use_head": False, "model_type": "siglip_vision_model"}, vision_feature_select_strategy="full",
-            text_config=TEXT | {"vocab_size": len(words), "model_type": "qwen2"}, vision_feature_layer=-1, image_grid_pinpoints=pinpoints,
-            image_token_index=words.convert_tokens_to_ids("<image>"), video_token_index=words.convert_tokens_to_ids("<video>"),
-        )  # fmt: skip
+            vision_config=VISION | {"vision_use_head": False, "model_type": "siglip_vision_model"},
+            vision_feature_select_strategy="full",
+            text_config=TEXT | {"vocab_size": len(words), "model_type": "qwen2"},
+            vision_feature_layer=-1,
+            image_grid_pinpoints=pinpoints,
+            image_token_index=words.convert_tokens_to_ids("<image>"),
+            video_token_index=words.convert_tokens_to_ids("<video>"),
+        )
         model = LlavaOnevisionForConditionalGeneration(config)
         randomize(model)
         model.generation_config.eos_token_id = words.convert_tokens_to_ids("<|im_end|>")
@@ -142,8 +158,11 @@ class TestInternVL(Generic):
 
     def build(self, folder):
         special = {
-            "start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"
-        }  # fmt: skip
+            "start_image_token": "<img>",
+            "end_image_token": "</img>",
+            "context_image_token": "<IMG_CONTEXT>",
+            "video_token": "<video>",
+        }
         words = tokenizer(
             ["<|im_start|>", "<|im_end|>", *special.values()],
             eos_token="<|im_end|>",
@@ -152,10 +171,11 @@ class TestInternVL(Generic):
         )
         torch.manual_seed(0)
         config = InternVLConfig(
-            vision_config=VISION | {"model_type": "internvl_vision", "image_size": [28, 28], "patch_size": [7, 7]}, downsample_ratio=0.5,
+            vision_config=VISION | {"model_type": "internvl_vision", "image_size": [28, 28], "patch_size": [7, 7]},
+            downsample_ratio=0.5,
             text_config=TEXT | {"vocab_size": len(words), "model_type": "qwen2"},
             image_token_id=words.convert_tokens_to_ids("<IMG_CONTEXT>"),
-        )  # fmt: skip
+        )
         model = InternVLForConditionalGeneration(config)
         randomize(model)
         model.generation_config.eos_token_id = words.convert_tokens_to_ids("<|im_end|>")
@@ -188,19 +208,40 @@ class TestGemma3(Generic):
 
     def build(self, folder):
         words = tokenizer(
-            ["<pad>", "<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>", "<image_soft_token>"],
-            bos_token="<bos>", eos_token="<eos>", pad_token="<pad>",
-            extra_special_tokens={"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"},
-        )  # fmt: skip
+            [
+                "<pad>",
+                "<bos>",
+                "<eos>",
+                "<start_of_turn>",
+                "<end_of_turn>",
+                "<start_of_image>",
+                "<end_of_image>",
+                "<image_soft_token>",
+            ],
+            bos_token="<bos>",
+            eos_token="<eos>",
+            pad_token="<pad>",
+            extra_special_tokens={
+                "boi_token": "<start_of_image>",
+                "eoi_token": "<end_of_image>",
+                "image_token": "<image_soft_token>",
+            },
+        )
         torch.manual_seed(0)
         config = Gemma3Config(
-            text_config=TEXT | {
-                "vocab_size": len(words), "head_dim": 8, "sliding_window": 512, "layer_types": ["sliding_attention", "full_attention"]
+            text_config=TEXT
+            | {
+                "vocab_size": len(words),
+                "head_dim": 8,
+                "sliding_window": 512,
+                "layer_types": ["sliding_attention", "full_attention"],
             },
-            vision_config=VISION | {"vision_use_head": False, "model_type": "siglip_vision_model"}, mm_tokens_per_image=4,
+            vision_config=VISION | {"vision_use_head": False, "model_type": "siglip_vision_model"},
+            mm_tokens_per_image=4,
             image_token_index=words.convert_tokens_to_ids("<image_soft_token>"),
-            boi_token_index=words.convert_tokens_to_ids("<start_of_image>"), eoi_token_index=words.convert_tokens_to_ids("<end_of_image>"),
-        )  # fmt: skip
+            boi_token_index=words.convert_tokens_to_ids("<start_of_image>"),
+            eoi_token_index=words.convert_tokens_to_ids("<end_of_image>"),
+        )
         model = Gemma3ForConditionalGeneration(config)
         randomize(model, scale=0.2)
         model.generation_config.eos_token_id = [words.eos_token_id, words.convert_tokens_to_ids("<end_of_turn>")]
@@ -208,8 +249,10 @@ class TestGemma3(Generic):
         template = (
             "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
             "{% for message in messages %}"
-            "<start_of_turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n{% for part in message['content'] %}"
-            "{% if part['type'] == 'image' %}<start_of_image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}<end_of_turn>\n{% endfor %}"
+            "<start_of_turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n"
+            "{% for part in message['content'] %}"
+            "{% if part['type'] == 'image' %}<start_of_image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+            "<end_of_turn>\n{% endfor %}"
             "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
         )
         images = Gemma3ImageProcessorPil(size={"height": 28, "width": 28}, do_pan_and_scan=False)
@@ -248,10 +291,13 @@ class TestPaliGemma(Generic):
         )
         torch.manual_seed(0)
         config = PaliGemmaConfig(
-            text_config=TEXT | {"vocab_size": len(words), "model_type": "gemma", "head_dim": 8}, projection_dim=16,
-            vision_config=VISION | {"vision_use_head": False, "model_type": "siglip_vision_model", "projection_dim": 16},
-            image_token_index=words.convert_tokens_to_ids("<image>"), hidden_size=16,
-        )  # fmt: skip
+            text_config=TEXT | {"vocab_size": len(words), "model_type": "gemma", "head_dim": 8},
+            projection_dim=16,
+            vision_config=VISION
+            | {"vision_use_head": False, "model_type": "siglip_vision_model", "projection_dim": 16},
+            image_token_index=words.convert_tokens_to_ids("<image>"),
+            hidden_size=16,
+        )
         model = PaliGemmaForConditionalGeneration(config)
         randomize(model, scale=0.2)
         model.generation_config.eos_token_id = words.eos_token_id

@@ -180,7 +180,12 @@ def test_what_a_family_cannot_do_is_said_in_a_line(model, flag, message, folder_
 @pytest.mark.parametrize(
     ("model", "edge", "tokens", "line"),
     [
-        ("smolvlm", 200, 16, "256 of 512 px (auto: 95% of the images are at most 200 px): 16 image tokens instead of 64, "),
+        (
+            "smolvlm",
+            200,
+            16,
+            "256 of 512 px (auto: 95% of the images are at most 200 px): 16 image tokens instead of 64, ",
+        ),
         ("smolvlm", 255, 16, "instead of 64, about 25% of the vision work."),
         ("smolvlm", 300, 25, "320 of 512 px"),
         ("smolvlm", 2000, 64, "512 px, as published (auto: 95% of the images are at most 2000 px): 64 image tokens."),
@@ -191,7 +196,7 @@ def test_what_a_family_cannot_do_is_said_in_a_line(model, flag, message, folder_
         ("qwen", 8, 4, "at most 200,704 pixels: up to 256 image tokens"),
         ("phi3", 8, 313, "336 px, to which Phi-3.5-vision is fixed"),
     ],
-)  # fmt: skip
+)
 def test_auto_says_what_it_takes_and_what_that_costs(model, edge, tokens, line, folder_of):
     family = auto(folder_of(model), edge)
     assert line in family.size_text(ImageSize(edge, auto=True))

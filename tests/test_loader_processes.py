@@ -46,9 +46,18 @@ def test_a_training_runs_with_loader_processes_that_are_not_forked(color_folder,
     multiprocessing.set_start_method("spawn", force=True)
     try:
         code = train(
-            "--dataset", color_folder, "--model", tmp_path / "model", "--output-dir", tmp_path / "out",
-            "--epochs", 1, "--workers", 2, "--no-feature-cache",
-        )  # fmt: skip
+            "--dataset",
+            color_folder,
+            "--model",
+            tmp_path / "model",
+            "--output-dir",
+            tmp_path / "out",
+            "--epochs",
+            1,
+            "--workers",
+            2,
+            "--no-feature-cache",
+        )
     finally:
         multiprocessing.set_start_method(before, force=True)
     assert code == 0 and (tmp_path / "out" / "best_model" / "model.safetensors").is_file()

@@ -108,9 +108,17 @@ def save_with_layers(folder: Path, vision: int, text: int) -> Path:
     build_model(
         processor,
         {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": vision, "num_attention_heads": 4},
-        {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": text, "num_attention_heads": 6, "num_key_value_heads": 2},
-        64, 4, 2,
-    ).save_pretrained(folder)  # fmt: skip
+        {
+            "hidden_size": 96,
+            "intermediate_size": 256,
+            "num_hidden_layers": text,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+        },
+        64,
+        4,
+        2,
+    ).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
 

@@ -18,7 +18,8 @@ def settings(output, **more):
 
 def test_a_run_that_is_there_is_refused_before_torch_is_imported(tmp_path):
     (tmp_path / RESULTS).write_text("{}")
-    program = f"import sys, train_vlm; print(train_vlm.main(['--demo', '--output-dir', {str(tmp_path)!r}]), 'torch' in sys.modules)"
+    flags = ["--demo", "--output-dir", str(tmp_path)]
+    program = f"import sys, train_vlm; print(train_vlm.main({flags}), 'torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout == "2 False\n" and result.stderr.startswith(f"error: {tmp_path} holds a finished run")
 

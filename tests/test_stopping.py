@@ -233,7 +233,8 @@ OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     MemoryError(),
     RuntimeError(
-        "[enforce fail at alloc_cpu.cpp:120] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+        "[enforce fail at alloc_cpu.cpp:120] . DefaultCPUAllocator: can't allocate memory: "
+        "you tried to allocate 9 bytes."
     ),
     RuntimeError("MPS backend out of memory (MPS allocated: 17.00 GB, other allocations: 1.00 GB)"),
 ]

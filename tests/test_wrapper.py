@@ -27,7 +27,8 @@ SCRIPTS = [
 ]
 FAKE_TRAINING = """
 import json, os, sys
-print(json.dumps({"arguments": sys.argv[1:], "environment": dict(os.environ), "folder": os.getcwd(), "prefix": sys.prefix}))
+found = {"arguments": sys.argv[1:], "environment": dict(os.environ), "folder": os.getcwd(), "prefix": sys.prefix}
+print(json.dumps(found))
 sys.exit(7 if "--fail" in sys.argv else 0)
 """
 
@@ -92,9 +93,19 @@ def project(tmp_path):
 
 def test_the_long_mars_command_arrives_unchanged(project):
     arguments = [
-        "--dataset", "Mirali33/mb-domars16k", "--class-names", MARS["class_names"], "--system-instructions", MARS["system_instructions"],
-        "--prompt-template", MARS["prompt_template"], "--task-description", "", "--epochs", "3",
-    ]  # fmt: skip
+        "--dataset",
+        "Mirali33/mb-domars16k",
+        "--class-names",
+        MARS["class_names"],
+        "--system-instructions",
+        MARS["system_instructions"],
+        "--prompt-template",
+        MARS["prompt_template"],
+        "--task-description",
+        "",
+        "--epochs",
+        "3",
+    ]
     assert (
         report(start(project / "run_vlm_training.sh", *arguments, VLM_PYTHON=sys.executable))["arguments"] == arguments
     )
@@ -222,7 +233,8 @@ def test_run_tests_with_arguments_runs_pytest_only(project, tmp_path):
 def test_run_tests_stops_at_the_first_check_that_fails(project, tmp_path):
     recorder = make_program(
         tmp_path / "recorder",
-        f'case "$1 $2" in "-m mypy") exit 3;; -m*|*importlinter*) echo "$@";; *) exec {shlex.quote(sys.executable)} "$@";; esac',
+        'case "$1 $2" in "-m mypy") exit 3;; -m*|*importlinter*) echo "$@";; '
+        f'*) exec {shlex.quote(sys.executable)} "$@";; esac',
     )
     result = start(project / "run_tests.sh", VLM_PYTHON=recorder)
     assert result.returncode == 3 and "pytest" not in result.stdout

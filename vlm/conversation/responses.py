@@ -105,8 +105,8 @@ def response_lengths(split: Split, family: Texts, rendered: Rendered) -> list[in
         ids = _response(label, reasoning, family, rendered)
         if family.image_token_id in ids:
             raise UsageError(
-                f"the reasoning of {name} contains the placeholder {family.image_token}. Remove it; the program inserts "
-                "the image itself."
+                f"the reasoning of {name} contains the placeholder {family.image_token}. Remove it; the program "
+                "inserts the image itself."
             )
         lengths.append(len(ids))
     return lengths

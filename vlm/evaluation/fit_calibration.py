@@ -34,7 +34,8 @@ def fit_calibration(scores: Tensor, labels: Sequence[int], method: str) -> tuple
     broken = np.isnan(values).any(axis=1)
     if broken.any():
         remarks.append(
-            f"{broken.sum()} of {len(broken)} validation images have NaN as a score and are left out of the calibration."
+            f"{broken.sum()} of {len(broken)} validation images have NaN as a score and are left out of the "
+            "calibration."
         )
         values, truth = values[~broken], truth[~broken]
     if len(truth) < MIN_IMAGES:
@@ -47,22 +48,25 @@ def fit_calibration(scores: Tensor, labels: Sequence[int], method: str) -> tuple
     remarks += [remark] if remark else []
     if method == "temperature":
         return Calibration(temperature), remarks
-    if remark:  # biases beside it would go as far as they can, too
-        return Calibration(temperature), [*remarks, "No biases are fitted beside a temperature that is bounded."]
+    if remark:  # biases would have no optimum either
+        return Calibration(temperature), [*remarks, "No biases are fitted next to a temperature that is bounded."]
     temperature, bias = fit_bias(values, truth, temperature)
     return Calibration(temperature, tuple(bias.tolist())), remarks
 
 
 def fit_temperature(scores: np.ndarray, labels: np.ndarray) -> tuple[float, str | None]:
-    """The temperature with the smallest mean NLL, between 0.01 and 100, and a remark where that is no inner minimum.
+    """The temperature with the smallest mean NLL, between 0.01 and 100.
 
-    The NLL is convex in 1 / temperature, so the root of its slope is the minimum. Where no image is wrong the slope has
-    no root: the colder the better, without end. Then probabilities are sharpened at most until their mean confidence is
-    (N + 1) / (N + 2), what Laplace's rule of succession expects of the next image after N right ones, and never
-    flattened.
+    The NLL is convex in 1 / temperature, so the root of its slope is the minimum. If validation has no mistakes, the
+    slope has no root: a lower temperature is always better. So probabilities are sharpened only until their mean
+    confidence is (N + 1) / (N + 2), which Laplace's rule of succession expects of the next image after N right ones,
+    and they are never flattened.
 
     Args:
         scores: (N, C) finite. labels: (N,).
+
+    Returns:
+        the temperature, and a remark if the minimum is not inside the bounds.
     """
     rows = np.arange(len(labels))
     true_scores = scores[rows, labels]

@@ -57,8 +57,8 @@ def check_images(
     ]
     if close:
         result["warning"] = (
-            f"nothing shows that the image matters: of {len(chosen)} test images {result['accuracy']:.0%} are right, which "
-            f"cannot be told from the accuracy with {' and with '.join(close)} images "
+            f"nothing shows that the image matters: of {len(chosen)} test images {result['accuracy']:.0%} are right, "
+            f"which cannot be told from the accuracy with {' and with '.join(close)} images "
             f"({', '.join(_percent(result, name) for name in close)})."
         )
     return result

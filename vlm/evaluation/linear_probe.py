@@ -121,8 +121,7 @@ def _features_of(family: Family, split: Split, cache: FeatureCache | None, bar: 
 
 
 def compare(theirs: np.ndarray, ours: np.ndarray) -> str | None:
-    """A warning where the VLM's test accuracy is more than 2 points below the probe's, which says so where that may be
-    chance.
+    """A warning if the VLM's test accuracy is more than 2 points below that of the probe; it says if that may be chance.
 
     Args:
         theirs, ours: (N,) bool, which images are right by the probe and by the VLM.
@@ -131,8 +130,11 @@ def compare(theirs: np.ndarray, ours: np.ndarray) -> str | None:
     if ahead <= WORSE + 1e-9:
         return None
     if may_be_chance(theirs, ours):
-        return f"the probe is {100 * ahead:.1f} points ahead, which may be chance: {len(ours)} test images are too few to tell."
+        return (
+            f"the probe is {100 * ahead:.1f} points ahead, which may be chance: {len(ours)} test images are too few "
+            "to tell."
+        )
     return (
-        f"the probe is {100 * ahead:.1f} points ahead: a linear classifier on only the vision features does better than "
-        "the VLM. Train longer, try another --learning-rate or --tune, or use that classifier."
+        f"the probe is {100 * ahead:.1f} points ahead: a linear classifier on only the vision features does better "
+        "than the VLM. Train longer, try another --learning-rate or --tune, or use that classifier."
     )

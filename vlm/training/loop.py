@@ -98,8 +98,8 @@ class Trainer:
             before = state["fingerprint"].get(name, value)
             if before != value:
                 raise UsageError(
-                    f"--resume: the interrupted run had {before} {name}, this one has {value}, so it would not continue "
-                    "where the other stopped. Make them equal, or start again with --overwrite."
+                    f"--resume: the interrupted run had {before} {name}, this one has {value}, so it would not "
+                    "continue where the other stopped. Make them equal, or start again with --overwrite."
                 )
         self.progress = Progress(**state["progress"])
         load_state(self.run.output, self.run.learned, self.run.optimizer)

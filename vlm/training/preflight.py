@@ -82,8 +82,8 @@ def point_out_contradictions(settings: Settings) -> None:
         )
     if stated not in (None, settings.response_format):
         note(
-            f"--prompt-template asks for {stated}, --response-format says {settings.response_format}: the responses are "
-            f"{settings.response_format}, unlike what the question asks. Make the two equal, or leave out "
+            f"--prompt-template asks for {stated}, --response-format says {settings.response_format}: the responses "
+            f"are {settings.response_format}, unlike what the question asks. Make the two equal, or leave out "
             "--response-format.\n"
         )
 
@@ -110,7 +110,8 @@ def preflight(classifier: VLMClassifier, sample: Sample) -> None:
     note(render_sample(classifier, ids.tolist(), targets.tolist()) + "\n")
     if not images:
         raise UsageError(
-            "the sample above has no image token: the model would learn only from the text. Check the model's processor."
+            "the sample above has no image token: the model would learn only from the text. Check the model's "
+            "processor."
         )
     if objective.has_response and not responses:
         raise UsageError(
