@@ -44,7 +44,8 @@ NOUNS = ["crater", "dune", "ridge", "slope", "plain", "cliff", "gully", "mound",
 DESCRIPTION = "a wide piece of {} terrain with marks of running water"
 RULES = (
     "Look at the whole image before you decide. Light comes from one side, so that every height has a shadow. "
-    "Size says little about the kind, since images were taken from different heights. Where two kinds are in one image, the larger one counts. "
+    "Size says little about the kind, since images were taken from different heights. "
+    "Where two kinds are in one image, the larger one counts. "
 )
 # The layout of SmolVLM-Instruct without the line break after the last turn: TRL would train that token too, and this
 # program does not.
