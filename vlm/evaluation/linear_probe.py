@@ -121,7 +121,7 @@ def _features_of(family: Family, split: Split, cache: FeatureCache | None, bar: 
 
 
 def compare(theirs: np.ndarray, ours: np.ndarray) -> str | None:
-    """A warning if the VLM's test accuracy is more than 2 points below that of the probe; and whether that may be chance.
+    """A warning if the VLM is more than 2 points of test accuracy below the probe, and whether that may be chance.
 
     Args:
         theirs, ours: (N,) bool, which images are right by the probe and by the VLM.
