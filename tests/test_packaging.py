@@ -17,7 +17,6 @@ from commands import ROOT
 from packaging.requirements import Requirement
 
 from vlm import __version__
-from vlm.training.output import DEMO_IMAGES
 
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -92,7 +91,7 @@ def test_the_installed_programs_train_and_classify_in_any_folder(installed, tmp_
         assert done.returncode == 0 and f"usage: {program}" in done.stdout, done.stderr
     train = run("vlm-train", "--demo", "--max-samples", 60, "--epochs", 1, "--output-dir", tmp_path / "out")
     assert train.returncode == 0, train.stderr
-    images = tmp_path / "out" / DEMO_IMAGES
+    images = tmp_path / "out" / "demo_images"
     table = tmp_path / "predictions.jsonl"
     predict = run("vlm-predict", "--model-dir", tmp_path / "out" / "best_model", images, "--output", table)
     assert f"{place / 'bin' / 'vlm-predict'} --model-dir" in train.stderr, "the hint names the installed program"
