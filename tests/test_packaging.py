@@ -114,6 +114,18 @@ def test_the_functions_of_the_scripts_can_be_imported_where_the_wheel_is_install
     assert done.stdout.strip() == str(place / "train_vlm.py"), done.stderr
 
 
+@pytest.mark.parametrize(
+    "program",
+    ["import setup_env", "import train_vlm; train_vlm.main(['-h'])", "import inference_vlm; inference_vlm.main(['-h'])"]
+    + ["from vlm.machine import CHECKS, examine_machine"],
+)
+def test_set_up_doctor_and_help_need_nothing_but_python(program):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); {program}"
+    bare = [sys.executable, "-S", "-c", code]  # -S: without site-packages
+    done = subprocess.run(bare, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def imported_packages():
     """The names of the packages that the program imports, those of Python itself and its own left out."""
     names = set()
