@@ -17,7 +17,6 @@ from commands import ROOT
 from packaging.requirements import Requirement
 
 from vlm import __version__
-from vlm.training.output import DEMO_IMAGES
 
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -92,7 +91,7 @@ def test_the_installed_programs_train_and_classify_in_any_folder(installed, tmp_
         assert done.returncode == 0 and f"usage: {program}" in done.stdout, done.stderr
     train = run("vlm-train", "--demo", "--max-samples", 60, "--epochs", 1, "--output-dir", tmp_path / "out")
     assert train.returncode == 0, train.stderr
-    images = tmp_path / "out" / DEMO_IMAGES
+    images = tmp_path / "out" / "demo_images"
     table = tmp_path / "predictions.jsonl"
     predict = run("vlm-predict", "--model-dir", tmp_path / "out" / "best_model", images, "--output", table)
     assert f"{place / 'bin' / 'vlm-predict'} --model-dir" in train.stderr, "the hint names the installed program"
@@ -113,6 +112,18 @@ def test_the_functions_of_the_scripts_can_be_imported_where_the_wheel_is_install
     environment = os.environ | {"PYTHONPATH": str(place)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == str(place / "train_vlm.py"), done.stderr
+
+
+@pytest.mark.parametrize(
+    "program",
+    ["import setup_env", "import train_vlm; train_vlm.main(['-h'])", "import inference_vlm; inference_vlm.main(['-h'])"]
+    + ["from vlm.machine import CHECKS, examine_machine"],
+)
+def test_set_up_doctor_and_help_need_nothing_but_python(program):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); {program}"
+    bare = [sys.executable, "-S", "-c", code]  # -S: without site-packages
+    done = subprocess.run(bare, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def imported_packages():

@@ -14,17 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MARS = json.loads((ROOT / "tests" / "data" / "mars.json").read_text())
-SCRIPTS = [
-    "run_vlm_training.sh",
-    "run_tests.sh",
-    "setup_env.sh",
-    "setup_env.py",
-    "vlm/__init__.py",
-    "vlm/common/__init__.py",
-    "vlm/common/lazy.py",
-    "vlm/machine/__init__.py",
-    "vlm/machine/requirements.py",
-]
+SCRIPTS = ["run_vlm_training.sh", "run_tests.sh", "setup_env.sh", "setup_env.py"]
 FAKE_TRAINING = """
 import json, os, sys
 found = {"arguments": sys.argv[1:], "environment": dict(os.environ), "folder": os.getcwd(), "prefix": sys.prefix}
@@ -35,8 +25,8 @@ sys.exit(7 if "--fail" in sys.argv else 0)
 
 def make_project(folder, requirements="packaging", constraints=""):
     """A copy of the scripts in a new folder; returns the folder."""
+    shutil.copytree(ROOT / "vlm", folder / "vlm", ignore=shutil.ignore_patterns("__pycache__"))
     for name in SCRIPTS:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     (folder / "train_vlm.py").write_text(FAKE_TRAINING)
     (folder / "requirements.txt").write_text(requirements)

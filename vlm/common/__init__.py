@@ -3,6 +3,8 @@
 Knows nothing of images, models or settings, and imports no heavy library.
 """
 
+from typing import TYPE_CHECKING
+
 from vlm.common.errors import (
     RunError,
     Stopped,
@@ -18,9 +20,11 @@ from vlm.common.errors import (
 from vlm.common.files import recover, replacing, usual_modes, write_folder, write_json
 from vlm.common.lazy import lazy_names
 from vlm.common.modes import evaluation_mode
-from vlm.common.progress import Bar, note, with_bar
 from vlm.common.tables import format_table, printable, text_width
 from vlm.common.text import dtype_name, shorten
+
+if TYPE_CHECKING:
+    from vlm.common.progress import Bar, note, with_bar
 
 __all__ = [
     "Bar",
@@ -49,3 +53,6 @@ __all__ = [
     "write_folder",
     "write_json",
 ]
+
+# These need tqdm. The set-up of the environment, the doctor and `--help` run before it is installed.
+__getattr__ = lazy_names(__name__, {".progress": ["Bar", "note", "with_bar"]})
