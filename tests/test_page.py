@@ -240,7 +240,7 @@ def test_warnings_are_given_if_they_are_due(part):
     assert len([a for a in page.all("ul") if a.get("class") == "warnings"]) == 1 and "It is blind." in page.text
 
 
-@pytest.mark.parametrize("classes", [31, 1000])
+@pytest.mark.parametrize("classes", [31, pytest.param(1000, marks=pytest.mark.slow)])
 def test_many_classes_give_a_page_of_bounded_size_that_says_what_it_leaves_out(classes):
     names = [f"{i} {'long ' * 90}{i}" for i in range(classes)]
     results, data, predictions = run_of(names, each=2)

@@ -79,7 +79,7 @@ def test_the_intervals_are_those_of_a_bootstrap_by_a_loop():
 
 
 def test_the_interval_of_an_honest_model_s_error_reaches_far_down():
-    """Where the probabilities are the true ones, the value is noise alone; a percentile interval would lie above it."""
+    """If the probabilities are the true ones, the value is only noise; a percentile interval would lie above it."""
     ends = [reliability_figures(*drawn(300, seed=seed), resamples=300)["ece"] for seed in range(10)]
     assert sum(low < 0.02 for _, low, _ in ends) >= 8 and all(value > 0.02 for value, _, _ in ends)
     sure = [reliability_figures(*drawn(300, seed=seed, sharpness=4.0), resamples=300)["ece"] for seed in range(10)]

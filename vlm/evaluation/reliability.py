@@ -33,7 +33,7 @@ def reliability_figures(
     A bootstrap interval of a share near 1 is too narrow (that of 0.98 of 269 images is a 90% one), and that of a share
     of 1 has no width. Those of NLL and Brier score are percentile ones. That of the ECE is the basic one (Davison &
     Hinkley 1997, section 5.2), cut at 0 and 1: a resample holds images several times, which adds to its ECE, so that a
-    percentile interval would lie too high. It is widened to the value where that would lie outside.
+    percentile interval would lie too high. It is widened to the value if that would lie outside.
 
     Args:
         log_probabilities: (N, C) finite or -inf, each row sums to 1 after exp.
@@ -119,7 +119,7 @@ def _by_confidence(confidence: np.ndarray) -> np.ndarray:
 
 
 def _starts(count: int) -> np.ndarray:
-    """Where each bin begins among so many sorted images; with less than 15 each has its own."""
+    """Position at which each bin begins among so many sorted images; of fewer than 15, each has its own bin."""
     bins = min(BINS, count)
     return np.arange(bins) * count // bins
 
