@@ -20,8 +20,7 @@ SCRIPTS = [
     "setup_env.sh",
     "setup_env.py",
     "vlm/__init__.py",
-    "vlm/common/__init__.py",
-    "vlm/common/lazy.py",
+    *(str(file.relative_to(ROOT)) for file in (ROOT / "vlm" / "common").glob("*.py")),
     "vlm/machine/__init__.py",
     "vlm/machine/requirements.py",
 ]

@@ -1,7 +1,10 @@
 """What every room may use: errors and their exit codes, notes and progress, tables, and files written whole.
 
-Knows nothing of images, models or settings, and imports no heavy library.
+Knows nothing of images, models or settings, and imports no package until notes or bars are used: the set-up of the
+environment and the doctor run before any package is installed.
 """
+
+from typing import TYPE_CHECKING
 
 from vlm.common.errors import (
     RunError,
@@ -18,9 +21,11 @@ from vlm.common.errors import (
 from vlm.common.files import recover, replacing, usual_modes, write_folder, write_json
 from vlm.common.lazy import lazy_names
 from vlm.common.modes import evaluation_mode
-from vlm.common.progress import Bar, note, with_bar
 from vlm.common.tables import format_table, printable, text_width
 from vlm.common.text import dtype_name, shorten
+
+if TYPE_CHECKING:
+    from vlm.common.progress import Bar, note, with_bar
 
 __all__ = [
     "Bar",
@@ -49,3 +54,5 @@ __all__ = [
     "write_folder",
     "write_json",
 ]
+
+__getattr__ = lazy_names(__name__, {".progress": ("Bar", "note", "with_bar")})
