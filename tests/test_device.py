@@ -84,7 +84,7 @@ def test_what_counts_as_out_of_memory(error, memory):
 def test_threads_are_those_asked_for_else_a_share_of_the_cores_that_may_be_used(monkeypatch, tmp_path):
     monkeypatch.setattr(device.psutil, "cpu_count", lambda logical: 8)
     monkeypatch.setattr(device.os, "sched_getaffinity", lambda _: range(16), raising=False)
-    monkeypatch.setattr(device, "_quota", lambda: None)
+    monkeypatch.setattr(device, "cores_of_container", lambda: None)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert (device.pick_threads(5), device.pick_threads(None)) == (5, 3)
@@ -92,7 +92,7 @@ def test_threads_are_those_asked_for_else_a_share_of_the_cores_that_may_be_used(
     monkeypatch.setenv("VLM_OMP_NUM_THREADS", "")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert device.pick_threads(None) == device.share_of_cores() == 4
-    monkeypatch.setattr(device, "_quota", lambda: 3)
+    monkeypatch.setattr(device, "cores_of_container", lambda: 3)
     assert device.share_of_cores() == 1
 
 
@@ -102,4 +102,4 @@ def test_threads_are_those_asked_for_else_a_share_of_the_cores_that_may_be_used(
 def test_a_container_may_be_allowed_less_than_it_sees(tmp_path, text, cores):
     if text:
         (tmp_path / "cpu.max").write_text(text + "\n")
-    assert device._quota(tmp_path / "cpu.max") == cores
+    assert device.cores_of_container(tmp_path / "cpu.max") == cores

@@ -100,7 +100,7 @@ def test_a_torchvision_that_breaks_transformers_is_told_from_other_causes(monkey
     def load(name):
         raise RuntimeError("operator torchvision::nms does not exist")
 
-    monkeypatch.setattr(doctor, "_installed", lambda name: torchvision)
+    monkeypatch.setattr(doctor, "is_installed", lambda name: torchvision)
     (finding,) = doctor.transformers(load)
     assert finding.level == FAILURE and "nms does not exist" in finding.text
     assert finding.cure.endswith("-m pip uninstall torchvision") == torchvision

@@ -105,20 +105,17 @@ def save_with_layers(folder: Path, vision: int, text: int) -> Path:
     prompts = tiny_prompts()
     processor = build_processor(64, 4, 2, corpus=[prompts.system, prompts.question, *prompts.responses])
     torch.manual_seed(0)
-    build_model(
+    vision_widths = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4}
+    text_widths = {"hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 6, "num_key_value_heads": 2}
+    model = build_model(
         processor,
-        {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": vision, "num_attention_heads": 4},
-        {
-            "hidden_size": 96,
-            "intermediate_size": 256,
-            "num_hidden_layers": text,
-            "num_attention_heads": 6,
-            "num_key_value_heads": 2,
-        },
-        64,
-        4,
-        2,
-    ).save_pretrained(folder)
+        vision_widths | {"num_hidden_layers": vision},
+        text_widths | {"num_hidden_layers": text},
+        image_size=64,
+        patch_size=4,
+        scale_factor=2,
+    )
+    model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
 
@@ -214,7 +211,7 @@ def warning(folder, capsys) -> Callable[..., str]:
 
 def test_a_warning_names_what_is_needed_what_is_free_and_what_helps(warning, monkeypatch):
     monkeypatch.setattr(sizes, "free_memory", lambda device: GIB // 50)
-    text = warning(tune="full", batch_size=2)
+    text = warning(tune="full", batch_size=64, eval_batch_size=1)
     assert text.startswith("warning: this run needs about 0.") and "0.0 GiB are free on cpu" in text
     for flag in ("--batch-size 1 (", "--tune lora (", "--tune connector (", "--load-in-4bit (", "--list-models"):
         assert flag in text

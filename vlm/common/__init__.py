@@ -1,6 +1,7 @@
 """What every room may use: errors and their exit codes, notes and progress, tables, and files written whole.
 
-Knows nothing of images, models or settings, and imports no heavy library.
+Knows nothing of images, models or settings, and imports no package until notes or bars are used: the set-up of the
+environment and the doctor run before any package is installed.
 """
 
 from typing import TYPE_CHECKING
@@ -54,5 +55,9 @@ __all__ = [
     "write_json",
 ]
 
+<<<<<<< HEAD
 # These need tqdm. The set-up of the environment, the doctor and `--help` run before it is installed.
 __getattr__ = lazy_names(__name__, {".progress": ["Bar", "note", "with_bar"]})
+=======
+__getattr__ = lazy_names(__name__, {".progress": ("Bar", "note", "with_bar")})
+>>>>>>> refs/heads/settings

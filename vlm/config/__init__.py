@@ -4,6 +4,17 @@ Needs nothing but Python, so that `--help` and a mistake in the flags are answer
 `parse_arguments` reads flags, `resolve` makes `Settings` of them, and `Settings.complete` those of a run.
 """
 
+from vlm.config.defaults import (
+    AUTO,
+    BOTH,
+    DEFAULT_DATASET,
+    DEFAULT_MODEL,
+    FEW_NODES,
+    IMAGES_PER_STEP,
+    POSTERIOR,
+    RESPONSE,
+    TUNING_DEFAULTS,
+)
 from vlm.config.flags import Parser, build_parser, parse_arguments
 from vlm.config.formats import DEFAULT_FORMAT, LAYOUTS, lay_out, reasoning_of, stated_format
 from vlm.config.names import (
@@ -19,20 +30,7 @@ from vlm.config.names import (
     WRITTEN,
 )
 from vlm.config.resolve import read_settings, resolve
-from vlm.config.settings import (
-    AUTO,
-    BOTH,
-    DEFAULT_DATASET,
-    DEFAULT_MODEL,
-    FEW_NODES,
-    IMAGES_PER_STEP,
-    POSTERIOR,
-    RESPONSE,
-    TUNING_DEFAULTS,
-    ImageSize,
-    RunSettings,
-    Settings,
-)
+from vlm.config.settings import ImageSize, RunSettings, Settings
 
 __all__ = [
     "AUTO",

@@ -6,7 +6,7 @@ import sys
 import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn, get_args, get_origin
 
 from vlm.common import did_you_mean
 from vlm.config.rules import flag_of
@@ -57,10 +57,10 @@ def build_parser() -> Parser:
 
 def _value_type(item: dataclasses.Field) -> type:
     """The type of one value of a field: `list[str] | None` -> `str`."""
-    kind = item.type
+    kind: Any = item.type
     if isinstance(kind, types.UnionType):
         kind = next(k for k in get_args(kind) if k is not type(None))
-    return str if getattr(kind, "__origin__", None) is list else kind
+    return get_args(kind)[0] if get_origin(kind) is list else kind
 
 
 def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:

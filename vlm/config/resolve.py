@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.common import UsageError, reason
-from vlm.config.formats import choose_format
-from vlm.config.rules import flag_of, problems
-from vlm.config.settings import (
+from vlm.config.defaults import (
     BOTH,
     DEFAULT_DATASET,
     DEFAULT_MODEL,
@@ -19,9 +17,10 @@ from vlm.config.settings import (
     IMAGES_PER_STEP,
     RESPONSE,
     TUNING_DEFAULTS,
-    RunSettings,
-    Settings,
 )
+from vlm.config.formats import choose_format
+from vlm.config.rules import flag_of, problems
+from vlm.config.settings import RunSettings, Settings
 
 # Flags that may differ between an interrupted run and the one that resumes it.
 NOT_PART_OF_THE_RUN = {
@@ -104,7 +103,7 @@ def _resumed(given: dict[str, Any], saved: RunSettings) -> dict[str, Any]:
 
 
 def _fill(given: Mapping[str, Any]) -> Settings:
-    """Settings with the defaults that follow from flags alone."""
+    """Settings with the defaults that follow from the flags themselves."""
     said = {name: value for name, value in given.items() if value is not None}
     values = TUNING_DEFAULTS[said.get("tune", Settings.tune)] | said
     values.setdefault("connector_learning_rate", values["learning_rate"])

@@ -4,7 +4,8 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from vlm.config.settings import AUTO, POSTERIOR, RESPONSE, Settings
+from vlm.config.defaults import AUTO, POSTERIOR, RESPONSE
+from vlm.config.settings import Settings
 
 
 class Values(NamedTuple):

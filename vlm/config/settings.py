@@ -8,37 +8,18 @@ import math
 from dataclasses import MISSING, dataclass, field
 from typing import Any, NamedTuple
 
+from vlm.config.defaults import (
+    AUTO,
+    BOTH,
+    DEFAULT_DATASET,
+    DEFAULT_MODEL,
+    FEW_NODES,
+    IMAGES_PER_STEP,
+    POSTERIOR,
+    RESPONSE,
+    TRACKERS,
+)
 from vlm.config.formats import LAYOUTS
-
-DEFAULT_MODEL = "HuggingFaceTB/SmolVLM-500M-Instruct"
-DEFAULT_DATASET = "Mirali33/mb-domars16k"
-
-# Defaults that depend on --tune. All others are in the fields.
-TUNING_DEFAULTS: dict[str, dict[str, Any]] = {
-    "lora": {"learning_rate": 2e-4, "epochs": 3},
-    "connector": {"learning_rate": 5e-4, "epochs": 5},
-    "full": {"learning_rate": 1e-5, "epochs": 3},
-}
-RESPONSE, POSTERIOR, BOTH = "response", "posterior", "both"  # objectives, see vlm/classifier/objective.py
-# The demo trains a very small model from scratch, which needs other values than fine-tuning.
-DEMO_DEFAULTS: dict[str, Any] = {
-    "tune": "full",
-    "learning_rate": 1.5e-3,
-    "weight_decay": 0.1,
-    "objective": RESPONSE,  # as accurate there as both, and faster (docs/objectives.md)
-    "epochs": 16,
-    "batch_size": 16,
-    "eval_batch_size": 64,
-    "gradient_accumulation_steps": 1,
-    "threads": 1,  # more threads help so small a model little, and slow it down if the cores are busy
-    "task_description": "handwritten digit recognition",
-    "probe": True,
-}
-AUTO = "auto"
-TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")  # each writes to a folder of this name in the output folder
-IMAGES_PER_STEP = 8  # images of an optimizer step, unless flags say otherwise
-# The objective is `both` by default if that adds at most so many tokens to each image: as many as an image of SmolVLM.
-FEW_NODES = 64
 
 
 class ImageSize(NamedTuple):
@@ -60,7 +41,7 @@ def _flag(default: Any, group: str, help: str, **more: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The settings as given, from `resolve`: the flags, and the defaults that follow from flags alone.
+    """The settings as given, from `resolve`: the flags, and the defaults that follow from the flags themselves.
 
     `None` means that nothing was said: the feature is off, or the data, the model or the free memory decide.
     """
@@ -87,7 +68,7 @@ class Settings:
     device: str = _flag(
         AUTO,
         "model",
-        "where to compute (default: auto: CUDA if there is one, else the CPU)",
+        "device to compute on (default: auto: CUDA if there is one, else the CPU)",
         choices=(AUTO, "cpu", "cuda", "mps"),
     )
     dtype: str = _flag(
@@ -354,10 +335,15 @@ class Settings:
         return dataclasses.asdict(self)
 
 
+def _decided() -> Any:
+    """A field that has to be given. Type checkers want an assignment here, since the fields above have defaults."""
+    return field()
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunSettings(Settings):
-    """The settings that a run works with, as they stand in `training_metadata.json`: see `Settings.complete`."""
+    """The settings that a run works with, as in its `training_metadata.json`: see `Settings.complete`."""
 
-    batch_size: int
-    gradient_accumulation_steps: int
-    objective: str
+    batch_size: int = _decided()
+    gradient_accumulation_steps: int = _decided()
+    objective: str = _decided()

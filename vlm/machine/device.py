@@ -79,11 +79,11 @@ def share_of_cores() -> int:
         at least 1.
     """
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = min(usable, psutil.cpu_count(logical=False) or usable, _quota() or usable)
+    cores = min(usable, psutil.cpu_count(logical=False) or usable, cores_of_container() or usable)
     return max(1, int(cores) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def _quota(file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int | None:
+def cores_of_container(file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int | None:
     """Cores that a container on Linux may use at a time (`docker run --cpus`), rounded up; None: no limit."""
     try:
         quota, period = map(int, file.read_text(encoding="ascii").split())

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vlm.common import dtype_name
 from vlm.config import DEFAULT_DATASET, DEFAULT_MODEL, Settings
@@ -157,7 +157,7 @@ def transformers(load: Callable[[str], object] = importlib.import_module) -> Ite
             getattr(library, name)
     except Exception as error:
         text = f"transformers cannot be imported: {type(error).__name__}: {_last_line(str(error))}"
-        if _installed("torchvision"):
+        if is_installed("torchvision"):
             text += " (often because torchvision does not match torch)"
             yield Finding(FAILURE, text, _pip("uninstall", "torchvision"))
         else:
@@ -167,7 +167,7 @@ def transformers(load: Callable[[str], object] = importlib.import_module) -> Ite
         yield Finding(OK, "transformers can be imported")
 
 
-def _installed(name: str) -> bool:
+def is_installed(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
@@ -342,7 +342,8 @@ def _draw_digit(path: Path) -> None:
     from PIL import Image
     from sklearn.datasets import load_digits
 
-    Image.fromarray((load_digits().images[0] * 255 / 16).astype("uint8")).save(path)
+    digits: Any = load_digits()
+    Image.fromarray((digits.images[0] * 255 / 16).astype("uint8")).save(path)
 
 
 CHECKS: tuple[Check, ...] = (python, packages, transformers, device, memory, disk, vision_features, output_folder, hub)

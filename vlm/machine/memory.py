@@ -257,7 +257,7 @@ def _kept_by_language(family: Family, settings: Settings, size: int, device: str
     """Bytes that the blocks of the language model keep for all tokens."""
     block = Block.of(family.language)
     prefix = 0 if settings.tune == "connector" else rows.prefix  # else no trained weight comes before it
-    per_token = block.count * block.kept(size, trained=settings.tune == "full")
+    per_token: float = block.count * block.kept(size, trained=settings.tune == "full")
     if settings.tune == "lora":
         per_token += _inputs_of_lora(family, settings, size, device, block)
     # Except on a CPU, a mask makes transformers repeat keys and values for each head.

@@ -1,0 +1,33 @@
+"""Names and defaults that several settings depend on. All other defaults are in the fields of `Settings`."""
+
+from typing import Any
+
+DEFAULT_MODEL = "HuggingFaceTB/SmolVLM-500M-Instruct"
+DEFAULT_DATASET = "Mirali33/mb-domars16k"
+
+# Defaults that depend on --tune.
+TUNING_DEFAULTS: dict[str, dict[str, Any]] = {
+    "lora": {"learning_rate": 2e-4, "epochs": 3},
+    "connector": {"learning_rate": 5e-4, "epochs": 5},
+    "full": {"learning_rate": 1e-5, "epochs": 3},
+}
+RESPONSE, POSTERIOR, BOTH = "response", "posterior", "both"  # objectives, see vlm/classifier/objective.py
+# The demo trains a very small model from scratch, which needs other values than fine-tuning.
+DEMO_DEFAULTS: dict[str, Any] = {
+    "tune": "full",
+    "learning_rate": 1.5e-3,
+    "weight_decay": 0.1,
+    "objective": RESPONSE,  # as accurate there as both, and faster (docs/objectives.md)
+    "epochs": 16,
+    "batch_size": 16,
+    "eval_batch_size": 64,
+    "gradient_accumulation_steps": 1,
+    "threads": 1,  # more threads help so small a model little, and slow it down if the cores are busy
+    "task_description": "handwritten digit recognition",
+    "probe": True,
+}
+AUTO = "auto"
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")  # each writes to a folder of this name in the output folder
+IMAGES_PER_STEP = 8  # images of an optimizer step, unless flags say otherwise
+# The objective is `both` by default if that adds at most so many tokens to each image: as many as an image of SmolVLM.
+FEW_NODES = 64
