@@ -14,20 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MARS = json.loads((ROOT / "tests" / "data" / "mars.json").read_text())
-<<<<<<< HEAD
 SCRIPTS = ["run_vlm_training.sh", "run_tests.sh", "setup_env.sh", "setup_env.py"]
-=======
-SCRIPTS = [
-    "run_vlm_training.sh",
-    "run_tests.sh",
-    "setup_env.sh",
-    "setup_env.py",
-    "vlm/__init__.py",
-    *(str(file.relative_to(ROOT)) for file in (ROOT / "vlm" / "common").glob("*.py")),
-    "vlm/machine/__init__.py",
-    "vlm/machine/requirements.py",
-]
->>>>>>> refs/heads/settings
 FAKE_TRAINING = """
 import json, os, sys
 found = {"arguments": sys.argv[1:], "environment": dict(os.environ), "folder": os.getcwd(), "prefix": sys.prefix}

@@ -55,9 +55,5 @@ __all__ = [
     "write_json",
 ]
 
-<<<<<<< HEAD
 # These need tqdm. The set-up of the environment, the doctor and `--help` run before it is installed.
 __getattr__ = lazy_names(__name__, {".progress": ["Bar", "note", "with_bar"]})
-=======
-__getattr__ = lazy_names(__name__, {".progress": ("Bar", "note", "with_bar")})
->>>>>>> refs/heads/settings
