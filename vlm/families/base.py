@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from vlm.common import UsageError
 from vlm.config import ImageSize
 from vlm.conversation import Prompts, Rendered, scored_texts
-from vlm.families.encoded import CONNECTED_FEATURES, ENCODER_FEATURES, EncodedImages
+from vlm.families.encoded import CONNECTED_FEATURES, ENCODER_FEATURES, EncodedImages, besides_pixels
 from vlm.families.images.sizes import size_text
 from vlm.families.weights import read_model, write_model
 
@@ -244,6 +244,10 @@ class Family:
         if CONNECTED_FEATURES in inputs:
             return inputs[CONNECTED_FEATURES]
         return self.connect(self.encoder_features(inputs), inputs)
+
+    def with_features(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The inputs with connected features instead of pixels, so that images that are read twice are encoded once."""
+        return besides_pixels(inputs) | {CONNECTED_FEATURES: self.image_features(inputs)}
 
     def encoder_features(self, inputs: dict[str, Tensor]) -> Tensor:
         """`vision_features`, or the cached ones if the batch was made from the feature cache."""
