@@ -185,7 +185,7 @@ class TestInternVL(Generic):
         processor_class_of(folder)(images, words, image_seq_length=4, chat_template=template).save_pretrained(folder)
 
     def one_image(self, batch, i):
-        counts = [int((row == self.image_token).sum()) // 4 for row in batch["input_ids"]]
+        counts = [int((row == self.image_token).sum()) // 4 for row in batch.input_ids]
         return {"pixel_values": batch.pixels["pixel_values"][sum(counts[:i]) : sum(counts[: i + 1])]}
 
     def classifier(self, folder, *more, **named):

@@ -16,8 +16,7 @@ from vlm.common.errors import UsageError
 from vlm.config import resolve
 from vlm.conversation.prompts import Prompts
 from vlm.data import Sample
-from vlm.families import load_family
-from vlm.families.features import FeatureCache
+from vlm.families import FeatureCache, load_family
 from vlm.families.phi3.model import Phi3VConfig, Phi3VForCausalLM
 from vlm.training.tuning import ADAPTER, merged_state_dict, prepare_tuning
 

@@ -16,8 +16,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from inference_vlm import load_model_and_metadata, predict_batch
-from vlm.families import Family, FeatureCache, cache_root, features, fill_cache
-from vlm.families.features import make_room
+from vlm.families import Family, FeatureCache, cache_root, fill_cache
+from vlm.families.features import cache as cache_file
+from vlm.families.features.room import make_room
 
 OLD, NEW = 2 * 86400, 60  # seconds since a file was used
 
@@ -40,7 +41,7 @@ def start(classifier, images, save) -> multiprocessing.Process:
     """Another process that fills the cache, with `save` in the place of the function that writes a file."""
 
     def fill():
-        features.save_file = save
+        cache_file.save_file = save
         cache = fill_cache(classifier.family, [images], limit_gb=1)
         sys.exit(0 if cache and cache.encode(images.keys) else 1)
 

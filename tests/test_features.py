@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 
 from vlm.data import Split
 from vlm.evaluation.evaluate import score_split
-from vlm.families import CONNECTED_FEATURES, ENCODER_FEATURES, cache_root, features, fill_cache, open_cache
-from vlm.families.features import fingerprint
+from vlm.families import CONNECTED_FEATURES, ENCODER_FEATURES, cache_root, fill_cache, open_cache
+from vlm.families.features.fingerprint import fingerprint
 
 
 @pytest.fixture(autouse=True)
@@ -103,12 +103,12 @@ def test_batches_are_bounded_and_nothing_is_computed_twice(tmp_path, monkeypatch
     sizes = []
     whole = classifier.family.features_of_each
     classifier.family.features_of_each = lambda images, connected: sizes.append(len(images)) or whole(images, connected)
-    monkeypatch.setattr(features, "IMAGES_AT_ONCE", 2)
+    monkeypatch.setattr("vlm.families.features.filling.IMAGES_AT_ONCE", 2)
     fill_cache(classifier.family, [split(), split()], limit_gb=1)
     assert sizes == [2, 1], "three different images in two splits of four"
     fill_cache(classifier.family, [split()], limit_gb=1)
     assert sizes == [2, 1], "a second run computes nothing"
-    monkeypatch.setattr(features, "VALUES_AT_ONCE", 1)
+    monkeypatch.setattr("vlm.families.features.filling.VALUES_AT_ONCE", 1)
     for file in cache_root().glob("*/*"):
         file.unlink()
     fill_cache(classifier.family, [split()], limit_gb=1)
@@ -173,7 +173,7 @@ def test_a_full_disk_is_no_end_of_the_run(tmp_path, monkeypatch, capsys, error):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(features, "save_file", fail)
+    monkeypatch.setattr("vlm.families.features.cache.save_file", fail)
     assert fill_cache(classifier.family, [split()], limit_gb=1) is None
     assert "o space left" in capsys.readouterr().err
 
@@ -182,7 +182,7 @@ def test_a_full_disk_is_no_end_of_the_run(tmp_path, monkeypatch, capsys, error):
 def test_a_file_is_mapped_into_memory_and_not_copied(tmp_path):
     classifier = classifier_of("idefics3", tmp_path / "model")
     file = next(fill_cache(classifier.family, [split()], limit_gb=1).folder.iterdir())
-    entry = features.load_file(file)
+    entry = load_file(file)
     (line,) = (line for line in Path("/proc/self/maps").read_text().splitlines() if file.name in line)
     first, last = (int(end, 16) for end in line.split()[0].split("-"))
     assert all(first <= tensor.data_ptr() < last for tensor in entry.values())

@@ -8,7 +8,7 @@ from tiny import samples, save_tiny_model, tiny_classifier
 
 from vlm.common.errors import UsageError
 from vlm.config import resolve
-from vlm.families.features import cache_root
+from vlm.families import cache_root
 from vlm.training.preflight import preflight, settings_rows
 
 

@@ -25,7 +25,7 @@ from vlm.classifier.prefix import KeysAndValues, Recorded, StepPrefix, expand, i
 from vlm.classifier.search import Reading, run_searches
 from vlm.classifier.tree_rows import TreeRows
 from vlm.conversation import Rendered
-from vlm.families import CONNECTED_FEATURES, Family, besides_pixels
+from vlm.families import Family
 
 
 class SharedPrefix(Forward):
@@ -192,5 +192,4 @@ class SharedPrefix(Forward):
         """The batch with features after the connector, so that images that are read twice are encoded once."""
         if not batch.pixels:  # a row without an image
             return batch
-        features = self.family.image_features(batch.pixels)
-        return replace(batch, pixels=besides_pixels(batch.pixels) | {CONNECTED_FEATURES: features})
+        return replace(batch, pixels=self.family.with_features(batch.pixels))

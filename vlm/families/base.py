@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from vlm.common import UsageError
 from vlm.config import ImageSize
 from vlm.conversation import Prompts, Rendered, scored_texts
-from vlm.families.encoded import CONNECTED_FEATURES, ENCODER_FEATURES, EncodedImages
+from vlm.families.encoded import CONNECTED_FEATURES, ENCODER_FEATURES, EncodedImages, besides_pixels
 from vlm.families.images.sizes import size_text
 from vlm.families.weights import read_model, write_model
 
@@ -48,7 +48,6 @@ class Family:
     end_of_turn: ClassVar[str] = ""
 
     shares_prefix = True  # False: every row repeats the prefix and goes through `full_logits`
-    can_cache = True  # False: the features of several images are not those of each image, one after the other
     must_be_checked = False  # True: the shared prefix is compared with the plain forward before it is used
 
     def __init__(self, model: Any, processor: Any):
@@ -94,7 +93,7 @@ class Family:
         return family
 
     @classmethod
-    def load_processor(cls, folder: Path, **images: Any) -> Any:
+    def load_processor(cls, folder: Path, *args: Any, **images: Any) -> Any:
         """The processor in a folder.
 
         Args:
@@ -150,7 +149,7 @@ class Family:
         loads = [self.image_load(image_size=ImageSize(edge)) for edge in self.edges]
         return size_text(wish, *self.edges, *loads)
 
-    def image_load(self, **images: Any) -> tuple[int, int]:
+    def image_load(self, *args: Any, **images: Any) -> tuple[int, int]:
         """How much work the largest image is, read from the configuration only.
 
         Args:
@@ -246,6 +245,10 @@ class Family:
             return inputs[CONNECTED_FEATURES]
         return self.connect(self.encoder_features(inputs), inputs)
 
+    def with_features(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The inputs with connected features instead of pixels, so that images that are read twice are encoded once."""
+        return besides_pixels(inputs) | {CONNECTED_FEATURES: self.image_features(inputs)}
+
     def encoder_features(self, inputs: dict[str, Tensor]) -> Tensor:
         """`vision_features`, or the cached ones if the batch was made from the feature cache."""
         if ENCODER_FEATURES in inputs:
@@ -275,6 +278,11 @@ class Family:
             rows = [one.token_ids[0].count(self.image_token_id) for one in images]
             return list(self.image_features(inputs).split(rows))
         return list(self.encoder_features(inputs).split([len(one.inputs["pixel_values"]) for one in images]))
+
+    @property
+    def can_cache(self) -> bool:
+        """Whether the features of several images are those of each image, one after the other."""
+        return True
 
     # The language model
 

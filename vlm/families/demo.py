@@ -128,9 +128,9 @@ def build_model(
         },
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         scale_factor=scale_factor,
-        pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=False,
     )
+    config.pad_token_id = tokenizer.pad_token_id
     model = Idefics3ForConditionalGeneration(config)
     model.generation_config.eos_token_id = end
     model.generation_config.pad_token_id = tokenizer.pad_token_id

@@ -9,7 +9,7 @@ B = batch, K = tokens of a whole sequence, D = width, V = vocabulary.
 import inspect
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from PIL import Image
@@ -47,7 +47,7 @@ class GenericFamily(Family):
     _prefix: list[int]
     _question: list[int]
 
-    def __init__(self, model: nn.Module, processor: Any):
+    def __init__(self, model: Any, processor: Any):
         super().__init__(model, processor)
         if model.config.model_type in BIDIRECTIONAL:
             note(
@@ -58,21 +58,16 @@ class GenericFamily(Family):
 
     @classmethod
     def load(
-        cls,
-        folder: Path,
-        dtype: torch.dtype,
-        device: torch.device,
-        bits: int | None = None,
-        image_size: ImageSize | None = None,
-    ) -> "GenericFamily":
+        cls, folder: Path, dtype: torch.dtype, device: torch.device, bits: int | None = None, **images: Any
+    ) -> Self:
         family = super().load(folder, dtype, device, bits)
         family._published_edge = squares.edge_of(family.processor.image_processor)
-        if image_size is not None:
-            family._set_size(image_size)
+        if images.get("image_size") is not None:
+            family._set_size(images["image_size"])
         return family
 
     @classmethod
-    def load_processor(cls, folder: Path, **options: Any) -> Any:
+    def load_processor(cls, folder: Path, *args: Any, **images: Any) -> Any:
         try:
             return read_processor(folder, processor_class_of(folder))
         except (ImportError, OSError, ValueError) as error:
@@ -81,7 +76,7 @@ class GenericFamily(Family):
     # The parts
 
     @property
-    def body(self) -> nn.Module:
+    def body(self) -> Any:
         """The module with vision, connector and language as its children."""
         return getattr(self.model, "model", self.model)
 
@@ -94,7 +89,7 @@ class GenericFamily(Family):
         return getattr(self.body, "language_model", None) or self.model.get_decoder()
 
     @property
-    def connector(self) -> nn.Module:
+    def connector(self) -> nn.ModuleList:
         """Everything that is neither vision nor language."""
         return nn.ModuleList(
             child for child in self.body.children() if child is not self.vision and child is not self.language
@@ -127,7 +122,8 @@ class GenericFamily(Family):
     @property
     def _placeholder(self) -> str:
         """What a chat template writes for an image, before the processor puts in its tokens."""
-        return getattr(self.processor, "boi_token", None) or getattr(self.processor, "image_token", "<image>")
+        names = ("boi_token", "image_token")
+        return next((token for name in names if (token := getattr(self.processor, name, None))), "<image>")
 
     def render(self, prompts: Prompts) -> Rendered:
         """Have the processor lay out a conversation with an image, and see which tokens come before and after it.
@@ -158,7 +154,8 @@ class GenericFamily(Family):
 
     @property
     def edges(self) -> tuple[int, int] | None:
-        return (squares.edge_of(self.processor.image_processor), self._published_edge) if self._published_edge else None
+        edge = squares.edge_of(self.processor.image_processor)
+        return (edge, self._published_edge) if edge and self._published_edge else None
 
     def size_text(self, wish: ImageSize) -> str:
         return super().size_text(wish) if self.edges else "as the model's processor makes it."

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from vlm.config import ImageSize
 from vlm.families.base import Family
@@ -64,7 +64,7 @@ class Idefics3Family(Family):
         return processor
 
     @property
-    def vision(self) -> nn.Module:
+    def vision(self) -> PreTrainedModel:
         return self.model.model.vision_model
 
     @property

@@ -27,7 +27,7 @@ def processor_class_of(folder: Path) -> Any:
 
 
 @cache
-def without_videos(published: type[ProcessorMixin]) -> type[ProcessorMixin]:
+def without_videos(published: Any) -> Any:
     """The class of a processor of images and text. It keeps its name, under which it is saved and others load it."""
     return type(published.__name__, (_ImagesAndText, published), {"__module__": published.__module__})
 
@@ -37,7 +37,8 @@ class _ImagesAndText:
 
     @classmethod
     def get_attributes(cls) -> list[str]:
-        return [name for name in super().get_attributes() if name != "video_processor"]
+        published: Any = super()
+        return [name for name in published.get_attributes() if name != "video_processor"]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """The class is made at run time, so a loader process cannot import it: it makes it again."""
@@ -45,5 +46,5 @@ class _ImagesAndText:
         return _new_instance, (published,), vars(self)
 
 
-def _new_instance(published: type[ProcessorMixin]) -> ProcessorMixin:
+def _new_instance(published: Any) -> ProcessorMixin:
     return ProcessorMixin.__new__(without_videos(published))

@@ -55,7 +55,7 @@ class Qwen2VLFamily(Family):
     processor_class = without_videos(transformers.Qwen2VLProcessor)
     end_of_turn = "<|im_end|>"
 
-    def __init__(self, model: nn.Module, processor: Any):
+    def __init__(self, model: Any, processor: Any):
         super().__init__(model, processor)
         patch_embed = model.model.visual.patch_embed
         patch_embed.proj = PatchLinear(patch_embed.proj)

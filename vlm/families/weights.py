@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -44,7 +45,7 @@ def read_model(
     options = loading_options(bits, dtype, device, kept)
     try:
         with quiet():
-            model, report = AutoModelForImageTextToText.from_pretrained(
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 folder,
                 dtype=dtype,
                 attn_implementation="sdpa",
@@ -55,6 +56,7 @@ def read_model(
             )
     except OSError as error:
         raise UsageError(f"the weights in {folder} cannot be read: {first_line(error)}") from error
+    model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:
         raise UsageError(

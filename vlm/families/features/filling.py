@@ -2,10 +2,11 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from vlm.common import Bar, evaluation_mode
 from vlm.data import Sample, Split
@@ -64,7 +65,7 @@ def _is_trained(part: nn.Module) -> bool:
 
 
 @dataclass
-class _Places:
+class _Places(Dataset[Sample]):
     """Samples by their places in splits. Each is made again when it is read, because a sample keeps its image."""
 
     places: list[tuple[Split, int]]
@@ -89,9 +90,8 @@ class _Encode:
 
 def _batches(family: Family, samples: _Places, workers: int) -> Iterator[dict[str, EncodedImages]]:
     """Encoded images by key, as many together as the vision encoder takes at once."""
-    loader = DataLoader(
-        samples, batch_size=None, collate_fn=_Encode(family), num_workers=workers, generator=torch.Generator()
-    )
+    encode: Any = _Encode(family)  # of one sample, as there are no batches
+    loader = DataLoader(samples, batch_size=None, collate_fn=encode, num_workers=workers, generator=torch.Generator())
     batch: dict[str, EncodedImages] = {}
     values = 0
     for key, encoded in loader:

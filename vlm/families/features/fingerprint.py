@@ -38,7 +38,7 @@ def fingerprint(family: Family, connected: bool, halved: bool) -> str:
 def _add_weights(content: Any, weights: dict[str, Tensor]) -> None:
     for name, tensor in sorted(weights.items()):
         content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        content.update(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+        content.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def _vision_settings(config: dict[str, Any]) -> dict[str, Any]:

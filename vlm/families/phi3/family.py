@@ -9,11 +9,12 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 import vlm.families.phi3.model  # noqa: F401 (makes the model known to transformers)
@@ -64,7 +65,7 @@ class Phi3VisionFamily(Family):
     image_token = IMAGE
     end_of_turn = "<|end|>"
 
-    def __init__(self, model: nn.Module, processor: Phi3VisionProcessor):
+    def __init__(self, model: Any, processor: Phi3VisionProcessor):
         super().__init__(model, processor)
         known = self.tokenizer.convert_tokens_to_ids(PLACEHOLDER)
         # Without the reserved token it is the last row of the embedding: the vocabulary is padded, so no text has it.
@@ -74,8 +75,10 @@ class Phi3VisionFamily(Family):
     # Loading
 
     @classmethod
-    def load(cls, folder: Path, dtype: torch.dtype, device: torch.device, **images: Any) -> "Phi3VisionFamily":
-        family = super().load(folder, dtype, device, **images)
+    def load(
+        cls, folder: Path, dtype: torch.dtype, device: torch.device, bits: int | None = None, **images: Any
+    ) -> Self:
+        family = super().load(folder, dtype, device, bits, **images)
         family.published = {
             name: json.loads((folder / name).read_text(encoding="utf-8"))
             for name in ("config.json", "generation_config.json")
@@ -106,7 +109,7 @@ class Phi3VisionFamily(Family):
     # The parts. The published layout has vision encoder and connector in one module, inside the language model.
 
     @property
-    def vision(self) -> nn.Module:
+    def vision(self) -> PreTrainedModel:
         return self.model.model.vision_embed_tokens.img_processor
 
     @property

@@ -5,6 +5,7 @@ T = tiles of 336 x 336 pixels, N = image tokens, W = width of the vision encoder
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +93,7 @@ class VisionEmbedding(nn.Module):
         self.glb_GN = nn.Parameter(torch.zeros(1, 1, merged))
 
     @property
-    def encoder(self) -> nn.Module:
+    def encoder(self) -> Any:
         """The vision encoder, which older versions of transformers have one level deeper."""
         return getattr(self.img_processor, "vision_model", self.img_processor)
 
