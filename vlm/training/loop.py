@@ -198,7 +198,7 @@ class Trainer:
     def _batches(self, plan: list[Step]) -> Iterator[Batch]:
         """This process's batches of the steps in `plan`, one after the other."""
         classifier = self.run.classifier
-        loader: DataLoader[Batch] = DataLoader(
+        loader: DataLoader[Sample] = DataLoader(
             cast("Dataset[Sample]", self.run.data.train),
             batch_sampler=[batch for step in plan for batch in step.batches],
             collate_fn=classifier.collate(classifier.objective.has_response, self.run.cache),
@@ -206,7 +206,7 @@ class Trainer:
             pin_memory=self.accelerator.device.type == "cuda",
             generator=torch.Generator(),  # the default would draw from the global one, and shift dropout after a resume
         )
-        return iter(loader)
+        return cast("Iterator[Batch]", iter(loader))  # the type of what `collate_fn` makes is unknown to torch
 
     def _step(self, step: Step, batches: Iterator[Batch]) -> Tensor:
         """One optimizer step; returns this process's share of the mean loss."""

@@ -140,7 +140,7 @@ def build_objective(settings: Settings, classifier: VLMClassifier, labels: Seque
 
 def _find_model(settings: Settings, class_names: list[str], accelerator: Accelerator) -> tuple[Path, str | None]:
     """The folder of the model, and its commit on the hub."""
-    if not settings.demo:
+    if settings.model is not None:  # it is None only in the demo
         return model_folder(settings.model, settings.model_revision)
     folder = Path(settings.output_dir) / DEMO_MODEL
     if accelerator.is_main_process:
