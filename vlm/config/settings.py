@@ -317,7 +317,7 @@ class Settings:
 
     def with_tuning(self, mode: str) -> "Settings":
         """The same settings with another `--tune`, without the flags that only lora has."""
-        only_lora = {"load_in_4bit": False, "load_in_8bit": False, "freeze_connector": False}
+        only_lora: dict[str, Any] = {"load_in_4bit": False, "load_in_8bit": False, "freeze_connector": False}
         return dataclasses.replace(self, tune=mode, **({} if mode == "lora" else only_lora))
 
     def complete(self, batch_size: int, objective: str) -> "RunSettings":

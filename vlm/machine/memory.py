@@ -262,7 +262,7 @@ def _kept_by_language(family: Family, settings: Settings, size: int, device: str
         per_token += _inputs_of_lora(family, settings, size, device, block)
     # Except on a CPU, a mask makes transformers repeat keys and values for each head.
     keys = block.keys if device == "cpu" else 2 * block.queries
-    attention = block.count * rows.count * (rows.prefix + rows.length) * (keys + rows.length) * size
+    attention: float = block.count * rows.count * (rows.prefix + rows.length) * (keys + rows.length) * size
     if settings.gradient_checkpointing:  # the inputs of all blocks, and one block whole
         per_token = block.count * block.width * FLOAT32 + per_token / block.count
         attention /= block.count
