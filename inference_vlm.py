@@ -11,11 +11,12 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm.common import RunError, UsageError, exit_code, lazy_names
-from vlm.config import Parser
+from vlm.config import Parser, Settings
 from vlm.machine import wait_politely
 
 if TYPE_CHECKING:
@@ -27,42 +28,51 @@ __all__ = ["load_model_and_metadata", "main", "predict_batch", "predict_single_i
 # `from inference_vlm import predict_batch` works, and `--help` does not load torch.
 __getattr__ = lazy_names(
     __name__,
-    {"vlm.inference.predictor": ["load_model_and_metadata", "predict_batch", "predict_single_image"]},
+    {"vlm.inference": ["load_model_and_metadata", "predict_batch", "predict_single_image"]},
 )
 
 
 def build_parser() -> Parser:
+    """The parser of `inference_vlm.py`."""
     parser = Parser(description="Classify images with a model that train_vlm.py has trained.")
+    parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="image files, or folders with image files")
     parser.add_argument(
-        "images", nargs="+", metavar="IMAGE_OR_FOLDER", help="image files, or folders that are searched for them"
+        "--model-dir",
+        default="vlm_results/best_model",
+        metavar="FOLDER",
+        help="the trained model (default: vlm_results/best_model)",
     )
     parser.add_argument(
-        "--model-dir", default="vlm_results/best_model", metavar="FOLDER", help="default: vlm_results/best_model"
+        "--output", metavar="FILE", help="write all probabilities to FILE.csv or FILE.jsonl, and print no table"
     )
     parser.add_argument(
-        "--output", metavar="FILE", help="write all probabilities to FILE.csv or FILE.jsonl instead of a table"
-    )
-    parser.add_argument(
-        "--explain", action="store_true", help="show a text for each image too, whose answer is the prediction"
+        "--explain", action="store_true", help="also show a text for each image, whose answer is the prediction"
     )
     parser.add_argument(
         "--abstain-below",
         type=float,
         metavar="P",
-        help="no prediction below this confidence; 0: always one (default: as trained)",
+        help="give no prediction if its confidence is below this; 0: always give one (default: as trained)",
     )
     parser.add_argument(
-        "--batch-size", type=int, metavar="N", help="images in one forward pass (default: by the free memory)"
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="images in one forward pass (default: what fits into the free memory)",
     )
     parser.add_argument(
-        "--exhaustive-scoring", action="store_true", help="score every class to the end, however improbable (slower)"
+        "--exhaustive-scoring", action="store_true", help="score every class to the end, also improbable ones (slower)"
     )
     parser.add_argument(
-        "--feature-cache", action="store_true", help="keep the vision features of the images for the next time"
+        "--feature-cache",
+        action="store_true",
+        help="cache the vision features of the images, so that the next call on them is faster",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="threads of the CPU (default: its physical cores)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    for setting in fields(Settings):
+        if setting.name in ("device", "dtype"):  # the same flags as in the training
+            choices, text = setting.metadata["choices"], setting.metadata["help"]
+            parser.add_argument(f"--{setting.name}", default=setting.default, choices=choices, help=text)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -105,16 +115,23 @@ def predict(args: argparse.Namespace) -> None:
 
 
 def check_output(path: Path) -> None:
-    """Raises UsageError, before the work is done, where the results could not be written after it."""
+    """Check, before the work, that its results can be written after it.
+
+    Raises:
+        UsageError: they cannot.
+    """
     if path.suffix.lower() not in (".csv", ".jsonl"):
         raise UsageError(f"--output {path}: expected a name that ends in .csv or .jsonl.")
     if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-        raise UsageError(f"--output {path} cannot be written: choose another place, in a folder that is there.")
+        raise UsageError(f"--output {path} cannot be written: choose another place, in a folder that exists.")
 
 
 def print_results(results: dict[str, dict[str, Any]], explain: bool) -> None:
-    """Print a table to stdout: path, prediction, confidence, the runner-up (the two best, if abstained), and the text
-    if asked for."""
+    """Print a table to stdout: path, prediction, confidence, and the second-best class (if abstained, the two best).
+
+    Args:
+        explain: print the texts after the table.
+    """
     from vlm.common import format_table
 
     rows = []

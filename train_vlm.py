@@ -22,10 +22,7 @@ __all__ = ["evaluate_vlm_model", "main", "vlm_collate_fn"]
 
 
 # `from train_vlm import vlm_collate_fn` works, and `--help` does not load torch.
-__getattr__ = lazy_names(
-    __name__,
-    {"vlm.classifier.batching": ["vlm_collate_fn"], "vlm.evaluation.evaluate": ["evaluate_vlm_model"]},
-)
+__getattr__ = lazy_names(__name__, {"vlm.classifier": ["vlm_collate_fn"], "vlm.evaluation": ["evaluate_vlm_model"]})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
