@@ -232,7 +232,7 @@ class Phi3VisionFamily(Family):
         # Reading the positions makes a GPU wait, so they are read only if the row may be too long.
         if keys > limit and int(positions.max()) >= limit:
             raise UsageError(
-                f"the text would grow longer than {limit} tokens, where the positions of this model change: write a "
-                "shorter text."
+                f"the text would grow longer than {limit} tokens, where this model's positions change: "
+                "write a shorter text."
             )
         return super().run_language(embeddings, positions, cache, mask)
