@@ -317,14 +317,9 @@ class Settings:
 
     def with_tuning(self, mode: str) -> "Settings":
         """The same settings with another `--tune`, without the flags that only lora has."""
-<<<<<<< HEAD
         if mode == "lora":
             return dataclasses.replace(self, tune=mode)
         return dataclasses.replace(self, tune=mode, load_in_4bit=False, load_in_8bit=False, freeze_connector=False)
-=======
-        only_lora: dict[str, Any] = {"load_in_4bit": False, "load_in_8bit": False, "freeze_connector": False}
-        return dataclasses.replace(self, tune=mode, **({} if mode == "lora" else only_lora))
->>>>>>> refs/heads/settings
 
     def complete(self, batch_size: int, objective: str) -> "RunSettings":
         """The settings of a run, once the model and the free memory have decided what the flags left open.
