@@ -232,15 +232,15 @@ class OurTraining:
 
     def _all_steps(self) -> Iterator[tuple[Step, Iterator[dict[str, Any]]]]:
         for epoch in range(self.run.settings.epochs):
-            plan = [step for step in self.trainer._plan(epoch) if len(step.indices) == self.trainer._images_per_step()]
-            batches = self.trainer._batches(plan)
+            plan = [step for step in self.trainer.plan(epoch) if len(step.indices) == self.trainer._images_per_step()]
+            batches = self.trainer.batches(plan)
             for step in plan:
                 yield step, batches
 
     def step(self) -> list[int]:
         """One optimizer step with its images; returns which ones."""
         step, batches = next(self._steps)
-        self.loss = self.trainer._step(step, batches)  # looking at it here would make a GPU wait
+        self.loss = self.trainer.run_step(step, batches)  # looking at it here would make a GPU wait
         self.trainer.progress.step += 1
         return step.indices
 

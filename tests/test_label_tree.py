@@ -183,9 +183,9 @@ def test_no_branch_has_more_weight_than_its_bound(kind, temperature, biased):
         tree = build_label_tree(responses)
         search = Search(tree, 0.0, divisor, offsets)
         run(tree, log_probability, search, opening=len(OPENING))
-        weights = search._weights()
+        weights = search.weights()
         for node in tree.inner[len(OPENING) :]:
-            assert np.logaddexp.reduce(weights[tree.classes_below(node)]) <= search._bound(node) + 1e-9
+            assert np.logaddexp.reduce(weights[tree.classes_below(node)]) <= search.bound(node) + 1e-9
 
 
 @pytest.mark.parametrize("temperature", [0.5, 3.0])
@@ -200,7 +200,7 @@ def test_the_bound_of_a_branch_can_be_reached(temperature):
         largest = max(largest, np.logaddexp.reduce(pair))
     search = Search(tree, 0.0, temperature, bias)
     search.record([0], [np.log(0.4)])
-    assert tree.tokens[0] == 1 and search._bound(0) == pytest.approx(largest, abs=1e-5)
+    assert tree.tokens[0] == 1 and search.bound(0) == pytest.approx(largest, abs=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -255,12 +255,12 @@ def test_the_loss_of_a_step_is_the_mean_over_the_tokens_of_its_own_texts(folder,
     }
     run = set_up(resolve(flags | {"batch_size": 2, "gradient_accumulation_steps": 4, "objective": "both"}))
     trainer = Trainer(run, lambda: False)
-    plan = trainer._plan(0)[:1]
+    plan = trainer.plan(0)[:1]
     with torch.no_grad():
         whole = run.classifier(run.classifier.collate(with_response=True)([run.data.train[i] for i in plan[0].indices]))
     assert len({trainer.response_lengths[i] for i in plan[0].indices}) > 1
     expected = whole.loss / whole.tokens + whole.posterior / len(plan[0].indices)
-    torch.testing.assert_close(trainer._step(plan[0], trainer._batches(plan)), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(trainer.run_step(plan[0], trainer.batches(plan)), expected, rtol=1e-5, atol=0)
 
 
 # Without training, and before it

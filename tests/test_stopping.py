@@ -140,7 +140,7 @@ def test_during_the_final_test_it_ends_at_once_and_can_be_tested_later(tmp_path,
 def test_a_wish_that_came_too_late_for_the_last_step_ends_the_run_behind_it():
     signals = StopSignals("out")
     signals.enter(TRAINING)
-    signals._handle(signal.SIGTERM, None)
+    signals.handle(signal.SIGTERM, None)
     assert signals.should_stop()
     with pytest.raises(Stopped, match="stopped after the training"):
         signals.enter(TESTING)

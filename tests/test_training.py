@@ -46,8 +46,8 @@ def gradients_of_first_step(sources, output, **more):
         caught.update({name: p.grad.clone() for name, p in run.classifier.named_parameters() if p.grad is not None})
 
     run.optimizer.step = catch
-    plan = trainer._plan(0)
-    loss = trainer._step(plan[0], trainer._batches(plan[:1]))
+    plan = trainer.plan(0)
+    loss = trainer.run_step(plan[0], trainer.batches(plan[:1]))
     lengths = {trainer.response_lengths[i] for i in plan[0].indices}
     assert len(lengths) > 1, "responses of unequal length, or a mean over batches would pass"
     return loss, caught

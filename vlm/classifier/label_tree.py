@@ -203,9 +203,9 @@ class Search:
 
     def _open(self, node: int) -> None:
         if self.tree.children[node]:
-            self.open[node] = self._bound(node)
+            self.open[node] = self.bound(node)
 
-    def _bound(self, node: int) -> float:
+    def bound(self, node: int) -> float:
         """Logarithm of the largest weight, exp(log-probability / temperature + bias), that the classes below a node can
         have together.
 
@@ -220,7 +220,7 @@ class Search:
         spread = rest * np.logaddexp.reduce(bias / rest) if rest > 0 else bias.max()
         return float((self.reached[node] - self.opening) * share + spread)
 
-    def _weights(self) -> np.ndarray:
+    def weights(self) -> np.ndarray:
         """(C,) log-weights of the classes that were visited, else -inf."""
         reached = self.reached[self.tree.leaves]
         return np.where(np.isnan(reached), -np.inf, (reached - self.opening) / self.temperature + self.bias)
@@ -233,7 +233,7 @@ class Search:
             return 0.0
         with np.errstate(invalid="ignore"):  # a model whose numbers have overflowed gives NaN, which the metrics refuse
             rest = np.logaddexp.reduce(list(self.open.values()))
-            return float(np.exp(rest - np.logaddexp(rest, np.logaddexp.reduce(self._weights()))))
+            return float(np.exp(rest - np.logaddexp(rest, np.logaddexp.reduce(self.weights()))))
 
     def next(self, tokens: int) -> list[list[int]]:
         """The segments to visit now, none when the search is over.
@@ -264,7 +264,7 @@ class Search:
         required = [node for node in self.open if node <= self.required < self.tree.ends[node]]
         ranked = sorted(self.open, key=self.open.__getitem__, reverse=True)
         if self.tolerance > 0 and ranked and not np.isnan(self.open[ranked[0]]):
-            weights = self._weights()
+            weights = self.weights()
             bounds = np.array([self.open[node] for node in ranked])
             rest = np.logaddexp.accumulate(bounds[::-1])[::-1]  # of each node and all after it
             total = np.logaddexp(rest[0], np.logaddexp.reduce(weights))

@@ -82,7 +82,7 @@ class Trainer:
         self.should_stop, self.enter = should_stop, enter
         self.progress = Progress()
         self.response_lengths = response_lengths(run.data.train, run.classifier.family, run.classifier.rendered)
-        self.steps_per_epoch = len(self._plan(0))
+        self.steps_per_epoch = len(self.plan(0))
         self.total_steps = self.steps_per_epoch * self.settings.epochs
         self.log: RunLog | None = None
         self.losses: list[Tensor] = []
@@ -156,7 +156,7 @@ class Trainer:
     def _images_per_step(self) -> int:
         return self.settings.batch_size * self.settings.gradient_accumulation_steps * self.accelerator.num_processes
 
-    def _plan(self, epoch: int) -> list[Step]:
+    def plan(self, epoch: int) -> list[Step]:
         s, a = self.settings, self.accelerator
         images = len(self.run.data.train)
         return epoch_plan(
@@ -164,11 +164,11 @@ class Trainer:
         )
 
     def _epoch(self, epoch: int, bar: Bar) -> None:
-        plan = self._plan(epoch)[self.progress.step_in_epoch :]
-        batches = self._batches(plan)
+        plan = self.plan(epoch)[self.progress.step_in_epoch :]
+        batches = self.batches(plan)
         for step in plan:
             started = time.monotonic()
-            self.losses.append(self._step(step, batches))
+            self.losses.append(self.run_step(step, batches))
             evaluate = self._count_step(epoch)
             stop = self._all_should_stop(evaluate)
             save = evaluate or stop or time.monotonic() - self.last_save > 60 * self.settings.save_minutes
@@ -195,7 +195,7 @@ class Trainer:
             p.epoch, p.step_in_epoch = epoch + 1, 0
         return end_of_epoch or bool(every and p.step % every == 0)
 
-    def _batches(self, plan: list[Step]) -> Iterator[Batch]:
+    def batches(self, plan: list[Step]) -> Iterator[Batch]:
         """This process's batches of the steps in `plan`, one after the other."""
         classifier = self.run.classifier
         loader: DataLoader[Sample] = DataLoader(
@@ -208,7 +208,7 @@ class Trainer:
         )
         return cast("Iterator[Batch]", iter(loader))  # the type of what `collate_fn` makes is unknown to torch
 
-    def _step(self, step: Step, batches: Iterator[Batch]) -> Tensor:
+    def run_step(self, step: Step, batches: Iterator[Batch]) -> Tensor:
         """One optimizer step; returns this process's share of the mean loss."""
         run, settings = self.run, self.settings
         counts = 1.0 if step.counts else 0.0

@@ -27,7 +27,7 @@ class StopSignals:
     def listen(self) -> None:
         """Handle the signals from here on."""
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
+            signal.signal(number, self.handle)
 
     def should_stop(self) -> bool:
         """Whether the run was asked to stop after the step."""
@@ -43,7 +43,7 @@ class StopSignals:
         if self.asked and phase == TESTING:
             raise self._stopped()
 
-    def _handle(self, number: int, frame: Any) -> None:
+    def handle(self, number: int, frame: Any) -> None:
         if self.asked:
             signal.signal(number, signal.SIG_DFL)
             raise KeyboardInterrupt
