@@ -72,7 +72,7 @@ def test_a_killed_run_goes_on_from_its_last_epoch(tmp_path, unbroken, capsys):
     assert code == -signal.SIGKILL
     assert goes_on_to_the_same_end(tmp_path, unbroken)
     err = capsys.readouterr().err
-    assert any(f"going on after step {step} of 80." in err for step in range(10, 80, 10)), (
+    assert any(f"continuing after step {step} of 80." in err for step in range(10, 80, 10)), (
         "not from the last end of an epoch"
     )
 
