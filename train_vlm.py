@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm.common import UsageError, exit_code, lazy_names
-from vlm.config import RunSettings, Settings, parse_arguments, read_settings, resolve
+from vlm.config import METADATA, RunSettings, Settings, parse_arguments, read_settings, resolve
 from vlm.machine import wait_politely
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def saved_settings(output: Path) -> RunSettings:
     """
     import json
 
-    path = output / "training_metadata.json"
+    path = output / METADATA
     if not path.is_file():
         raise UsageError(f"--resume: {output} holds no run to continue. Leave out --resume to start one.")
     return read_settings(json.loads(path.read_text(encoding="utf-8"))["settings"])

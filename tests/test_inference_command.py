@@ -158,7 +158,7 @@ def test_a_table_where_no_image_can_be_read(infer, tmp_path):
             ["a.png", "--model-dir", "nothing"],
             "nothing is not a folder: train a model first (./run_vlm_training.sh --demo)",
         ),
-        (["a.png", "--model-dir", "empty"], "no training_metadata.json in empty or beside it"),
+        (["a.png", "--model-dir", "empty"], "no training_metadata.json in empty or next to it"),
         (["a.png", "--output", "x.xls"], "--output x.xls: expected a name that ends in .csv or .jsonl"),
         (["a.png", "--output", "a.png/x.csv"], "a.png/x.csv cannot be written"),
         (["a.png", "--batch-size", "0"], "--batch-size 0: expected a whole number of at least 1"),

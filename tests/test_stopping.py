@@ -62,7 +62,7 @@ def test_ctrl_c_saves_the_state_and_says_how_to_go_on(tmp_path, unbroken):
     assert "stopping after this step; once more to stop at once." in err
     last = err.splitlines()[-1]
     assert last.startswith("stopped after step ") and last.endswith(
-        f" of 80; go on with --resume --output-dir {tmp_path}"
+        f" of 80; continue with --resume --output-dir {tmp_path}"
     )
     assert goes_on_to_the_same_end(tmp_path, unbroken)
 
@@ -72,7 +72,7 @@ def test_a_killed_run_goes_on_from_its_last_epoch(tmp_path, unbroken, capsys):
     assert code == -signal.SIGKILL
     assert goes_on_to_the_same_end(tmp_path, unbroken)
     err = capsys.readouterr().err
-    assert any(f"going on after step {step} of 80." in err for step in range(10, 80, 10)), (
+    assert any(f"continuing after step {step} of 80." in err for step in range(10, 80, 10)), (
         "not from the last end of an epoch"
     )
 
@@ -96,7 +96,7 @@ def test_sigterm_as_clusters_send_it_saves_the_state_too(tmp_path, unbroken, mon
         send_after(patched, 13, signal.SIGTERM)
         assert train(*FLAGS, "--output-dir", tmp_path) == 130
     assert capsys.readouterr().err.endswith(
-        f"stopped after step 13 of 80; go on with --resume --output-dir {tmp_path}\n"
+        f"stopped after step 13 of 80; continue with --resume --output-dir {tmp_path}\n"
     )
     assert goes_on_to_the_same_end(tmp_path, unbroken)
 
@@ -165,7 +165,7 @@ def test_a_run_that_is_going_on_or_done_is_not_overwritten_by_chance(tmp_path, m
         assert train(*few, *more) == 2
         assert "holds a finished run" in capsys.readouterr().err
     assert train("--resume", "--output-dir", tmp_path / "nothing") == 2
-    assert "holds no run to go on with" in capsys.readouterr().err
+    assert "holds no run to continue" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_no_number_stops_with_advice(tmp_path, capsys):
