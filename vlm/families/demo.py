@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -71,6 +72,16 @@ def build_processor(
             random weights then learns the classes and not the spelling of the sentences around them: the demo's
             response has 8 tokens instead of 32.
     """
+    tokenizer = _train_tokenizer(corpus, class_names)
+    images = Idefics3ImageProcessorPil(
+        size={"longest_edge": image_size}, max_image_size={"longest_edge": image_size}, do_image_splitting=False
+    )
+    tokens = (image_size // patch_size) ** 2 // scale_factor**2
+    return Idefics3Processor(images, tokenizer, image_seq_len=tokens, chat_template=CHAT_TEMPLATE)
+
+
+def _train_tokenizer(corpus: list[str], class_names: Sequence[str]) -> PreTrainedTokenizerFast:
+    """The tokenizer of `build_processor`."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if class_names:
@@ -96,11 +107,7 @@ def build_processor(
         model_max_length=2048,
     )
     tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL_TOKENS})
-    images = Idefics3ImageProcessorPil(
-        size={"longest_edge": image_size}, max_image_size={"longest_edge": image_size}, do_image_splitting=False
-    )
-    tokens = (image_size // patch_size) ** 2 // scale_factor**2
-    return Idefics3Processor(images, tokenizer, image_seq_len=tokens, chat_template=CHAT_TEMPLATE)
+    return tokenizer
 
 
 def build_model(
@@ -114,23 +121,22 @@ def build_model(
     """A model with random weights that fits the processor."""
     tokenizer = processor.tokenizer
     end = tokenizer.convert_tokens_to_ids("<end_of_utterance>")
+    both: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id, "tie_word_embeddings": False}
     config = Idefics3Config(
         vision_config={"image_size": image_size, "patch_size": patch_size, **vision},
         text_config={
             "model_type": "llama",
             "vocab_size": len(tokenizer),
             "max_position_embeddings": 2048,
-            "pad_token_id": tokenizer.pad_token_id,
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": end,
-            "tie_word_embeddings": False,
+            **both,
             **text,
         },
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         scale_factor=scale_factor,
-        tie_word_embeddings=False,
+        **both,
     )
-    config.pad_token_id = tokenizer.pad_token_id
     model = Idefics3ForConditionalGeneration(config)
     model.generation_config.eos_token_id = end
     model.generation_config.pad_token_id = tokenizer.pad_token_id
