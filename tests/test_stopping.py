@@ -79,7 +79,7 @@ def test_a_killed_run_goes_on_from_its_last_epoch(tmp_path, unbroken, capsys):
 
 def send_after(monkeypatch, step, *numbers):
     """Let this process send itself signals after an optimizer step."""
-    original = Trainer._step
+    original = Trainer.run_step
 
     def with_signals(self, *arguments):
         loss = original(self, *arguments)
@@ -88,7 +88,7 @@ def send_after(monkeypatch, step, *numbers):
                 os.kill(os.getpid(), number)
         return loss
 
-    monkeypatch.setattr(Trainer, "_step", with_signals)
+    monkeypatch.setattr(Trainer, "run_step", with_signals)
 
 
 def test_sigterm_as_clusters_send_it_saves_the_state_too(tmp_path, unbroken, monkeypatch, capsys):
@@ -114,7 +114,7 @@ def send_from(monkeypatch, place):
     monkeypatch.setattr(place, lambda *arguments, **options: os.kill(os.getpid(), signal.SIGTERM))
 
 
-@pytest.mark.parametrize("place", ["vlm.training.setup.preflight", "vlm.training.loop.Trainer._test_untrained"])
+@pytest.mark.parametrize("place", ["vlm.training.setup.preflight", "vlm.training.loop.Trainer.test_untrained"])
 def test_before_the_first_step_it_ends_at_once_and_leaves_no_run(tmp_path, monkeypatch, capsys, place):
     (tmp_path / "there").mkdir()
     send_from(monkeypatch, place)

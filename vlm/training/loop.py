@@ -116,7 +116,7 @@ class Trainer:
         settings, images = self.settings, len(self.run.data.train)
         self._open_log()
         self.run.model.train()
-        done = self.progress.epoch * images + self.progress.step_in_epoch * self._images_per_step()
+        done = self.progress.epoch * images + self.progress.step_in_epoch * self.images_per_step()
         total = settings.epochs * images
         try:
             with Bar(total, "training", initial=min(done, total)) as bar:
@@ -146,14 +146,14 @@ class Trainer:
     def _before_training(self) -> None:
         """The test of the untrained model and the alignment, if they were asked for and are not done yet."""
         if self.settings.zero_shot and self.progress.zero_shot is None:
-            self._test_untrained()
+            self.test_untrained()
         if self.settings.align_connector and not self.progress.step:  # a saved state holds what was learned
             self.progress.alignment = align_connector(self.run)
         self.enter(TRAINING if self.settings.epochs else TESTING)
         if self.accelerator.is_main_process:
             write_json(self.run.output / METADATA, self.run.metadata)  # from here on there is a run to resume
 
-    def _images_per_step(self) -> int:
+    def images_per_step(self) -> int:
         return self.settings.batch_size * self.settings.gradient_accumulation_steps * self.accelerator.num_processes
 
     def plan(self, epoch: int) -> list[Step]:
@@ -282,7 +282,7 @@ class Trainer:
             validation = {"step": p.step, "accuracy": metrics["accuracy"], "loss": loss}
             self._save_model(BEST_MODEL, self.run.metadata | {"validation": validation})
 
-    def _test_untrained(self) -> None:
+    def test_untrained(self) -> None:
         """Metrics of the model as it is before the first step, on the test split, for comparison."""
         metrics = self._metrics(self.run.data.test, "testing the untrained model")
         self.progress.zero_shot = {name: metrics[name] for name in ("accuracy", "nll", "macro_f1")}
