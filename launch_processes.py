@@ -4,11 +4,10 @@ run_vlm_training.sh."""
 import os
 import sys
 
-# accelerate sets it to 1 where it is not set. Each process takes its share of the cores then (vlm/machine/device.py).
+# accelerate sets it to 1 if it is not set. Each process takes its share of the cores then (vlm/machine/device.py).
 os.environ.setdefault("VLM_OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", ""))
-os.environ.setdefault(
-    "LOGLEVEL", "CRITICAL"
-)  # of torch's launcher, which would print many lines behind the error that says why
+# Of torch's launcher, which would print many lines after the error that says why.
+os.environ.setdefault("LOGLEVEL", "CRITICAL")
 
 # ruff: noqa: E402 (the launcher's loggers are made when it is imported)
 from accelerate.commands.launch import main

@@ -348,9 +348,8 @@ def peak(options: argparse.Namespace, result: VLMClassifier) -> None:
     )
     image = noise(0, shapes.shape(options.shape, options.size).image)
     batch = result.collate(with_response=True)([Sample(image, 0, "noise")])
-    lengths = (
-        f"{len(result.rendered.prefix_ids)}_{batch.input_ids.shape[1]}"  # an image of another size has other tokens
-    )
+    # An image of another size has other tokens
+    lengths = f"{len(result.rendered.prefix_ids)}_{batch.input_ids.shape[1]}"
     file = kept(options, f"peaked_{options.shape}_{options.size}_{count}_{lengths}.safetensors")
     if file.is_file():
         trained.load_state_dict(load_file(file))

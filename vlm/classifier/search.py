@@ -1,6 +1,6 @@
 """The label tree run through a model: the nodes that the searches of a batch ask for, in passes of bounded size.
 
-B = images whose search goes on, N = nodes of one pass, A = nodes of earlier passes that are still in the cache, K =
+B = images whose search continues, N = nodes of one pass, A = nodes of earlier passes that are still in the cache, K =
 tokens of prompt and opening, R = nodes of a pass over all images, D = width, V = vocabulary.
 """
 
@@ -20,9 +20,8 @@ from vlm.families import Family
 TOLERANCE = 1e-4  # how much a probability may be wrong at most
 PROVEN = 1  # the prediction; of the others those with more than the tolerance are proven anyway
 NODES_AT_ONCE = 2048  # of all images in one pass
-PASS_COST = (
-    80  # nodes on a CPU: what a pass costs beside its nodes (docs/experiments.md); elsewhere far more, so NODES_AT_ONCE
-)
+# The fixed cost of a pass on a CPU, in nodes (docs/experiments.md); elsewhere it is far larger, so NODES_AT_ONCE stands.
+PASS_COST = 80
 NODES_KEPT = 4096  # of all images, between passes; above, those that no open branch goes through are dropped
 LOGITS_AT_ONCE = 2**25  # elements of one block of logits: 128 MiB in float32
 
@@ -84,10 +83,9 @@ def _all_at_once(
 ) -> bool:
     """Whether to visit all that is left, in place of the segments that the searches want.
 
-    What is wanted may be enough, or more passes may have to follow; that is known only afterwards. So the nodes that a
-    visit of all runs in addition, over the batch with its padding, may cost as much as the passes up to and with this
-    one cost beside their nodes. Whichever of the two ways would have been the better one, about twice its cost is the
-    most that is paid.
+    Only afterwards is it known if the wanted segments were enough or if more passes follow. So a visit of all may run
+    additional nodes that cost, over the batch with its padding, as much as the fixed costs of the passes up to this
+    one. Then at most about twice the cost of the better way is paid, whichever it is.
 
     Args:
         room: nodes an image in one pass. spare: the fixed costs of these passes, in nodes.
@@ -99,7 +97,7 @@ def _all_at_once(
 
 
 def _record_opening(family: Family, tree: LabelTree, reading: Reading, searches: Sequence[Search]) -> None:
-    """What the states of prompt and opening predict: the first nodes, then those behind each node of the opening."""
+    """What the states of prompt and opening predict: the first nodes, then those after each node of the opening."""
     opening = list(range(reading.states.shape[1] - 1))  # the first nodes of a tree with one beginning
     predicting = [-1, *opening]
     _record(family, tree, searches, [predicting] * len(searches), reading.states)
@@ -123,11 +121,12 @@ def _record(
     below = [tree.first if nodes[i][n] < 0 else tree.children[nodes[i][n]] for i, n in rows]
     row_of = np.repeat(np.arange(len(rows)), [len(some) for some in below])
     flat = np.concatenate(below).astype(int)
+    # (B, N, D) -> (R, D): the states of all nodes of all images, without padding
     states = hidden[tuple(torch.tensor(rows, device=hidden.device).T)]
     values = np.empty(len(flat))
     for block in _blocks(len(rows), family.vocabulary):
         here = np.flatnonzero((row_of >= block.start) & (row_of < block.stop))
-        logits = family.logits(states[block])
+        logits = family.logits(states[block])  # (rows of the block, V)
         row, token = (
             torch.from_numpy(x).to(logits.device) for x in (row_of[here] - block.start, tree.tokens[flat[here]])
         )
@@ -145,9 +144,11 @@ def _blocks(rows: int, vocabulary: int) -> Iterator[slice]:
 
 
 class TreeState:
-    """The cache behind which nodes are run, and which node stands where in it.
+    """The cache that the nodes of later passes read, and which node is where in it.
 
-    images: (B) numbers of the images that it holds. nodes: (B, A) node of each token behind the prompt, -1 at padding.
+    Attributes:
+        images: numbers of the B images that it holds.
+        nodes: (B, A) node of each token after prompt and opening, -1 at padding.
     """
 
     def __init__(self, family: Family, tree: LabelTree, reading: Reading):
@@ -173,7 +174,7 @@ class TreeState:
         return self.family.run_language(embeddings, positions, self.cache, allowed)
 
     def keep_images(self, which: Sequence[int]) -> None:
-        """Go on with some of the images."""
+        """Continue with some of the images."""
         index = torch.tensor(which, device=self.seen.device)
         self.images = [self.images[i] for i in which]
         self.nodes, self.seen, self.next_position = self.nodes[which], self.seen[index], self.next_position[index]

@@ -1,4 +1,4 @@
-"""The words: class names and instructions -> one conversation, a class -> its response, a text -> a class or None.
+"""Class names and instructions -> one conversation; a class -> its response; a text -> a class or None.
 
 Training and inference both come here, so that they cannot ask differently.
 """
@@ -14,10 +14,7 @@ from vlm.config import DEFAULT_FORMAT, Settings, lay_out
 
 SYSTEM = "You are an expert in {task_description}. Every image belongs to exactly one of these classes: {classes}"
 QUESTION = "Please classify this image for the {task_description} task. Strictly use this format:\n"
-SHOWN_REASONING, SHOWN_ANSWER = (
-    "[what you see in the image]",
-    "[one class name]",
-)  # what the question shows of a response
+SHOWN_REASONING, SHOWN_ANSWER = "[what you see in the image]", "[one class name]"  # of a response, in the question
 REASONING = "Looking at this image, I can see {description}. Based on the visual features, this appears to be {class}."
 DESCRIPTION = "features of {class}"
 CLOSING_PUNCTUATION = ".!?,;:"
@@ -27,11 +24,14 @@ CLOSING_PUNCTUATION = ".!?,;:"
 class Prompts:
     """Everything that is said to the model and everything it may answer.
 
-    system: text before the image, the same for every sample. question: text after it. class_names and responses: one
-    entry a class, in the order of the labels. response_format: the order of reasoning and answer (see
-    vlm/config/formats.py). reasoning_tokens: the most that the model writes of a reasoning of its own, trained on texts
-    of the dataset; 0: there are none, each class has one response. question_first: the question stands before the
-    image, where it is the same for every sample, too.
+    Attributes:
+        system: text before the image, equal for every sample.
+        question: text after the image, equal for every sample.
+        class_names, responses: one entry a class, in the order of the labels.
+        response_format: the order of reasoning and answer (vlm/config/formats.py).
+        reasoning_tokens: the most tokens that the model writes of a reasoning of its own, as it was trained on texts of
+            the dataset; 0: each class has one response.
+        question_first: the question stands before the image.
     """
 
     system: str
@@ -43,24 +43,21 @@ class Prompts:
     question_first: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """A later field is left out where it has no part in the conversation: the digest of an older one stays as it
-        was."""
+        """All fields; `question_first` only if it is True, so that the digests of older conversations stay valid."""
         values = asdict(self)
-        return (
-            values
-            if self.question_first
-            else {name: value for name, value in values.items() if name != "question_first"}
-        )
+        if not self.question_first:
+            del values["question_first"]
+        return values
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Prompts":
-        """Of the JSON of this or an earlier version."""
+        """The prompts from the JSON of this or an earlier version."""
         texts = {name: tuple(values[name]) for name in ("class_names", "responses")}
         return cls(**values | texts)
 
     @property
     def free(self) -> bool:
-        """Whether the model was trained on reasonings of the images' own."""
+        """Whether the model was trained on a reasoning for each image."""
         return self.reasoning_tokens > 0
 
     @property
@@ -69,8 +66,7 @@ class Prompts:
         return self.response_format != "reasoning-first"
 
     def response(self, label: int, reasoning: str | None = None) -> str:
-        """What an image of a class is answered with: its own reasoning laid out, or, without one, the response of the
-        class."""
+        """The answer to an image of a class: its own reasoning laid out, or without one the response of the class."""
         return lay_out(self.response_format, reasoning, self.class_names[label]) if reasoning else self.responses[label]
 
     def messages(self) -> list[dict[str, Any]]:
@@ -112,7 +108,7 @@ def build_prompts(settings: Settings, class_names: list[str]) -> Prompts:
 
 
 def fill(template: str, values: dict[str, str]) -> str:
-    """Replace `{key}` for the keys in `values`, in one pass; every other brace is left alone."""
+    """Replace `{key}` for the keys in `values`, in one pass; every other brace stays."""
     pattern = "|".join(re.escape("{" + key + "}") for key in values)
     return re.sub(pattern, lambda found: values[found[0][1:-1]], template)
 

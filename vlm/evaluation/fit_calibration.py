@@ -98,11 +98,11 @@ def fit_temperature(scores: np.ndarray, labels: np.ndarray) -> tuple[float, str 
 
 
 def fit_bias(scores: np.ndarray, labels: np.ndarray, temperature: float) -> tuple[float, np.ndarray]:
-    """Temperature and (C,) biases with the smallest NLL, under normal priors of width 1: on each bias, and on the
-    change of 1 / temperature relative to the given one. So a class with few images keeps a bias near 0, and nothing
-    grows without end.
+    """Temperature and (C,) biases with the smallest NLL.
 
-    Unlike a temperature, biases may change which class is the most probable.
+    Normal priors of width 1 are on each bias and on the relative change of 1 / temperature, so that a class with few
+    images keeps a bias near 0 and nothing grows without bound. Unlike a temperature, biases may change which class is
+    the most probable.
     """
     count, classes = scores.shape
     scaled = scores / temperature
@@ -129,7 +129,7 @@ def fit_bias(scores: np.ndarray, labels: np.ndarray, temperature: float) -> tupl
 
 
 def coverage_and_accuracy(confidence: np.ndarray, correct: np.ndarray, threshold: float) -> dict[str, float | None]:
-    """Share of the images that get an answer, and the share of right ones among these (None where there are none)."""
+    """Share of the images that get an answer, and the share of right ones among these (None if there are none)."""
     kept = confidence >= threshold
     return {"coverage": float(kept.mean()), "accuracy": float(correct[kept].mean()) if kept.any() else None}
 

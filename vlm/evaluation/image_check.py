@@ -1,5 +1,7 @@
-"""Does the image matter? A few test images again, with another image than their own, and with a gray one. N =
-images."""
+"""Does the image matter? A few test images again, with the image of another class, and with a gray one.
+
+N = images, C = classes.
+"""
 
 from typing import Any
 
@@ -21,18 +23,19 @@ def check_images(
 ) -> dict[str, Any]:
     """Accuracy on at most 64 images, of the classes in turn: as they are, exchanged, and gray.
 
-    All samples have the same texts, so what the model says of an image under another label is what it has said of it
-    already: the exchange takes no forward pass. A gray image is scored once for each size that occurs.
+    All samples have the same texts, so the prediction for an image under another label is known already: the exchange
+    takes no forward pass. A gray image is scored once for each size that occurs.
 
     Args:
         sums: (all images of the split, C), as from `score_split`.
 
     Returns:
-        images: how many. accuracy: with their own images. shuffled: with the image of a sample of another class, far
-            below chance
-        in a good model (None where there is one class only). gray. chance: what the same answer to all could reach.
-        warning: None or, where the accuracy cannot be told from one of these two (see `may_be_chance`), a sentence that
-            says so.
+        pictures: how many images.
+        accuracy: with their own images.
+        shuffled: with the image of a sample of another class, far below chance in a good model; None with one class.
+        gray: with gray images.
+        chance: what the same answer to all could reach.
+        warning: a sentence if the accuracy cannot be told from one of these two (see `may_be_chance`), else None.
     """
     chosen = np.array(balanced_positions(split.labels, IMAGES, [seed, 3]))
     labels = np.array(split.labels)[chosen]
@@ -65,15 +68,16 @@ def check_images(
 
 
 def other_class_partners(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """(N,) for each sample another one, each used once, at random and of another class unless one class has more than
-    half of all."""
+    """(N,) for each sample another one, at random, each used once.
+
+    It is of another class, unless one class has more than half of all samples.
+    """
     classes, numbers = np.unique(labels, return_inverse=True)
     order = rng.permutation(len(labels))
     order = order[np.argsort(rng.permutation(len(classes))[numbers][order], kind="stable")]
     largest = np.bincount(numbers).max()
-    shift = rng.integers(
-        largest, max(largest, len(labels) - largest) + 1
-    )  # past the end of one's own class, and not around to it again
+    # In this order classes stand together: a shift past the largest class leads to another one, if none has a majority.
+    shift = rng.integers(largest, max(largest, len(labels) - largest) + 1)
     partners = np.empty_like(order)
     partners[order] = np.roll(order, -shift)
     return partners

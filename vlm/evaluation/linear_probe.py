@@ -1,5 +1,4 @@
-"""The probe: a linear classifier on the vision encoder's own features, the number that tells whether the VLM earns its
-cost.
+"""The probe: a linear classifier on the vision encoder's features, which tells if the VLM is worth its cost.
 
 B = images, N = images of a split, W = width of the features.
 """
@@ -30,16 +29,17 @@ WORSE = 0.02  # accuracy by which the VLM may be below without a warning
 def probe(family: Family, data: Data, cache: FeatureCache | None = None) -> tuple[dict[str, Any], np.ndarray] | None:
     """Fit a logistic regression on standardized, mean-pooled features, on the same splits.
 
-    How strongly it is regularized is chosen by the accuracy on validation, the stronger of equal ones.
+    The strength of the regularization is chosen by the accuracy on validation, the stronger of equal ones.
 
     Args:
-        family: the model whose vision encoder is probed. cache: features of the same encoder, used for the images that
-            are in it.
+        family: the model whose vision encoder is probed.
+        cache: features of the same vision encoder, used for the images that are in it.
 
     Returns:
-        accuracy: that on test, with its 95% interval; validation_accuracy; C: as chosen; features: how many an image;
-            seconds. And (N,)
-        bool, which test images are right. None, with a note, where the encoder does not hand over its features.
+        None, with a note, if the vision encoder has no features of its own; else
+        figures: accuracy on test, with its 95% interval; validation_accuracy; C, as chosen; features of an image;
+            seconds.
+        correct: (N,) bool, which test images are right.
     """
     started = time.monotonic()
     with evaluation_mode(family.model):
@@ -48,7 +48,7 @@ def probe(family: Family, data: Data, cache: FeatureCache | None = None) -> tupl
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            note(f"no probe: this model's vision encoder hands over no features of its own ({type(error).__name__}).")
+            note(f"no probe: this model's vision encoder has no features of its own ({type(error).__name__}).")
             return None
         splits = (data.train, data.validation, data.test)
         with Bar(sum(map(len, splits)), "features of the probe") as bar:
@@ -79,9 +79,8 @@ def _fit(
         for strength in STRENGTHS:
             model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=ITERATIONS))
             with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore", ConvergenceWarning
-                )  # after so many steps the rest does not change what is right
+                # After so many iterations the rest does not change which images are right.
+                warnings.simplefilter("ignore", ConvergenceWarning)
                 model.fit(train, labels)
             found.append((strength, model, float((model.predict(validation) == truth).mean())))
             bar.update()

@@ -16,9 +16,8 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from vlm.common import RunError, UsageError, note
 
-SMALLEST_LOG_PROBABILITY = (
-    -100.0
-)  # what a probability of 0 counts as in `nll`, so that one sample cannot make it infinite
+# A probability of 0 counts as this in `nll`, so that one sample cannot make it infinite.
+SMALLEST_LOG_PROBABILITY = -100.0
 
 Metric = Callable[[np.ndarray, np.ndarray, np.ndarray, list[str]], Any]
 

@@ -1,4 +1,4 @@
-"""A model folder -> predictions: one by one or in batches. C = classes."""
+"""A model folder -> predictions: one by one or in batches. B = images, C = classes."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,18 +35,18 @@ def load_model_and_metadata(
     """Load what `train_vlm.py` saved.
 
     Args:
-        model_dir: folder with the weights; `training_metadata.json` lies in it or beside it.
-        device: auto, cpu, cuda or mps. dtype: auto, float32, bfloat16 or float16.
-        abstain_below: a prediction whose confidence is smaller is None; default: as stored with the model; 0 switches
-            it off.
+        model_dir: folder with the weights; `training_metadata.json` is in it or next to it.
+        device: auto, cpu, cuda or mps.
+        dtype: auto, float32, bfloat16 or float16.
+        abstain_below: predictions with a smaller confidence become None; default: as stored with the model; 0: none do.
 
     Returns:
         model: a `VLMClassifier` in evaluation mode, with its calibration; `model.model` is the transformers model.
-            processor: that of transformers.
+        processor: the one of transformers.
         metadata: the content of `training_metadata.json`.
 
     Raises:
-        UsageError: the folder is not there or holds no trained classifier.
+        UsageError: the folder does not exist or holds no trained classifier.
     """
     folder = Path(model_dir).expanduser()
     recover(folder)
@@ -79,13 +79,13 @@ def predict_single_image(
         explain: give the text; without it `full_response` is empty, and nothing is written but what scoring needs.
 
     Returns:
-        prediction: the most probable class, or None where the model abstains. confidence: the probability of the most
-            probable class
-        within the label set, calibrated, 0 to 1. full_response: a text whose answer is the prediction (see
-        `vlm.classifier.reasoning.explain`); empty where there is none.
+        prediction: the most probable class, or None if the model abstains.
+        confidence: the calibrated probability of the most probable class within the label set, 0 to 1.
+        full_response: a text whose answer is the prediction (see `vlm.classifier.explain`); empty if it abstains.
 
     Raises:
-        UnreadableImage: the image cannot be decoded. RunError: the model gives no numbers.
+        UnreadableImage: the image cannot be decoded.
+        RunError: the model's scores are not finite.
     """
     _check_same_model(model, processor, metadata)
     batch = model.collate(with_response=False)([Sample(open_image(image), 0, "image")])

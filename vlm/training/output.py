@@ -1,5 +1,4 @@
-"""The output folder: what a run writes there, and that no other run is lost in it. Light: it is looked at before torch
-is imported."""
+"""The output folder: it is made, and no other run in it is lost. Imported before torch, so it needs no package."""
 
 import shutil
 import tempfile
@@ -12,7 +11,7 @@ from vlm.config import METADATA, RESULTS, WRITTEN, Settings
 
 
 def check_output(settings: Settings) -> None:
-    """See that no earlier run would be lost, and that the next one does not take this one's images for a class.
+    """Check that no earlier run would be lost, and that no later run would take the results for a class of images.
 
     Raises:
         UsageError: the folder holds a run that is neither resumed nor overwritten, or lies in the folder of the images.
@@ -37,15 +36,17 @@ def check_output(settings: Settings) -> None:
         )
         raise UsageError(f"{output} holds a finished run: {todo}.")
     if (output / METADATA).exists() and not settings.resume:
-        raise UsageError(f"{output} holds an interrupted run: go on with --resume, or delete it with --overwrite.")
+        raise UsageError(
+            f"{output} holds an interrupted run: continue it with --resume, or delete it with --overwrite."
+        )
 
 
 @contextmanager
 def output_folder(settings: Settings) -> Iterator[None]:
-    """Make the output folder. Where the block ends in an error before the run has begun, which `METADATA` says, it is
-    taken away again.
+    """Make the output folder. If the block ends in an error before the run has begun, it is removed again.
 
-    Only what was not there before is taken away. Does nothing but check on processes other than the main one.
+    A run has begun when `METADATA` is there. Only what was not there before is removed. Other processes than the main
+    one only check.
 
     Raises:
         UsageError: the folder cannot be written, or holds a run that is neither resumed nor overwritten.
@@ -64,7 +65,7 @@ def output_folder(settings: Settings) -> Iterator[None]:
     except BaseException:
         if made and output.is_dir() and not (output / METADATA).exists():
             _clear(output)
-            with suppress(OSError):  # not empty: somebody else has put something there
+            with suppress(OSError):  # not empty: it holds files of somebody else
                 for folder in made:
                     folder.rmdir()
         raise

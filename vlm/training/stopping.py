@@ -1,4 +1,4 @@
-"""What Ctrl-C and SIGTERM do to a run: save and stop where there is something to save, else end it at once."""
+"""What Ctrl-C and SIGTERM do to a run: save and stop if there is something to save, else end it at once."""
 
 import signal
 import sys
@@ -6,17 +6,17 @@ from typing import Any
 
 from vlm.common import Stopped
 
-TRAINING, TESTING = "training", "testing"  # what `Trainer` enters; before these nothing of the run is worth keeping
+TRAINING, TESTING = "training", "testing"  # phases that `Trainer` enters; before them there is nothing to save
 
 
 class StopSignals:
-    """The wish to stop, from Ctrl-C or SIGTERM, which clusters send.
+    """Handles Ctrl-C (SIGINT) and SIGTERM, which clusters send.
 
     During the training the first signal asks the run to save and stop after the step, and the second ends it at once.
-    Before the first step and behind the last one there is nothing to save, so the first signal ends it.
+    Before the first step and after the last one there is nothing to save, so the first signal ends it.
 
     Args:
-        output: the output folder, to say how to go on.
+        output: the output folder, for the message about how to continue.
     """
 
     def __init__(self, output: str) -> None:
@@ -34,7 +34,7 @@ class StopSignals:
         return self.asked
 
     def enter(self, phase: str) -> None:
-        """Say what the run does from now on; a wish that came too late for the phase before is fulfilled here.
+        """Say what the run does from now on. A signal that came too late for the phase before takes effect here.
 
         Raises:
             Stopped: the training is over, and the run was asked to stop.
@@ -44,6 +44,7 @@ class StopSignals:
             raise self._stopped()
 
     def handle(self, number: int, frame: Any) -> None:
+        """The signal handler."""
         if self.asked:
             signal.signal(number, signal.SIG_DFL)
             raise KeyboardInterrupt
@@ -54,5 +55,5 @@ class StopSignals:
 
     def _stopped(self) -> Stopped:
         if self.phase == TESTING:
-            return Stopped(f"stopped after the training; go on with the test by --resume --output-dir {self.output}")
+            return Stopped(f"stopped after the training; continue with the test by --resume --output-dir {self.output}")
         return Stopped("stopped before the first step.")
