@@ -51,7 +51,7 @@ def generate(classifier: VLMClassifier, files: list[Path]) -> list[str]:
         classifier.family, classifier.rendered, samples, with_response=False
     )  # rows of one length: no padding
     ids = classifier.model.generate(**batch, max_new_tokens=NEW_TOKENS, do_sample=False)
-    return [classifier.family.decode(row) for row in ids[:, batch.input_ids.shape[1] :].tolist()]
+    return [classifier.family.decode(row) for row in ids[:, batch["input_ids"].shape[1] :].tolist()]
 
 
 @torch.no_grad()

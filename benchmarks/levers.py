@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from train_vs_trl import BATCH_SIZES
 
 from vlm.classifier import IGNORED, Batch, VLMClassifier
-from vlm.classifier.classifier import LossOutput, Reading, Scored
+from vlm.classifier.forward import LossOutput, Scored
 from vlm.classifier.prefix import expand, in_front
+from vlm.classifier.search import Reading
 from vlm.data import Sample, open_image
 from vlm.training.tuning import trained_parameters
 

@@ -105,7 +105,7 @@ def test_where_no_image_is_wrong_the_temperature_is_bounded_and_says_so():
     temperature, remark = fit_temperature(scores, labels)
     confidence = np.exp(2 / temperature) / (np.exp(2 / temperature) + 3)
     assert temperature < 1 and confidence == pytest.approx(51 / 52, abs=1e-6)
-    assert "no validation image is wrong" in remark and "0.9808" in remark
+    assert "validation has no mistakes" in remark and "0.9808" in remark
     assert fit_temperature(scores * 10, labels)[0] == 1, "one that is sure already is not made less so"
     calibration, remarks = fit_calibration(torch.tensor(scores), labels, "bias")
     assert calibration == Calibration(temperature) and "No biases" in remarks[1], (

@@ -6,9 +6,8 @@ import pytest
 import torch
 from tiny import random_image, save_tiny_model, tiny_classifier
 
-from vlm.classifier.calibration import Scores
 from vlm.data import Rows, Sample, Split, balanced_positions
-from vlm.evaluation import image_check as picture_check
+from vlm.evaluation import image_check
 from vlm.evaluation.evaluate import score_split
 from vlm.evaluation.image_check import check_images, other_class_partners
 
@@ -47,7 +46,7 @@ def test_a_class_with_more_than_half_finds_as_many_partners_as_there_are():
 
 def test_the_figures_are_those_of_a_run_over_other_images(classifier, monkeypatch):
     """Slowly: every image that is wanted is put under the label and scored."""
-    monkeypatch.setattr(picture_check, "IMAGES", 14)
+    monkeypatch.setattr(image_check, "IMAGES", 14)
     first = split_with([0] * COUNT)
     guesses = score_split(classifier, first).argmax(1).tolist()  # labels that the model gets right, but for every third
     split = split_with([(guess + (i % 3 == 0)) % 7 for i, guess in enumerate(guesses)])
@@ -73,13 +72,11 @@ def test_the_figures_are_those_of_a_run_over_other_images(classifier, monkeypatc
 
 
 def scores_of(predictions, classes=7):
-    return Scores(
-        torch.nn.functional.one_hot(torch.tensor(predictions), classes).float(), torch.zeros(len(predictions))
-    )
+    return torch.nn.functional.one_hot(torch.tensor(predictions), classes).float()
 
 
 def test_a_model_that_always_says_the_same_is_warned_about(classifier, monkeypatch):
-    monkeypatch.setattr(picture_check, "_gray_predictions", lambda c, sizes, b: np.zeros(len(sizes), dtype=int))
+    monkeypatch.setattr(image_check, "gray_predictions", lambda c, sizes, b: np.zeros(len(sizes), dtype=int))
     split = split_with([i % 7 for i in range(COUNT)])
     found = check_images(classifier, split, scores_of([0] * COUNT))
     assert found["accuracy"] == pytest.approx(5 / 30) and found["gray"] == found["accuracy"]
@@ -88,7 +85,7 @@ def test_a_model_that_always_says_the_same_is_warned_about(classifier, monkeypat
 
 
 def test_a_model_that_looks_is_not(classifier, monkeypatch):
-    monkeypatch.setattr(picture_check, "_gray_predictions", lambda c, sizes, b: np.zeros(len(sizes), dtype=int))
+    monkeypatch.setattr(image_check, "gray_predictions", lambda c, sizes, b: np.zeros(len(sizes), dtype=int))
     labels = [i % 7 for i in range(COUNT)]
     found = check_images(classifier, split_with(labels), scores_of(labels))
     assert (found["accuracy"], found["shuffled"], found["warning"]) == (1.0, 0.0, None)

@@ -54,7 +54,7 @@ def test_nan_is_an_error_and_no_class():
     "changes", [{"labels": [0, 1]}, {"class_names": ["a", "b"]}, {"labels": [], "log_probabilities": np.zeros((0, 3))}]
 )
 def test_sizes_that_do_not_go_together_are_refused(changes):
-    with pytest.raises(ValueError, match="do not go with"):
+    with pytest.raises(ValueError, match="do not fit"):
         standard(**changes)
 
 

@@ -41,7 +41,7 @@ def test_results_are_not_put_where_they_would_be_taken_for_a_class(tmp_path, mon
     (tmp_path / "images" / "cat").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        UsageError, match=f"--output-dir {output} is in the folder of --dataset images: .* Choose a folder beside it."
+        UsageError, match=f"--output-dir {output} is in the folder of --dataset images: .* Choose a folder next to it."
     ):
         check_output(resolve({"dataset": "images", "output_dir": output, "overwrite": True}))
     check_output(resolve({"dataset": "images", "output_dir": "images_results"}))

@@ -269,7 +269,7 @@ def test_values_of_different_models_are_refused(demo_run, loaded, paths):
 def test_a_folder_without_a_trained_model_says_what_was_expected(demo_run, tmp_path):
     with pytest.raises(UsageError, match=r"nothing is not a folder: train a model first"):
         load_model_and_metadata(tmp_path / "nothing")
-    with pytest.raises(UsageError, match=r"no training_metadata.json in .* or beside it"):
+    with pytest.raises(UsageError, match=r"no training_metadata.json in .* or next to it"):
         load_model_and_metadata(tmp_path)
     (tmp_path / "training_metadata.json").write_text("{")
     with pytest.raises(UsageError, match="is not readable"):

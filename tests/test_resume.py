@@ -112,7 +112,7 @@ def test_a_finished_or_interrupted_run_is_not_overwritten_by_chance(unbroken, tm
         fit(resumed(output))
     with pytest.raises(Stopped):
         fit(settings(tmp_path, **more), stop_after(1))
-    with pytest.raises(UsageError, match="holds an interrupted run: go on with --resume"):
+    with pytest.raises(UsageError, match="holds an interrupted run: continue it with --resume"):
         fit(settings(tmp_path, **more))
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(Stopped, match="after step 1 of"):

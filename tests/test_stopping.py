@@ -130,7 +130,7 @@ def test_during_the_final_test_it_ends_at_once_and_can_be_tested_later(tmp_path,
         send_from(patched, "vlm.training.loop.finish")
         assert train(*FLAGS, "--output-dir", tmp_path) == 130
     err = capsys.readouterr().err
-    assert err.endswith(f"stopped after the training; go on with the test by --resume --output-dir {tmp_path}\n")
+    assert err.endswith(f"stopped after the training; continue with the test by --resume --output-dir {tmp_path}\n")
     assert "stopping after this step" not in err and not (tmp_path / "results.json").exists()
     assert train("--resume", "--output-dir", tmp_path) == 0
     assert (tmp_path / "results.json").exists()
@@ -155,7 +155,7 @@ def test_a_run_that_is_going_on_or_done_is_not_overwritten_by_chance(tmp_path, m
     assert train(*few) == 2
     assert (
         capsys.readouterr().err
-        == f"error: {tmp_path} holds an interrupted run: go on with --resume, or delete it with --overwrite.\n"
+        == f"error: {tmp_path} holds an interrupted run: continue it with --resume, or delete it with --overwrite.\n"
     )
     assert train("--resume", "--epochs", 5, "--output-dir", tmp_path) == 2
     assert "--epochs 5 (the interrupted run has 8)" in capsys.readouterr().err

@@ -20,7 +20,7 @@ from vlm.families import Family
 TOLERANCE = 1e-4  # how much a probability may be wrong at most
 PROVEN = 1  # the prediction; of the others those with more than the tolerance are proven anyway
 NODES_AT_ONCE = 2048  # of all images in one pass
-# The fixed cost of a pass on a CPU, in nodes (docs/experiments.md); elsewhere it is far larger, so NODES_AT_ONCE stands.
+# The fixed cost of a pass on a CPU, in nodes (docs/experiments.md). Elsewhere it is far larger: NODES_AT_ONCE.
 PASS_COST = 80
 NODES_KEPT = 4096  # of all images, between passes; above, those that no open branch goes through are dropped
 LOGITS_AT_ONCE = 2**25  # elements of one block of logits: 128 MiB in float32

@@ -43,7 +43,7 @@ def check_images(
     right = predictions == labels
     partners = other_class_partners(labels, np.random.default_rng([seed, 4]))
     exchanged = labels[partners] != labels
-    gray = _gray_predictions(classifier, [split[i].image.size for i in chosen], batch_size) == labels
+    gray = gray_predictions(classifier, [split[i].image.size for i in chosen], batch_size) == labels
     shuffled = predictions[partners] == labels
     result: dict[str, Any] = {
         "pictures": len(chosen),
@@ -83,7 +83,7 @@ def other_class_partners(labels: np.ndarray, rng: np.random.Generator) -> np.nda
     return partners
 
 
-def _gray_predictions(classifier: VLMClassifier, sizes: list[tuple[int, int]], batch_size: int) -> np.ndarray:
+def gray_predictions(classifier: VLMClassifier, sizes: list[tuple[int, int]], batch_size: int) -> np.ndarray:
     different = sorted(set(sizes))
     images = [Sample(Image.new("RGB", size, GRAY), 0, f"a gray image of {size[0]} x {size[1]}") for size in different]
     sums = score_split(classifier, images, batch_size, description="gray images")

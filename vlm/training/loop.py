@@ -226,7 +226,7 @@ class Trainer:
                 loss = found.loss * per_token + (0.0 if found.posterior is None else found.posterior * per_image)
                 # Several processes average their gradients; the sum is wanted.
                 self.accelerator.backward(loss * self.accelerator.num_processes)
-            total += loss.detach()
+            total = total + loss.detach()  # in the format of the loss
         if settings.max_grad_norm:
             self.accelerator.clip_grad_norm_(run.model.parameters(), settings.max_grad_norm)
         run.optimizer.step()

@@ -201,8 +201,7 @@ def _fill_cache(
     """
     cache = None
     if not settings.no_feature_cache:
-        reads_train = settings.epochs or settings.align_connector
-        splits = (data.train, data.validation, data.test) if reads_train else (data.validation, data.test)
+        splits = (data.train, data.validation, data.test) if settings.epochs else (data.validation, data.test)
         with accelerator.local_main_process_first():  # the others of this machine find what the first one has computed
             cache = fill_cache(family, splits, settings.cache_size, settings.cache_dtype, workers)
     if settings.align_connector and not least(accelerator, int(cache is not None)):
