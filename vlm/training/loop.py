@@ -114,34 +114,28 @@ class Trainer:
     def train(self) -> None:
         """All epochs that are left, then the final model."""
         settings, images = self.settings, len(self.run.data.train)
-        self._open_log()
         self.run.model.train()
         done = self.progress.epoch * images + self.progress.step_in_epoch * self.images_per_step()
         total = settings.epochs * images
-        try:
-            with Bar(total, "training", initial=min(done, total)) as bar:
-                with bar.paused():
-                    self._before_training()
-                if not settings.epochs:
-                    self._evaluate()
-                for epoch in range(self.progress.epoch, settings.epochs):
-                    self._epoch(epoch, bar)
-                self.enter(TESTING)
-            self._save_model(FINAL_MODEL, self.run.metadata)
-        finally:
-            if self.log:
-                self.log.close()
+        with self._open_log() as self.log, Bar(total, "training", initial=min(done, total)) as bar:
+            with bar.paused():
+                self._before_training()
+            if not settings.epochs:
+                self._evaluate()
+            for epoch in range(self.progress.epoch, settings.epochs):
+                self._epoch(epoch, bar)
+            self.enter(TESTING)
+        self._save_model(FINAL_MODEL, self.run.metadata)
 
-    def _open_log(self) -> None:
-        if self.accelerator.is_main_process:
-            settings = self.settings
-            self.log = RunLog(
-                self.run.output,
-                settings.trackers,
-                settings.wandb_project,
-                settings.to_json(),
-                resume_after=self.progress.step if settings.resume else None,
-            )
+    def _open_log(self) -> RunLog:
+        settings = self.settings
+        return RunLog(
+            self.run.output,
+            settings.trackers,
+            settings.wandb_project,
+            settings.to_json(),
+            resume_after=self.progress.step if settings.resume else None,
+        )
 
     def _before_training(self) -> None:
         """The test of the untrained model and the alignment, if they were asked for and are not done yet."""

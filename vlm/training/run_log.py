@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 from accelerate.tracking import GeneralTracker
 
-from vlm.common import is_main_process, note, replacing
+from vlm.common import Stopped, is_main_process, note, replacing
 from vlm.config import LOG
 from vlm.training.trackers import TITLES, TrackedRun, finish_tracker, in_short, start_tracker, tracked_id
 
@@ -114,7 +114,7 @@ class RunLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.close(failed=kind is not None)
+        self.close(failed=kind is not None and not issubclass(kind, Stopped))  # a run that was stopped can be resumed
 
     def _begin(self, entries: list[dict[str, Any]]) -> None:
         with replacing(self.path) as path:
