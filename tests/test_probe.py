@@ -134,10 +134,7 @@ def test_a_encoder_without_features_of_its_own_is_left_out_with_a_note(family, d
     family.model.train()
     monkeypatch.setattr(family, "vision_features", fail)
     assert probe(family, data) is None and family.model.training, "the mode stays as it was"
-    assert (
-        "no probe: this model's vision encoder hands over no features of its own (IndexError)"
-        in capsys.readouterr().err
-    )
+    assert "no probe: this model's vision encoder has no features of its own (IndexError)" in capsys.readouterr().err
     monkeypatch.setattr(family, "vision_features", lambda inputs: (_ for _ in ()).throw(MemoryError()))
     with pytest.raises(MemoryError):
         probe(family, data)

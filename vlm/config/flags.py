@@ -30,10 +30,11 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> Parser:
     """The parser of `train_vlm.py`, made from the fields of `Settings`."""
+    installed = Path(sys.argv[0]).name == "vlm-train"
     parser = Parser(
-        prog="vlm-train" if Path(sys.argv[0]).name == "vlm-train" else "train_vlm.py",
+        prog="vlm-train" if installed else "train_vlm.py",
         description="Train a small vision-language model to classify images.",
-        epilog="Example: python train_vlm.py --demo",
+        epilog=f"Example: {'vlm-train' if installed else 'python train_vlm.py'} --demo",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )

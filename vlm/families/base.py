@@ -20,7 +20,7 @@ from vlm.config import ImageSize
 from vlm.conversation import Prompts, Rendered, scored_texts
 from vlm.families.encoded import CONNECTED_FEATURES, ENCODER_FEATURES, EncodedImages, besides_pixels
 from vlm.families.images.sizes import size_text
-from vlm.families.weights import read_model, write_model
+from vlm.families.weights import cache_argument, read_model, write_model
 
 
 class Family:
@@ -337,9 +337,9 @@ class Family:
         return self.language(
             inputs_embeds=embeddings,
             position_ids=positions,
-            past_key_values=cache,
             attention_mask=mask,
             use_cache=cache is not None,
+            **{cache_argument(type(self.language)): cache},
         ).last_hidden_state
 
     def full_logits(self, ids: Tensor, mask: Tensor, response: Tensor, inputs: dict[str, Tensor]) -> Tensor:

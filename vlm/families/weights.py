@@ -1,8 +1,10 @@
 """Reading and writing a model's weights in a local folder: safetensors only, no code of the folder is run."""
 
+import inspect
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +83,9 @@ def write_model(model: PreTrainedModel, folder: Path, state: dict[str, Tensor], 
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["dtype"] = dtype_name(dtype)  # of the saved weights, which may differ from the trained ones
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+@cache
+def cache_argument(kind: type) -> str:
+    """The name of a language model's argument for keys and values: transformers 5.24 renamed it to cache."""
+    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"

@@ -143,7 +143,7 @@ class Content:
             rows.append(("Linear probe", hint, probe["accuracy"]))
         if zero_shot:
             rows.append(("Zero-shot", "the same model before training", zero_shot["accuracy"]))
-        rows.append(("Other image", f"images shuffled, {images}", check["shuffled"]))
+        rows.append(("Other image", f"exchanged with those of other classes, {images}", check["shuffled"]))
         rows.append(("No image", f"a gray one, {images}", check["gray"]))
         rows.append(("Most frequent class", "always the same answer", self.majority[1]))
         return [(name, hint, figure) for name, hint, value in rows if (figure := measured(value))]
@@ -236,7 +236,9 @@ class Content:
     @property
     def facts(self) -> list[tuple[str | None, dict[str, Any]]]:
         """Settings, timings and versions with their headings."""
-        timings = {name: value for name, value in self.results["timings"].items() if value is not None}
+        measured_timings = {name: value for name, value in self.results["timings"].items() if value is not None}
+        # The keys of results.json keep an old word.
+        timings = {name.replace("pictures", "images"): value for name, value in measured_timings.items()}
         groups = [(None, used_settings(self.results)), ("Time", timings), ("Versions", self.results["versions"])]
         return [(heading, rows) for heading, rows in groups if rows]
 
