@@ -19,6 +19,7 @@ from vlm.training.alignment import align, nearest_name_accuracy
 from vlm.training.loop import fit
 
 
+@pytest.mark.slow
 def test_images_come_to_lie_next_to_the_names_of_their_classes(halves, monkeypatch, tmp_path):
     monkeypatch.setenv("VLM_CACHE", str(tmp_path))
     names, train, validation = CLASSES, split(8), split(6, start=100)
@@ -40,6 +41,7 @@ def test_images_come_to_lie_next_to_the_names_of_their_classes(halves, monkeypat
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"freeze_connector": True}])
 def test_a_run_aligns_once_says_so_and_resumes_to_the_same_weights(
     halves, color_folder, tmp_path, monkeypatch, capsys, more
@@ -60,6 +62,7 @@ def test_a_run_aligns_once_says_so_and_resumes_to_the_same_weights(
     assert not any(torch.equal(a, b) for a, b in zip(*connector, strict=True) if a.ndim > 1)
 
 
+@pytest.mark.slow
 def test_a_frozen_connector_stays_as_it_was_aligned(halves, color_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(alignment, "STEPS", 30)
     for name, rate in (("slow", 1e-5), ("fast", 1e-3)):
@@ -68,6 +71,7 @@ def test_a_frozen_connector_stays_as_it_was_aligned(halves, color_folder, tmp_pa
     assert all(torch.equal(a, b) for a, b in zip(slow, fast, strict=True))
 
 
+@pytest.mark.slow
 def test_one_that_is_not_frozen_goes_on_learning(halves, color_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(alignment, "STEPS", 30)
     for name, rate in (("slow", 1e-5), ("fast", 1e-3)):
@@ -76,6 +80,7 @@ def test_one_that_is_not_frozen_goes_on_learning(halves, color_folder, tmp_path,
     assert not any(torch.equal(a, b) for a, b in zip(slow, fast, strict=True) if a.ndim > 1)
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_from_the_same_connector(halves, color_folder, tmp_path):
     """Else their gradients would be of different models: the loss is that of one process with twice the batch."""
     flags = [
@@ -102,6 +107,7 @@ def test_two_processes_go_on_from_the_same_connector(halves, color_folder, tmp_p
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_without_the_flag_nothing_is_aligned(halves, color_folder, tmp_path, capsys):
     found = fit(settings(halves, color_folder, tmp_path / "out", align_connector=False))
     assert "alignment" not in found and "aligning" not in capsys.readouterr().err
@@ -114,6 +120,7 @@ def test_features_that_cannot_be_kept_stop_the_run(halves, color_folder, tmp_pat
         fit(settings(halves, color_folder, tmp_path / "out", cache_size=1e-9))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"freeze_connector": True}, {"tune": "full", "align_connector": False}])
 def test_nothing_of_the_trained_model_is_left_while_the_best_one_is_tested(
     halves, color_folder, tmp_path, monkeypatch, more

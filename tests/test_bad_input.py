@@ -46,6 +46,7 @@ def saved(folder, **splits):
     return folder
 
 
+@pytest.mark.slow
 def test_several_processes_say_it_once_and_keep_the_exit_code(tmp_path):
     result = run(
         "run_vlm_training.sh",
@@ -85,6 +86,7 @@ def test_a_model_that_is_not_there(refused, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_first_start_without_the_hub_names_the_demo(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -199,6 +201,7 @@ def odd_images(folder):
     return folder
 
 
+@pytest.mark.slow
 def test_images_of_every_kind_are_trained_on_and_classified(tiny_model, tmp_path, capsys):
     folder = odd_images(tmp_path / "data")
     flags = ["--model", tiny_model, "--dataset", folder, "--epochs", 1, "--batch-size", 4, "--device", "cpu"]
@@ -211,6 +214,7 @@ def test_images_of_every_kind_are_trained_on_and_classified(tiny_model, tmp_path
     assert len(out.splitlines()) == 2 + 22 and "error" not in out and err == ""
 
 
+@pytest.mark.slow
 def test_unreadable_images_are_counted_in_the_results(tiny_model, tmp_path, capsys):
     folder = images(
         tmp_path / "data", {"train/cat": 15, "train/dog": 15, "val/cat": 1, "val/dog": 1, "test/cat": 1, "test/dog": 1}

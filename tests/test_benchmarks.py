@@ -68,6 +68,7 @@ def options(monkeypatch, tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 @WITH_TRL
 @pytest.mark.filterwarnings("ignore")
 def test_train_vs_trl(benchmark):
@@ -75,6 +76,7 @@ def test_train_vs_trl(benchmark):
     assert [(row["tuning"], row["feature cache"]) for row in rows] == [("lora", "yes"), ("lora", "no")]
 
 
+@pytest.mark.slow
 @WITH_TRL
 @pytest.mark.filterwarnings("ignore")
 def test_train_on_gpu(benchmark):
@@ -89,6 +91,7 @@ def test_train_on_gpu(benchmark):
         assert row["ours images/s"] == pytest.approx(2 / row["ours s"])
 
 
+@pytest.mark.slow
 @WITH_TRL
 @pytest.mark.filterwarnings("ignore")
 def test_both_sides_agree_in_the_number_format_of_the_gpu(options):
@@ -101,6 +104,7 @@ def test_both_sides_agree_in_the_number_format_of_the_gpu(options):
     assert row["agrees"] is True and float(row["gradients differ"]) > 0
 
 
+@pytest.mark.slow
 @WITH_TRL
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("side", "other"), [("ours", "TRL"), ("TRL", "ours")])
@@ -141,17 +145,20 @@ def test_train_on_gpu_needs_one(monkeypatch, capsys):
     assert end.value.code == 2 and "no CUDA GPU" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_train_vs_plain(benchmark):
     rows = benchmark("train_vs_plain", "--tune", "connector", "full")["rows"]
     assert {row["tuning"] for row in rows} == {"connector", "full"}
 
 
+@pytest.mark.slow
 @WITH_TRL
 def test_train_vs_trl_in_several_batches_of_a_step(benchmark):
     (row,) = benchmark("train_vs_trl", "--tune", "full", "--accumulation", "3")["rows"]
     assert row["batch"] == 6 and row["agrees"]
 
 
+@pytest.mark.slow
 def test_classify_vs_generate(benchmark):
     rows = benchmark("classify_vs_generate", "--batch-size", "2")["rows"]
     assert {(row["weights"], row["image"]) for row in rows} >= {("peaked", "native"), ("random", "cached features")}
@@ -161,11 +168,13 @@ def test_classify_vs_generate(benchmark):
     assert peaked > random
 
 
+@pytest.mark.slow
 def test_peak_counts_one_layer_as_by_hand(benchmark):
     layer = benchmark("peak")["one_layer"]
     assert layer["by hand"] == layer["counted"] > 0
 
 
+@pytest.mark.slow
 def test_levers_change_nothing_but_time(benchmark):
     module = importlib.import_module("levers")
     switched_off = {row["switched off"] for row in benchmark("levers", "--classes", "5")["rows"]}
@@ -194,6 +203,7 @@ def test_an_optimizer_that_computes_something_else_is_seen(options, monkeypatch)
     assert levers.update_difference(ours) > levers.TOLERANCE
 
 
+@pytest.mark.slow
 @ON_LINUX
 def test_growth(benchmark):
     rows = benchmark("growth", "--works", "classify, by images", "train, by batch")["rows"]
@@ -209,10 +219,12 @@ def test_memory(benchmark, monkeypatch):
     assert row["their MiB"] > 100
 
 
+@pytest.mark.slow
 def test_startup(benchmark):
     assert len(benchmark("startup")["rows"]) == 5
 
 
+@pytest.mark.slow
 def test_objectives(benchmark, tmp_path):
     """One small training; its line is made of what it wrote, and a second call finds it done."""
     flags = ["--formats", "answer-only", "--objectives", "posterior", "--seeds", "0", "--folder", str(tmp_path)]

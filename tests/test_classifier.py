@@ -243,6 +243,7 @@ def test_batches_of_one_step_share_the_prefix_with_the_gradients_of_one_batch_ea
         assert error < 1e-6, f"{name}: relative error {error:.2e}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.3}, {"bias": tuple(np.linspace(-1, 1, len(NAMES)))}])
 def test_a_search_is_as_exact_as_it_says_and_leaves_nodes_out(folder, monkeypatch, options):
     classifier = tiny_classifier(folder, torch.float64).train()

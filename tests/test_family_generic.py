@@ -198,6 +198,7 @@ class TestInternVL(Generic):
         assert len(set(batch.lengths.tolist())) > 1
 
 
+@pytest.mark.slow
 class TestGemma3(Generic):
     """Image tokens see each other in both directions, and there is no system role."""
 

@@ -81,6 +81,7 @@ class TestPhi3Vision(Phi3Checks):
     pass
 
 
+@pytest.mark.slow
 class TestPhi3VisionOfSeveralTiles(Phi3Checks):
     """745 and 757 tokens an image. The option is saved with the model: see `test_tuned_saved_and_reloaded...`."""
 

@@ -191,6 +191,7 @@ def encoders(monkeypatch):
     return passes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("--freeze-connector", "--cache-dtype", "float16")])
 def test_training_test_and_inference_compute_each_image_once(flags, tmp_path, root, encoders):
     output = tmp_path / "out"

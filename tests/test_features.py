@@ -57,6 +57,7 @@ def opens_no_image(monkeypatch):
     monkeypatch.setattr("vlm.data.splits.open_image", refuse)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings", [{"tune": "connector"}, {"tune": "lora", "freeze_connector": True, "lora_dropout": 0.0}]
 )
@@ -256,6 +257,7 @@ def test_another_layer_of_the_encoder_has_features_of_its_own(tmp_path):
     assert fingerprint(classifier.family, False, False) != before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_that_was_saved_after_training_uses_the_features_of_its_training(name, tmp_path):
     classifier = classifier_of(name, tmp_path / "model", tune="lora", freeze_connector=True)

@@ -70,6 +70,7 @@ def test_legends_cover_no_data(tmp_path):
         assert not axes.get_legend().get_window_extent().overlaps(axes.get_window_extent())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "entries",
     [
@@ -118,6 +119,7 @@ def test_smoothing_keeps_a_line_and_quiets_noise():
     assert smooth(noise)[30:-30].std() < 0.3 * noise.std()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [2, 15, 40])
 def test_confusion_matrices_have_counts_up_to_thirty_classes(tmp_path, classes):
     matrix = np.eye(classes, dtype=int) * 7
@@ -146,6 +148,7 @@ def test_confusion_matrices_have_counts_up_to_thirty_classes(tmp_path, classes):
     assert axes.get_ylabel() == "true class" and axes.get_xlabel() == "predicted class"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [2, 20, 40])
 def test_names_on_the_axes_do_not_overlap(tmp_path, classes):
     names = [f"a very long name that ends in {i}" for i in range(classes)]
@@ -208,6 +211,7 @@ def test_figures_share_no_id_on_a_page_and_find_their_own_parts():
         assert used and set(used) <= set(own)
 
 
+@pytest.mark.slow
 def test_an_svg_has_text_and_follows_the_colors_of_the_page():
     svg = to_svg(training_curves(history(), best_step=30), "curves", 'A "figure".')
     root = ElementTree.fromstring(svg)

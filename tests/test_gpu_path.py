@@ -44,6 +44,7 @@ def test_checkpointing_keeps_the_inputs_of_the_blocks_alone(folder):
     assert kept() < 0.6 * before
 
 
+@pytest.mark.slow
 def test_compiled_blocks_give_the_same_gradients(folder):
     """By a backend that traces and differentiates as the real one does, but needs no compiler."""
     classifier = tiny_classifier(folder).train()
@@ -56,6 +57,7 @@ def test_compiled_blocks_give_the_same_gradients(folder):
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()), msg=name)
 
 
+@pytest.mark.slow
 def test_every_block_of_a_deep_model_is_compiled(folder, monkeypatch):
     """Each block has a number of its own, and so needs a compilation of its own, of which torch allows eight."""
     classifier = tiny_classifier(folder).train()

@@ -132,6 +132,7 @@ def test_the_edge_of_a_data_set_is_that_of_95_percent_of_its_training_images(tmp
 # Families
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "flag", "tokens"),
     [
@@ -223,6 +224,7 @@ def plain_processor(folder, model):
     return processor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "size"),
     [("small", "32"), ("smolvlm", "256"), ("smolvlm 2.2B", "210"), ("llava dinov2", "42"), ("internvl", "14")],

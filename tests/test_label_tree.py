@@ -148,6 +148,7 @@ def calibration_of(kind, prior, temperature, bias):
 KINDS = list(itertools.product(("sum", "prior"), (0.3, 0.8, 1.0, 2.5), (False, True)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "temperature", "biased"), KINDS)
 def test_every_kind_of_score_has_a_search_that_is_wrong_by_no_more_than_it_says(kind, temperature, biased):
     left_out = 0

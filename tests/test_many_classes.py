@@ -48,6 +48,7 @@ def passes(monkeypatch):
     return seen
 
 
+@pytest.mark.slow
 def test_the_search_visits_few_nodes_and_each_probability_is_within_its_bound(classifier, passes):
     reading = classifier.read(batch_of(classifier, [0, 1, 2, 3], with_response=False))
     found = classifier.search(reading)
@@ -62,6 +63,7 @@ def test_the_search_visits_few_nodes_and_each_probability_is_within_its_bound(cl
     assert probabilities.argmax(-1).tolist() == exact.argmax(-1).tolist() == [SURE] * 4
 
 
+@pytest.mark.slow
 def test_a_visit_of_everything_keeps_its_cache_bounded(classifier, passes):
     reading = classifier.read(batch_of(classifier, [0, 1, 2, 3], with_response=False))
     classifier.score(reading)
@@ -69,6 +71,7 @@ def test_a_visit_of_everything_keeps_its_cache_bounded(classifier, passes):
     assert max(kept for _, kept in passes) <= scoring.NODES_KEPT + 2 * scoring.NODES_AT_ONCE
 
 
+@pytest.mark.slow
 def test_some_of_a_thousand_scores_are_those_of_one_forward_each(classifier):
     batch = batch_of(classifier, [0], with_response=False)
     scores = classifier.score(classifier.read(batch))[0]

@@ -59,6 +59,7 @@ def size(tensors) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tune", TUNING_DEFAULTS)
 def test_weights_gradients_and_optimizer_are_exact_and_frozen_parts_have_none(folder, tune, dtype):
@@ -120,6 +121,7 @@ def save_with_layers(folder: Path, vision: int, text: int) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tune", TUNING_DEFAULTS)
 def test_activations_of_the_layers_are_those_that_autograd_keeps(tmp_path, tune, dtype):
@@ -170,6 +172,7 @@ def read_config_of(name: str) -> dict:
 # A process
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is read from Linux's /proc"
 )
@@ -284,6 +287,7 @@ def test_processes_share_a_cpu_s_memory_and_agree(batches, folder, monkeypatch):
     assert batches(batch_size=8, least=lambda found: 4) == (8, 1)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_after_the_warning(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sizes, "free_memory", lambda device: 0)
     assert train("--demo", "--max-samples", 40, "--epochs", 1, "--output-dir", tmp_path / "out") == 0

@@ -67,6 +67,7 @@ def check(notebook):
         assert text == "" and image.width > 400 and len(image.convert("RGB").getcolors(2**24)) > 20
 
 
+@pytest.mark.slow
 def test_it_runs_on_a_trained_model(demo_run, monkeypatch):
     notebook = execute(demo_run / "best_model", monkeypatch)
     check(notebook)

@@ -99,6 +99,7 @@ def test_rows_of_a_tree_add_up_its_paths():
                 assert math.isclose(float(scores[b, c]), total, rel_tol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [POSTERIOR, BOTH])
 def test_blocks_of_logits_change_neither_loss_nor_gradients(folder, monkeypatch, name):
     found = []

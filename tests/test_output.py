@@ -81,6 +81,7 @@ def test_other_processes_make_and_delete_nothing(tmp_path, monkeypatch):
         assert names_in(tmp_path) == {RESULTS}
 
 
+@pytest.mark.slow
 def test_a_login_that_fails_is_no_interrupted_run(tmp_path, monkeypatch, capsys):
     flags = ["--demo", "--max-samples", 10, "--epochs", 1, "--device", "cpu", "--use-wandb", "--output-dir"]
     (tmp_path / "there").mkdir()

@@ -155,6 +155,7 @@ def test_every_part_is_there():
     assert links == {f"#{name}" for name in page.sections}
 
 
+@pytest.mark.slow
 def test_a_report_is_the_page_and_an_image_of_each_figure(tmp_path):
     results, data, predictions = run_of(["a", "b"])
     predictions[0].name = "caf\udce9.png"  # a file name that is not valid text
@@ -240,6 +241,7 @@ def test_warnings_are_given_if_they_are_due(part):
     assert len([a for a in page.all("ul") if a.get("class") == "warnings"]) == 1 and "It is blind." in page.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [31, pytest.param(1000, marks=pytest.mark.slow)])
 def test_many_classes_give_a_page_of_bounded_size_that_says_what_it_leaves_out(classes):
     names = [f"{i} {'long ' * 90}{i}" for i in range(classes)]

@@ -22,6 +22,7 @@ def load(folder, images):
     return load_family(folder, torch.float32, torch.device("cpu"), images)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_crops", [1, 4, 16])
 def test_number_of_tokens_over_many_shapes(folder, num_crops):
     family = load(folder, {"num_crops": num_crops})

@@ -51,6 +51,7 @@ def table(results):
     return np.array([list(result["probabilities"].values()) for result in results.values()])
 
 
+@pytest.mark.slow
 def test_what_is_loaded_is_ready_to_use(loaded):
     model, processor, metadata = loaded
     assert not model.training and model.device.type == "cpu"

@@ -38,6 +38,7 @@ def family_of(name, folder):
     return family
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BUILDERS)
 def test_pooled_features_are_the_mean_over_each_image_alone(name, tmp_path):
     family = family_of(name, tmp_path)

@@ -91,6 +91,7 @@ def multiply_plainly(classifier: VLMClassifier) -> None:
             module.forward = lambda x, weight=weight, bias=module.bias: torch.nn.functional.linear(x, weight, bias)
 
 
+@pytest.mark.slow
 @needs_bitsandbytes
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("kind", BUILDERS)
@@ -143,6 +144,7 @@ def test_only_the_language_model_is_quantized_and_the_saved_model_is_a_plain_one
     assert bits == 8 or rounded < 2e-5
 
 
+@pytest.mark.slow
 @needs_bitsandbytes
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_whole_command(bits, tmp_path, capsys):

@@ -192,6 +192,7 @@ def table(tmp_path_factory):
     return folder / "shades.csv"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("response_format", FREE)
 def test_training_on_a_column_of_texts(folder, table, tmp_path, capsys, response_format):
     flags = [
@@ -266,6 +267,7 @@ def test_the_loss_of_a_step_is_the_mean_over_the_tokens_of_its_own_texts(folder,
 # Without training, and before it
 
 
+@pytest.mark.slow
 def test_a_run_without_epochs_tests_the_untouched_model(folder, table, tmp_path, capsys):
     output = tmp_path / "run"
     assert train("--model", folder, "--dataset", table, "--epochs", 0, "--zero-shot", "--output-dir", output) == 0
@@ -280,6 +282,7 @@ def test_a_run_without_epochs_tests_the_untouched_model(folder, table, tmp_path,
     assert {"final_model", "training_curves.png", "confusion_matrix.png"} <= {path.name for path in output.iterdir()}
 
 
+@pytest.mark.slow
 def test_the_test_before_training_is_that_of_the_untouched_model(folder, table, tmp_path, capsys):
     flags = {"model": str(folder), "dataset": str(table), "output_dir": str(tmp_path / "none")}
     run = set_up(resolve(flags))

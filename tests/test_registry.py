@@ -30,6 +30,7 @@ PUBLISHED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_parameters_are_counted_to_the_last_one_without_touching_the_table(name):
     before = copy.deepcopy(MODELS[name])
@@ -60,6 +61,7 @@ def test_the_table_has_the_models_of_the_readme():
         assert f"| `{name}`" in readme
 
 
+@pytest.mark.slow
 def test_the_command_prints_every_model_with_each_mode_and_needs_no_data(tmp_path, monkeypatch):
     done = run("train_vlm.py", "--list-models", "--device", "cpu", cwd=tmp_path, HF_HUB_OFFLINE=1)
     assert done.returncode == 0, done.stderr
@@ -78,6 +80,7 @@ def test_what_does_not_fit_is_marked(capsys, monkeypatch):
     assert rows["microsoft/Phi-3.5-vision-instruct"].count(registry.MARK) == 3
 
 
+@pytest.mark.slow
 def test_options_of_one_family_and_quantization_change_what_they_are_for(capsys):
     def needs(*flags: str) -> dict[str, list[float]]:
         assert train("--list-models", "--device", "cpu", *flags) == 0
@@ -93,6 +96,7 @@ def test_options_of_one_family_and_quantization_change_what_they_are_for(capsys)
         assert bits[name][0] < plain[name][0] and bits[name][1:] == plain[name][1:]
 
 
+@pytest.mark.slow
 def test_smaller_images_need_less_and_a_size_that_a_model_does_not_take_has_no_figures(capsys):
     family = outline(MODELS["HuggingFaceTB/SmolVLM-256M-Instruct"])
     assert family.image_load() == (1024, 64) and family.image_load(image_size=ImageSize(256)) == (256, 16)
@@ -148,6 +152,7 @@ def block(name: str) -> re.Pattern:
     return re.compile(rf"(<!-- {name} -->\n```text\n).*?(```\n)", re.DOTALL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TABLES)
 def test_the_tables_in_the_documentation_are_what_is_computed(name):
     found = block(name).search(DOCUMENT.read_text(encoding="utf-8"))

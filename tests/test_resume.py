@@ -51,6 +51,7 @@ def unbroken(request, tmp_path_factory):
     return output, more, results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 5, 8])
 def test_final_weights_equal_those_of_an_unbroken_run(unbroken, tmp_path, step):
     """Stopped within the first epoch, at its end, and within the second."""
@@ -74,6 +75,7 @@ def test_final_weights_equal_those_of_an_unbroken_run(unbroken, tmp_path, step):
     assert not (tmp_path / STATE).exists(), "a finished run needs no state"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unbroken", ["lora"], indirect=True)
 def test_dropout_is_there_in_the_lora_run(unbroken, tmp_path):
     """Else the test above would not notice a wrong seed."""
@@ -83,6 +85,7 @@ def test_dropout_is_there_in_the_lora_run(unbroken, tmp_path):
     assert any(not torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_before_the_first_state_starts_from_the_beginning(unbroken, tmp_path):
     output, more, _ = unbroken
     (tmp_path / "training_metadata.json").write_text((output / "training_metadata.json").read_text())
@@ -104,6 +107,7 @@ def test_a_run_that_would_go_on_elsewhere_is_refused(tmp_path, name):
         fit(resumed(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_finished_or_interrupted_run_is_not_overwritten_by_chance(unbroken, tmp_path):
     output, more, _ = unbroken
     with pytest.raises(UsageError, match="holds a finished run: choose another --output-dir, or --overwrite it"):

@@ -77,6 +77,7 @@ def test_other_processes_write_no_log(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_wandb_offline_run_holds_the_metrics_below_the_output_folder(tmp_path, wandb_environment, capfd):
     with RunLog(tmp_path, ["wandb"], "test-project", {"learning_rate": 2e-4, "tune": "lora"}) as log:
         log.log("train", 1, epoch=0.1, loss=0.5)

@@ -56,6 +56,7 @@ def goes_on_to_the_same_end(output, unbroken):
     return ended.keys() == unbroken.keys() and all(torch.equal(ended[name], unbroken[name]) for name in unbroken)
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_the_state_and_says_how_to_go_on(tmp_path, unbroken):
     code, err = stop_when(tmp_path / "log.jsonl", signal.SIGINT, tmp_path)
     assert code == 130 and TRACEBACK not in err
@@ -67,6 +68,7 @@ def test_ctrl_c_saves_the_state_and_says_how_to_go_on(tmp_path, unbroken):
     assert goes_on_to_the_same_end(tmp_path, unbroken)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_last_epoch(tmp_path, unbroken, capsys):
     code, _ = stop_when(tmp_path / "resume_state" / "state.json", signal.SIGKILL, tmp_path)
     assert code == -signal.SIGKILL
@@ -91,6 +93,7 @@ def send_after(monkeypatch, step, *numbers):
     monkeypatch.setattr(Trainer, "run_step", with_signals)
 
 
+@pytest.mark.slow
 def test_sigterm_as_clusters_send_it_saves_the_state_too(tmp_path, unbroken, monkeypatch, capsys):
     with monkeypatch.context() as patched:
         send_after(patched, 13, signal.SIGTERM)
@@ -125,6 +128,7 @@ def test_before_the_first_step_it_ends_at_once_and_leaves_no_run(tmp_path, monke
     assert names_in(tmp_path) == {"there"} and "training_metadata.json" not in names_in(tmp_path / "there")
 
 
+@pytest.mark.slow
 def test_during_the_final_test_it_ends_at_once_and_can_be_tested_later(tmp_path, unbroken, monkeypatch, capsys):
     with monkeypatch.context() as patched:
         send_from(patched, "vlm.training.loop.finish")
@@ -146,6 +150,7 @@ def test_a_wish_that_came_too_late_for_the_last_step_ends_the_run_behind_it():
         signals.enter(TESTING)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_going_on_or_done_is_not_overwritten_by_chance(tmp_path, monkeypatch, capsys):
     send_after(monkeypatch, 5, signal.SIGINT)
     assert train(*FLAGS, "--output-dir", tmp_path) == 130
@@ -240,6 +245,7 @@ OUT_OF_MEMORY = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["cuda", "python", "cpu", "mps"])
 def test_out_of_memory_ends_with_advice(tmp_path, monkeypatch, capsys, error):
     fail_after(monkeypatch, 3, error)

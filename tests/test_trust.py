@@ -37,6 +37,7 @@ def results(run):
     return json.loads((run / "results.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_what_was_asked_for_stands_in_the_results(results):
     calibration, abstention = results["test"]["calibration"], results["test"]["abstention"]
     assert calibration["method"] == "bias" and calibration["score"] == "prior" and len(calibration["bias"]) == 10
@@ -76,6 +77,7 @@ def test_the_page_says_it_too(run, results):
     assert "Zero-shot" in page and "Linear probe" in page
 
 
+@pytest.mark.slow
 def test_training_in_bfloat16_goes_through_to_the_end(tmp_path):
     """Autocast, as on a GPU: the loss falls, and the folder holds the number format."""
     flags = ("--max-samples", 40, "--epochs", 3, "--dtype", "bfloat16", "--output-dir", tmp_path / "out")

@@ -60,6 +60,7 @@ def test_frozen_weights_stay_and_trained_ones_move(folder, tune):
     assert moved == trained
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tune", ["full", "lora"])
 def test_saved_and_reloaded_model_gives_the_same_scores(folder, tmp_path, tune):
     """Reloaded by our inference and by plain transformers; LoRA merged against unmerged."""

@@ -270,6 +270,7 @@ def installed(venv):
     return sorted(name for name in names if not name.startswith(("pip-", "setuptools-")))
 
 
+@pytest.mark.slow
 def test_an_interrupted_set_up_is_begun_again(machine):
     assert not (machine[0] / ".venv" / "lib" / "half a package").exists()
 
@@ -287,6 +288,7 @@ def test_a_later_start_skips_the_set_up(machine):
     assert result.stderr == ""
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_installed_into_the_active_environment_and_what_fits_stays(machine, tmp_path):
     venv, variables = machine[0] / ".venv", machine[1]
     before = (venv / "vlm-setup").read_text()
@@ -298,6 +300,7 @@ def test_what_is_missing_is_installed_into_the_active_environment_and_what_fits_
         assert installed(venv) == ["pebble-1.0", "stone-1.0"] and (venv / "vlm-setup").read_text() == before
 
 
+@pytest.mark.slow
 def test_after_a_set_up_that_failed_the_next_start_tries_again(machine):
     project, variables = machine
     keepsake = project / ".venv" / "keepsake"
