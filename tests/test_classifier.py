@@ -120,6 +120,11 @@ def test_one_by_one_equals_a_batch_and_scoring_twice_changes_nothing(folder):
         torch.testing.assert_close(classifier.score(alone)[0], scores[i], rtol=1e-6, atol=1e-5)
 
 
+def test_a_batch_can_be_read_like_the_dictionary_that_it_was(folder):
+    batch = batch_of(tiny_classifier(folder), [0, 1])
+    assert batch["input_ids"] is batch.input_ids and batch["prompts"] is batch.prompt_lengths
+
+
 def test_rows_of_unequal_image_tokens_equal_one_by_one(folder):
     """With several tiles an image (image splitting) the prompts have unequal lengths."""
     classifier = tiny_classifier(folder).eval()

@@ -1,6 +1,7 @@
 """An interrupted run that goes on ends with the same weights as an unbroken one, to the last bit."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -95,20 +96,24 @@ def test_a_run_that_was_killed_before_the_first_state_starts_from_the_beginning(
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-@pytest.mark.parametrize("name", ["processes", "training images"])
-def test_a_run_that_would_go_on_elsewhere_is_refused(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "saved_as"),
+    [("processes", "processes"), ("training images", "training images"), ("training images", "training pictures")],
+)
+def test_a_run_that_would_go_on_elsewhere_is_refused(tmp_path, name, saved_as):
+    """A state of an earlier version has the number of images under another name."""
     with pytest.raises(Stopped):
         fit(settings(tmp_path), stop_after(1))
     state = tmp_path / STATE / "state.json"
     values = json.loads(state.read_text())
-    values["fingerprint"][name] += 1
+    values["fingerprint"][saved_as] = values["fingerprint"].pop(name) + 1
     state.write_text(json.dumps(values))
     with pytest.raises(UsageError, match=f"had [0-9]+ {name}, this one has [0-9]+"):
         fit(resumed(tmp_path))
 
 
 @pytest.mark.slow
-def test_a_finished_or_interrupted_run_is_not_overwritten_by_chance(unbroken, tmp_path):
+def test_a_finished_or_interrupted_run_is_not_overwritten_by_chance(unbroken, tmp_path, monkeypatch):
     output, more, _ = unbroken
     with pytest.raises(UsageError, match="holds a finished run: choose another --output-dir, or --overwrite it"):
         fit(settings(output, **more))
@@ -119,6 +124,10 @@ def test_a_finished_or_interrupted_run_is_not_overwritten_by_chance(unbroken, tm
     with pytest.raises(UsageError, match="holds an interrupted run: continue it with --resume"):
         fit(settings(tmp_path, **more))
     (tmp_path / "notes.txt").write_text("mine")
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    with pytest.raises(UsageError, match="pip install mlflow"):
+        fit(settings(tmp_path, overwrite=True, track=["mlflow"], **more))
+    assert (tmp_path / STATE).is_dir(), "a mistake in the flags deletes nothing"
     with pytest.raises(Stopped, match="after step 1 of"):
         fit(settings(tmp_path, overwrite=True, **more), stop_after(1))
     assert (tmp_path / "notes.txt").read_text() == "mine"

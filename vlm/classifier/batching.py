@@ -49,6 +49,10 @@ class Batch:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    def __getitem__(self, name: str) -> Any:
+        """A field by its name, for programs that know a batch as a dictionary; there prompt_lengths was `prompts`."""
+        return getattr(self, {"prompts": "prompt_lengths", "picture_places": "image_places"}.get(name, name))
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The batch on a device."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))

@@ -22,7 +22,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         hint = ""
         if message.startswith(UNRECOGNIZED):
-            flags = [option for action in self._actions for option in action.option_strings]
+            shown = [action for action in self._actions if action.help != argparse.SUPPRESS]
+            flags = [option for action in shown for option in action.option_strings]
             word = message.removeprefix(UNRECOGNIZED).split()[0].partition("=")[0].replace("_", "-")
             hint = did_you_mean(f"--{word.lstrip('-')}", flags)
         self.exit(2, f"error: {message}.{hint}\n       {self.prog} --help lists all flags.\n")

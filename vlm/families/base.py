@@ -339,7 +339,7 @@ class Family:
             position_ids=positions,
             attention_mask=mask,
             use_cache=cache is not None,
-            **{cache_argument(type(self.language)): cache},
+            **{cache_argument(type(self.language).forward): cache},
         ).last_hidden_state
 
     def full_logits(self, ids: Tensor, mask: Tensor, response: Tensor, inputs: dict[str, Tensor]) -> Tensor:

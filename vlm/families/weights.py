@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -86,6 +86,6 @@ def write_model(model: PreTrainedModel, folder: Path, state: dict[str, Tensor], 
 
 
 @cache
-def cache_argument(kind: type) -> str:
+def cache_argument(forward: Callable[..., Any]) -> str:
     """The name of a language model's argument for keys and values: transformers 5.24 renamed it to cache."""
-    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"

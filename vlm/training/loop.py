@@ -31,9 +31,11 @@ from vlm.training.resume_state import Progress, load_state, read_state, save_sta
 from vlm.training.run_log import RunLog
 from vlm.training.setup import Run, set_up
 from vlm.training.stopping import TESTING, TRAINING
+from vlm.training.trackers import check_trackers
 from vlm.training.tuning import merged_state_dict
 
 STEPS_PER_LINE = 10  # optimizer steps between two lines of the log
+OLD_NAMES = {"training pictures": "training images"}  # in states of earlier versions
 
 
 def fit(
@@ -55,6 +57,7 @@ def fit(
         RunError: it had to stop.
         Stopped: it was asked to stop.
     """
+    check_trackers(settings.trackers)  # before an earlier run is deleted
     with output_folder(settings):
         metrics = [load_metric(name) for name in settings.metrics or ()]  # a mistake here should not wait for the end
         run = set_up(settings)
@@ -94,8 +97,9 @@ class Trainer:
         if state is None:
             note("no state was saved yet: starting from the beginning.")
             return
+        saved = {OLD_NAMES.get(name, name): value for name, value in state["fingerprint"].items()}
         for name, value in self._fingerprint().items():
-            before = state["fingerprint"].get(name, value)
+            before = saved.get(name, value)
             if before != value:
                 raise UsageError(
                     f"--resume: the interrupted run had {before} {name}, this one has {value}, so it would not "

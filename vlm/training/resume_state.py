@@ -86,7 +86,10 @@ def load_state(output: Path, learned: dict[str, torch.Tensor], optimizer: torch.
     """
     saved = load_file(output / STATE / WEIGHTS)
     if saved.keys() != learned.keys() or any(saved[name].shape != p.shape for name, p in learned.items()):
-        raise RunError(f"the state in {output / STATE} does not fit this model: start again with --overwrite.")
+        raise RunError(
+            f"the state in {output / STATE} has other weights than this model trains, as one of an earlier version "
+            "may have: start again with --overwrite."
+        )
     with torch.no_grad():
         for name, parameter in learned.items():
             parameter.copy_(saved[name])

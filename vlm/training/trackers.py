@@ -4,9 +4,10 @@ Each keeps its files in a folder of its own name in the output folder. The envir
 WANDB_MODE, MLFLOW_TRACKING_URI or TRACKIO_DIR, are respected.
 """
 
-import importlib
+import importlib.util
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,17 @@ class TrackedRun:
         return {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in self.settings.items()}
 
 
+def check_trackers(names: Sequence[str]) -> None:
+    """Look for the packages of trackers, before anything is written.
+
+    Raises:
+        UsageError: one is not installed.
+    """
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise UsageError(_not_importable(name, f"there is no package {name}"))
+
+
 def start_tracker(name: str, run: TrackedRun) -> GeneralTracker:
     """A started tracker. `name` is one of `TITLES`.
 
@@ -57,14 +69,17 @@ def start_tracker(name: str, run: TrackedRun) -> GeneralTracker:
         with redirect_stdout(sys.stderr):
             return start(run)
     except ImportError as error:
-        raise UsageError(
-            f"--track {name}: {name} cannot be imported ({one_line(error)}). "
-            f"Run `pip install {name}`, or leave out --track {name}."
-        ) from error
+        raise UsageError(_not_importable(name, one_line(error))) from error
     except UsageError:
         raise
     except Exception as error:
         raise UsageError(f"--track {name}: {in_short(error)}. Correct this, or leave out --track {name}.") from error
+
+
+def _not_importable(name: str, reason: str) -> str:
+    return (
+        f"--track {name}: {name} cannot be imported ({reason}). Run `pip install {name}`, or leave out --track {name}."
+    )
 
 
 def tracked_id(tracker: GeneralTracker) -> str | None:
