@@ -69,21 +69,32 @@ class FeatureCache:
         """What `Family.encode_images` gives, with features instead of pixels; None if an image has no features here."""
         entries = []
         for key in keys:
-            try:
-                if time.time() - self._file(key).stat().st_mtime > HOUR:
-                    self.use(key)
-                entries.append(load_file(self._file(key)))
-            except OSError:
+            entry = self._read(key)
+            if entry is None:
                 return None
-            except SafetensorError:  # damaged, such as by a crash of the machine: computed again the next time
-                with suppress(OSError):
-                    self._file(key).unlink()
-                return None
+            entries.append(entry)
         token_ids = [entry.pop(TOKEN_IDS).tolist() for entry in entries]
         inputs = {name: torch.cat([entry[name] for entry in entries]) for name in entries[0]}
         if self.halved:
             inputs[self._name] = inputs[self._name].float()
         return EncodedImages(inputs, token_ids)
+
+    def _read(self, key: str) -> dict[str, Tensor] | None:
+        """The content of a file, or None. A file that cannot be used is deleted, so that it is computed again."""
+        file = self._file(key)
+        try:
+            if time.time() - file.stat().st_mtime > HOUR:
+                self.use(key)
+            entry = load_file(file)
+        except OSError:
+            return None
+        except SafetensorError:  # damaged, such as by a crash of the machine
+            entry = {}
+        if not {self._name, TOKEN_IDS} <= entry.keys():
+            with suppress(OSError):
+                file.unlink()
+            return None
+        return entry
 
     # Writing
 
