@@ -42,10 +42,11 @@ PREFIX_TOKENS = {"full": 450, "quick": 450, "tiny": 60}
 ADJECTIVES = ["rough", "smooth", "dark", "bright", "old", "young", "steep", "flat", "dusty", "icy"]
 NOUNS = ["crater", "dune", "ridge", "slope", "plain", "cliff", "gully", "mound", "valley", "terrace"]
 DESCRIPTION = "a wide piece of {} terrain with marks of running water"
+# The wording of the committed results; other words would have other tokens, and another time.
 RULES = (
-    "Look at the whole image before you decide. Light comes from one side, so that every height has a shadow. "
-    "Size says little about the kind, since images were taken from different heights. "
-    "Where two kinds are in one image, the larger one counts. "
+    "Look at the whole picture before you decide. Light comes from one side, so that every height has a shadow. "
+    "Size says little about the kind, since pictures were taken from different heights. "
+    "Where two kinds are in one picture, the larger one counts. "
 )
 # The layout of SmolVLM-Instruct without the line break after the last turn: TRL would train that token too, and this
 # program does not.
