@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from test_data import images
 from test_sources import CODES, mars
 
+pytestmark = pytest.mark.slow  # they share runs of many seconds
+
 MARS = json.loads((ROOT / "tests" / "data" / "mars.json").read_text())
 COMMIT = "0123456789abcdef" * 2 + "76543210"
 OWN_METRICS = """
@@ -60,7 +62,6 @@ def results(mars_run):
     return json.loads((mars_run[0] / "vlm_results" / "results.json").read_text())
 
 
-@pytest.mark.slow
 def test_the_texts_of_the_long_example_arrive_unchanged(mars_run):
     for place in ("", "best_model", "final_model"):
         metadata = json.loads((mars_run[0] / "vlm_results" / place / "training_metadata.json").read_text())
@@ -116,7 +117,6 @@ def test_the_output_folder_holds_these_files_and_no_others(mars_run):
             assert min(image.size) > 400
 
 
-@pytest.mark.slow
 def test_all_files_of_a_model_folder_can_be_read_by_the_same_people(demo_run):
     (demo_run.parent / "file").touch()
     mode = (demo_run.parent / "file").stat().st_mode
@@ -211,7 +211,6 @@ print(json.dumps({"logits": list(model(**inputs).logits.shape), "text": text.str
 """
 
 
-@pytest.mark.slow
 def test_the_model_folder_works_in_transformers_without_this_program(mars_run, tmp_path):
     from inference_vlm import load_model_and_metadata
     from vlm.data import Sample, open_image
@@ -233,7 +232,6 @@ def test_the_model_folder_works_in_transformers_without_this_program(mars_run, t
     assert seen["logits"][0] == 1 and seen["logits"][2] == len(processor.tokenizer)
 
 
-@pytest.mark.slow
 def test_the_trained_model_classifies_images_from_another_folder(mars_run, tmp_path):
     dataset = images(tmp_path / "new images", {"ael": 2, "cra": 1})
     result = run("inference_vlm.py", "--model-dir", mars_run[0] / "vlm_results" / "best_model", dataset, cwd=tmp_path)
@@ -241,7 +239,6 @@ def test_the_trained_model_classifies_images_from_another_folder(mars_run, tmp_p
     assert [line.split()[-4] in CODES for line in result.stdout.splitlines()[2:]] == [True] * 3
 
 
-@pytest.mark.slow
 def test_a_model_of_the_hub_is_tuned_from_the_cache_alone(tiny_model, tmp_path):
     repository = tmp_path / "huggingface" / "hub" / "models--HuggingFaceTB--SmolVLM-256M-Instruct"
     (repository / "refs").mkdir(parents=True)
@@ -277,7 +274,6 @@ def test_a_model_of_the_hub_is_tuned_from_the_cache_alone(tiny_model, tmp_path):
     )
 
 
-@pytest.mark.slow
 def test_two_processes_train_as_one_with_twice_the_batch(tmp_path):
     """25 images in steps of 8: in the last step one process has an image, and the other has none. Classes have 2 or 3
     each."""

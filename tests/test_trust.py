@@ -10,6 +10,8 @@ from commands import train
 
 from inference_vlm import load_model_and_metadata
 
+pytestmark = pytest.mark.slow  # they share runs of many seconds
+
 FLAGS = (
     "--demo",
     "--max-samples",
@@ -37,7 +39,6 @@ def results(run):
     return json.loads((run / "results.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.slow
 def test_what_was_asked_for_stands_in_the_results(results):
     calibration, abstention = results["test"]["calibration"], results["test"]["abstention"]
     assert calibration["method"] == "bias" and calibration["score"] == "prior" and len(calibration["bias"]) == 10
@@ -77,7 +78,6 @@ def test_the_page_says_it_too(run, results):
     assert "Zero-shot" in page and "Linear probe" in page
 
 
-@pytest.mark.slow
 def test_training_in_bfloat16_goes_through_to_the_end(tmp_path):
     """Autocast, as on a GPU: the loss falls, and the folder holds the number format."""
     flags = ("--max-samples", 40, "--epochs", 3, "--dtype", "bfloat16", "--output-dir", tmp_path / "out")

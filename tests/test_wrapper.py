@@ -275,6 +275,7 @@ def test_an_interrupted_set_up_is_begun_again(machine):
     assert not (machine[0] / ".venv" / "lib" / "half a package").exists()
 
 
+@pytest.mark.slow
 def test_the_first_start_installs_the_tested_versions(machine):
     assert installed(machine[0] / ".venv") == ["pebble-1.0"]
 
