@@ -115,12 +115,14 @@ class TestLlavaClip(Generic):
         save_llava(folder, CLIPVisionConfig(**VISION).to_dict())
 
 
+@pytest.mark.slow
 class TestLlavaDinov2(Generic):
     def build(self, folder):
         vision = {name: value for name, value in VISION.items() if name != "intermediate_size"}
         save_llava(folder, Dinov2Config(**vision).to_dict())
 
 
+@pytest.mark.slow
 class TestLlavaOnevision(Generic):
     """A varying number of tiles an image, and a learned newline between their rows."""
 
@@ -279,6 +281,7 @@ class TestGemma3(Generic):
         )
 
 
+@pytest.mark.slow
 class TestPaliGemma(Generic):
     """No chat template, and the prompt is read in both directions."""
 

@@ -77,6 +77,7 @@ class Phi3Checks(FamilyChecks):
         return Phi3ForCausalLM.forward(model, inputs_embeds=embeddings.unsqueeze(0), use_cache=False).logits[0]
 
 
+@pytest.mark.slow
 class TestPhi3Vision(Phi3Checks):
     pass
 
