@@ -55,7 +55,7 @@ def main() -> int:
     if options.report or not options.quick:
         subprocess.run([sys.executable, str(HERE / "report.py"), str(folder)], check=True)
     if failed:
-        print(f"failed: {', '.join(failed)}; run them alone to see why", file=sys.stderr)
+        print(f"failed: {', '.join(failed)}; run only these to see why", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -128,7 +128,7 @@ def main() -> int:
         "--weights",
         nargs="+",
         choices=("peaked", "random"),
-        help="(default: both, random for the fewest classes alone; --quick: peaked)",
+        help="(default: both, random only for the fewest classes; --quick: peaked)",
     )
     options = common.start(parser.parse_args())
     quick = options.size == "quick"

@@ -182,7 +182,7 @@ def release() -> None:
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """What the figures depend on beside the program."""
+    """What the figures depend on next to the program."""
     import transformers
 
     model = platform.processor() or platform.machine()

@@ -4,7 +4,7 @@
 python benchmarks/report.py [FOLDER] [--document FILE.md...]
 
 A table stands between `<!-- NAME -->` and `<!-- end NAME -->`, with the command and the machine below it. The rest of
-the page is left alone.
+the page stays as it is.
 """
 
 import argparse

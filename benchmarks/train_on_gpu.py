@@ -18,12 +18,11 @@ runs every row whole, over our seconds. It counts work that was left out as if i
 chip, and may be above 1; a plain trainer would need that MFU to be as fast. TRL's operations are those of one image
 times the batch, since all rows are equally long.
 
-"GiB" is the most that a side's own tensors took at once. A side that runs out of memory, beside what the other one
-keeps between its turns, is named in its row, and the other one is measured alone. Loss and gradients of one batch are
-compared without dropout. In bfloat16, where each product is rounded to 8 bits (0.4%), the loss has to agree within
-0.2%, and the norm of the difference of all gradients has to be within 5% of theirs: on a CPU, 30 narrow layers came to
-0.002% and 0.9%, and 5 of the true width to 0.01% and 0.8%.
-"""
+"GiB" is the most that a side's own tensors took at once. A side that runs out of memory, next to what the other one
+keeps between its turns, is named in its row, and then only the other one is measured. Loss and gradients of one batch
+are compared without dropout. In bfloat16, where each product is rounded to 8 bits (0.4%), the loss has to agree
+within 0.2%, and the norm of the difference of all gradients has to be within 5% of theirs: on a CPU, 30 narrow layers
+came to 0.002% and 0.9%, and 5 of the true width to 0.01% and 0.8%."""
 
 import argparse
 import gc
@@ -50,7 +49,7 @@ OUT_OF_MEMORY, NOTHING = "out of memory", "-"
 
 
 class Case:
-    """Both sides with one model and batch size, and what is measured of them beside the seconds.
+    """Both sides with one model and batch size, and what is measured of them next to the seconds.
 
     Attributes:
         full: the sides that ran out of memory. operations: of a step, by side. peaks: bytes on the GPU, by side.
@@ -175,9 +174,8 @@ def steps_of_turns(options: argparse.Namespace) -> int:
 
 def measure(options: argparse.Namespace, shape: str, batch_size: int) -> dict[str, Any]:
     """One row of the table."""
-    steps = (
-        2 * steps_of_turns(options) + 4
-    )  # twice those of ours, should it be measured alone in the end; some to count and compare
+    # Twice the steps of ours, if only one side is measured in the end; and some to count and compare.
+    steps = 2 * steps_of_turns(options) + 4
     more = {
         "shape": shape,
         "batch_size": batch_size,
