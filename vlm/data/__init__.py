@@ -6,7 +6,7 @@ hub and plans the order of an epoch. Importing it loads neither torch nor transf
 
 from vlm.data.cutting import balanced_positions
 from vlm.data.hub import model_folder
-from vlm.data.images import ImageSource, UnreadableImage, find_images, image_key, open_image
+from vlm.data.images import UnreadableImage, find_images, open_image
 from vlm.data.load import load_data
 from vlm.data.order import Step, epoch_plan
 from vlm.data.sources import Rows
@@ -15,7 +15,6 @@ from vlm.data.splits import ROLES, Data, Sample, Split
 __all__ = [
     "ROLES",
     "Data",
-    "ImageSource",
     "Rows",
     "Sample",
     "Split",
@@ -24,7 +23,6 @@ __all__ = [
     "balanced_positions",
     "epoch_plan",
     "find_images",
-    "image_key",
     "load_data",
     "model_folder",
     "open_image",

@@ -4,6 +4,7 @@ N = images, C = classes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from operator import eq
 from typing import Any, cast
 
 import numpy as np
@@ -137,13 +138,9 @@ def check_texts(
     return {
         "texts": len(texts),
         "invalid": answers.count(None),
-        "agree_with_prediction": sum(map(_equal, answers, predictions)),
+        "agree_with_prediction": sum(map(eq, answers, predictions)),
         "reasoning_names_answer": None if prompts.response_format == "answer-only" else _named(texts, answers),
     }
-
-
-def _equal(answer: str | None, prediction: str) -> bool:
-    return answer == prediction
 
 
 def _named(texts: Sequence[str], answers: Sequence[str | None]) -> int:

@@ -4,13 +4,12 @@ model_folder.py writes and reads the folder, which holds all that inference need
 images one by one or in batches.
 """
 
-from vlm.inference.model_folder import read_metadata, save_model_folder
+from vlm.inference.model_folder import save_model_folder
 from vlm.inference.predictor import load_model_and_metadata, predict_batch, predict_single_image
 
 __all__ = [
     "load_model_and_metadata",
     "predict_batch",
     "predict_single_image",
-    "read_metadata",
     "save_model_folder",
 ]
