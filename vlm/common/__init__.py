@@ -18,7 +18,7 @@ from vlm.common.errors import (
     one_line,
     reason,
 )
-from vlm.common.files import recover, replacing, usual_modes, write_folder, write_json
+from vlm.common.files import read_json, recover, replacing, usual_modes, write_folder, write_json
 from vlm.common.lazy import lazy_names
 from vlm.common.modes import evaluation_mode
 from vlm.common.tables import format_table, printable, text_width
@@ -44,13 +44,14 @@ __all__ = [
     "note",
     "one_line",
     "printable",
-    "with_bar",
+    "read_json",
     "reason",
     "recover",
     "replacing",
     "shorten",
     "text_width",
     "usual_modes",
+    "with_bar",
     "write_folder",
     "write_json",
 ]

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vlm.common.errors import RunError
+from vlm.common.errors import RunError, UsageError, first_line, reason
 
 
 @contextmanager
@@ -32,6 +32,26 @@ def write_json(path: Path, values: Any) -> None:
     with replacing(path) as temporary:
         text = json.dumps(_finite(values), indent=2, ensure_ascii=False)
         temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, cure: str) -> Any:
+    """The content of a JSON file that may be damaged or made by somebody else.
+
+    Args:
+        cure: what the user can do if it cannot be read; the end of the message.
+
+    Raises:
+        UsageError: it cannot be read, is not JSON, or is nested too deep.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except RecursionError:
+        problem = "it is nested too deep"
+    except OSError as error:
+        problem = reason(error)
+    except ValueError as error:  # not UTF-8, not JSON, or a number with thousands of digits
+        problem = f"it is not JSON: {first_line(error)}"
+    raise UsageError(f"{path} cannot be read ({problem}). {cure}")
 
 
 def _finite(values: Any) -> Any:
