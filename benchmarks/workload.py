@@ -241,7 +241,7 @@ class OurTraining:
     def step(self) -> list[int]:
         """One optimizer step with its images; returns which ones."""
         step, batches = next(self._steps)
-        self.loss = self.trainer.run_step(step, batches)  # looking at it here would make a GPU wait
+        self.loss = self.trainer.run_step(step, batches).sum()  # looking at it here would make a GPU wait
         self.trainer.progress.step += 1
         return step.indices
 

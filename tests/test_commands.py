@@ -95,6 +95,13 @@ def test_results_go_to_stdout_and_all_else_to_stderr(mars_run):
     assert TRACEBACK not in result.stderr and "Warning" not in result.stderr
 
 
+def test_the_end_names_the_report_and_the_warnings(mars_run, results):
+    lines = mars_run[1].stderr.splitlines()
+    report = next(i for i, line in enumerate(lines) if line.endswith("look at vlm_results/report.html first."))
+    expected = [f"warning: {results['picture_check']['warning']}"]
+    assert "nothing shows that the image matters" in expected[0] and lines[report + 1 :] == expected
+
+
 def test_the_output_folder_holds_these_files_and_no_others(mars_run):
     output = mars_run[0] / "vlm_results"
     assert names_in(mars_run[0]) == {"vlm_results", "mars data", "metrics.py"}

@@ -65,6 +65,17 @@ def test_curves_show_raw_and_smoothed_loss_and_mark_the_best_model(tmp_path):
     assert {"0.1", "0.2", "0.5", "1", "2"} <= set(named) and len(named) < 12, "plain numbers, and not too many"
 
 
+def test_each_loss_has_axes_of_its_own_on_which_training_and_validation_are_the_same_quantity(tmp_path):
+    entries = [entry("train", step, loss=3, response_loss=1, class_loss=2) for step in range(1, 9)]
+    entries.append(entry("validation", 8, loss=0.3, response_loss=0.1, class_loss=0.2, accuracy=0.9))
+    response, of_class, accuracy = saved(training_curves(entries), tmp_path / "curves.png").axes
+    for axes, training, validation in ((response, 1, 0.1), (of_class, 2, 0.2)):
+        curves = {line.get_label(): set(line.get_ydata()) for line in axes.lines}
+        assert curves == {"training": {training}, "training, smoothed": {training}, "validation": {validation}}
+    assert (response.get_title(), of_class.get_title()) == ("Response loss", "Class loss")
+    assert accuracy.get_title() == "Accuracy"
+
+
 def test_legends_cover_no_data(tmp_path):
     for axes in saved(training_curves(history()), tmp_path / "curves.png").axes:
         assert not axes.get_legend().get_window_extent().overlaps(axes.get_window_extent())

@@ -278,8 +278,3 @@ def test_rows_of_the_posterior_need_no_response(folder):
     assert with_response.prompt_lengths.tolist() == without.prompt_lengths.tolist() == without.lengths.tolist()
     classifier.objective = objective_of(classifier, POSTERIOR)
     torch.testing.assert_close(classifier(with_response).posterior, classifier(without).posterior, rtol=1e-9, atol=0)
-
-
-@pytest.mark.parametrize(("name", "loss"), [("response", 0.5), ("posterior", 2.0), ("both", 2.5)])
-def test_the_loss_on_validation_is_of_the_kind_that_is_trained(folder, name, loss):
-    assert objective_of(tiny_classifier(folder), name).of_metrics({"loss": 0.5, "nll": 2.0, "accuracy": 0.9}) == loss

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vlm.evaluation.metrics import classification_metrics
-from vlm.report import per_class_table, summary_rows
+from vlm.report import per_class_table, summary_rows, warnings_of
 
 
 def results_of(**changes):
@@ -109,3 +109,33 @@ def test_per_class_table_has_every_class_and_the_averages():
     assert lines[3].split() == ["dog", "1.000", "0.500", "0.667", "2"]
     assert [line.split()[-2:] for line in lines[4:]] == [["0.733", "4"], ["0.733", "4"], ["0.750", "4"]]
     assert len({len(line) for line in lines}) == 1
+
+
+def test_the_untrained_model_is_compared_without_calibration():
+    zero_shot = {"accuracy": 0.05}
+    assert table_of(zero_shot=zero_shot)["test accuracy before training"] == "0.0500", "a temperature changes no class"
+    for calibration in ({"bias": [0.1]}, {"score": "prior"}):
+        row = table_of(zero_shot=zero_shot, calibration=calibration)["test accuracy before training"]
+        assert row == "0.0500 (not calibrated; the trained model without calibration: 0.1000)"
+
+
+@pytest.mark.parametrize(
+    ("calibration", "said"),
+    [
+        ({}, "0.2000  (step 40, the best)"),
+        ({"bias": [0.1]}, "0.2000  (step 40, the best; without the biases)"),
+        ({"score": "prior"}, "0.2000  (step 40, the best; without the score prior)"),
+        ({"bias": [0.1], "score": "prior"}, "0.2000  (step 40, the best; without the score prior and the biases)"),
+    ],
+)
+def test_what_the_validation_accuracy_lacks_is_said_if_it_was_fitted(calibration, said):
+    assert table_of(calibration=calibration)["validation accuracy"] == said
+
+
+def test_warnings_are_those_of_the_checks():
+    assert warnings_of(results_of()) == []
+    probe = {"accuracy": [0.7, 0.6, 0.8], "tower": "frozen", "warning": "the probe is ahead"}
+    assert warnings_of(results_of(probe=probe, picture_check={"warning": "the image"})) == [
+        "the probe is ahead",
+        "the image",
+    ]

@@ -47,7 +47,7 @@ def gradients_of_first_step(sources, output, **more):
 
     run.optimizer.step = catch
     plan = trainer.plan(0)
-    loss = trainer.run_step(plan[0], trainer.batches(plan[:1]))
+    loss = trainer.run_step(plan[0], trainer.batches(plan[:1])).sum()
     lengths = {trainer.response_lengths[i] for i in plan[0].indices}
     assert len(lengths) > 1, "responses of unequal length, or a mean over batches would pass"
     return loss, caught

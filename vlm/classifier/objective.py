@@ -58,13 +58,6 @@ class Objective(nn.Module):
     def has_posterior(self) -> bool:
         return self.name != RESPONSE
 
-    def of_metrics(self, metrics: dict[str, float]) -> float:
-        """The part of a split's metrics (see `evaluate_vlm_model`) that is minimized.
-
-        It differs from the training loss: no weights, no label smoothing, and the posterior of whole scored texts.
-        """
-        return metrics["loss"] * self.has_response + metrics["nll"] * self.has_posterior
-
     def of_tokens(self, logits: Tensor, targets: Tensor, labels: Tensor) -> Tensor:
         """Summed loss of response tokens.
 

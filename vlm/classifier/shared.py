@@ -64,6 +64,8 @@ class SharedPrefix(Forward):
         return LossOutput(loss, len(targets), posterior)
 
     def _prefix_of_step(self, first: bool, last: bool) -> KeysAndValues:
+        if not torch.is_grad_enabled():
+            return keys_and_values(self._prefix())
         if first and last:
             return self.run_prefix()
         if first:

@@ -1,11 +1,18 @@
 """What is measured of a classifier: metrics, calibration, and whether the image and the VLM are worth it.
 
-evaluate.py scores a split; calibrate.py fits and stores the calibration; image_check.py and probe.py compare with other
-images and with a linear classifier; reliability.py has the figures and their intervals.
+evaluate.py scores a split; calibrating.py fits and stores the calibration; image_check.py and linear_probe.py compare
+with other images and with a linear classifier; reliability.py has the figures and their intervals.
 """
 
 from vlm.evaluation.calibrating import add_test_figures, calibrate, is_calibrated, missed_target
-from vlm.evaluation.evaluate import check_texts, evaluate_vlm_model, explanations, metrics_of_sums, score_split
+from vlm.evaluation.evaluate import (
+    check_texts,
+    evaluate_vlm_model,
+    explanations,
+    metrics_of_sums,
+    score_split,
+    split_losses,
+)
 from vlm.evaluation.image_check import check_images
 from vlm.evaluation.linear_probe import compare, probe
 from vlm.evaluation.metrics import load_metric
@@ -27,4 +34,5 @@ __all__ = [
     "missed_target",
     "probe",
     "score_split",
+    "split_losses",
 ]

@@ -49,6 +49,32 @@ def score_split(
     return torch.cat(parts)
 
 
+def split_losses(
+    classifier: VLMClassifier,
+    split: Split,
+    batch_size: int,
+    indices: Sequence[int],
+    workers: int = 0,
+    cache: FeatureCache | None = None,
+) -> Tensor:
+    """What the training minimizes, on some samples of a split, so that both can be compared.
+
+    Returns:
+        (2, 2) float64 on the CPU: the summed loss of response tokens and how many there are; the summed loss of classes
+        and how many images there are. Zeros for the part that is not trained.
+    """
+    sums = torch.zeros(2, 2, dtype=torch.float64)
+    objective = classifier.objective
+    samples = _some(split, indices)
+    for batch in _batches(classifier, samples, batch_size, "validation loss", workers, cache, objective.has_response):
+        found = classifier(batch)
+        if objective.has_response:
+            sums[0] += torch.tensor([float(found.loss), found.tokens], dtype=torch.float64)
+        if found.posterior is not None:
+            sums[1] += torch.tensor([float(found.posterior), len(batch)], dtype=torch.float64)
+    return sums
+
+
 def _some(split: Split | Sequence[Sample], indices: Sequence[int]) -> Dataset[Sample]:
     """Some samples of a split, for a loader."""
     return Subset(cast("Dataset[Sample]", split), indices)
@@ -61,9 +87,10 @@ def _batches(
     description: str,
     workers: int = 0,
     cache: FeatureCache | None = None,
+    with_response: bool = False,
 ) -> Iterator[Batch]:
-    """Batches without responses on the classifier's device, while it is in evaluation mode, with a progress bar."""
-    collate = classifier.collate(with_response=False, cache=cache)
+    """Batches on the classifier's device, while it is in evaluation mode, with a progress bar."""
+    collate = classifier.collate(with_response, cache)
     loader = DataLoader(samples, batch_size, collate_fn=collate, num_workers=workers, generator=torch.Generator())
     with evaluation_mode(classifier), torch.no_grad():
         for batch in with_bar(loader, len(samples), description, count=len):

@@ -14,7 +14,7 @@ import numpy as np
 from vlm.data import Data
 from vlm.evaluation import is_calibrated, missed_target
 from vlm.report.cards import Card, Prediction, Thumbnail, card, confident_mistakes, least_certain, thumbnail
-from vlm.report.summary import MEANING, abstention_line, probed_encoder
+from vlm.report.summary import MEANING, abstention_line, probed_encoder, uncalibrated_accuracy, warnings_of
 
 MOST_CONFUSIONS = 10
 MOST_SAMPLES = 100  # classes with an image in the section on the data
@@ -128,8 +128,7 @@ class Content:
         abstention = self.test.get("abstention")
         if abstention and abstention["below"] is None:
             found.append(f"{missed_target(abstention['target_precision'])}.")
-        checks = [self.results[name] or {} for name in ("probe", "picture_check")]
-        found += [check["warning"] for check in checks if check.get("warning")]
+        found += warnings_of(self.results)
         return [text[0].upper() + text[1:] for text in found]
 
     @property
@@ -142,7 +141,8 @@ class Content:
             hint = f"logistic regression on {probed_encoder(probe['tower'])}"
             rows.append(("Linear probe", hint, probe["accuracy"]))
         if zero_shot:
-            rows.append(("Zero-shot", "the same model before training", zero_shot["accuracy"]))
+            hint = f"the same model before training{uncalibrated_accuracy(self.results, '.1%')}"
+            rows.append(("Zero-shot", hint, zero_shot["accuracy"]))
         rows.append(("Other image", f"exchanged with those of other classes, {images}", check["shuffled"]))
         rows.append(("No image", f"a gray one, {images}", check["gray"]))
         rows.append(("Most frequent class", "always the same answer", self.majority[1]))

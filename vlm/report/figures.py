@@ -29,6 +29,8 @@ LONGEST_NAME = 24  # characters, on the axes of the confusion matrix
 FAINTEST = 0.2  # opacity of a cell; a single image is seen, too
 STRONG = 0.85  # share of the true class; on the color of a larger one white is easier to read than black
 
+# Title and unit of each loss; logs of earlier versions have only their sum, as `loss`.
+LOSSES = {"response_loss": ("Response loss", "nats a token"), "class_loss": ("Class loss", "nats an image")}
 INK, BLUE, ORANGE, RED, GRAY = "#1b1f24", "#2b6cc4", "#c45816", "#d62728", "#808890"
 STYLE: dict[Any, Any] = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
@@ -61,41 +63,45 @@ def draw(results: dict[str, Any], class_names: Sequence[str]) -> dict[str, Figur
 
 @rc_context(STYLE)
 def training_curves(history: Sequence[dict[str, Any]], best_step: int | None = None) -> Figure:
-    """Draw loss and accuracy over the optimizer steps.
+    """Draw each loss that is trained, and the accuracy, over the optimizer steps.
 
     Args:
-        history: entries of `log.jsonl`: kind "train" with step and loss, kind "validation" with step, loss and
+        history: entries of `log.jsonl`: kind "train" with step and losses, kind "validation" with step, losses and
             accuracy. Other kinds, and values that are missing, null or NaN, are left out.
         best_step: the step of the best model, which is marked.
     """
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
-    loss_axes, accuracy_axes = figure.subplots(1, 2, sharex=True)
+    losses = [name for name in LOSSES if any(name in entry for entry in history)] or ["loss"]
+    figure = Figure(figsize=(5.5 * (len(losses) + 1), 4.8), layout="constrained")
+    *loss_axes, accuracy_axes = figure.subplots(1, len(losses) + 1, sharex=True)
     steps, accuracy = series(history, "validation", "accuracy")
     if len(accuracy):
         low, high = accuracy_range(accuracy)
         edge = 0.03 * (high - low)  # a mark at 0 or 1 is seen whole
         accuracy_axes.set_ylim(low - edge, high + edge)
-    _draw_loss(loss_axes, history)
+    for axes, name in zip(loss_axes, losses, strict=True):
+        _draw_loss(axes, history, name)
     _draw_points(accuracy_axes, steps, accuracy, ORANGE, "validation")
     if best_step in steps:
         best = accuracy[list(steps).index(best_step)]
         label = f"best: {best:.3f} at step {best_step}"
         accuracy_axes.plot(best_step, best, "*", color=RED, markersize=13, label=label)
-        loss_axes.axvline(best_step, color=RED, linestyle=":", label="best model")
-    _finish(loss_axes, "Loss", "loss")
+        for axes in loss_axes:
+            axes.axvline(best_step, color=RED, linestyle=":", label="best model")
+    for axes, name in zip(loss_axes, losses, strict=True):
+        _finish(axes, *LOSSES.get(name, ("Loss", "loss")))
     _finish(accuracy_axes, "Accuracy", "share of correct predictions")
     return figure
 
 
-def _draw_loss(axes: Axes, history: Sequence[dict[str, Any]]) -> None:
-    steps, loss = series(history, "train", "loss")
+def _draw_loss(axes: Axes, history: Sequence[dict[str, Any]], name: str) -> None:
+    steps, loss = series(history, "train", name)
     smoothed = smooth(loss)
     if len(loss) > 2:
         axes.plot(steps, loss, color=BLUE, alpha=0.3, linewidth=1, label="training")
         axes.plot(steps, smoothed, color=BLUE, linewidth=2, label="training, smoothed")
     else:
         _draw_points(axes, steps, loss, BLUE, "training")
-    validation_steps, validation_loss = series(history, "validation", "loss")
+    validation_steps, validation_loss = series(history, "validation", name)
     _draw_points(axes, validation_steps, validation_loss, ORANGE, "validation")
     shown = np.concatenate([smoothed, validation_loss])
     positive = len(shown) > 0 and loss.min(initial=np.inf) > 0 and shown.min() > 0

@@ -34,6 +34,11 @@ def summary_rows(results: dict[str, Any]) -> list[Row]:
     ]
 
 
+def warnings_of(results: dict[str, Any]) -> list[str]:
+    """Why the accuracy may mean less than it seems, in sentences; the most important last."""
+    return [check["warning"] for name in ("probe", "picture_check") if (check := results[name]) and check["warning"]]
+
+
 def per_class_table(metrics: dict[str, Any]) -> str:
     """The table of what `classification_metrics` gives: one line a class, then the averages of F1 and the accuracy."""
     rows: list[tuple[Any, ...]] = [
@@ -69,7 +74,9 @@ def _accuracy_rows(results: dict[str, Any]) -> list[Row]:
     interval = f"95% interval {low:.4f} to {high:.4f}, {results['pictures']['test']} images"
     rows = [("test accuracy", f"{test['accuracy']:.4f}  ({interval})")]
     if "zero_shot" in results:
-        rows.append(("test accuracy before training", f"{results['zero_shot']['accuracy']:.4f}"))
+        rows.append(
+            ("test accuracy before training", f"{results['zero_shot']['accuracy']:.4f}{uncalibrated_accuracy(results)}")
+        )
     if results["probe"]:
         value, low, high = results["probe"]["accuracy"]
         how = f"logistic regression on {probed_encoder(results['probe']['tower'])}"
@@ -80,10 +87,20 @@ def _accuracy_rows(results: dict[str, Any]) -> list[Row]:
     return rows
 
 
+def uncalibrated_accuracy(results: dict[str, Any], digits: str = ".4f") -> str:
+    """What has to be said next to the accuracy of the untrained model, which has no calibration: the accuracy of the
+    trained one without its own. Nothing if that predicts the same classes, as with only a temperature."""
+    calibration = results["test"]["calibration"]
+    if not calibration["bias"] and calibration["score"] == "sum":
+        return ""
+    return f" (not calibrated; the trained model without calibration: {calibration['before']['accuracy'][0]:{digits}})"
+
+
 def _before_fit(calibration: dict[str, Any]) -> str:
-    """What the validation accuracy of the training lacks. It is measured by the sum and without biases, and only these
-    change what is predicted."""
-    return "; before score and biases were fitted" if calibration["bias"] or calibration["score"] != "sum" else ""
+    """What the validation accuracy of the training lacks: it is measured by the sum and without biases."""
+    fitted = [f"the score {calibration['score']}"] * (calibration["score"] != "sum")
+    fitted += ["the biases"] * bool(calibration["bias"])
+    return f"; without {' and '.join(fitted)}" if fitted else ""
 
 
 def _calibration_rows(calibration: dict[str, Any]) -> list[Row]:

@@ -22,9 +22,10 @@ from vlm.common import Bar, RunError, Stopped, UsageError, note, write_json
 from vlm.config import BEST_MODEL, FINAL_MODEL, METADATA, Settings
 from vlm.conversation import response_lengths
 from vlm.data import Sample, Split, Step, epoch_plan
-from vlm.evaluation import load_metric, metrics_of_sums, score_split
+from vlm.evaluation import load_metric, metrics_of_sums, score_split, split_losses
 from vlm.inference import save_model_folder
 from vlm.training.alignment import align_connector
+from vlm.training.losses import both_losses, losses_in_words, mean_since_evaluation, named_losses
 from vlm.training.output import output_folder
 from vlm.training.results import finish
 from vlm.training.resume_state import Progress, load_state, read_state, save_state
@@ -88,7 +89,7 @@ class Trainer:
         self.steps_per_epoch = len(self.plan(0))
         self.total_steps = self.steps_per_epoch * self.settings.epochs
         self.log: RunLog | None = None
-        self.losses: list[Tensor] = []
+        self.losses: list[Tensor] = []  # (2,) each, as `run_step` returns them
         self.last_save = time.monotonic()
 
     def resume(self) -> None:
@@ -207,7 +208,11 @@ class Trainer:
         return cast("Iterator[Batch]", iter(loader))  # the type of what `collate_fn` makes is unknown to torch
 
     def run_step(self, step: Step, batches: Iterator[Batch]) -> Tensor:
-        """One optimizer step; returns this process's share of the mean loss."""
+        """One optimizer step.
+
+        Returns:
+            (2,) this process's share of the mean loss of a response token, and of that of the class of an image.
+        """
         run, settings = self.run, self.settings
         counts = 1.0 if step.counts else 0.0
         per_token = counts / sum(self.response_lengths[index] for index in step.indices)
@@ -215,16 +220,16 @@ class Trainer:
         for group in run.optimizer.param_groups:
             group["lr"] = self._learning_rate(self.progress.step, group["peak_lr"])
         torch.manual_seed(step_seed(settings.seed, self.progress.step, self.accelerator.process_index))
-        total = torch.zeros((), device=self.accelerator.device)
+        total = torch.zeros(2, device=self.accelerator.device)
         for number, _ in enumerate(step.batches, start=1):
             batch = next(batches).to(self.accelerator.device, non_blocking=True)
             synchronize = number == len(step.batches)  # processes exchange gradients once a step
             with nullcontext() if synchronize else self.accelerator.no_sync(run.model):
                 found = run.model(batch, first=number == 1, last=synchronize)
-                loss = found.loss * per_token + (0.0 if found.posterior is None else found.posterior * per_image)
+                losses = both_losses(found.loss * per_token, found.posterior, per_image)
                 # Several processes average their gradients; the sum is wanted.
-                self.accelerator.backward(loss * self.accelerator.num_processes)
-            total = total + loss.detach()  # in the format of the loss
+                self.accelerator.backward(losses.sum() * self.accelerator.num_processes)
+            total = total + losses.detach()  # in the format of the loss
         if settings.max_grad_norm:
             self.accelerator.clip_grad_norm_(run.model.parameters(), settings.max_grad_norm)
         run.optimizer.step()
@@ -242,10 +247,13 @@ class Trainer:
         Raises:
             RunError: the loss is not finite.
         """
-        loss = float(self.accelerator.reduce(torch.stack(self.losses).mean(), "sum"))
+        # (steps, 2) -> (2,)
+        means = self.accelerator.reduce(torch.stack(self.losses).mean(0), "sum").tolist()
+        losses = named_losses(means, self.run.classifier.objective)
         self.losses.clear()
+        loss = losses["loss"]
         rate = self._learning_rate(self.progress.step - 1, self.settings.learning_rate)
-        self._log("train", loss=loss, learning_rate=rate)
+        self._log("train", **losses, learning_rate=rate)
         if not math.isfinite(loss):
             raise RunError(f"the loss is {loss} after step {self.progress.step}: {self._advice()}")
         return {"loss": loss, "lr": rate}
@@ -268,12 +276,14 @@ class Trainer:
         """Metrics on the validation split; the best model so far is saved."""
         metrics = self._metrics(self.run.data.validation, "validating")
         p = self.progress
-        loss = self.run.classifier.objective.of_metrics(metrics)
-        self._log("validation", loss=loss, **{name: metrics[name] for name in ("accuracy", "macro_f1", "nll")})
+        losses = self._validation_losses()
+        loss = losses["loss"]
+        of_training = mean_since_evaluation(p.history)
+        self._log("validation", **losses, **{name: metrics[name] for name in ("accuracy", "macro_f1", "nll")})
         better = (metrics["accuracy"], -loss) > (p.best_accuracy, -p.best_loss)
         note(
-            f"epoch {p.step / self.steps_per_epoch:.2f}, step {p.step}: validation accuracy {metrics['accuracy']:.4f}, "
-            f"loss {loss:.4f}{' (best so far)' if better else ''}"
+            f"epoch {p.step / self.steps_per_epoch:.2f}, step {p.step}: validation accuracy {metrics['accuracy']:.4f}"
+            f"{' (best so far)' if better else ''}; {losses_in_words(losses, of_training)}"
         )
         if better:
             p.best_accuracy, p.best_loss, p.best_step = metrics["accuracy"], loss, p.step
@@ -284,7 +294,7 @@ class Trainer:
         """Metrics of the model as it is before the first step, on the test split, for comparison."""
         metrics = self._metrics(self.run.data.test, "testing the untrained model")
         self.progress.zero_shot = {name: metrics[name] for name in ("accuracy", "nll", "macro_f1")}
-        note(f"before the training: test accuracy {metrics['accuracy']:.4f}")
+        note(f"before the training: test accuracy {metrics['accuracy']:.4f} (not calibrated)")
 
     def _metrics(self, split: Split, description: str) -> dict[str, Any]:
         """Metrics of a whole split, of which every process scores its share."""
@@ -297,6 +307,17 @@ class Trainer:
         for other, theirs in enumerate(gather_object([part])):
             sums[other::world] = theirs
         return metrics_of_sums(run.classifier, split.labels, sums)
+
+    def _validation_losses(self) -> dict[str, float]:
+        """What the training minimizes, on the validation split, of which every process computes its share."""
+        run, a = self.run, self.accelerator
+        mine = range(a.process_index, len(run.data.validation), a.num_processes)
+        size = self.settings.eval_batch_size
+        with a.autocast():
+            sums = split_losses(run.classifier, run.data.validation, size, mine, run.workers, run.cache)
+        # (2, 2) -> (2,): each summed loss divided by its count, over all processes
+        sums = a.reduce(sums.float().to(a.device), "sum")
+        return named_losses((sums[:, 0] / sums[:, 1].clamp(min=1)).tolist(), run.classifier.objective)
 
     def _save_model(self, name: str, metadata: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vlm.classifier import TOLERANCE, VLMClassifier
 from vlm.common import dtype_name, format_table, note, write_json
-from vlm.config import BEST_MODEL, DEMO_IMAGES, METADATA, RESULTS, STATE
+from vlm.config import BEST_MODEL, DEMO_IMAGES, METADATA, PAGE, RESULTS, STATE
 from vlm.data import Split
 from vlm.evaluation import (
     add_test_figures,
@@ -29,7 +29,7 @@ from vlm.evaluation import (
 )
 from vlm.families import FeatureCache, load_family
 from vlm.inference import load_model_and_metadata
-from vlm.report import Prediction, per_class_table, shown_images, summary_rows, write_report
+from vlm.report import Prediction, per_class_table, shown_images, summary_rows, warnings_of, write_report
 from vlm.training.resume_state import Progress
 from vlm.training.setup import Run
 
@@ -123,8 +123,6 @@ def _checks(run: Run, tested: Tested, frozen: FeatureCache | None) -> dict[str, 
         "picture_check": check_images(tested.classifier, test, tested.sums, size, seed),
         "probe": _probe(run, tested, frozen) if run.settings.probe else None,
     }
-    if results["picture_check"]["warning"]:
-        note(results["picture_check"]["warning"])
     return results
 
 
@@ -141,10 +139,7 @@ def _probe(run: Run, tested: Tested, frozen: FeatureCache | None) -> dict[str, A
     found, correct_by_probe = result
     log_probabilities = tested.classifier.calibration.log_probabilities(tested.sums).numpy()
     _, correct = confidence_and_correctness(log_probabilities, run.data.test.labels)
-    warning = compare(correct_by_probe, correct)
-    if warning:
-        note(warning)
-    return {**found, "tower": encoder, "warning": warning}
+    return {**found, "tower": encoder, "warning": compare(correct_by_probe, correct)}
 
 
 def _explained_predictions(run: Run, tested: Tested) -> list[Prediction]:
@@ -198,7 +193,9 @@ def _print(run: Run, results: dict[str, Any]) -> None:
     print("\n" + format_table(summary_rows(results)))
     images = str(run.output / DEMO_IMAGES) if run.settings.demo else "IMAGE_OR_FOLDER..."
     hint = f"{_command()} --model-dir {run.output / BEST_MODEL} {images}"
-    note(f"\nThe results are in {run.output}. Classify images with:\n  {hint}")
+    note(f"\nClassify images with:\n  {hint}\nThe results are in {run.output}; look at {run.output / PAGE} first.")
+    for warning in warnings_of(results):  # last, where they are seen
+        note(f"warning: {warning}")
 
 
 def _command() -> str:
