@@ -139,3 +139,23 @@ def test_warnings_are_those_of_the_checks():
         "the probe is ahead",
         "the image",
     ]
+
+
+@pytest.mark.parametrize(
+    ("count", "others", "said"),
+    [
+        (
+            5,
+            {"pictures": 195, "accuracy": [0.75, 0.6, 0.8]},
+            "5 of 200 test images are in train, too (accuracy on the 195 others 0.7500): remove them from one.",
+        ),
+        (
+            200,
+            {"pictures": 0, "accuracy": None},
+            "200 of 200 test images are in train, too (all): remove them from one.",
+        ),
+    ],
+)
+def test_test_images_that_were_trained_on_are_the_last_warning(count, others, said):
+    results = results_of(overlap={"test_in_train": count}, test={"not_in_train": others})
+    assert warnings_of(results | {"probe": {"warning": "the probe is ahead"}}) == ["the probe is ahead", said]

@@ -35,8 +35,19 @@ def summary_rows(results: dict[str, Any]) -> list[Row]:
 
 
 def warnings_of(results: dict[str, Any]) -> list[str]:
-    """Why the accuracy may mean less than it seems, in sentences; the most important last."""
-    return [check["warning"] for name in ("probe", "picture_check") if (check := results[name]) and check["warning"]]
+    """Why the accuracy may mean less than it seems, one sentence each; the most important last."""
+    checks = [check["warning"] for name in ("probe", "picture_check") if (check := results[name]) and check["warning"]]
+    return [*checks, *_leaks(results)]
+
+
+def _leaks(results: dict[str, Any]) -> list[str]:
+    """The test images that were trained on, if there are any."""
+    known = results.get("overlap", {}).get("test_in_train", 0)  # results of earlier versions do not have it
+    if not known:
+        return []
+    others = results["test"]["not_in_train"]
+    rest = f"accuracy on the {others['pictures']} others {others['accuracy'][0]:.4f}" if others["pictures"] else "all"
+    return [f"{known} of {results['pictures']['test']} test images are in train, too ({rest}): remove them from one."]
 
 
 def per_class_table(metrics: dict[str, Any]) -> str:
