@@ -225,6 +225,32 @@ def test_what_the_metadata_say_names_no_path_of_this_machine(tmp_path):
     assert source["splits"]["test"] == {"from": "cut from train", "pictures": 2}
 
 
+def test_the_fingerprint_says_which_part_of_the_data_differs(tmp_path):
+    folder = images(tmp_path, {f"{split}/{c}": 3 for split in ("train", "val", "test") for c in ("a", "b")})
+
+    def changed() -> set[str]:
+        now = load(folder).fingerprint
+        return {name for name in before.keys() | now.keys() if before.get(name) != now.get(name)}
+
+    before = load(folder).fingerprint
+    assert not changed() and before["images of train"] == before["images of test"] != before["labels of train"]
+    draw(tmp_path / "val/b/1.png", 99)
+    assert changed() == {"images of validation"}
+    before = load(folder).fingerprint
+    (tmp_path / "train/a").rename(tmp_path / "train/x")
+    (tmp_path / "train/b").rename(tmp_path / "train/a")
+    (tmp_path / "train/x").rename(tmp_path / "train/b")
+    draw(tmp_path / "train/b/0.png", 77)
+    assert changed() == {"images of train"}, "labels are numbers: the images have changed places"
+    before = load(folder).fingerprint
+    draw(tmp_path / "test/a/3.png", 3)
+    assert changed() == {"labels of test", "images of test", "reasonings of test"}
+    before = load(folder).fingerprint
+    for split in ("train", "val", "test"):
+        (tmp_path / split / "a").rename(tmp_path / split / "Aa")
+    assert changed() == {"class names"}
+
+
 def _first(split) -> tuple:
     return split[0].image.size, split[0].label, split[0].name
 

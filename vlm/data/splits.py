@@ -1,5 +1,7 @@
 """A labeled image (`Sample`), the images of one split (`Split`), and a dataset that is ready for training (`Data`)."""
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -112,3 +114,13 @@ class Data:
     summary: list[tuple[str, str]] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     source: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """Digests (SHA-256, in hex) by what they are of: the class names, and of each split the labels, the images and
+        the reasonings, in order. A resumed run must have the same ones."""
+        parts: dict[str, Sequence[object]] = {"class names": self.class_names}
+        for role, split in zip(ROLES, (self.train, self.validation, self.test), strict=True):
+            parts |= {f"labels of {role}": split.labels, f"images of {role}": split.keys}
+            parts |= {f"reasonings of {role}": split.reasonings}
+        return {name: hashlib.sha256(json.dumps(list(part)).encode()).hexdigest() for name, part in parts.items()}
