@@ -3,6 +3,7 @@
 import pickle
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from hashlib import sha256
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -17,16 +18,17 @@ from vlm.data import Data, load_data
 ROLES = ("train", "validation", "test")
 
 
-def draw(path: Path, value: int = 0) -> None:
+def draw(path: Path, content: str) -> None:
+    """An image that is equal to others with the same content only."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("L", (2, 2), value).save(path)
+    Image.frombytes("RGB", (2, 2), sha256(content.encode()).digest()[:12]).save(path)
 
 
 def images(root: Path, counts: dict[str, int]) -> str:
     """An image folder: `counts` maps CLASS or SPLIT/CLASS to a number of images."""
     for place, count in counts.items():
         for i in range(count):
-            draw(root / place / f"{i}.png", i)
+            draw(root / place / f"{i}.png", f"{place}/{i}")
     return str(root)
 
 
@@ -233,17 +235,16 @@ def test_the_fingerprint_says_which_part_of_the_data_differs(tmp_path):
         return {name for name in before.keys() | now.keys() if before.get(name) != now.get(name)}
 
     before = load(folder).fingerprint
-    assert not changed() and before["images of train"] == before["images of test"] != before["labels of train"]
-    draw(tmp_path / "val/b/1.png", 99)
+    assert not changed() and before["labels of train"] == before["labels of test"]
+    draw(tmp_path / "val/b/1.png", "other")
     assert changed() == {"images of validation"}
     before = load(folder).fingerprint
     (tmp_path / "train/a").rename(tmp_path / "train/x")
     (tmp_path / "train/b").rename(tmp_path / "train/a")
     (tmp_path / "train/x").rename(tmp_path / "train/b")
-    draw(tmp_path / "train/b/0.png", 77)
     assert changed() == {"images of train"}, "labels are numbers: the images have changed places"
     before = load(folder).fingerprint
-    draw(tmp_path / "test/a/3.png", 3)
+    draw(tmp_path / "test/a/3.png", "one more")
     assert changed() == {"labels of test", "images of test", "reasonings of test"}
     before = load(folder).fingerprint
     for split in ("train", "val", "test"):

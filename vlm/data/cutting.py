@@ -1,6 +1,6 @@
 """Which samples a split gets: what is cut out of train, at most so many, or so many of each class.
 
-Every draw depends on the seed and the labels only.
+Every draw depends on the seed and the labels only, and the cut on which images are equal, so that these stay together.
 """
 
 from collections.abc import Sequence
@@ -9,14 +9,33 @@ import numpy as np
 
 from vlm.common import UsageError
 from vlm.config import Settings
+from vlm.data.duplicates import equal_images
 from vlm.data.splits import ROLES, Split
 
 # After the user's seed comes the number of the draw, so that no two draws are the same.
 CUT, MAX_SAMPLES, SHOTS = 1, 2, 3
 
 
+def check_enough(labels: Sequence[int], missing: Sequence[str], names: Sequence[str], what: str = "images") -> None:
+    """Refuse to cut the missing splits out of classes that have less than one image for each split.
+
+    Args:
+        labels: of the images that may be drawn.
+        what: the images that are counted, in words.
+    """
+    needed = len(missing) + 1
+    if missing and (small := _smaller(labels, names, needed)):
+        raise UsageError(
+            f"train has less than {needed} {what} of {small}, so {' and '.join(missing)} cannot be cut from it. "
+            f"Expected at least {needed} of each class, or a dataset with these splits."
+        )
+
+
 def cut_from_train(train: Split, missing: Sequence[str], names: Sequence[str], settings: Settings) -> dict[str, Split]:
     """Cut the missing splits out of train: the same share of each class, and at least one image of each.
+
+    Of images whose keys are known, equal ones go to the same split. Those that are there once are drawn first, and
+    those under two labels stay in train.
 
     Args:
         missing: the roles to cut, in order.
@@ -30,26 +49,26 @@ def cut_from_train(train: Split, missing: Sequence[str], names: Sequence[str], s
     """
     if not missing:
         return {"train": train}
-    needed = len(missing) + 1
-    if small := _smaller(train.labels, names, needed):
-        raise UsageError(
-            f"train has less than {needed} images of {small}, so {' and '.join(missing)} cannot be cut from it. "
-            f"Expected at least {needed} of each class, or a dataset with these splits."
-        )
+    groups = [group for group in equal_images(train) if len({train.labels[i] for i in group}) == 1]
+    check_enough([train.labels[group[0]] for group in groups], missing, names, "different images with one label")
+    group_of = {i: number for number, group in enumerate(groups) for i in group}
     labels = np.array(train.labels)
     rng = np.random.default_rng([settings.seed, CUT])
     ratios = {"validation": settings.validation_ratio, "test": settings.test_ratio}
-    parts: dict[str, list[int]] = {role: [] for role in ["train", *missing]}
+    parts: dict[str, list[int]] = {role: [] for role in missing}
     for label in range(len(names)):
         positions = rng.permutation(np.flatnonzero(labels == label)).tolist()
-        count = len(positions)
+        numbers = dict.fromkeys(group_of[i] for i in positions if i in group_of)
+        drawn = sorted((groups[number] for number in numbers), key=len)
+        count = len(drawn)
         for number, role in enumerate(missing):
-            most = len(positions) - (len(missing) - number)  # one image is left for each of the other splits
+            most = len(drawn) - (len(missing) - number)  # one image is left for each of the other splits
             size = min(max(1, round(ratios[role] * count)), most)
-            parts[role] += positions[:size]
-            positions = positions[size:]
-        parts["train"] += positions
-    return {role: train.take(sorted(positions)) for role, positions in parts.items()}
+            parts[role] += [i for group in drawn[:size] for i in group]
+            drawn = drawn[size:]
+    taken = {i for positions in parts.values() for i in positions}
+    parts["train"] = [i for i in range(len(train)) if i not in taken]
+    return {role: train.take(sorted(parts[role])) for role in ["train", *missing]}
 
 
 def limit_splits(splits: dict[str, Split], most: int, names: Sequence[str], seed: int) -> dict[str, Split]:

@@ -12,13 +12,14 @@ MOST_CLASSES_SHOWN = 20
 
 
 def detected_rows(
-    settings: Settings, source: Source, origins: dict[str, str], how: Sequence[str], data: Data
+    settings: Settings, source: Source, origins: dict[str, str], how: Sequence[str], data: Data, equal: Sequence[str]
 ) -> list[tuple[str, str]]:
     """The rows of the table "what was detected".
 
     Args:
         origins: where the images of each role are from, in words.
         how: how the class names were found, in phrases.
+        equal: which images are equal, in phrases.
     """
     columns, names = source.columns, data.class_names
     rows = [("dataset", source.kind if settings.demo else f"{settings.dataset} ({source.kind})")]
@@ -33,6 +34,8 @@ def detected_rows(
         rows.append(("unused splits", ", ".join(source.others)))
     if data.skipped:
         rows.append(("skipped", f"{len(data.skipped)} unreadable image{'s' * (len(data.skipped) > 1)}"))
+    if equal:
+        rows.append(("equal images", "; ".join(equal)))
     return rows
 
 

@@ -3,34 +3,28 @@
 import hashlib
 import io
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from vlm.common import UsageError, reason
-
-# Files with these endings count as images when a folder is searched.
-IMAGE_ENDINGS = {
-    ".avif",
-    ".bmp",
-    ".gif",
-    ".jp2",
-    ".jpeg",
-    ".jpg",
-    ".pbm",
-    ".pgm",
-    ".png",
-    ".pnm",
-    ".ppm",
-    ".tga",
-    ".tif",
-    ".tiff",
-    ".webp",
-}
+from vlm.common import UsageError, note, printable, reason
+from vlm.data.formats import IMAGE_ENDINGS, LONGEST_START, readable_formats, what_else
 
 ImageSource = str | Path | bytes | bytearray | memoryview | np.ndarray | Image.Image
+
+
+# What may have the name of an image. Opening a FIFO would wait for ever.
+NO_FILES = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 class UnreadableImage(ValueError):
@@ -54,15 +48,15 @@ def open_image(source: ImageSource | None, name: str | None = None) -> Image.Ima
         An RGB image that is loaded and keeps no file open.
 
     Raises:
-        UnreadableImage: there is no such file, or it is not an image, truncated, damaged, or larger than
-            `PIL.Image.MAX_IMAGE_PIXELS`.
+        UnreadableImage: there is no such file, or it is no regular file, not an image in one of the `FORMATS`,
+            truncated, damaged, or larger than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     try:
         return _read(source)
     except MemoryError:
         raise
     except Exception as error:  # damaged files make the decoders raise almost anything
-        raise UnreadableImage(f"{name or _name_of(source)}: {_reason(error)}") from error
+        raise UnreadableImage(printable(f"{name or _name_of(source)}: {reason(error)}")) from error
 
 
 def image_key(image: Image.Image) -> str:
@@ -101,12 +95,29 @@ def is_image(path: Path) -> bool:
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """All files below a folder that are not hidden, relative to it, sorted. Links to folders are followed."""
-    files = []
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(place, name).relative_to(folder) for name in names if not name.startswith(".")]
+    """All files below a folder that are not hidden, relative to it, sorted.
+
+    Links to folders are followed, but each folder is entered once, so links in a circle do no harm. If a folder can be
+    reached by a link and without one, its files have the path without. A folder that cannot be read is named in a note.
+    """
+    files: list[Path] = []
+    entered: set[tuple[int, int]] = set()
+    starts = [str(folder)]
+    for start in starts:  # links that are found are added at the end, so folders come before links to them
+        for place, folders, names in os.walk(start, onerror=_note_closed):
+            status = os.stat(place)
+            if (status.st_dev, status.st_ino) in entered:
+                folders.clear()
+                continue
+            entered.add((status.st_dev, status.st_ino))
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            starts += [path for name in folders if os.path.islink(path := os.path.join(place, name))]
+            files += [Path(place, name).relative_to(folder) for name in names if not name.startswith(".")]
     return sorted(files)
+
+
+def _note_closed(error: OSError) -> None:
+    note(printable(f"{error.filename} is left out: {reason(error)}"))
 
 
 def _read(source: ImageSource | None) -> Image.Image:
@@ -116,8 +127,21 @@ def _read(source: ImageSource | None) -> Image.Image:
         return _to_rgb(_from_array(source))
     if isinstance(source, Image.Image):
         return _to_rgb(source)
-    file = io.BytesIO(source) if isinstance(source, bytes | bytearray | memoryview) else Path(source)
-    with Image.open(file) as image:
+    if isinstance(source, bytes | bytearray | memoryview):
+        return _decode(io.BytesIO(source))
+    if (kind := stat.S_IFMT(os.stat(source).st_mode)) != stat.S_IFREG:
+        raise ValueError(f"{NO_FILES.get(kind, 'something else')}, not a file")
+    with open(source, "rb") as file:
+        return _decode(file)
+
+
+def _decode(file: BinaryIO) -> Image.Image:
+    try:
+        opened = Image.open(file, formats=readable_formats())
+    except UnidentifiedImageError as error:
+        file.seek(0)
+        raise ValueError(what_else(file.read(LONGEST_START))) from error
+    with opened as image:
         limit = Image.MAX_IMAGE_PIXELS  # PIL itself refuses only images that are twice as large
         if limit and image.width * image.height > limit:
             raise ValueError(f"{image.width}x{image.height} is more than the {limit} pixels that are safe to decode")
@@ -168,10 +192,3 @@ def _stretch(values: np.ndarray) -> np.ndarray:
 
 def _name_of(source: ImageSource | None) -> str:
     return str(source) if isinstance(source, str | Path) else f"an image given as {type(source).__name__}"
-
-
-def _reason(error: Exception) -> str:
-    """Why an image could not be read, in a few words without line breaks."""
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image, or damaged, or of an unknown format"
-    return reason(error)

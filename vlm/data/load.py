@@ -7,9 +7,10 @@ import numpy as np
 from vlm.common import UsageError
 from vlm.config import Settings
 from vlm.data.classes import is_missing, number_labels
-from vlm.data.cutting import cut_from_train, limit_splits, take_shots
+from vlm.data.cutting import check_enough, cut_from_train, limit_splits, take_shots
 from vlm.data.describe import data_metadata, detected_rows
-from vlm.data.readable import keep_readable
+from vlm.data.duplicates import find_overlap, without_copies
+from vlm.data.readable import Readable, decode, keep_readable
 from vlm.data.sources import EXPECTED, Source, read_source
 from vlm.data.splits import ROLES, Data, Split
 
@@ -30,12 +31,11 @@ def load_data(settings: Settings) -> Data:
     names = classes.names
     splits = {role: Split(rows[role], range(len(rows[role].labels)), classes.numbers[role]) for role in rows}
     cut = [role for role in ROLES if role not in splits]
-    splits |= cut_from_train(splits["train"], cut, names, settings)
-    if settings.max_samples is not None:
-        splits = limit_splits(splits, settings.max_samples, names, settings.seed)
-    readable = keep_readable(splits, names, cut)
-    splits = readable.splits | {"train": take_shots(readable.splits["train"], names, settings)}
+    readable = _readable_splits(splits, cut, names, settings)
+    splits = without_copies(readable.splits, cut)
+    splits["train"] = take_shots(splits["train"], names, settings)
     _check_reasonings(source, splits["train"])
+    overlap = find_overlap(splits, names)
     data = Data(
         splits["train"],
         splits["validation"],
@@ -43,11 +43,27 @@ def load_data(settings: Settings) -> Data:
         class_names=names,
         edge=int(np.percentile(readable.edges, EDGE_PERCENTILE, method="higher")),
         skipped=readable.skipped,
+        overlap=overlap.counts,
     )
     origins = {role: _origin(role, source, hidden, settings.shots) for role in ROLES}
-    data.summary = detected_rows(settings, source, origins, classes.how, data)
+    data.summary = detected_rows(settings, source, origins, classes.how, data, overlap.phrases)
     data.source = data_metadata(settings, source, origins, data)
     return data
+
+
+def _readable_splits(splits: dict[str, Split], cut: list[str], names: list[str], settings: Settings) -> Readable:
+    """Cut and limit the splits and decode their images.
+
+    All images are decoded before train is cut, so that equal ones stay together. With `--max-samples` only those that
+    are used are decoded.
+    """
+    check_enough(splits["train"].labels, cut, names)
+    if settings.max_samples is None:
+        decode(splits)
+    splits = splits | cut_from_train(splits["train"], cut, names, settings)
+    if settings.max_samples is not None:
+        splits = limit_splits(splits, settings.max_samples, names, settings.seed)
+    return keep_readable(splits, names, cut)
 
 
 def _check_source(source: Source, settings: Settings) -> None:

@@ -1,14 +1,14 @@
-"""Decodes every image once and leaves out those that cannot be decoded."""
+"""Decodes every image once, and leaves out those that cannot be decoded."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from vlm.common import UsageError, note, with_bar
 from vlm.data.images import UnreadableImage
-from vlm.data.splits import ROLES, Split
+from vlm.data.splits import ROLES, Check, Split
 
 MOST_UNREADABLE = 0.05  # share of a split
 MOST_SHOWN = 5
@@ -32,18 +32,42 @@ class Readable:
     edges: list[int]
 
 
+def decode(splits: Mapping[str, Split]) -> None:
+    """Decode every image once that was not decoded before; fills in the `keys` and `checks` of the splits."""
+
+    def check(place: tuple[Split, int]) -> None:
+        split, i = place
+        try:
+            sample = split[i]
+            split.keys[i] = sample.key
+            split.checks[i] = Check(edge=max(sample.image.size))
+        except UnreadableImage as error:
+            split.checks[i] = Check(fault=str(error))
+
+    places = [(split, i) for split in splits.values() for i in range(len(split)) if split.checks[i] is None]
+    if not places:
+        return
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        for _ in with_bar(pool.map(check, places), len(places), "checking images"):
+            pass
+    finally:
+        pool.shutdown(cancel_futures=True)  # otherwise Ctrl-C would wait for all images
+
+
 def keep_readable(splits: dict[str, Split], names: Sequence[str], cut: Sequence[str]) -> Readable:
-    """Decode every image once, learn its key and leave out those that cannot be decoded.
+    """Leave out the images that cannot be decoded.
 
     Args:
-        splits: all three splits; their `keys` are filled in.
+        splits: all three splits; images that were not decoded before are decoded now, and `keys` are filled in.
         names: the class names.
         cut: the splits that were cut from train; their unreadable images are counted as train's.
 
     Raises:
         UsageError: too many images are unreadable, or a split or a class of train has none left.
     """
-    unreadable, edges = _decode(splits)
+    decode(splits)
+    unreadable = _unreadable(splits)
     for image in unreadable[:MOST_SHOWN]:
         note(f"skipped an unreadable image of {image.role}: {image.text}")
     if len(unreadable) > MOST_SHOWN:
@@ -58,39 +82,14 @@ def keep_readable(splits: dict[str, Split], names: Sequence[str], cut: Sequence[
     learned = set(kept["train"].labels)
     if empty := [name for number, name in enumerate(names) if number not in learned]:
         raise UsageError(f"train has no readable image of {', '.join(empty)}. Add some, or remove the class.")
+    edges = [check.edge for check in kept["train"].checks if check]
     return Readable(kept, [image.text for image in unreadable], edges)
 
 
-def _decode(splits: dict[str, Split]) -> tuple[list[Unreadable], list[int]]:
-    """Decode every image and fill in its key.
-
-    Returns:
-        The unreadable images, in the order of the splits.
-        The longest edge of each readable image of train, in pixels.
-    """
-
-    def check(place: tuple[str, int]) -> int | Unreadable:
-        role, i = place
-        try:
-            sample = splits[role][i]
-            splits[role].keys[i] = sample.key
-            return max(sample.image.size)
-        except UnreadableImage as error:
-            return Unreadable(role, i, str(error))
-
-    places = [(role, i) for role in ROLES for i in range(len(splits[role]))]
-    pool = ThreadPoolExecutor(os.cpu_count())
-    try:
-        found = list(with_bar(pool.map(check, places), len(places), "checking images"))
-    finally:
-        pool.shutdown(cancel_futures=True)  # otherwise Ctrl-C would wait for all images
-    unreadable = [result for result in found if isinstance(result, Unreadable)]
-    edges = [
-        result
-        for (role, _), result in zip(places, found, strict=True)
-        if role == "train" and not isinstance(result, Unreadable)
-    ]
-    return unreadable, edges
+def _unreadable(splits: Mapping[str, Split]) -> list[Unreadable]:
+    """In the order of the splits."""
+    checks = [(role, i, check) for role in ROLES for i, check in enumerate(splits[role].checks)]
+    return [Unreadable(role, i, check.fault) for role, i, check in checks if check and check.fault]
 
 
 def _check_share(splits: dict[str, Split], unreadable: Sequence[Unreadable], cut: Sequence[str]) -> None:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -40,6 +40,13 @@ class Sample:
         return self.known_key or image_key(self.image)
 
 
+class Check(NamedTuple):
+    """What is known of an image that was decoded: its longest edge in pixels, or its name and why it cannot be read."""
+
+    edge: int = 0
+    fault: str | None = None
+
+
 class Split:
     """Labeled images, decoded each time one is looked at. Can be pickled, for the processes of a DataLoader.
 
@@ -48,19 +55,27 @@ class Split:
         indices: the rows that belong to the split, in order.
         labels: the class number of each.
         keys: the `image_key` of each, None if it is not known.
+        checks: the `Check` of each, None if it was not decoded.
 
     Attributes:
         labels: the class numbers, without decoding.
         keys: the `image_key` of each image, None if it is not known.
+        checks: the `Check` of each image, None if it was not decoded.
     """
 
     def __init__(
-        self, rows: Rows, indices: Sequence[int], labels: Sequence[int], keys: Sequence[str | None] | None = None
+        self,
+        rows: Rows,
+        indices: Sequence[int],
+        labels: Sequence[int],
+        keys: Sequence[str | None] | None = None,
+        checks: Sequence[Check | None] | None = None,
     ) -> None:
         self._rows = rows
         self._indices = list(indices)
         self.labels = list(labels)
         self.keys = list(keys or [None] * len(self._indices))
+        self.checks = list(checks or [None] * len(self._indices))
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -94,6 +109,7 @@ class Split:
             [self._indices[i] for i in positions],
             [self.labels[i] for i in positions],
             [self.keys[i] for i in positions],
+            [self.checks[i] for i in positions],
         )
 
 
@@ -103,7 +119,8 @@ class Data:
 
     edge: 95% of the training images have no edge longer than this, in pixels;
     summary: rows of the table "what was detected"; skipped: each unreadable image with the reason;
-    source: what the metadata of the model say about the data, as JSON values.
+    source: what the metadata of the model say about the data, as JSON values;
+    overlap: the numbers of equal images in and between the splits, as `results.json` has them.
     """
 
     train: Split
@@ -114,6 +131,7 @@ class Data:
     summary: list[tuple[str, str]] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     source: dict[str, Any] = field(default_factory=dict)
+    overlap: dict[str, int] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> dict[str, str]:

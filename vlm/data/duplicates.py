@@ -1,0 +1,119 @@
+"""Equal images, by content: which are in several splits, more than once in one, or under two labels.
+
+Equal means the same size and the same pixels, as `image_key` has it. A crop, or a file that was compressed again, is
+another image. An image whose key is not known equals no other one.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from vlm.common import UsageError, note, printable
+from vlm.data.splits import ROLES, Split
+
+MOST_SHOWN = 3
+LEAKS = (("test", "train"), ("validation", "train"), ("test", "validation"))
+TWO_LABELS = "under_two_labels"
+
+
+class Place(NamedTuple):
+    """Where an image is: its split, its label, and what messages call it."""
+
+    role: str
+    label: int
+    name: str
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """counts: the numbers of equal images, as `results.json` has them; phrases: what the table "what was detected" says
+    about them, empty if there are none."""
+
+    counts: dict[str, int]
+    phrases: list[str]
+
+
+def equal_images(split: Split) -> list[list[int]]:
+    """The positions of equal images, one list for each different image, in the order of the first ones."""
+    groups: dict[str | int, list[int]] = {}
+    for i, key in enumerate(split.keys):
+        groups.setdefault(i if key is None else key, []).append(i)
+    return list(groups.values())
+
+
+def without_copies(splits: Mapping[str, Split], cut: Sequence[str]) -> dict[str, Split]:
+    """Leave out of the splits that were cut what train, or an earlier split, has too.
+
+    Only splits that were cut before the images were decoded can have such images.
+
+    Raises:
+        UsageError: nothing is left of a split.
+    """
+    kept = dict(splits)
+    for role in cut:
+        earlier = {key for other in ROLES[: ROLES.index(role)] for key in kept[other].keys}
+        split = kept[role]
+        kept[role] = split.take([i for i, key in enumerate(split.keys) if key is None or key not in earlier])
+        left = len(kept[role])
+        if not left:
+            raise UsageError(
+                f"{role} is cut from train, but other splits have all of its {len(split)} images, too. "
+                "Raise --max-samples, or remove the copies."
+            )
+        if left < len(split):
+            note(f"{len(split) - left} of {len(split)} images of {role} are left out: another split has them, too")
+    return kept
+
+
+def find_overlap(splits: Mapping[str, Split], class_names: Sequence[str]) -> Overlap:
+    """Count the images that another split has too, that a split has more than once, and that have two labels.
+
+    Notes name the first ones.
+    """
+    found = _pairs(splits)
+    phrases = []
+    for kind, pairs in found.items():
+        if pairs:
+            phrases.append(_phrase(kind, len(pairs), splits))
+            shown = [[_show(place, kind, class_names) for place in pair] for pair in pairs[:MOST_SHOWN]]
+            note(f"{phrases[-1]}, first {', '.join(' = '.join(pair) for pair in shown)}")
+    return Overlap({kind: len(pairs) for kind, pairs in found.items()}, phrases)
+
+
+def _pairs(splits: Mapping[str, Split]) -> dict[str, list[tuple[Place, Place]]]:
+    """By kind, each image that has an equal one of this kind, and the equal one."""
+    groups: dict[str, list[Place]] = {}
+    for role in ROLES:
+        split = splits[role]
+        for key, label, name in zip(split.keys, split.labels, split.names, strict=True):
+            if key is not None:
+                groups.setdefault(key, []).append(Place(role, label, name))
+    kinds = [f"{role}_in_{other}" for role, other in LEAKS] + [f"twice_in_{role}" for role in ROLES] + [TWO_LABELS]
+    found: dict[str, list[tuple[Place, Place]]] = {kind: [] for kind in kinds}
+    for group in groups.values():
+        places = {role: [place for place in group if place.role == role] for role in ROLES}
+        for role, other in LEAKS:
+            if places[other]:
+                found[f"{role}_in_{other}"] += [(place, places[other][0]) for place in places[role]]
+        for role in ROLES:
+            found[f"twice_in_{role}"] += [(place, places[role][0]) for place in places[role][1:]]
+        one_a_label = list({place.label: place for place in reversed(group)}.values())
+        if len(one_a_label) > 1:
+            found[TWO_LABELS] += [
+                (place, next(other for other in one_a_label if other.label != place.label)) for place in group
+            ]
+    return found
+
+
+def _phrase(kind: str, count: int, splits: Mapping[str, Split]) -> str:
+    are = "is" if count == 1 else "are"
+    if kind == TWO_LABELS:
+        return f"{count:,} image{'s' * (count > 1)} {are} under another label, too"
+    what, _, where = kind.partition("_in_")
+    if what == "twice":
+        return f"{count:,} of {len(splits[where]):,} images of {where} {are} a copy of another one in it"
+    return f"{count:,} of {len(splits[what]):,} images of {what} {are} in {where}, too"
+
+
+def _show(place: Place, kind: str, class_names: Sequence[str]) -> str:
+    return printable(f"{place.name} ({class_names[place.label]})" if kind == TWO_LABELS else place.name)
