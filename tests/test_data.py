@@ -18,17 +18,19 @@ from vlm.data import Data, load_data
 ROLES = ("train", "validation", "test")
 
 
-def draw(path: Path, content: str) -> None:
-    """An image that is equal to others with the same content only."""
+def draw(path: Path, content: object = None) -> None:
+    """An image that is equal only to those with the same content; without content, to no other path's. A number is the
+    gray of all pixels."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.frombytes("RGB", (2, 2), sha256(content.encode()).digest()[:12]).save(path)
+    digest = sha256(str(path if content is None else content).encode()).digest()
+    Image.frombytes("RGB", (2, 2), bytes([content] * 12) if isinstance(content, int) else digest[:12]).save(path)
 
 
 def images(root: Path, counts: dict[str, int]) -> str:
     """An image folder: `counts` maps CLASS or SPLIT/CLASS to a number of images."""
     for place, count in counts.items():
         for i in range(count):
-            draw(root / place / f"{i}.png", f"{place}/{i}")
+            draw(root / place / f"{i}.png")
     return str(root)
 
 

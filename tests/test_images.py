@@ -1,13 +1,20 @@
 """Images of every kind become upright RGB images; what cannot be read says why in one line."""
 
+import contextlib
 import io
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from vlm.common.errors import UsageError
-from vlm.data import UnreadableImage, find_images, open_image
+from vlm.data import UnreadableImage, find_images, formats, open_image
 
 RAMP = np.array([[0, 100], [200, 255]], dtype=np.uint8)
 
@@ -179,3 +186,116 @@ def test_images_are_found_in_folders_and_files_are_taken_as_given(tmp_path):
     assert find_images([not_there, there]) == [not_there, there]
     with pytest.raises(UsageError, match=r"none\.png does not exist, and neither do the other paths"):
         find_images([not_there, tmp_path / "neither.png"])
+
+
+def test_each_folder_is_entered_once_by_its_path_without_links(tmp_path):
+    root, outside = tmp_path / "data", tmp_path / "outside"
+    for name in (root / "b/1.png", root / "b/deep/2.png", outside / "3.png"):
+        name.parent.mkdir(parents=True, exist_ok=True)
+        name.touch()
+    (root / "a").symlink_to("b/deep")  # before the folder itself in any order of names
+    (root / "b/deep/up").symlink_to("../..")
+    (root / "c").symlink_to(outside)
+    (outside / "back").symlink_to(root / "b")
+    (outside / "self").symlink_to("self")
+    (outside / "gone").symlink_to("nowhere")
+    found = [str(path.relative_to(root)) for path in find_images([root])]
+    assert found == ["b/1.png", "b/deep/2.png", "c/3.png"]
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch, capsys):
+    for name in ("a/1.png", "b/2.png"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    scan = os.scandir
+
+    def refuse(path):
+        if os.fspath(path).endswith("a"):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert find_images([tmp_path]) == [tmp_path / "b/2.png"]
+    assert f"{tmp_path / 'a'} is left out: permission denied" in capsys.readouterr().err
+
+
+OTHER_FILES = {
+    "PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n",
+    "a PDF document": b"%PDF-1.7\n",
+    "git lfs pull": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
+    "a web page": b"\n<!DOCTYPE html><title>404</title>",
+    "an SVG drawing": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    "pip install pillow-heif": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic",
+    "the file is empty": b"",
+}
+
+
+@pytest.mark.parametrize("words", OTHER_FILES)
+def test_what_only_has_the_name_of_an_image_is_called_by_its_kind(words, tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "READS_HEIF", False)
+    path = tmp_path / "x.png"
+    path.write_bytes(OTHER_FILES[words])
+    for source, name in ((path, str(path)), (OTHER_FILES[words], "row 3")):
+        with pytest.raises(UnreadableImage) as caught:
+            open_image(source, name)
+        assert str(caught.value).startswith(f"{name}: ") and words in str(caught.value)
+
+
+def test_no_other_program_is_started_for_a_file(tmp_path, monkeypatch):
+    """Pillow gives PostScript to Ghostscript; no format that does such a thing is among those that are read."""
+    started = []
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(a))
+    monkeypatch.setattr(subprocess, "check_call", lambda *a, **k: started.append(a))
+    image = Image.new("RGB", (9, 9))
+    for kind in ("EPS", "PDF", "PCX", "SGI", "ICO", "IM", "MSP", "XBM"):
+        path = tmp_path / f"{kind}.png"
+        (image.convert("1") if kind in ("MSP", "XBM") else image).save(path, kind)
+        with pytest.raises(UnreadableImage, match=rf"{kind}\.png: not an image"):
+            open_image(path)
+    assert not started
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF", "TGA", "MPO"])
+def test_every_format_of_images_is_read_whatever_the_ending_is(kind, tmp_path):
+    path = tmp_path / "image.dat"
+    path.write_bytes(encoded(Image.new("RGB", (16, 16), (200, 100, 0)), kind))
+    assert np.allclose(np.asarray(open_image(path)), (200, 100, 0), atol=4)
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "socket", "device", "directory"])
+def test_what_is_no_file_is_refused_and_never_waited_for(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the path of a socket must be short
+    path = Path("x.png")
+    with contextlib.ExitStack() as stack:
+        if kind == "FIFO":
+            os.mkfifo(path)
+        elif kind == "socket":
+            stack.enter_context(socket.socket(socket.AF_UNIX)).bind(str(path))
+        elif kind == "device":
+            path.symlink_to("/dev/zero")
+        else:
+            path.mkdir()
+        with pytest.raises(UnreadableImage, match=f"^x.png: a {kind}, not a file$"):
+            open_image(path)
+        if kind != "directory":
+            assert find_images([tmp_path]) == [tmp_path / path], "named as unreadable, not passed over"
+
+
+def test_heic_is_read_with_the_package_for_it(monkeypatch):
+    """With pillow-heif its formats are among those that are read; the package itself is not needed here."""
+    plugin = ModuleType("pillow_heif")
+    plugin.register_heif_opener = lambda: Image.OPEN.setdefault("HEIF", Image.OPEN["PNG"])
+    monkeypatch.setitem(sys.modules, "pillow_heif", plugin)
+    monkeypatch.setattr(formats, "READS_HEIF", True)
+    monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
+    formats.readable_formats.cache_clear()
+    try:
+        assert "HEIF" in formats.readable_formats()
+    finally:
+        formats.readable_formats.cache_clear()
+
+
+def test_control_characters_of_a_name_do_not_reach_the_message(tmp_path):
+    with pytest.raises(UnreadableImage) as caught:
+        open_image(tmp_path / "a\x1b[2J\nb.png")
+    assert "\x1b" not in str(caught.value) and "\n" not in str(caught.value)

@@ -177,6 +177,15 @@ def test_what_was_not_measured_is_left_out():
     assert "nan" not in page.text.lower() and "None" not in page.text
 
 
+def test_test_images_that_are_in_train_are_a_warning_with_the_accuracy_on_the_others():
+    results, data, predictions = run_of()
+    results |= {"overlap": {"test_in_train": 5}, "pictures": {"test": 12}}
+    results["test"]["not_in_train"] = {"pictures": 7, "accuracy": [0.571, 0.25, 0.84]}
+    page = page_of(results, data, predictions)
+    assert "This model, new images 7 that are not in train 57.1% 25.0% to 84.0%" in page.text_of["comparison"]
+    assert "5 of 12 test images are in train" in page.text_of["top"]
+
+
 def test_nothing_is_loaded_from_elsewhere_and_no_name_becomes_markup():
     page = page_of(*run_of(), drawn=True)
     assert {tag for tag, _ in page.elements}.isdisjoint({"script", "link", "iframe", "object", "base", "form"})

@@ -159,3 +159,14 @@ def test_warnings_are_those_of_the_checks():
 def test_test_images_that_were_trained_on_are_the_last_warning(count, others, said):
     results = results_of(overlap={"test_in_train": count}, test={"not_in_train": others})
     assert warnings_of(results | {"probe": {"warning": "the probe is ahead"}}) == ["the probe is ahead", said]
+
+
+def test_the_accuracy_on_images_that_are_not_in_train_stands_next_to_that_on_all():
+    others = {"pictures": 195, "accuracy": [0.75, 0.6, 0.8]}
+    rows = summary_rows(results_of(overlap={"test_in_train": 5}, test={"not_in_train": others}))
+    assert [name for name, _ in rows[:2]] == ["test accuracy", "test accuracy, images not in train"]
+    assert rows[1][1] == "0.7500  (0.6000 to 0.8000, 195 images; 5 of 200 test images are in train)"
+    none = {"pictures": 0, "accuracy": None}
+    table = table_of(overlap={"test_in_train": 200}, test={"not_in_train": none})
+    assert table["test accuracy, images not in train"] == "unknown: 200 of 200 test images are in train"
+    assert "test accuracy, images not in train" not in table_of(overlap={"test_in_train": 0})

@@ -3,7 +3,7 @@
 Every draw depends on the seed and the labels only, and the cut on which images are equal, so that these stay together.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -31,25 +31,34 @@ def check_enough(labels: Sequence[int], missing: Sequence[str], names: Sequence[
         )
 
 
-def cut_from_train(train: Split, missing: Sequence[str], names: Sequence[str], settings: Settings) -> dict[str, Split]:
+def cut_from_train(
+    splits: Mapping[str, Split], missing: Sequence[str], names: Sequence[str], settings: Settings
+) -> dict[str, Split]:
     """Cut the missing splits out of train: the same share of each class, and at least one image of each.
 
-    Of images whose keys are known, equal ones go to the same split. Those that are there once are drawn first, and
-    those under two labels stay in train.
+    Of images whose keys are known, equal ones go to the same split. Those that are there once are drawn first; those
+    under two labels, and those that another split has, stay in train.
 
     Args:
+        splits: the splits that are there, with train, by role.
         missing: the roles to cut, in order.
         names: the class names.
 
     Returns:
-        The missing splits and what is left of train, by role.
+        All splits, by role.
 
     Raises:
         UsageError: a class has too few images.
     """
     if not missing:
-        return {"train": train}
-    groups = [group for group in equal_images(train) if len({train.labels[i] for i in group}) == 1]
+        return dict(splits)
+    train = splits["train"]
+    elsewhere = {key for role, split in splits.items() if role != "train" for key in split.keys} - {None}
+    groups = [
+        group
+        for group in equal_images(train)
+        if len({train.labels[i] for i in group}) == 1 and train.keys[group[0]] not in elsewhere
+    ]
     check_enough([train.labels[group[0]] for group in groups], missing, names, "different images with one label")
     group_of = {i: number for number, group in enumerate(groups) for i in group}
     labels = np.array(train.labels)
@@ -68,7 +77,7 @@ def cut_from_train(train: Split, missing: Sequence[str], names: Sequence[str], s
             drawn = drawn[size:]
     taken = {i for positions in parts.values() for i in positions}
     parts["train"] = [i for i in range(len(train)) if i not in taken]
-    return {role: train.take(sorted(parts[role])) for role in ["train", *missing]}
+    return {**splits, **{role: train.take(sorted(positions)) for role, positions in parts.items()}}
 
 
 def limit_splits(splits: dict[str, Split], most: int, names: Sequence[str], seed: int) -> dict[str, Split]:

@@ -42,26 +42,25 @@ def equal_images(split: Split) -> list[list[int]]:
 
 
 def without_copies(splits: Mapping[str, Split], cut: Sequence[str]) -> dict[str, Split]:
-    """Leave out of the splits that were cut what train, or an earlier split, has too.
+    """Leave out of the splits that were cut what another split has, too.
 
-    Only splits that were cut before the images were decoded can have such images.
+    There are such images only if the splits were cut before the images were decoded, as with `--max-samples`.
 
     Raises:
         UsageError: nothing is left of a split.
     """
     kept = dict(splits)
     for role in cut:
-        earlier = {key for other in ROLES[: ROLES.index(role)] for key in kept[other].keys}
-        split = kept[role]
-        kept[role] = split.take([i for i, key in enumerate(split.keys) if key is None or key not in earlier])
-        left = len(kept[role])
-        if not left:
+        split, elsewhere = kept[role], {key for other in kept if other != role for key in kept[other].keys} - {None}
+        kept[role] = split.take([i for i, key in enumerate(split.keys) if key not in elsewhere])
+        lost = len(split) - len(kept[role])
+        if not len(kept[role]):
             raise UsageError(
-                f"{role} is cut from train, but other splits have all of its {len(split)} images, too. "
+                f"{role} is cut from train, but other splits have all of its {lost} images, too. "
                 "Raise --max-samples, or remove the copies."
             )
-        if left < len(split):
-            note(f"{len(split) - left} of {len(split)} images of {role} are left out: another split has them, too")
+        if lost:
+            note(f"{lost} of {len(split)} images of {role} are left out, as another split has them, too")
     return kept
 
 
@@ -76,7 +75,8 @@ def find_overlap(splits: Mapping[str, Split], class_names: Sequence[str]) -> Ove
         if pairs:
             phrases.append(_phrase(kind, len(pairs), splits))
             shown = [[_show(place, kind, class_names) for place in pair] for pair in pairs[:MOST_SHOWN]]
-            note(f"{phrases[-1]}, first {', '.join(' = '.join(pair) for pair in shown)}")
+            more = ", ..." if len(pairs) > MOST_SHOWN else ""
+            note(f"{phrases[-1]}: {', '.join(' = '.join(pair) for pair in shown)}{more}")
     return Overlap({kind: len(pairs) for kind, pairs in found.items()}, phrases)
 
 

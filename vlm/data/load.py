@@ -60,7 +60,7 @@ def _readable_splits(splits: dict[str, Split], cut: list[str], names: list[str],
     check_enough(splits["train"].labels, cut, names)
     if settings.max_samples is None:
         decode(splits)
-    splits = splits | cut_from_train(splits["train"], cut, names, settings)
+    splits = cut_from_train(splits, cut, names, settings)
     if settings.max_samples is not None:
         splits = limit_splits(splits, settings.max_samples, names, settings.seed)
     return keep_readable(splits, names, cut)

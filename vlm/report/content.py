@@ -137,6 +137,8 @@ class Content:
         check, probe, zero_shot = self.results["picture_check"], self.results["probe"], self.results.get("zero_shot")
         images = f"on {check['pictures']:,} images, {check['accuracy']:.1%} with their own"
         rows: list[tuple[str, str | None, Any]] = [("This model", None, self.accuracy)]
+        if unseen := self.test.get("not_in_train"):
+            rows.append(("This model, new images", f"{unseen['pictures']:,} that are not in train", unseen["accuracy"]))
         if probe:
             hint = f"logistic regression on {probed_encoder(probe['tower'])}"
             rows.append(("Linear probe", hint, probe["accuracy"]))

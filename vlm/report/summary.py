@@ -84,6 +84,8 @@ def _accuracy_rows(results: dict[str, Any]) -> list[Row]:
     _, low, high = test["calibration"]["after"]["accuracy"]
     interval = f"95% interval {low:.4f} to {high:.4f}, {results['pictures']['test']} images"
     rows = [("test accuracy", f"{test['accuracy']:.4f}  ({interval})")]
+    if "not_in_train" in test:
+        rows.append(("test accuracy, images not in train", _unseen(results)))
     if "zero_shot" in results:
         rows.append(
             ("test accuracy before training", f"{results['zero_shot']['accuracy']:.4f}{uncalibrated_accuracy(results)}")
@@ -105,6 +107,15 @@ def uncalibrated_accuracy(results: dict[str, Any], digits: str = ".4f") -> str:
     if not calibration["bias"] and calibration["score"] == "sum":
         return ""
     return f" (not calibrated; the trained model without calibration: {calibration['before']['accuracy'][0]:{digits}})"
+
+
+def _unseen(results: dict[str, Any]) -> str:
+    unseen, count = results["test"]["not_in_train"], results["overlap"]["test_in_train"]
+    leak = f"{count} of {results['pictures']['test']} test images are in train"
+    if not unseen["pictures"]:
+        return f"unknown: {leak}"
+    value, low, high = unseen["accuracy"]
+    return f"{value:.4f}  ({low:.4f} to {high:.4f}, {unseen['pictures']} images; {leak})"
 
 
 def _before_fit(calibration: dict[str, Any]) -> str:

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from vlm.classifier import TOLERANCE, VLMClassifier
 from vlm.common import dtype_name, format_table, note, write_json
 from vlm.config import BEST_MODEL, DEMO_IMAGES, METADATA, PAGE, RESULTS, STATE
-from vlm.data import Split
+from vlm.data import Data, Split
 from vlm.evaluation import (
+    accuracy_interval,
     add_test_figures,
     calibrate,
     check_images,
@@ -108,7 +110,24 @@ def _test_best(run: Run, metrics: Sequence[Callable[..., Any]]) -> tuple[Tested,
     test = metrics_of_sums(classifier, data.test.labels, sums, metrics)
     seconds = time.monotonic() - started
     test |= add_test_figures(fitted, classifier.calibration, sums, data.test.labels, settings.seed)
+    test |= _not_in_train(data, classifier, sums)
     return Tested(classifier, cache, sums, test, seconds), calibration
+
+
+def _not_in_train(data: Data, classifier: VLMClassifier, sums: Tensor) -> dict[str, Any]:
+    """The accuracy on the test images that train does not have, with its interval; nothing if that is all of them."""
+    known = set(data.train.keys)
+    unseen = np.array([key not in known for key in data.test.keys])
+    if unseen.all():
+        return {}
+    correct = _correct(classifier, sums, data.test.labels)[unseen]
+    accuracy = accuracy_interval(correct) if len(correct) else None
+    return {"not_in_train": {"pictures": len(correct), "accuracy": accuracy}}
+
+
+def _correct(classifier: VLMClassifier, sums: Tensor, labels: Sequence[int]) -> np.ndarray:
+    """(N,) bool, whether each prediction is right."""
+    return confidence_and_correctness(classifier.calibration.log_probabilities(sums).numpy(), labels)[1]
 
 
 def _checks(run: Run, tested: Tested, frozen: FeatureCache | None) -> dict[str, Any]:
@@ -137,8 +156,7 @@ def _probe(run: Run, tested: Tested, frozen: FeatureCache | None) -> dict[str, A
     if result is None:
         return None
     found, correct_by_probe = result
-    log_probabilities = tested.classifier.calibration.log_probabilities(tested.sums).numpy()
-    _, correct = confidence_and_correctness(log_probabilities, run.data.test.labels)
+    correct = _correct(tested.classifier, tested.sums, run.data.test.labels)
     return {**found, "tower": encoder, "warning": compare(correct_by_probe, correct)}
 
 
@@ -166,6 +184,7 @@ def _of_the_run(run: Run, progress: Progress, test_seconds: float) -> dict[str, 
             "test": len(data.test),
             "skipped": len(data.skipped),
         },
+        "overlap": data.overlap,
         "timings": {
             "train_seconds": round(progress.seconds, 2),
             "train_pictures_per_second": round(images / progress.seconds, 2) if progress.seconds else None,
