@@ -14,20 +14,21 @@ from vlm.data.splits import ROLES, Split
 
 # After the user's seed comes the number of the draw, so that no two draws are the same.
 CUT, MAX_SAMPLES, SHOTS = 1, 2, 3
+COUNTED = "Equal images count as one; those under two labels or in another split do not count."
 
 
-def check_enough(labels: Sequence[int], missing: Sequence[str], names: Sequence[str], what: str = "images") -> None:
+def check_enough(labels: Sequence[int], missing: Sequence[str], names: Sequence[str], counted: str = "") -> None:
     """Refuse to cut the missing splits out of classes that have less than one image for each split.
 
     Args:
         labels: of the images that may be drawn.
-        what: the images that are counted, in words.
+        counted: a sentence on which images these are, if not all.
     """
     needed = len(missing) + 1
     if missing and (small := _smaller(labels, names, needed)):
         raise UsageError(
-            f"train has less than {needed} {what} of {small}, so {' and '.join(missing)} cannot be cut from it. "
-            f"Expected at least {needed} of each class, or a dataset with these splits."
+            f"train has less than {needed} images of {small}, so {' and '.join(missing)} cannot be cut from it. "
+            f"Expected at least {needed} of each class, or a dataset with these splits. {counted}".rstrip()
         )
 
 
@@ -59,7 +60,7 @@ def cut_from_train(
         for group in equal_images(train)
         if len({train.labels[i] for i in group}) == 1 and train.keys[group[0]] not in elsewhere
     ]
-    check_enough([train.labels[group[0]] for group in groups], missing, names, "different images with one label")
+    check_enough([train.labels[group[0]] for group in groups], missing, names, COUNTED)
     group_of = {i: number for number, group in enumerate(groups) for i in group}
     labels = np.array(train.labels)
     rng = np.random.default_rng([settings.seed, CUT])

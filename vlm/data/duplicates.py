@@ -70,14 +70,15 @@ def find_overlap(splits: Mapping[str, Split], class_names: Sequence[str]) -> Ove
     Notes name the first ones.
     """
     found = _pairs(splits)
-    phrases = []
-    for kind, pairs in found.items():
-        if pairs:
-            phrases.append(_phrase(kind, len(pairs), splits))
-            shown = [[_show(place, kind, class_names) for place in pair] for pair in pairs[:MOST_SHOWN]]
-            more = ", ..." if len(pairs) > MOST_SHOWN else ""
-            note(f"{phrases[-1]}: {', '.join(' = '.join(pair) for pair in shown)}{more}")
-    return Overlap({kind: len(pairs) for kind, pairs in found.items()}, phrases)
+    phrases = {kind: _phrase(kind, len(pairs), splits) for kind, pairs in found.items() if pairs}
+    for kind, phrase in phrases.items():
+        pairs = found[kind]
+        if kind == TWO_LABELS:  # here both images of a pair have one; it is shown once
+            pairs = [(one, other) for one, other in pairs if one.label < other.label]
+        shown = [" = ".join(_show(place, kind, class_names) for place in pair) for pair in pairs[:MOST_SHOWN]]
+        cure = ". Correct their labels" if kind == TWO_LABELS else ""
+        note(f"{phrase}: {', '.join(shown)}{', ...' if len(pairs) > MOST_SHOWN else ''}{cure}")
+    return Overlap({kind: len(pairs) for kind, pairs in found.items()}, list(phrases.values()))
 
 
 def _pairs(splits: Mapping[str, Split]) -> dict[str, list[tuple[Place, Place]]]:
@@ -111,7 +112,8 @@ def _phrase(kind: str, count: int, splits: Mapping[str, Split]) -> str:
         return f"{count:,} image{'s' * (count > 1)} {are} under another label, too"
     what, _, where = kind.partition("_in_")
     if what == "twice":
-        return f"{count:,} of {len(splits[where]):,} images of {where} {are} a copy of another one in it"
+        copies = "is a copy of another" if count == 1 else "are copies of others"
+        return f"{count:,} of {len(splits[where]):,} images of {where} {copies} in it"
     return f"{count:,} of {len(splits[what]):,} images of {what} {are} in {where}, too"
 
 
