@@ -11,7 +11,8 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
+from PIL.PngImagePlugin import PngInfo
 
 from vlm.common.errors import UsageError
 from vlm.data import UnreadableImage, find_images, formats, open_image
@@ -299,3 +300,23 @@ def test_control_characters_of_a_name_do_not_reach_the_message(tmp_path):
     with pytest.raises(UnreadableImage) as caught:
         open_image(tmp_path / "a\x1b[2J\nb.png")
     assert "\x1b" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_file_that_may_not_be_read_says_so(tmp_path, monkeypatch):
+    path = tmp_path / "x.png"
+    path.write_bytes(encoded(Image.new("L", (2, 2))))
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(UnreadableImage, match=r"x\.png: permission denied$"):
+        open_image(path)
+
+
+def test_pillows_limits_on_texts_in_an_image_hold():
+    """A text of a gigabyte fits into a megabyte of a PNG."""
+    texts = PngInfo()
+    texts.add_text("comment", "x" * (PngImagePlugin.MAX_TEXT_CHUNK + 1), zip=True)
+    with pytest.raises(UnreadableImage, match="^row 1: Decompressed data too large"):
+        open_image(encoded(Image.new("L", (2, 2)), pnginfo=texts), "row 1")
