@@ -1,5 +1,6 @@
 """Splits, class names, balance, unreadable images; the sources themselves are in test_sources.py."""
 
+import os
 import pickle
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -19,11 +20,12 @@ ROLES = ("train", "validation", "test")
 
 
 def draw(path: Path, content: object = None) -> None:
-    """An image that is equal only to those with the same content; without content, to no other path's. A number is the
-    gray of all pixels."""
+    """An image that is equal only to those with the same content; without content, to no other path's. A number below
+    256 is the gray of all pixels."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    digest = sha256(str(path if content is None else content).encode()).digest()
-    Image.frombytes("RGB", (2, 2), bytes([content] * 12) if isinstance(content, int) else digest[:12]).save(path)
+    is_gray = isinstance(content, int) and content < 256
+    digest = sha256(os.fsencode(str(path if content is None else content))).digest()
+    Image.frombytes("RGB", (2, 2), bytes([content] * 12) if is_gray else digest[:12]).save(path)
 
 
 def images(root: Path, counts: dict[str, int]) -> str:

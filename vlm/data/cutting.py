@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from vlm.common import UsageError
+from vlm.common import UsageError, printable
 from vlm.config import Settings
 from vlm.data.duplicates import equal_images
 from vlm.data.splits import ROLES, Split
 
 # After the user's seed comes the number of the draw, so that no two draws are the same.
 CUT, MAX_SAMPLES, SHOTS = 1, 2, 3
-COUNTED = "Equal images count as one; those under two labels or in another split do not count."
 
 
 def check_enough(labels: Sequence[int], missing: Sequence[str], names: Sequence[str], counted: str = "") -> None:
@@ -60,7 +59,7 @@ def cut_from_train(
         for group in equal_images(train)
         if len({train.labels[i] for i in group}) == 1 and train.keys[group[0]] not in elsewhere
     ]
-    check_enough([train.labels[group[0]] for group in groups], missing, names, COUNTED)
+    check_enough([train.labels[group[0]] for group in groups], missing, names, _what_counts(train))
     group_of = {i: number for number, group in enumerate(groups) for i in group}
     labels = np.array(train.labels)
     rng = np.random.default_rng([settings.seed, CUT])
@@ -126,6 +125,12 @@ def balanced_positions(labels: Sequence[int], most: int, seed: Sequence[int]) ->
     for label in set(labels):
         turn[drawn == label] = np.arange((drawn == label).sum())
     return sorted(order[np.argsort(turn, kind="stable")[:most]].tolist())
+
+
+def _what_counts(train: Split) -> str:
+    equal = next((group for group in equal_images(train) if len(group) > 1), [])
+    example = f" ({' = '.join(printable(train.names[i]) for i in equal[:2])})" if equal else ""
+    return f"Equal images{example} count as one; those under two labels or in another split do not count."
 
 
 def _smaller(labels: Sequence[int], names: Sequence[str], least: int) -> str:
