@@ -224,9 +224,7 @@ def test_white_space_around_labels_does_not_make_another_class(tmp_path):
     assert load(tmp_path / "all.jsonl").class_names == ["a", "b"]
 
 
-@pytest.mark.parametrize(
-    ("line", "message"), [('{"path": ', "line 2: not JSON"), ("[1]", "line 2: expected an object")]
-)
+@pytest.mark.parametrize(("line", "message"), [('{"path": ', "line 2: not JSON"), ("[1]", "line 2: no JSON object")])
 def test_a_bad_line_of_a_jsonl_file_is_named_by_number(tmp_path, line, message):
     (tmp_path / "all.jsonl").write_text('{"path": "a.png", "label": "a"}\n' + line)
     refuse(message, tmp_path / "all.jsonl")
@@ -305,7 +303,9 @@ def test_an_image_folder_with_metadata_is_read_by_the_library(tmp_path):
 def test_what_is_no_dataset_says_what_was_expected(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     refuse("no such file or folder. Expected a hub id", tmp_path / "none")
-    refuse("files of this type are not read. Expected a hub id", tmp_path / "a.txt")
+    refuse(
+        "a.txt: a text file, not a folder or a table. If it is a table, let its name end in .csv", tmp_path / "a.txt"
+    )
     (tmp_path / "empty").mkdir()
     refuse("nothing there that can be read as a dataset. Expected a hub id", tmp_path / "empty")
 

@@ -22,7 +22,7 @@ from vlm.common.files import read_json, recover, replacing, usual_modes, write_f
 from vlm.common.lazy import lazy_names
 from vlm.common.modes import evaluation_mode
 from vlm.common.tables import format_table, printable, text_width
-from vlm.common.text import dtype_name, shorten
+from vlm.common.text import dtype_name, listed, shorten
 
 if TYPE_CHECKING:
     from vlm.common.progress import Bar, note, with_bar
@@ -41,6 +41,7 @@ __all__ = [
     "is_main_process",
     "is_out_of_memory",
     "lazy_names",
+    "listed",
     "note",
     "one_line",
     "printable",

@@ -1,11 +1,20 @@
 """Labels as they are in the dataset -> class names and class numbers."""
 
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import cast
 
-from vlm.common import UsageError
+from vlm.common import UsageError, listed, shorten
+
+WHOLE_NUMBER = re.compile(r"[+-]?[0-9]+(\.0*)?")
+NOT_PRINTED = ("Cc", "Cs", "Zl", "Zp")  # Unicode categories: control characters, line ends, halves of characters
+TURNS_WRITING = re.compile("[\u202a-\u202e\u2066-\u2069]")  # makes a terminal show later characters elsewhere
+MOST_RENAMES_SHOWN = 12
+LONGEST_SHOWN = 60  # characters of a name in a message
 
 
 @dataclass(frozen=True)
@@ -19,12 +28,16 @@ class Classes:
 
 
 def is_missing(label: object, indices: bool) -> bool:
-    """Whether a label says nothing: None, empty, not a number, or -1 if labels are indices into given names."""
-    return label is None or label == "" or label != label or (indices and label == -1)
+    """Whether a label says nothing: None, blank, not a number, or -1 if labels are indices into given names."""
+    blank = isinstance(label, str) and not label.strip()
+    return label is None or blank or label != label or (indices and label == -1)
 
 
 def number_labels(labels: Mapping[str, Sequence[object]], own: list[str] | None, given: list[str] | None) -> Classes:
     """Class names, and the labels of each split as indices into them.
+
+    Names that are whole numbers are in the order of the numbers. Names that differ only in white space around them or
+    in their Unicode normal form (as file names from macOS do) are one.
 
     Args:
         labels: by split, without missing ones; "train" must be there.
@@ -41,25 +54,35 @@ def number_labels(labels: Mapping[str, Sequence[object]], own: list[str] | None,
     else:
         names, numbers = list(own), _checked_indices(labels, own)
         how = ["names of the dataset"]
+    names, numbers = _in_order(names, numbers)
     if given is not None:
+        given = list(map(_tidy, given))
         order, how = _match(names, given)
-        names = list(given)
+        names = given
         numbers = {split: [order[number] for number in values] for split, values in numbers.items()}
     names, numbers, unused = _drop_unused(names, numbers)
     if unused:
-        how.append(f"left out, as no image has them: {', '.join(unused)}")
-    if broken := [name for name in names if len(name.splitlines()) > 1]:
-        raise UsageError(
-            f"a class name has several lines ({broken[0]!r}), but an answer is one line. "
-            "Give other names with --class-names."
-        )
-    if len(names) < 2:
-        raise UsageError(f"the dataset has only one class ({', '.join(names)}). Expected images of at least two.")
+        how.append(f"left out, as no image has them: {listed(unused)}")
+    _check_names(names)
     return Classes(names, numbers, how)
 
 
+def _check_names(names: list[str]) -> None:
+    """Refuse names that cannot be answers of one line, and less than two of them."""
+    for name in names:
+        problem = "a class name is empty" if not name else ""
+        if any(unicodedata.category(character) in NOT_PRINTED for character in name) or TURNS_WRITING.search(name):
+            problem = f"the class name {shorten(ascii(name), LONGEST_SHOWN)} has a line end or a control character"
+        if problem:
+            raise UsageError(f"{problem}, but an answer is one line of text. Give other names with --class-names.")
+    if len(names) < 2:
+        raise UsageError(f"the dataset has only one class ({listed(names)}). Expected images of at least two.")
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+        raise UsageError(f"--class-names: expected different names, but got several times: {listed(repeated)}.")
+
+
 def _sorted_names(labels: Mapping[str, Sequence[object]]) -> tuple[list[str], dict[str, list[int]]]:
-    """Text is sorted as text, numbers as numbers; white space around text does not count."""
+    """The distinct labels as text, sorted, and the labels as indices into them."""
     values = {split: [_plain(value) for value in column] for split, column in labels.items()}
     types = Counter(type(value) for column in values.values() for value in column)
     if len(types) > 1:
@@ -69,17 +92,33 @@ def _sorted_names(labels: Mapping[str, Sequence[object]]) -> tuple[list[str], di
         raise UsageError(
             f"labels of type {next(iter(types)).__name__}. Expected one name or whole number for each image."
         )
-    found = cast(dict[str, list[str]], values)  # or of int, or of bool: of one type that can be sorted
-    distinct = sorted({value for column in found.values() for value in column})
-    index = {value: number for number, value in enumerate(distinct)}
-    numbers = {split: [index[value] for value in column] for split, column in found.items()}
-    return [str(value) for value in distinct], numbers
+    distinct = sorted({str(value) for column in values.values() for value in column})
+    index = {name: number for number, name in enumerate(distinct)}
+    return distinct, {split: [index[str(value)] for value in column] for split, column in values.items()}
 
 
 def _plain(value: object) -> object:
     if isinstance(value, str):
-        return value.strip()
+        return _tidy(value)
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _tidy(name: str) -> str:
+    return unicodedata.normalize("NFC", name.strip())
+
+
+def _in_order(names: list[str], numbers: dict[str, list[int]]) -> tuple[list[str], dict[str, list[int]]]:
+    """Tidy names, equal ones as one and whole numbers in their order; the labels as indices into them."""
+    tidy = list(map(_tidy, names))
+    ordered = list(dict.fromkeys(tidy))
+    if _are_numbers(ordered):
+        ordered.sort(key=lambda name: (Decimal(name), name))
+    index = {name: number for number, name in enumerate(ordered)}
+    return ordered, {split: [index[tidy[number]] for number in values] for split, values in numbers.items()}
+
+
+def _are_numbers(names: list[str]) -> bool:
+    return all(map(WHOLE_NUMBER.fullmatch, names))
 
 
 def _checked_indices(labels: Mapping[str, Sequence[object]], names: list[str]) -> dict[str, list[int]]:
@@ -106,7 +145,7 @@ def _match(own: list[str], given: list[str]) -> tuple[list[int], list[str]]:
     """
     if len(given) != len(own):
         raise UsageError(
-            f"--class-names has {len(given)} names, but the dataset has {len(own)} classes: {', '.join(own)}. "
+            f"--class-names has {len(given)} names, but the dataset has {len(own)} classes: {listed(own)}. "
             "Give every name, or none."
         )
     for key in (str, str.casefold):
@@ -114,8 +153,28 @@ def _match(own: list[str], given: list[str]) -> tuple[list[int], list[str]]:
         if len(position) == len(given) and set(position) == {key(name) for name in own}:
             return [position[key(name)] for name in own], ["--class-names, matched by name with the dataset's own"]
     _refuse_mix(own, given)
-    renamed = [f"{old} -> {new}" for old, new in zip(own, given, strict=True) if old != new]
-    return list(range(len(own))), [f"--class-names, renamed by index: {', '.join(renamed)}"]
+    renamed = listed((f"{old} -> {new}" for old, new in zip(own, given, strict=True) if old != new), MOST_RENAMES_SHOWN)
+    _refuse_unclear_order(own, renamed)
+    return list(range(len(own))), [f"--class-names, renamed by index: {renamed}"]
+
+
+def _refuse_unclear_order(own: list[str], renamed: str) -> None:
+    """Names that are sorted as text, although people order them otherwise: c2 before c10, Ape next to ant."""
+    keys = list(map(_expected_place, own))
+    as_text = own == sorted(own) and not _are_numbers(own)
+    if len(set(keys)) == len(keys) and not (as_text and keys != sorted(keys)):
+        return
+    raise UsageError(
+        "--class-names has only new names, which rename by index, but the dataset's own names can be ordered in two "
+        f"ways. Ordered as text, it would be: {renamed}. Rename the classes in the dataset instead."
+    )
+
+
+def _expected_place(name: str) -> tuple[tuple[int, str], ...]:
+    """A key that sorts names as people do: digits by their number; capitals and accents make no difference."""
+    letters = "".join(c for c in unicodedata.normalize("NFKD", name.casefold()) if not unicodedata.combining(c))
+    parts = re.split("([0-9]+)", letters)  # texts and digits in turn
+    return tuple((len(part.lstrip("0")), part.lstrip("0")) if i % 2 else (0, part) for i, part in enumerate(parts))
 
 
 def _refuse_mix(own: list[str], given: list[str]) -> None:
@@ -125,7 +184,7 @@ def _refuse_mix(own: list[str], given: list[str]) -> None:
         if name.casefold() in lower and lower[number] != name.casefold():
             missing = [other for other in own if other.casefold() not in {n.casefold() for n in given}]
             raise UsageError(
-                f"--class-names: {name} is one of the dataset's own names, but {', '.join(missing)} is missing. "
+                f"--class-names: {name} is one of the dataset's own names, but {listed(missing)} is missing. "
                 "Give all own names, in any order, or only new ones, which rename by index."
             )
 
@@ -147,8 +206,8 @@ def _drop_unused(names: list[str], numbers: dict[str, list[int]]) -> tuple[list[
         for value in values:
             if value not in index:
                 raise UsageError(
-                    f"{split}: the label {names[value]} is outside the names of train "
-                    f"({', '.join(names[i] for i in kept)}). Remove these images, or add some of this class to train."
+                    f"{split}: the label {listed([names[value]])} is outside the names of train "
+                    f"({listed(names[i] for i in kept)}). Remove these images, or add some of this class to train."
                 )
     unused = [name for number, name in enumerate(names) if number not in index]
     numbers = {split: [index[value] for value in values] for split, values in numbers.items()}

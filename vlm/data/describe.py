@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vlm.common import listed
 from vlm.config import Settings
 from vlm.data.sources.rows import HUB, Source
 from vlm.data.splits import ROLES, Data
-
-MOST_CLASSES_SHOWN = 20
 
 
 def detected_rows(
@@ -25,8 +24,9 @@ def detected_rows(
     rows = [("dataset", source.kind if settings.demo else f"{settings.dataset} ({source.kind})")]
     if columns:
         rows += [("image column", columns.image), ("label column", columns.label)]
-    shown = ", ".join(names[:MOST_CLASSES_SHOWN]) + (", ..." if len(names) > MOST_CLASSES_SHOWN else "")
-    rows += [("classes", f"{len(names)}: {shown}"), ("class names", "; ".join(how))]
+    if columns and columns.split:
+        rows.append(("split column", columns.split))
+    rows += [("classes", f"{len(names)}: {listed(names)}"), ("class names", "; ".join(how))]
     rows += [(role, f"{len(getattr(data, role)):,} images ({origins[role]})") for role in ROLES]
     if columns and columns.reasoning:
         rows += _reasoning_rows(columns.reasoning, data.train.reasonings)
@@ -61,6 +61,7 @@ def data_metadata(settings: Settings, source: Source, origins: dict[str, str], d
         "image_column": columns and columns.image,
         "label_column": columns and columns.label,
         "reasoning_column": columns and columns.reasoning,
+        "split_column": columns and columns.split,
         "splits": {role: {"from": origins[role], "pictures": len(getattr(data, role))} for role in ROLES},
         "left_alone": source.others,
         "unreadable": len(data.skipped),

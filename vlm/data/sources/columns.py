@@ -1,9 +1,9 @@
 """Which column of a table has the images, the labels and the reasonings."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from vlm.common import UsageError, did_you_mean
+from vlm.common import UsageError, did_you_mean, listed
 from vlm.config import Settings, reasoning_of
 
 # Usual names, best first.
@@ -23,6 +23,10 @@ IMAGE_COLUMNS = (
     "image_file",
     "images",
     "pictures",
+    "image_name",
+    "image_id",
+    "id_code",
+    "filepaths",
 )
 LABEL_COLUMNS = (
     "label",
@@ -36,19 +40,30 @@ LABEL_COLUMNS = (
     "fine_label",
     "y",
 )
+ZEROS_AND_ONES = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The names of the columns in use."""
+    """The names of the columns in use. split: the column that names the split of each row, if it was used."""
 
     image: str
     label: str
     reasoning: str | None
+    split: str | None = None
+
+    @property
+    def used(self) -> list[str]:
+        return [name for name in (self.image, self.label, self.reasoning, self.split) if name is not None]
 
 
 def choose_columns(
-    settings: Settings, columns: Sequence[str], images: Sequence[str] = (), classes: Sequence[str] = ()
+    settings: Settings,
+    columns: Sequence[str],
+    images: Sequence[str] = (),
+    classes: Sequence[str] = (),
+    *,
+    values: Callable[[str], Sequence[object]],
 ) -> Columns:
     """The columns that the settings name; those not named are found by their type, then by their name.
 
@@ -56,6 +71,7 @@ def choose_columns(
         columns: all columns of the table.
         images: those whose type is image.
         classes: those whose type is class label.
+        values: the first values of a column, which tell why no label column was recognized.
 
     Raises:
         UsageError: a named column is not there, or no column was recognized.
@@ -63,12 +79,41 @@ def choose_columns(
     image = _choose("--image-column", settings.image_column, columns, images, IMAGE_COLUMNS)
     rest = [column for column in columns if column != image]
     classes = [column for column in classes if column != image]
-    label = _choose("--label-column", settings.label_column, rest, classes, LABEL_COLUMNS, used=[image])
+    try:
+        label = _choose("--label-column", settings.label_column, rest, classes, LABEL_COLUMNS, used=[image])
+    except UsageError:
+        if settings.label_column is None:
+            _refuse_one_hot(rest, values)
+        raise
     reasoning = settings.reasoning_column
     if reasoning is not None:
         rest = [column for column in rest if column != label]
         _check_given("--reasoning-column", reasoning, rest, used=[image, label])
     return Columns(image, label, reasoning)
+
+
+def _refuse_one_hot(columns: Sequence[str], values: Callable[[str], Sequence[object]]) -> None:
+    """Name the columns of a table that has a column of 0 and 1 for each class."""
+    found = {name: column for name in columns if (column := _zeros_and_ones(values(name))) is not None}
+    if len(found) < 2:
+        return
+    ones = {sum(row) for row in zip(*found.values(), strict=True)}
+    if ones == {1}:
+        raise UsageError(
+            f"--label-column: the columns {listed(found)} have 0 and 1, with one 1 in each row (one-hot). "
+            "Make one column of it that has the name of the class, and call it label."
+        )
+    raise UsageError(
+        f"--label-column: the columns {listed(found)} have 0 and 1, with {min(ones)} to {max(ones)} ones in a row. "
+        "Expected one column that has the one class of each image."
+    )
+
+
+def _zeros_and_ones(values: Sequence[object]) -> list[int] | None:
+    """The values as 0 and 1; None if they are others, or only zeros."""
+    numbers = [ZEROS_AND_ONES.get(str(value).lower()) for value in values]
+    found = [number for number in numbers if number is not None]
+    return found if len(found) == len(numbers) and any(found) else None
 
 
 def reasoning_texts(values: Sequence[object], names: Sequence[str]) -> list[str | None]:
@@ -124,5 +169,5 @@ def _check_given(flag: str, given: str, columns: Sequence[str], used: Sequence[s
 
 
 def _list(columns: Sequence[str], used: Sequence[str]) -> str:
-    taken = f" ({', '.join(used)} {'has' if len(used) == 1 else 'have'} another use)" if used else ""
-    return f"Columns there: {', '.join([*used, *columns]) or 'none'}{taken}."
+    taken = f" ({listed(used)} {'has' if len(used) == 1 else 'have'} another use)" if used else ""
+    return f"Columns there: {listed([*used, *columns]) or 'none'}{taken}."

@@ -1,14 +1,18 @@
-"""Folders: tables of splits, CLASS/IMAGE, SPLIT/CLASS/IMAGE; other layouts go to the `datasets` library."""
+"""A folder of any layout: written by save_to_disk, tables of splits, image folders, or read by `datasets`."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
-from vlm.common import UsageError
+from vlm.common import UsageError, listed, note, reason
 from vlm.config import Settings
 from vlm.data.images import is_image, visible_files
-from vlm.data.sources.library import is_saved, left_to_library, read_saved, read_with_library
-from vlm.data.sources.rows import EXPECTED, Rows, Source, sort_splits
+from vlm.data.sources.foreign import ARCHIVES, UNPACK, refuse_pointers
+from vlm.data.sources.image_folders import count_by_ending, read_image_folders
+from vlm.data.sources.library import ENDINGS, FILES, is_saved, left_to_library, read_saved, read_with_library
+from vlm.data.sources.rows import Source, nothing_there, role_of, sort_splits
 from vlm.data.sources.tables import find_tables, read_tables
+
+# Other files that the library may know how to read, if there is no image and no table of ours.
+OF_THE_LIBRARY = (*ENDINGS, ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".txt", ".tar", ".lance", ".h5", ".hdf5")
 
 
 def read_folder(folder: Path, settings: Settings) -> Source:
@@ -17,6 +21,7 @@ def read_folder(folder: Path, settings: Settings) -> Source:
     Raises:
         UsageError: the layout is not understood, or the files in it cannot be read.
     """
+    folder = _unwrapped(folder)
     if is_saved(folder):
         return read_saved(folder, settings)
     tables = find_tables(folder)
@@ -29,42 +34,48 @@ def read_folder(folder: Path, settings: Settings) -> Source:
     if len(tables) == 1 and len(folders_with_images) < 2:
         return read_tables({"train": next(iter(tables.values()))}, [], settings)
     if images and not left_to_library(files):
-        return _read_image_folders(folder, images)
-    if files and not tables and all(is_image(file) and len(file.parts) == 1 for file in files):
+        return read_image_folders(folder, files, tables.values())
+    _check_files(folder, files)
+    return read_with_library(str(folder), settings, "folder", folder)
+
+
+def _unwrapped(folder: Path) -> Path:
+    """The folder itself, or the only one in it that holds everything, as an unpacked archive often has it.
+
+    A folder that is called like a split, or that has images directly in it as a class has, is not such a one.
+    """
+    inner, seen = folder, {folder.resolve()}
+    while True:
+        entries = _entries(inner)
+        if len(entries) != 1 or not entries[0].is_dir() or role_of(entries[0].name) or entries[0].resolve() in seen:
+            break
+        if any(is_image(path) for path in _entries(entries[0])):
+            break
+        inner = entries[0]
+        seen.add(inner.resolve())
+    if inner != folder:
+        note(f"note: {folder} has nothing but {inner.relative_to(folder)}, which is read as the dataset.")
+    return inner
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What is directly in a folder, without hidden files and what macOS adds to archives."""
+    try:
+        return [path for path in folder.iterdir() if not path.name.startswith((".", "__MACOSX"))]
+    except OSError as error:
+        raise UsageError(f"--dataset {folder}: cannot be read ({reason(error)}). Allow to read it.") from error
+
+
+def _check_files(folder: Path, files: list[Path]) -> None:
+    """Refuse a folder without labeled images in it of which the library could not make anything either."""
+    if files and all(is_image(file) and len(file.parts) == 1 for file in files):
         raise UsageError(
             f"--dataset {folder}: the images are directly in this folder, so their classes are unknown. "
             "Make one folder for each class."
         )
-    return read_with_library(str(folder), settings, "folder", folder)
-
-
-def _read_image_folders(folder: Path, images: list[Path]) -> Source:
-    """CLASS/IMAGE or SPLIT/CLASS/IMAGE, with any folders below CLASS. Images directly in SPLIT have no label.
-
-    A class may be called "train" (of vehicles, say): folders are splits only if no folder with another name has images
-    directly in it.
-
-    Args:
-        images: their paths, relative to `folder`.
-    """
-    roles, others = sort_splits(
-        path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
-    )
-    direct = {image.parts[0] for image in images if len(image.parts) == 2}
-    if not roles or direct - set(roles.values()):
-        labels = [image.parts[0] for image in images]
-        return Source("image folder", {"train": _rows(folder, images, labels)}, {"train": "the folder"})
-    splits: dict[str, Rows] = {}
-    for role, name in roles.items():
-        found = [image for image in images if image.parts[0] == name]
-        below = [image.parts[1] if len(image.parts) > 2 else None for image in found]
-        splits[role] = _rows(folder, found, below)
-    if "train" in splits and splits["train"].labels and not any(splits["train"].labels):
-        raise UsageError(
-            f"--dataset {folder}: the images are directly in {roles['train']}, not in folders of classes. {EXPECTED}"
-        )
-    return Source("image folder", splits, roles, others)
-
-
-def _rows(folder: Path, images: list[Path], labels: Sequence[str | None]) -> Rows:
-    return Rows([folder / image for image in images], labels, [str(image) for image in images])
+    refuse_pointers(folder / file for file in files if file.suffix in ENDINGS or file.name in FILES)
+    if any(file.suffix.lower() in OF_THE_LIBRARY or is_image(file) for file in files):
+        return
+    if archives := [file for file in files if file.suffix.lower() in ARCHIVES]:
+        raise UsageError(f"--dataset {folder}: the files are in an archive ({listed(archives, 3)}). {UNPACK}")
+    raise nothing_there(folder, f"Files there: {count_by_ending(files)}. " if files else "")

@@ -5,17 +5,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm.common import UsageError, one_line
+from vlm.common import UsageError, listed, one_line
 from vlm.config import Settings
 from vlm.data.images import ImageSource
+from vlm.data.sources.cells import CELLS_TRIED, check_files, image_of
 from vlm.data.sources.columns import Columns, choose_columns, reasoning_texts
-from vlm.data.sources.rows import EXPECTED, Rows, Source, sort_splits
+from vlm.data.sources.foreign import refuse_pointers
+from vlm.data.sources.rows import EXPECTED, Rows, Source, nothing_there, sort_splits
+from vlm.data.sources.split_column import use_split_column
 
 if TYPE_CHECKING:  # the library takes a second to import
     from datasets import Dataset, DatasetDict
 
 ENDINGS = (".parquet", ".arrow")
 FILES = ("metadata.csv", "metadata.jsonl")
+ROWS_LOOKED_AT = 1000  # of a column, to tell what it has
 
 
 def is_saved(folder: Path) -> bool:
@@ -41,6 +45,7 @@ def read_saved(folder: Path, settings: Settings) -> Source:
     """
     import datasets
 
+    refuse_pointers(sorted(folder.rglob("*.arrow")))
     with _errors_in_one_line(folder):
         data = datasets.load_from_disk(str(folder))
     splits = _by_name(data) if isinstance(data, datasets.DatasetDict) else {"train": data}
@@ -85,7 +90,7 @@ def _errors_in_one_line(name: str | Path) -> Iterator[None]:
         raise
     except Exception as error:
         if type(error).__name__ == "EmptyDatasetError":
-            raise UsageError(f"--dataset {name}: nothing there that can be read as a dataset. {EXPECTED}") from error
+            raise nothing_there(name) from error
         text = one_line(error)
         raise UsageError(f"--dataset {name}: cannot be loaded ({type(error).__name__}: {text}). {EXPECTED}") from error
 
@@ -102,13 +107,46 @@ def _to_source(data: "dict[str, Dataset]", settings: Settings, kind: str, folder
     if "train" not in roles:
         return Source(kind, {}, {}, others)
     features = data[roles["train"]].features
-    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    images = [name for name, feature in features.items() if _is_image(feature)]
     classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    columns = choose_columns(settings, list(features), images, classes)
+    columns = choose_columns(
+        settings, list(features), images, classes, values=lambda name: _first_values(data[roles["train"]], name)
+    )
     splits = {role: _rows(data[name].with_format(None), name, columns, folder) for role, name in roles.items()}
     label = features[columns.label]
     names = list(label.names) if isinstance(label, datasets.ClassLabel) else None
-    return Source(kind, splits, roles, others, names, columns)
+    source = Source(kind, splits, roles, others, names, columns)
+    return use_split_column(source, {role: _unused(data[name], columns) for role, name in roles.items()})
+
+
+def _is_image(feature: object) -> bool:
+    """Whether a column has images, or lists of them."""
+    import datasets
+
+    return isinstance(getattr(feature, "feature", feature), datasets.Image)
+
+
+def _first_values(data: "Dataset", column: str) -> Sequence[object]:
+    """The first values of a column of numbers or texts; of no other column, which may be large."""
+    import datasets
+
+    return data[column][:ROWS_LOOKED_AT] if isinstance(data.features[column], datasets.Value) else []
+
+
+def _unused(data: "Dataset", columns: Columns) -> dict[str, Sequence[object]]:
+    """The columns without a use, with their values if these are texts, read only when asked for."""
+    import datasets
+
+    unused: dict[str, Sequence[object]] = {}
+    for name, feature in data.features.items():
+        if name in columns.used:
+            continue
+        unused[name] = ()
+        if isinstance(feature, datasets.Value) and "string" in feature.dtype:
+            unused[name] = data[name]
+        elif isinstance(feature, datasets.ClassLabel):
+            unused[name] = [feature.names[value] if value >= 0 else None for value in data[name]]
+    return unused
 
 
 def _rows(data: "Dataset", split: str, columns: Columns, folder: Path) -> Rows:
@@ -116,14 +154,14 @@ def _rows(data: "Dataset", split: str, columns: Columns, folder: Path) -> Rows:
     if columns.image not in data.features:
         raise UsageError(
             f"--image-column {columns.image}: train has this column, but {split} does not. "
-            f"Columns there: {', '.join(data.features)}."
+            f"Columns there: {listed(data.features)}."
         )
     labels = data[columns.label][:] if columns.label in data.features else [None] * len(data)
     names = [f"{split}[{i}]" for i in range(len(data))]
     texts = None
     if columns.reasoning is not None and columns.reasoning in data.features:
         texts = reasoning_texts(data[columns.reasoning][:], names)
-    return Rows(ImageColumn(data, columns.image, folder), labels, names, texts)
+    return Rows(ImageColumn(data, columns.image, folder, split), labels, names, texts)
 
 
 class ImageColumn:
@@ -131,21 +169,31 @@ class ImageColumn:
 
     Args:
         folder: what paths in a column of texts are relative to.
+        split: the name of the split, for messages.
+
+    Raises:
+        UsageError: none of the first paths in a column of texts is there, and what is there says why.
     """
 
-    def __init__(self, data: "Dataset", column: str, folder: Path) -> None:
-        import datasets
-
+    def __init__(self, data: "Dataset", column: str, folder: Path, split: str) -> None:
         self._data = data.select_columns([column])
-        if isinstance(data.features[column], datasets.Image):
-            self._data = self._data.cast_column(column, datasets.Image(decode=False))
-        self._column, self._folder = column, folder
+        if _is_image(data.features[column]):
+            self._data = self._data.cast_column(column, _not_decoded(data.features[column]))
+        else:
+            check_files(self._data[column][:CELLS_TRIED], folder, column, split)
+        self._column, self._folder, self._split = column, folder, split
 
     def __len__(self) -> int:
         return len(self._data)
 
     def __getitem__(self, row: int) -> ImageSource | None:
+        """Raises UsageError if the cell has several images, or a text that is no path."""
         value: Any = self._data[int(row)][self._column]
-        if isinstance(value, dict):  # an Image feature
-            value = value.get("bytes") or value.get("path")
-        return self._folder / value if isinstance(value, str) else value
+        return image_of(value, self._folder, f"{self._split}[{row}], column {self._column}")
+
+
+def _not_decoded(feature: Any) -> Any:
+    import datasets
+
+    image = datasets.Image(decode=False)
+    return image if isinstance(feature, datasets.Image) else datasets.List(image, length=feature.length)

@@ -8,7 +8,9 @@ import numpy as np
 from vlm.common import UsageError
 from vlm.config import Settings
 from vlm.data.hub import check_dataset_reachable, looks_like_path
+from vlm.data.sources.cells import find_file
 from vlm.data.sources.folders import read_folder
+from vlm.data.sources.foreign import refuse_by_ending
 from vlm.data.sources.library import read_with_library
 from vlm.data.sources.rows import EXPECTED, HUB, Rows, Source
 from vlm.data.sources.tables import is_table, read_tables
@@ -25,15 +27,16 @@ def read_source(settings: Settings) -> Source:
     name = settings.dataset
     if settings.demo or name is None:
         return _read_digits()
-    path = Path(name).expanduser()
+    path = find_file(Path(), str(Path(name).expanduser()))
     if path.is_dir():
         return read_folder(path, settings)
     if path.is_file():
         if not is_table(path):
-            raise UsageError(f"--dataset {name}: files of this type are not read. {EXPECTED}")
+            refuse_by_ending(path, EXPECTED)
         return read_tables({"train": path}, [], settings)
     if looks_like_path(name) or is_table(path):
-        raise UsageError(f"--dataset {name}: no such file or folder. {EXPECTED}")
+        windows = " It is a Windows path; here / stands between folders." if "\\" in name else ""
+        raise UsageError(f"--dataset {name}: no such file or folder.{windows} {EXPECTED}")
     commit = check_dataset_reachable(name)
     source = read_with_library(name, settings, HUB)
     source.commit = commit

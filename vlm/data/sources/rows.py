@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from vlm.common import UsageError
 from vlm.data.images import ImageSource
 from vlm.data.sources.columns import Columns
 
@@ -40,6 +41,27 @@ class Rows:
     names: list[str]
     reasonings: list[str | None] | None = None
 
+    def take(self, rows: Sequence[int]) -> "Rows":
+        """Some of the rows, in the order given."""
+        texts = None if self.reasonings is None else [self.reasonings[row] for row in rows]
+        return Rows(
+            Picked(self.images, rows), [self.labels[row] for row in rows], [self.names[row] for row in rows], texts
+        )
+
+
+@dataclass(frozen=True)
+class Picked:
+    """Some of the images, read only when asked for."""
+
+    images: Images
+    rows: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> ImageSource | None:
+        return self.images[self.rows[row]]
+
 
 @dataclass
 class Source:
@@ -60,6 +82,12 @@ class Source:
     commit: str | None = None
 
 
+def role_of(name: object) -> str | None:
+    """What a split of this name is for: train, validation or test, in any spelling; None for all other values."""
+    word = name.strip().lower() if isinstance(name, str) else None
+    return next((role for role, spellings in SPLIT_NAMES.items() if word in spellings), None)
+
+
 def sort_splits(names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
     """Sort the names of splits by what they are for.
 
@@ -74,3 +102,12 @@ def sort_splits(names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
         if found:
             roles[role] = found[0]
     return roles, sorted(set(names) - set(roles.values()))
+
+
+def nothing_there(name: object, found: str = "") -> UsageError:
+    """The error for a place without anything that can be read.
+
+    Args:
+        found: what is there instead, as sentences.
+    """
+    return UsageError(f"--dataset {name}: nothing there that can be read as a dataset. {found}{EXPECTED}")

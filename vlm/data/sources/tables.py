@@ -6,14 +6,20 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from vlm.common import UsageError, reason
+from vlm.common import UsageError, first_line, printable, shorten
 from vlm.config import Settings
+from vlm.data.images import is_image
+from vlm.data.sources.cells import check_files, image_of, path_text
 from vlm.data.sources.columns import Columns, choose_columns, reasoning_texts
+from vlm.data.sources.foreign import SAVE_AS_CSV, refuse_by_content
 from vlm.data.sources.rows import Rows, Source
+from vlm.data.sources.split_column import use_split_column
 
 CSV = (".csv", ".tsv")
 JSONL = (".jsonl", ".ndjson")
 ROWS_WITH_COLUMNS = 1000  # the rows of a table in which columns are looked for
+LONGEST_SHOWN = 60  # characters of a name in a message
+ONE_OBJECT = 'Expected one object in each line, such as {"image": "a.png", "label": "cat"}.'
 
 Table = list[dict[str, object]]
 
@@ -42,11 +48,14 @@ def read_tables(paths: dict[str, Path], others: list[str], settings: Settings) -
     for role, table in tables.items():
         if not table:
             raise UsageError(f"{paths[role]}: no rows. Expected a header (CSV) and one line for each image.")
-    columns = choose_columns(settings, _column_names(tables.values()))
-    splits = {role: _rows(table, paths[role].parent, columns) for role, table in tables.items()}
+    names = _column_names(tables.values())
+    columns = choose_columns(settings, names, values=lambda name: _values(tables["train"][:ROWS_WITH_COLUMNS], name))
+    splits = {role: _rows(table, paths[role], columns) for role, table in tables.items()}
     kind = "CSV file" if all(map(_is_csv, paths.values())) else "JSONL file"
     split_names = {role: path.name for role, path in paths.items()}
-    return Source(kind, splits, split_names, others, columns=columns)
+    rest = [name for name in names if name not in columns.used]
+    unused = {role: {name: _values(table, name) for name in rest} for role, table in tables.items()}
+    return use_split_column(Source(kind, splits, split_names, others, columns=columns), unused)
 
 
 def _is_csv(path: Path) -> bool:
@@ -58,21 +67,32 @@ def _column_names(tables: Iterable[Table]) -> list[str]:
     return list(dict.fromkeys(column for table in tables for row in table[:ROWS_WITH_COLUMNS] for column in row))
 
 
-def _rows(table: Table, folder: Path, columns: Columns) -> Rows:
-    paths = [str(row.get(columns.image) or "") for row in table]
-    images = [folder / path if path else None for path in paths]
-    names = [path or f"row {i + 1}" for i, path in enumerate(paths)]
-    texts = None
-    if columns.reasoning:
-        texts = reasoning_texts([row.get(columns.reasoning) for row in table], names)
-    return Rows(images, [row.get(columns.label) for row in table], names, texts)
+def _values(table: Table, column: str) -> list[object]:
+    return [row.get(column) for row in table]
+
+
+def _rows(table: Table, path: Path, columns: Columns) -> Rows:
+    cells = _values(table, columns.image)
+    check_files(cells, path.parent, columns.image, str(path))
+    images = [
+        image_of(cell, path.parent, f"{path}: row {i + 1} of the column {columns.image}")
+        for i, cell in enumerate(cells)
+    ]
+    names = [printable(path_text(cell)) or f"row {i + 1}" for i, cell in enumerate(cells)]
+    texts = reasoning_texts(_values(table, columns.reasoning), names) if columns.reasoning else None
+    return Rows(images, _values(table, columns.label), names, texts)
 
 
 def _read_table(path: Path) -> Table:
+    refuse_by_content(path)
+    content = path.read_bytes()
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not a readable text file in UTF-8 ({reason(error)}).") from error
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UsageError(f"{path}, line {line}: not a readable text file in UTF-8. {SAVE_AS_CSV}") from error
+    if "\0" in text:
+        raise UsageError(f"{path}: not a text file in UTF-8: it has characters of value 0. {SAVE_AS_CSV}")
     return _read_csv(path, text) if _is_csv(path) else _read_jsonl(path, text)
 
 
@@ -83,6 +103,7 @@ def _read_csv(path: Path, text: str) -> Table:
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
     rows: Table = []
     try:
+        _check_header(path, [name.strip() for name in reader.fieldnames or []])
         for row in reader:
             if None in row:
                 raise UsageError(
@@ -91,8 +112,22 @@ def _read_csv(path: Path, text: str) -> Table:
                 )
             rows.append({name.strip(): value.strip() if value else None for name, value in row.items()})
     except csv.Error as error:
-        raise UsageError(f"{path}, line {reader.line_num}: not CSV ({error}).") from error
+        raise UsageError(
+            f"{path}, line {reader.line_num}: not CSV ({error}). "
+            "Look for a quote that is not closed before it, or for images as base64 text, which are not read."
+        ) from error
     return rows
+
+
+def _check_header(path: Path, names: list[str]) -> None:
+    """Refuse a first line that cannot be a header: two equal names, or the path of an image."""
+    if repeated := [name for name in names if name and names.count(name) > 1]:
+        raise UsageError(f"{path}: several columns are called {_shown(repeated[0])}. Give each column its own name.")
+    if data := [name for name in names if is_image(Path(name))]:
+        raise UsageError(
+            f"{path}: the first line is data ({_shown(data[0])}), not a header. "
+            "Add a first line with the names of the columns, such as image,label."
+        )
 
 
 def _read_jsonl(path: Path, text: str) -> Table:
@@ -103,9 +138,15 @@ def _read_jsonl(path: Path, text: str) -> Table:
             continue
         try:
             row = json.loads(line)
+        except RecursionError as error:
+            raise UsageError(f"{path}, line {number}: JSON that is nested too deep. {ONE_OBJECT}") from error
         except ValueError as error:
-            raise UsageError(f"{path}, line {number}: not JSON ({error}).") from error
+            raise UsageError(f"{path}, line {number}: not JSON ({first_line(error)}). {ONE_OBJECT}") from error
         if not isinstance(row, dict):
-            raise UsageError(f'{path}, line {number}: expected an object such as {{"image": "a.png", "label": "cat"}}.')
+            raise UsageError(f"{path}, line {number}: no JSON object. {ONE_OBJECT}")
         rows.append(row)
     return rows
+
+
+def _shown(text: str) -> str:
+    return printable(shorten(text, LONGEST_SHOWN))

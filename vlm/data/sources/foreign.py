@@ -1,0 +1,80 @@
+"""Files that no reader takes: what they are, by their ending and first bytes, and what to do with them."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from vlm.common import UsageError, reason
+from vlm.data.images import is_image
+
+ARCHIVES = (".zip", ".rar", ".7z", ".tgz", ".gz", ".bz2", ".xz", ".tar")
+UNPACK = "Unpack it, and give the folder or the table in it."
+SAVE_AS_CSV = "Save it as CSV in UTF-8."
+AS_FILES = "Write its images into files, in one folder for each class."
+# Endings, what such files are, and the cure.
+KINDS = (
+    (ARCHIVES, "an archive", UNPACK),
+    ((".xlsx", ".xls", ".ods", ".numbers"), "a spreadsheet", SAVE_AS_CSV),
+    ((".parquet", ".arrow"), "a Parquet or Arrow file", "Put it into a folder of its own, and give the folder."),
+    ((".json",), "JSON", "Make a JSONL file of it, with one object in each line: one line for each image."),
+    ((".txt", ".dat"), "a text file", "If it is a table, let its name end in .csv."),
+    ((".npy", ".npz", ".h5", ".hdf5", ".mat", ".pkl", ".pickle", ".tfrecord"), "a file of arrays", AS_FILES),
+)
+# First bytes of files that are no text, whatever their ending says.
+STARTS = (
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "Get the file with: git lfs pull"),
+    (b"PK\x03\x04", "a spreadsheet or a zip archive", "Save it as CSV in UTF-8, or unpack it."),
+    (b"\x1f\x8b", "a compressed file", "Unpack it."),
+    (b"PAR1", "a Parquet file", "Let its name end in .parquet, put it into a folder of its own, and give the folder."),
+    (b"\xff\xfe", "text in UTF-16", SAVE_AS_CSV),
+    (b"\xfe\xff", "text in UTF-16", SAVE_AS_CSV),
+)
+
+LONGEST_START = max(len(first) for first, _, _ in STARTS)
+
+
+def refuse_by_ending(path: Path, expected: str) -> None:
+    """Raise the UsageError for a file that is no table by its ending.
+
+    Args:
+        expected: what datasets may be, for kinds of files that are not known here.
+    """
+    refuse_by_content(path)
+    kind, cure = "of a type that is not read", expected
+    if is_image(path):
+        kind, cure = "an image", "Give the folder that has one folder for each class, or a table of paths and labels."
+    for endings, what, what_to_do in KINDS:
+        if path.suffix.lower() in endings:
+            kind, cure = what, what_to_do
+    raise UsageError(f"--dataset {path}: {kind}, not a folder or a table. {cure}")
+
+
+def refuse_by_content(path: Path) -> None:
+    """Refuse a file that is no text by its first bytes, such as a Git LFS pointer or a spreadsheet called .csv.
+
+    Raises:
+        UsageError: it is such a file, or cannot be read.
+    """
+    start = _start(path)
+    for first, kind, cure in STARTS:
+        if start.startswith(first):
+            raise UsageError(f"{path}: {kind}. {cure}")
+
+
+def refuse_pointers(paths: Iterable[Path]) -> None:
+    """Refuse files of data, such as Parquet, if one is a Git LFS pointer.
+
+    Raises:
+        UsageError: the first that is one, or that cannot be read.
+    """
+    first, kind, cure = STARTS[0]
+    for path in paths:
+        if _start(path).startswith(first):
+            raise UsageError(f"{path}: {kind}. {cure}")
+
+
+def _start(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(LONGEST_START)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({reason(error)}). Allow to read it, or give another file.") from error

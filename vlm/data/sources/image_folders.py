@@ -1,0 +1,118 @@
+"""Folders of images: CLASS/IMAGE or SPLIT/CLASS/IMAGE. What is in them and is not used is said."""
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from vlm.common import UsageError, listed, note
+from vlm.data.images import is_image
+from vlm.data.sources.rows import EXPECTED, Rows, Source, sort_splits
+
+CLUTTER = ("Thumbs.db", "desktop.ini")  # made by Windows in every folder
+IGNORED = "__MACOSX"  # made by macOS in archives
+MOST_ENDINGS = 6
+
+
+def read_image_folders(folder: Path, files: Sequence[Path], tables: Iterable[Path]) -> Source:
+    """CLASS/IMAGE or SPLIT/CLASS/IMAGE, with any folders below CLASS. Images directly in SPLIT have no label.
+
+    A class may be called "train" (of vehicles, say): folders are splits only if no folder with another name has images
+    directly in it.
+
+    Args:
+        files: all visible files, relative to `folder`; some below it are images.
+        tables: the tables in it, for messages.
+
+    Raises:
+        UsageError: a class folder has no image, or the images of train are not in folders of classes.
+    """
+    files = [file for file in files if file.parts[0] != IGNORED and file.name not in CLUTTER]
+    images = [file for file in files if is_image(file) and len(file.parts) > 1]
+    roles, others = sort_splits(path.name for path in _folders(folder))
+    direct = {image.parts[0] for image in images if len(image.parts) == 2}
+    if not roles or direct - set(roles.values()):
+        _check_classes(folder, "", files)
+        _note_unused(files)
+        labels = [image.parts[0] for image in images]
+        return Source("image folder", {"train": _rows(folder, images, labels)}, {"train": "the folder"})
+    splits: dict[str, Rows] = {}
+    for role, name in roles.items():
+        found = [image for image in images if image.parts[0] == name]
+        below = [image.parts[1] if len(image.parts) > 2 else None for image in found]
+        splits[role] = _rows(folder, found, below)
+    if "train" in splits and splits["train"].labels and not any(splits["train"].labels):
+        cure = (
+            f"If one of the tables there has the labels, give it to --dataset: {listed(tables)}."
+            if tables
+            else EXPECTED
+        )
+        raise UsageError(
+            f"--dataset {folder}: the images are directly in {roles['train']}, not in folders of classes. {cure}"
+        )
+    if "train" in roles:
+        _check_classes(folder, roles["train"], files)
+    held_out = [name for role, name in roles.items() if role != "train"]
+    _note_unused(files, [empty for name in held_out for empty in _empty(folder, name, files)])
+    return Source("image folder", splits, roles, others)
+
+
+def count_by_ending(files: Iterable[Path]) -> str:
+    """How many files there are of each ending, the most frequent first."""
+    counts = Counter(file.suffix.lower() or "without an ending" for file in files).most_common()
+    return listed((f"{count:,} {ending}" for ending, count in counts), MOST_ENDINGS)
+
+
+def _folders(folder: Path) -> list[Path]:
+    """The visible folders directly in a folder, sorted."""
+    found = [path for path in folder.iterdir() if path.is_dir()]
+    return sorted(path for path in found if not path.name.startswith(".") and path.name != IGNORED)
+
+
+def _empty(folder: Path, split: str, files: Sequence[Path]) -> list[Path]:
+    """The class folders of a split that have no image, relative to `folder`; of the folder itself, if it is ""."""
+    place = Path(split)
+    depth = len(place.parts)
+    used = {file.parts[: depth + 1] for file in files if is_image(file) and len(file.parts) > depth + 1}
+    return [place / path.name for path in _folders(folder / place) if (place / path.name).parts not in used]
+
+
+def _check_classes(folder: Path, split: str, files: Sequence[Path]) -> None:
+    """Refuse classes of train that would disappear, as none of their files is an image."""
+    empty = _empty(folder, split, files)
+    if not empty:
+        return
+    found = [f"{path.name} ({_content(folder, path, files)})" for path in empty]
+    raise UsageError(
+        f"--dataset {folder}: no file in these class folders counts as an image: {listed(found)}.{_heic_hint(files)} "
+        "Add images, or move these folders elsewhere."
+    )
+
+
+def _content(folder: Path, place: Path, files: Sequence[Path]) -> str:
+    if not os.access(folder / place, os.R_OK | os.X_OK):
+        return "no permission to read it"
+    return count_by_ending(file for file in files if file.is_relative_to(place)) or "empty"
+
+
+def _note_unused(files: Sequence[Path], empty: Sequence[Path] = ()) -> None:
+    """Say in one note what of a folder is not used."""
+    parts = []
+    if other := [file for file in files if not is_image(file) and len(file.parts) > 1]:
+        parts.append(f"files that do not count as images: {count_by_ending(other)}")
+    if direct := sum(is_image(file) and len(file.parts) == 1 for file in files):
+        parts.append(f"images without a class folder: {direct:,}")
+    if empty:
+        parts.append(f"class folders without an image: {listed(empty)}")
+    if parts:
+        note(f"note: not used: {'; '.join(parts)}.{_heic_hint(other)}")
+
+
+def _heic_hint(files: Sequence[Path]) -> str:
+    """How HEIC images can be read, if some do not count as images on this machine."""
+    unread = any(file.suffix.lower() in (".heic", ".heif") and not is_image(file) for file in files)
+    return " HEIC images are read if pillow-heif is installed: pip install pillow-heif." if unread else ""
+
+
+def _rows(folder: Path, images: list[Path], labels: Sequence[str | None]) -> Rows:
+    return Rows([folder / image for image in images], labels, [str(image) for image in images])
