@@ -22,7 +22,7 @@ from vlm.common.files import read_json, recover, replacing, usual_modes, write_f
 from vlm.common.lazy import lazy_names
 from vlm.common.modes import evaluation_mode
 from vlm.common.tables import format_table, printable, text_width
-from vlm.common.text import dtype_name, listed, shorten
+from vlm.common.text import brief, dtype_name, listed, shorten
 
 if TYPE_CHECKING:
     from vlm.common.progress import Bar, note, with_bar
@@ -32,6 +32,7 @@ __all__ = [
     "RunError",
     "Stopped",
     "UsageError",
+    "brief",
     "did_you_mean",
     "dtype_name",
     "evaluation_mode",

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from vlm.common.tables import printable
 
-LONGEST_LISTED = 60  # characters of a name in a list
+BRIEF = 60  # characters
 
 
 def shorten(text: str, longest: int) -> str:
@@ -12,10 +12,15 @@ def shorten(text: str, longest: int) -> str:
     return text if len(text) <= longest else f"{text[: longest * 2 // 3 - 1]}…{text[len(text) - longest // 3 :]}"
 
 
+def brief(text: object) -> str:
+    """A name or value of the user's as it stands in a message: not long, and without control characters."""
+    return printable(shorten(str(text), BRIEF))
+
+
 def listed(names: Iterable[object], most: int = 20) -> str:
-    """Names of the user's in one line of a message: the first ones, none of them long, without control characters."""
-    names = [printable(shorten(str(name), LONGEST_LISTED)) for name in names]
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+    """The first ones of some names of the user's, for a message."""
+    shown = list(map(brief, names))
+    return ", ".join(shown[:most]) + (", ..." if len(shown) > most else "")
 
 
 def dtype_name(dtype: object) -> str:

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import cast
 
-from vlm.common import UsageError, listed, shorten
+from vlm.common import UsageError, brief, listed
 
 WHOLE_NUMBER = re.compile(r"[+-]?[0-9]+(\.0*)?")
 NOT_PRINTED = ("Cc", "Cs", "Zl", "Zp")  # Unicode categories: control characters, line ends, halves of characters
 TURNS_WRITING = re.compile("[\u202a-\u202e\u2066-\u2069]")  # makes a terminal show later characters elsewhere
 MOST_RENAMES_SHOWN = 12
-LONGEST_SHOWN = 60  # characters of a name in a message
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def number_labels(labels: Mapping[str, Sequence[object]], own: list[str] | None,
     """
     if own is None:
         names, numbers = _sorted_names(labels)
-        how = ["sorted labels"]
+        how = ["labels, sorted as numbers" if _are_numbers(names) else "sorted labels"]
     else:
         names, numbers = list(own), _checked_indices(labels, own)
         how = ["names of the dataset"]
@@ -72,7 +71,7 @@ def _check_names(names: list[str]) -> None:
     for name in names:
         problem = "a class name is empty" if not name else ""
         if any(unicodedata.category(character) in NOT_PRINTED for character in name) or TURNS_WRITING.search(name):
-            problem = f"the class name {shorten(ascii(name), LONGEST_SHOWN)} has a line end or a control character"
+            problem = f"the class name {brief(ascii(name))} has a line end, a control character or a byte outside UTF-8"
         if problem:
             raise UsageError(f"{problem}, but an answer is one line of text. Give other names with --class-names.")
     if len(names) < 2:
@@ -206,7 +205,7 @@ def _drop_unused(names: list[str], numbers: dict[str, list[int]]) -> tuple[list[
         for value in values:
             if value not in index:
                 raise UsageError(
-                    f"{split}: the label {listed([names[value]])} is outside the names of train "
+                    f"{split}: the label {brief(names[value])} is outside the names of train "
                     f"({listed(names[i] for i in kept)}). Remove these images, or add some of this class to train."
                 )
     unused = [name for number, name in enumerate(names) if number not in index]

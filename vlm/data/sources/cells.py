@@ -8,10 +8,9 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from vlm.common import UsageError, shorten
+from vlm.common import UsageError, brief
 from vlm.data.images import ImageSource, is_image
 
-LONGEST_SHOWN = 60  # characters of a cell
 LONGEST_NAME = 255  # bytes of the name of a file on every usual system
 CELLS_TRIED = 100  # the files of these are looked for before anything is decoded
 MOST_FILES = 100_000  # that are looked through for files of other cells
@@ -68,22 +67,24 @@ def find_file(folder: Path, text: str) -> Path:
 
 
 def check_files(cells: Sequence[Any], folder: Path, column: str, source: str) -> None:
-    """Refuse a column of paths if none of the first files is there and what is there says why.
+    """Refuse a column if its first cells are no paths, or if none of their files is there and it is clear why.
 
     Args:
         folder: what paths are relative to.
         source: what the column belongs to, for messages.
 
     Raises:
-        UsageError: the files are in another folder, have an ending, or the paths are those of Windows.
+        UsageError: a text is no path, the files are in another folder or have an ending, or the paths are of Windows.
     """
+    for i, cell in enumerate(cells[:CELLS_TRIED]):
+        image_of(cell, folder, f"{source}: row {i + 1} of the column {column}")
     texts = [text for cell in cells[:CELLS_TRIED] if (text := path_text(cell))]
     if not texts or any(os.path.exists(find_file(folder, text)) for text in texts):
         return
     text = texts[0].replace("\\", "/")
-    place = f"{source}: no file {shorten(texts[0], LONGEST_SHOWN)} of the column {column} in {folder or Path.cwd()}"
+    place = f"{source}: no file {brief(texts[0])} of the column {column} in {folder or Path.cwd()}"
     for file in _image_files(folder):
-        shown = shorten(file.relative_to(folder).as_posix(), LONGEST_SHOWN)
+        shown = brief(file.relative_to(folder).as_posix())
         if file.name == PurePosixPath(text).name:
             raise UsageError(f"{place}, but there is {shown}. Write paths like this one into the column.")
         if file.stem == PurePosixPath(text).name:
@@ -107,7 +108,7 @@ def _check_text(text: str, place: str) -> None:
         )
     if ADDRESS.match(text):
         raise UsageError(
-            f"{place}: a web address ({shorten(text, LONGEST_SHOWN)}). "
+            f"{place}: a web address ({brief(text)}). "
             "Download the images, and write the paths of the files into the column."
         )
     if any(len(os.fsencode(part)) > LONGEST_NAME for part in re.split(r"[\\/]", text)):

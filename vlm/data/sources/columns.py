@@ -83,7 +83,7 @@ def choose_columns(
         label = _choose("--label-column", settings.label_column, rest, classes, LABEL_COLUMNS, used=[image])
     except UsageError:
         if settings.label_column is None:
-            _refuse_one_hot(rest, values)
+            _refuse_one_hot(f"--dataset {settings.dataset}", rest, values)
         raise
     reasoning = settings.reasoning_column
     if reasoning is not None:
@@ -92,7 +92,7 @@ def choose_columns(
     return Columns(image, label, reasoning)
 
 
-def _refuse_one_hot(columns: Sequence[str], values: Callable[[str], Sequence[object]]) -> None:
+def _refuse_one_hot(dataset: str, columns: Sequence[str], values: Callable[[str], Sequence[object]]) -> None:
     """Name the columns of a table that has a column of 0 and 1 for each class."""
     found = {name: column for name in columns if (column := _zeros_and_ones(values(name))) is not None}
     if len(found) < 2:
@@ -100,11 +100,11 @@ def _refuse_one_hot(columns: Sequence[str], values: Callable[[str], Sequence[obj
     ones = {sum(row) for row in zip(*found.values(), strict=True)}
     if ones == {1}:
         raise UsageError(
-            f"--label-column: the columns {listed(found)} have 0 and 1, with one 1 in each row (one-hot). "
+            f"{dataset}: the columns {listed(found)} have 0 and 1, with one 1 in each row (one-hot). "
             "Make one column of it that has the name of the class, and call it label."
         )
     raise UsageError(
-        f"--label-column: the columns {listed(found)} have 0 and 1, with {min(ones)} to {max(ones)} ones in a row. "
+        f"{dataset}: the columns {listed(found)} have 0 and 1, with {min(ones)} to {max(ones)} ones in a row. "
         "Expected one column that has the one class of each image."
     )
 

@@ -6,10 +6,10 @@ from vlm.common import UsageError, listed, note, reason
 from vlm.config import Settings
 from vlm.data.images import is_image, visible_files
 from vlm.data.sources.foreign import ARCHIVES, UNPACK, refuse_pointers
-from vlm.data.sources.image_folders import count_by_ending, read_image_folders
+from vlm.data.sources.image_folders import count_by_ending, heic_hint, read_image_folders
 from vlm.data.sources.library import ENDINGS, FILES, is_saved, left_to_library, read_saved, read_with_library
 from vlm.data.sources.rows import Source, nothing_there, role_of, sort_splits
-from vlm.data.sources.tables import find_tables, read_tables
+from vlm.data.sources.tables import find_tables, is_table, read_tables
 
 # Other files that the library may know how to read, if there is no image and no table of ours.
 OF_THE_LIBRARY = (*ENDINGS, ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".txt", ".tar", ".lance", ".h5", ".hdf5")
@@ -34,7 +34,7 @@ def read_folder(folder: Path, settings: Settings) -> Source:
     if len(tables) == 1 and len(folders_with_images) < 2:
         return read_tables({"train": next(iter(tables.values()))}, [], settings)
     if images and not left_to_library(files):
-        return read_image_folders(folder, files, tables.values())
+        return read_image_folders(folder, files, [path.name for path in tables.values()])
     _check_files(folder, files)
     return read_with_library(str(folder), settings, "folder", folder)
 
@@ -42,20 +42,30 @@ def read_folder(folder: Path, settings: Settings) -> Source:
 def _unwrapped(folder: Path) -> Path:
     """The folder itself, or the only one in it that holds everything, as an unpacked archive often has it.
 
-    A folder that is called like a split, or that has images directly in it as a class has, is not such a one.
+    A folder that is called like a split or has images as a class has is not such a one.
     """
-    inner, seen = folder, {folder.resolve()}
-    while True:
-        entries = _entries(inner)
-        if len(entries) != 1 or not entries[0].is_dir() or role_of(entries[0].name) or entries[0].resolve() in seen:
-            break
-        if any(is_image(path) for path in _entries(entries[0])):
-            break
-        inner = entries[0]
+    inner, seen = folder, set()
+    while (wrapped := _only_folder(inner)) and wrapped.resolve() not in seen:
+        inner = wrapped
         seen.add(inner.resolve())
-    if inner != folder:
-        note(f"note: {folder} has nothing but {inner.relative_to(folder)}, which is read as the dataset.")
+    if inner == folder or not _could_be_dataset(inner):
+        return folder
+    note(f"note: {folder} has nothing but {inner.relative_to(folder)}, which is read as the dataset.")
     return inner
+
+
+def _only_folder(folder: Path) -> Path | None:
+    entries = _entries(folder)
+    return entries[0] if len(entries) == 1 and entries[0].is_dir() and not role_of(entries[0].name) else None
+
+
+def _could_be_dataset(folder: Path) -> bool:
+    """Whether a folder has files of tables, several folders, or a split, and no images directly in it."""
+    entries = _entries(folder)
+    folders = [path for path in entries if path.is_dir()]
+    if any(is_table(path) or path.suffix in ENDINGS for path in entries):
+        return True
+    return (len(folders) > 1 or any(role_of(path.name) for path in folders)) and not any(map(is_image, entries))
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -78,4 +88,4 @@ def _check_files(folder: Path, files: list[Path]) -> None:
         return
     if archives := [file for file in files if file.suffix.lower() in ARCHIVES]:
         raise UsageError(f"--dataset {folder}: the files are in an archive ({listed(archives, 3)}). {UNPACK}")
-    raise nothing_there(folder, f"Files there: {count_by_ending(files)}. " if files else "")
+    raise nothing_there(folder, f"Files there: {count_by_ending(files)}.{heic_hint(files)} " if files else "")

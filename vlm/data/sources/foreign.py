@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NoReturn
 
 from vlm.common import UsageError, reason
 from vlm.data.images import is_image
@@ -32,20 +33,20 @@ STARTS = (
 LONGEST_START = max(len(first) for first, _, _ in STARTS)
 
 
-def refuse_by_ending(path: Path, expected: str) -> None:
+def refuse_file(path: Path, expected: str) -> NoReturn:
     """Raise the UsageError for a file that is no table by its ending.
 
     Args:
-        expected: what datasets may be, for kinds of files that are not known here.
+        expected: what datasets may be, for files of which nothing is known here.
     """
-    refuse_by_content(path)
-    kind, cure = "of a type that is not read", expected
+    refuse_pointers([path])
     if is_image(path):
-        kind, cure = "an image", "Give the folder that has one folder for each class, or a table of paths and labels."
-    for endings, what, what_to_do in KINDS:
+        raise UsageError(f"--dataset {path}: one image. Give a folder with one folder for each class, or a table.")
+    for endings, kind, cure in KINDS:
         if path.suffix.lower() in endings:
-            kind, cure = what, what_to_do
-    raise UsageError(f"--dataset {path}: {kind}, not a folder or a table. {cure}")
+            raise UsageError(f"--dataset {path}: {kind}, not a folder or a table. {cure}")
+    refuse_by_content(path)
+    raise UsageError(f"--dataset {path}: files of this type are not read. {expected}")
 
 
 def refuse_by_content(path: Path) -> None:

@@ -14,7 +14,7 @@ IGNORED = "__MACOSX"  # made by macOS in archives
 MOST_ENDINGS = 6
 
 
-def read_image_folders(folder: Path, files: Sequence[Path], tables: Iterable[Path]) -> Source:
+def read_image_folders(folder: Path, files: Sequence[Path], tables: Sequence[str]) -> Source:
     """CLASS/IMAGE or SPLIT/CLASS/IMAGE, with any folders below CLASS. Images directly in SPLIT have no label.
 
     A class may be called "train" (of vehicles, say): folders are splits only if no folder with another name has images
@@ -22,7 +22,7 @@ def read_image_folders(folder: Path, files: Sequence[Path], tables: Iterable[Pat
 
     Args:
         files: all visible files, relative to `folder`; some below it are images.
-        tables: the tables in it, for messages.
+        tables: the names of the tables in it, for messages.
 
     Raises:
         UsageError: a class folder has no image, or the images of train are not in folders of classes.
@@ -42,11 +42,7 @@ def read_image_folders(folder: Path, files: Sequence[Path], tables: Iterable[Pat
         below = [image.parts[1] if len(image.parts) > 2 else None for image in found]
         splits[role] = _rows(folder, found, below)
     if "train" in splits and splits["train"].labels and not any(splits["train"].labels):
-        cure = (
-            f"If one of the tables there has the labels, give it to --dataset: {listed(tables)}."
-            if tables
-            else EXPECTED
-        )
+        cure = f"If a table has the labels, give it to --dataset: {listed(tables)}." if tables else EXPECTED
         raise UsageError(
             f"--dataset {folder}: the images are directly in {roles['train']}, not in folders of classes. {cure}"
         )
@@ -84,7 +80,7 @@ def _check_classes(folder: Path, split: str, files: Sequence[Path]) -> None:
         return
     found = [f"{path.name} ({_content(folder, path, files)})" for path in empty]
     raise UsageError(
-        f"--dataset {folder}: no file in these class folders counts as an image: {listed(found)}.{_heic_hint(files)} "
+        f"--dataset {folder}: no file in these class folders counts as an image: {listed(found)}.{heic_hint(files)} "
         "Add images, or move these folders elsewhere."
     )
 
@@ -105,10 +101,10 @@ def _note_unused(files: Sequence[Path], empty: Sequence[Path] = ()) -> None:
     if empty:
         parts.append(f"class folders without an image: {listed(empty)}")
     if parts:
-        note(f"note: not used: {'; '.join(parts)}.{_heic_hint(other)}")
+        note(f"note: not used: {'; '.join(parts)}.{heic_hint(other)}")
 
 
-def _heic_hint(files: Sequence[Path]) -> str:
+def heic_hint(files: Sequence[Path]) -> str:
     """How HEIC images can be read, if some do not count as images on this machine."""
     unread = any(file.suffix.lower() in (".heic", ".heif") and not is_image(file) for file in files)
     return " HEIC images are read if pillow-heif is installed: pip install pillow-heif." if unread else ""

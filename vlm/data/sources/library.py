@@ -145,7 +145,7 @@ def _unused(data: "Dataset", columns: Columns) -> dict[str, Sequence[object]]:
         if isinstance(feature, datasets.Value) and "string" in feature.dtype:
             unused[name] = data[name]
         elif isinstance(feature, datasets.ClassLabel):
-            unused[name] = [feature.names[value] if value >= 0 else None for value in data[name]]
+            unused[name] = [None if value is None or value < 0 else feature.names[value] for value in data[name][:]]
     return unused
 
 

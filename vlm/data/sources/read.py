@@ -10,7 +10,7 @@ from vlm.config import Settings
 from vlm.data.hub import check_dataset_reachable, looks_like_path
 from vlm.data.sources.cells import find_file
 from vlm.data.sources.folders import read_folder
-from vlm.data.sources.foreign import refuse_by_ending
+from vlm.data.sources.foreign import refuse_file
 from vlm.data.sources.library import read_with_library
 from vlm.data.sources.rows import EXPECTED, HUB, Rows, Source
 from vlm.data.sources.tables import is_table, read_tables
@@ -32,7 +32,7 @@ def read_source(settings: Settings) -> Source:
         return read_folder(path, settings)
     if path.is_file():
         if not is_table(path):
-            refuse_by_ending(path, EXPECTED)
+            refuse_file(path, EXPECTED)
         return read_tables({"train": path}, [], settings)
     if looks_like_path(name) or is_table(path):
         windows = " It is a Windows path; here / stands between folders." if "\\" in name else ""

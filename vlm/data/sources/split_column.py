@@ -1,10 +1,10 @@
 """A column that names the split of each row, and unused columns that look as if they grouped the rows."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from vlm.common import UsageError, listed, note, shorten
+from vlm.common import UsageError, brief, listed, note
 from vlm.data.sources.rows import SPLIT_NAMES, Rows, Source, role_of
 
 SPLIT_WORDS = {"split", "splits", "set", "subset", "partition", "fold", "phase", "usage"}
@@ -12,7 +12,6 @@ GROUP_WORDS = {"folds", "kfold", "group", "groups", "patient", "subject", "parti
 GROUP_WORDS |= {"hospital", "video", "clip", "sequence", "scene", "session", "place", "location", "camera", "lesion"}
 GROUP_WORDS |= {"slide", "specimen", "cluster"}
 ROWS_LOOKED_AT = 1000  # a column without a split name in them is none
-LONGEST_SHOWN = 60  # characters of a cell
 
 Unused = Mapping[str, Sequence[object]]
 
@@ -33,53 +32,54 @@ def use_split_column(source: Source, unused: Mapping[str, Unused]) -> Source:
     found = [name for name in names if _names_splits(name, [columns.get(name, ()) for columns in unused.values()])]
     if found and list(source.splits) == ["train"]:
         source = _divide(source, found, unused["train"])
-    for name in found:
-        _note_contradictions(source, name, unused)
+    else:
+        for name in found:
+            _note_contradictions(source, name, unused)
     if alike := [name for name in names if name not in found and _looks_like_groups(name)]:
         note(
-            f"note: not used, although the name looks like groups or splits: {listed(alike)}. Splits that are cut from "
-            "train know nothing of groups; a column called split with train, val and test decides them row by row."
+            f"note: columns that look like groups or splits, but are not used: {listed(alike)}. "
+            "A column called split, with train, val or test in each row, would be used."
         )
     return source
 
 
-def _names_splits(name: str, columns: Iterable[Sequence[object]]) -> bool:
+def _names_splits(name: str, columns: Sequence[Sequence[object]]) -> bool:
     """Whether a column has train and, if its name does not say that it is about splits, only names of splits."""
-    named = bool(_words(name) & SPLIT_WORDS)
-    columns = list(columns)
     if not any(role_of(value) for column in columns for value in column[:ROWS_LOOKED_AT]):
         return False
-    values = {value for column in columns for value in column if not _is_missing(value) and isinstance(value, str)}
+    values = {value for column in columns for value in column[:] if isinstance(value, str) and value.strip()}
     roles = {role_of(value) for value in values}
-    return "train" in roles and (named or (None not in roles and len(roles) > 1))
+    return "train" in roles and (bool(_words(name) & SPLIT_WORDS) or (None not in roles and len(roles) > 1))
 
 
 def _divide(source: Source, found: Sequence[str], columns: Unused) -> Source:
     rows, name = source.splits["train"], found[0]
-    roles = [_role(value, name, rows.names[i], i) for i, value in enumerate(columns[name])]
+    places = [f"{source.split_names['train']}: row {i + 1} ({image})" for i, image in enumerate(rows.names)]
+    values = columns[name][:]
+    roles = [_role(value, name, place) for value, place in zip(values, places, strict=True)]
     for other in found[1:]:
-        for i, value in enumerate(columns[other]):
-            if role_of(value) != roles[i]:
+        for value, second, role, place in zip(values, columns[other][:], roles, places, strict=True):
+            if role_of(second) != role:
                 raise UsageError(
-                    f"the columns {name} and {other} both name splits, and differ: row {i + 1} ({rows.names[i]}) has "
-                    f"{_shown(columns[name][i])} and {_shown(value)}. Rename or remove one of the columns."
+                    f"{place} has {brief(value)} in the column {name} and {brief(second)} in the column {other}, and "
+                    "both name splits. Rename or remove one of the columns."
                 )
     splits: dict[str, Rows] = {}
     names: dict[str, str] = {}
     for role in [role for role in SPLIT_NAMES if role in roles]:
-        places = [i for i, value in enumerate(roles) if value == role]
-        splits[role] = rows.take(places)
-        names[role] = f"{name} = {', '.join(dict.fromkeys(str(columns[name][i]).strip() for i in places))}"
+        chosen = [i for i, value in enumerate(roles) if value == role]
+        splits[role] = rows.take(chosen)
+        names[role] = f"{name} = {listed(dict.fromkeys(str(values[i]).strip() for i in chosen))}"
     used = source.columns and replace(source.columns, split=name)
     return replace(source, splits=splits, split_names=names, columns=used)
 
 
-def _role(value: object, column: str, image: str, row: int) -> str:
+def _role(value: object, column: str, place: str) -> str:
     role = role_of(value)
     if role is None:
-        found = "no value" if _is_missing(value) else _shown(value)
+        blank = value is None or value != value or (isinstance(value, str) and not value.strip())
         raise UsageError(
-            f"row {row + 1} ({image}) has {found} in the column {column}, which names the split of each row. "
+            f"{place} has {'no value' if blank else brief(value)} in the column {column}, which names splits. "
             "Expected train, val or test. Correct the row, or rename the column if it is about something else."
         )
     return role
@@ -87,19 +87,17 @@ def _role(value: object, column: str, image: str, row: int) -> str:
 
 def _note_contradictions(source: Source, name: str, unused: Mapping[str, Unused]) -> None:
     """Say if rows are in another split than a column says, because the dataset has splits of its own."""
-    if source.columns and source.columns.split:
-        return
     wrong = [
         (source.split_names[role], source.splits[role].names[i], value)
         for role, columns in unused.items()
-        for i, value in enumerate(columns.get(name, ()))
-        if role_of(value) != role
+        for i, value in enumerate(columns.get(name, ())[:])
+        if role_of(value) not in (None, role)
     ]
     if wrong:
         split, image, value = wrong[0]
         note(
             f"warning: {len(wrong):,} rows are in another split than the column {name} says, first {image} of {split}: "
-            f"{_shown(value)}. The dataset's own splits are used, not the column."
+            f"{brief(value)}. The dataset's own splits are used, not the column."
         )
 
 
@@ -112,11 +110,3 @@ def _words(name: str) -> set[str]:
     """The words of a column's name in small letters, without "id": patient_id, PatientID and patientId have one."""
     parts = re.findall(r"[A-Z]*[a-z]+|[A-Z]+", name)
     return {part.lower().removesuffix("id") for part in parts}
-
-
-def _is_missing(value: object) -> bool:
-    return value is None or value != value or (isinstance(value, str) and not value.strip())
-
-
-def _shown(value: object) -> str:
-    return shorten(repr(value), LONGEST_SHOWN)

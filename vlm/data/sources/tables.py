@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from vlm.common import UsageError, first_line, printable, shorten
+from vlm.common import UsageError, brief, first_line, printable
 from vlm.config import Settings
 from vlm.data.images import is_image
 from vlm.data.sources.cells import check_files, image_of, path_text
@@ -18,7 +18,6 @@ from vlm.data.sources.split_column import use_split_column
 CSV = (".csv", ".tsv")
 JSONL = (".jsonl", ".ndjson")
 ROWS_WITH_COLUMNS = 1000  # the rows of a table in which columns are looked for
-LONGEST_SHOWN = 60  # characters of a name in a message
 ONE_OBJECT = 'Expected one object in each line, such as {"image": "a.png", "label": "cat"}.'
 
 Table = list[dict[str, object]]
@@ -122,10 +121,10 @@ def _read_csv(path: Path, text: str) -> Table:
 def _check_header(path: Path, names: list[str]) -> None:
     """Refuse a first line that cannot be a header: two equal names, or the path of an image."""
     if repeated := [name for name in names if name and names.count(name) > 1]:
-        raise UsageError(f"{path}: several columns are called {_shown(repeated[0])}. Give each column its own name.")
+        raise UsageError(f"{path}: several columns are called {brief(repeated[0])}. Give each column its own name.")
     if data := [name for name in names if is_image(Path(name))]:
         raise UsageError(
-            f"{path}: the first line is data ({_shown(data[0])}), not a header. "
+            f"{path}: the first line is data ({brief(data[0])}), not a header. "
             "Add a first line with the names of the columns, such as image,label."
         )
 
@@ -146,7 +145,3 @@ def _read_jsonl(path: Path, text: str) -> Table:
             raise UsageError(f"{path}, line {number}: no JSON object. {ONE_OBJECT}")
         rows.append(row)
     return rows
-
-
-def _shown(text: str) -> str:
-    return printable(shorten(text, LONGEST_SHOWN))
