@@ -11,7 +11,7 @@ from vlm.data.images import ImageSource
 from vlm.data.sources.cells import CELLS_TRIED, check_files, image_of
 from vlm.data.sources.columns import Columns, choose_columns, reasoning_texts
 from vlm.data.sources.foreign import refuse_pointers
-from vlm.data.sources.rows import EXPECTED, Rows, Source, nothing_there, sort_splits
+from vlm.data.sources.rows import EXPECTED, Rows, Source, nothing_there, role_of, sort_splits
 from vlm.data.sources.split_column import use_split_column
 
 if TYPE_CHECKING:  # the library takes a second to import
@@ -108,14 +108,13 @@ def _to_source(data: "dict[str, Dataset]", settings: Settings, kind: str, folder
         return Source(kind, {}, {}, others)
     features = data[roles["train"]].features
     images = [name for name, feature in features.items() if _is_image(feature)]
-    classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    labels = {name: feature.names for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)}
+    classes = [name for name, names in labels.items() if not all(map(role_of, names))]  # these are names of splits
     columns = choose_columns(
         settings, list(features), images, classes, values=lambda name: _first_values(data[roles["train"]], name)
     )
     splits = {role: _rows(data[name].with_format(None), name, columns, folder) for role, name in roles.items()}
-    label = features[columns.label]
-    names = list(label.names) if isinstance(label, datasets.ClassLabel) else None
-    source = Source(kind, splits, roles, others, names, columns)
+    source = Source(kind, splits, roles, others, labels.get(columns.label), columns)
     return use_split_column(source, {role: _unused(data[name], columns) for role, name in roles.items()})
 
 

@@ -1,0 +1,302 @@
+"""Forms that people have their data in: read where it is clear what is meant, else said in a line, with the cure."""
+
+import base64
+import json
+import os
+import unicodedata
+from pathlib import Path
+
+import datasets
+import pytest
+from test_data import counts, draw, images, load, refuse
+from test_sources import own_cache, png, table  # noqa: F401
+
+from vlm.common.errors import UsageError
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+BASE64 = base64.b64encode(png() * 99).decode()
+
+
+def write(path: Path, cells: list, column: str = "image") -> Path:
+    """A CSV table with these cells in its image column; eight images are in pics/, next to it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{column},label\n" + "".join(f"{cell},{'ab'[i % 2]}\n" for i, cell in enumerate(cells)))
+    for i in range(8):
+        draw(path.parent / f"pics/{i}.png", i)
+    return path
+
+
+def message(dataset: Path, **settings) -> str:
+    """The error that a dataset ends in, of two lines at most."""
+    with pytest.raises(UsageError) as caught:
+        load(dataset, **settings)
+    text = str(caught.value)
+    assert len(text.splitlines()) <= 2 and len(text.replace(str(dataset), "")) < 350
+    return text
+
+
+# Files that are no table
+
+
+FILES = {
+    "a.zip": (b"PK\x03\x04", "an archive, not a folder or a table. Unpack it"),
+    "a.tar.gz": (b"\x1f\x8b", "an archive, not a folder or a table. Unpack it"),
+    "a.xlsx": (b"PK\x03\x04", "a spreadsheet, not a folder or a table. Save it as CSV in UTF-8"),
+    "a.parquet": (b"PAR1", "a Parquet or Arrow file, not a folder or a table. Put it into a folder of its own"),
+    "a.json": (b"[]", "JSON, not a folder or a table. Make a JSONL file of it"),
+    "a.npz": (b"PK\x03\x04", "a file of arrays, not a folder or a table. Write its images into files"),
+    "a.png": (png(), "one image. Give a folder with one folder for each class, or a table"),
+    "a.weird": (b"1", "files of this type are not read. Expected a hub id"),
+    "pointer.parquet": (POINTER.encode(), "a Git LFS pointer, not the file itself. Get the file with: git lfs pull"),
+    "pointer.csv": (POINTER.encode(), "a Git LFS pointer"),
+    "excel.csv": (b"PK\x03\x04", "a spreadsheet or a zip archive. Save it as CSV in UTF-8, or unpack it"),
+    "utf16.csv": ("image,label\n".encode("utf-16"), "text in UTF-16. Save it as CSV in UTF-8"),
+    "utf16 without a mark.csv": ("image,label\n".encode("utf-16-le"), "it has characters of value 0"),
+    "latin.csv": ("image,label\na.png,b\na.png,übel\n".encode("latin-1"), "line 3: not a readable text file in UTF-8"),
+    "empty.csv": (b"", "no rows. Expected a header"),
+    "mark.csv": (b"\xef\xbb\xbf", "no rows. Expected a header"),
+    "no header.csv": (b"pics/0.png,cat\npics/1.png,dog\n", "the first line is data (pics/0.png), not a header"),
+    "twice.csv": (b"image,label, label\na,b,c\n", "several columns are called label. Give each column its own name"),
+    "quote.csv": (b'image,label\n"a,b\n' + b"x" * 200_000, "line 1: not CSV"),
+    "deep.jsonl": (b"[" * 100_000, "line 1: JSON that is nested too deep. Expected one object in each line"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_is_no_table_is_named_with_what_it_is_and_the_cure(tmp_path, name):
+    content, said = FILES[name]
+    (tmp_path / name).write_bytes(content)
+    found = message(tmp_path / name)
+    assert str(tmp_path / name) in found and said in found
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
+    path = write(tmp_path / "a.csv", [f"pics/{i}.png" for i in range(8)])
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load(path).source["image_column"] == "image"
+
+
+def test_a_file_without_permission_is_named(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.csv", ["pics/0.png"])
+    monkeypatch.setattr(Path, "open", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    refuse("a.csv cannot be read .permission denied.", path)
+
+
+@pytest.mark.parametrize("name", ["data/train-0.parquet", "metadata.csv"])
+def test_a_pointer_in_a_folder_for_the_library_is_named(tmp_path, name):
+    images(tmp_path, {"a": 3, "b": 3})
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(POINTER)
+    assert f"{tmp_path / name}: a Git LFS pointer" in message(tmp_path)
+
+
+def test_a_pointer_in_a_saved_dataset_is_named(tmp_path):
+    table(["a", "b"] * 4).save_to_disk(tmp_path)
+    next(tmp_path.glob("*.arrow")).write_text(POINTER)
+    assert ".arrow: a Git LFS pointer" in message(tmp_path)
+
+
+def test_images_that_are_pointers_are_said_to_be_that(tmp_path):
+    images(tmp_path, {"a": 3, "b": 3})
+    for path in tmp_path.rglob("*.png"):
+        path.write_text(POINTER)
+    assert "a Git LFS pointer" in message(tmp_path)
+
+
+# Cells of the image column
+
+
+def test_windows_paths_are_understood_where_the_file_is_there(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.csv", [f"pics\\{i}.png" for i in range(8)])
+    assert sum(counts(load(path))) == 8
+    monkeypatch.chdir(tmp_path)
+    assert sum(counts(load(".\\a.csv"))) == 8
+    assert "It is a Windows path" in message(Path("C:\\data\\a.csv"))
+    assert r"C:\Users\me\0.jpg of the column image" in (found := message(write(path, [r"C:\Users\me\0.jpg"] * 8)))
+    assert "it is a Windows path. Write paths relative to that folder, with /" in found
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_files_are_found_in_the_other_unicode_form(tmp_path, form):
+    other = {"NFC": "NFD", "NFD": "NFC"}[form]
+    path = write(tmp_path / "a.csv", [unicodedata.normalize(form, f"bläh/{i}.png") for i in range(8)])
+    os.rename(tmp_path / "pics", tmp_path / unicodedata.normalize(other, "bläh"))
+    assert sum(counts(load(path))) == 8
+
+
+@pytest.mark.parametrize(
+    ("cells", "said"),
+    [
+        ([BASE64] * 8, "row 1 of the column image: an image as base64 text. Write the images into files"),
+        (
+            ["pics/0.png"] * 4 + [f'"data:image/png;base64,{BASE64}"'] * 4,
+            "row 5 of the column image: an image as base64",
+        ),
+        (["https://a.b/0.png"] * 8, "row 1 of the column image: a web address (https://a.b/0.png). Download"),
+        (["word " * 99] * 8, "row 1 of the column image: a text of 494 characters. Expected the path of an image"),
+        ([f"{i}.png" for i in range(8)], "no file 0.png of the column image in"),
+    ],
+)
+def test_cells_that_are_no_paths_are_said_and_not_printed(tmp_path, cells, said):
+    found = message(write(tmp_path / "a.csv", cells))
+    assert said in found and "a.csv" in found and BASE64[:50] not in found and "word" not in found
+
+
+def test_files_in_another_folder_and_names_without_an_ending_are_recognized(tmp_path):
+    assert "but there is pics/0.png. Write paths like" in message(
+        write(tmp_path / "a.csv", [f"{i}.png" for i in range(8)])
+    )
+    found = message(write(tmp_path / "a.csv", list(range(8)), "id_code"))
+    assert "no file 0 of the column id_code" in found
+    assert "the column has names without an ending, and there is pics/0.png. Write paths like this one" in found
+
+
+def test_a_folder_of_images_and_a_table_of_their_names_names_the_table(tmp_path):
+    images(tmp_path, {"train": 4, "test": 4})
+    (tmp_path / "labels.csv").write_text("id,breed\n0,a\n1,b\n")
+    assert (
+        "directly in train, not in folders of classes. If a table has the labels, give it to --dataset: labels.csv"
+        in (message(tmp_path))
+    )
+
+
+def test_a_list_with_one_image_is_an_image(tmp_path):
+    for i in range(8):
+        draw(tmp_path / f"{i}.png", i)
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"images": [f"{i}.png"], "label": "ab"[i % 2]}) for i in range(8)))
+    assert load(path).train[0].image.getpixel((0, 0))[0] == int(load(path).train[0].name[0])
+    path.write_text(path.read_text().replace('["3.png"]', '["3.png", "4.png"]'))
+    assert "row 4 of the column images: a list of 2 images. Expected one" in message(path)
+    path.write_text("\n".join(json.dumps({"image": {"path": f"{i}.png"}, "label": "ab"[i % 2]}) for i in range(8)))
+    assert sum(counts(load(path))) == 8
+
+
+def saved_lists(folder: Path, lengths: list[int]) -> Path:
+    lists = [[{"bytes": png(i), "path": None}] * length for i, length in enumerate(lengths)]
+    kinds = datasets.Features({"photos": datasets.List(datasets.Image()), "label": datasets.Value("string")})
+    rows = {"photos": lists, "label": ["ab"[i % 2] for i in range(len(lists))]}
+    datasets.Dataset.from_dict(rows, features=kinds).save_to_disk(folder)
+    return folder
+
+
+def test_a_list_with_one_image_is_an_image_for_the_library_too(tmp_path):
+    data = load(saved_lists(tmp_path / "one", [1] * 8))
+    assert (
+        data.source["image_column"] == "photos"
+        and data.train[0].name == f"train[{data.train[0].image.getpixel((0, 0))[0]}]"
+    )
+    assert "train[5], column photos: a list of 3 images" in message(saved_lists(tmp_path / "more", [1, 1, 1, 1, 1, 3]))
+
+
+def test_base64_texts_of_the_library_are_never_printed(tmp_path):
+    table(["a", "b"] * 4, code=[BASE64] * 8).remove_columns("image").save_to_disk(tmp_path)
+    found = message(tmp_path, image_column="code")
+    assert "row 1 of the column code: an image as base64 text" in found and BASE64[:50] not in found
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (["1,0,0", "0,1,0", "0,0,1"], "have 0 and 1, with one 1 in each row (one-hot). Make one column of it"),
+        (["1.0,0.0,1.0", "0.0,1.0,0.0", "0.0,0.0,0.0"], "have 0 and 1, with 0 to 2 ones in a row. Expected one column"),
+        (["True,False,False", "False,True,False", "False,False,True"], "(one-hot)"),
+    ],
+)
+def test_one_hot_columns_are_named(tmp_path, rows, said):
+    (tmp_path / "a.csv").write_text("image,cat,dog,bird\n" + "".join(f"{i}.png,{row}\n" for i, row in enumerate(rows)))
+    found = message(tmp_path / "a.csv")
+    assert "a.csv: the columns cat, dog, bird have 0 and 1" in found and said in found
+
+
+# Folders: what is in them and not used
+
+
+def put(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"x")
+
+
+@pytest.fixture
+def no_heif(monkeypatch):
+    """HEIC images do not count, whether pillow-heif is installed or not."""
+    import vlm.data.images
+
+    endings = {ending for ending in vlm.data.images.IMAGE_ENDINGS if ending not in (".heic", ".heif")}
+    monkeypatch.setattr(vlm.data.images, "IMAGE_ENDINGS", endings)
+
+
+def test_what_of_a_folder_is_not_used_is_one_note_with_counts_by_ending(tmp_path, capsys, no_heif):
+    images(tmp_path, {"cat": 5, "dog": 5})
+    put(
+        tmp_path, "cat/a.HEIC", "dog/b.heic", "cat/0001", "dog/notes.txt", "dog/Thumbs.db", "README.md", "dog/.DS_Store"
+    )
+    draw(tmp_path / "preview.png")
+    assert sum(counts(load(tmp_path))) == 10
+    assert capsys.readouterr().err.splitlines() == [
+        "note: not used: files that do not count as images: 2 .heic, 1 without an ending, 1 .txt; images without a class "
+        "folder: 1. HEIC images are read if pillow-heif is installed: pip install pillow-heif."
+    ]
+
+
+@pytest.mark.parametrize("split", ["", "train/"])
+def test_a_class_that_would_disappear_is_an_error(tmp_path, split, no_heif):
+    images(tmp_path, {f"{split}cat": 5, f"{split}dog": 5})
+    (tmp_path / split / "fish").mkdir()
+    refuse(r"no file in these class folders counts as an image: fish \(empty\)\. Add images, or move", tmp_path)
+    put(tmp_path, f"{split}bird/a.HEIC", f"{split}bird/b.HEIC", f"{split}bird/x.xml")
+    refuse(r"an image: bird \(2 .heic, 1 .xml\), fish \(empty\)\. HEIC images are read if pillow-heif", tmp_path)
+
+
+def test_a_class_folder_without_permission_is_an_error(tmp_path, monkeypatch):
+    images(tmp_path, {"cat": 5, "dog": 5, "bird": 5})
+    walk, access = os.walk, os.access
+
+    def closed_walk(top, *args, **more):
+        for place, folders, names in walk(top, *args, **more):
+            yield place, folders, [] if Path(place).name == "bird" else names
+
+    monkeypatch.setattr(os, "walk", closed_walk)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "bird" and access(path, mode))
+    refuse(r"an image: bird \(no permission to read it\)", tmp_path)
+
+
+def test_a_class_folder_that_is_empty_in_a_held_out_split_is_noted(tmp_path, capsys):
+    images(tmp_path, {"train/a": 3, "train/b": 3, "val/a": 3})
+    (tmp_path / "val/b").mkdir()
+    assert counts(load(tmp_path)) == [4, 3, 2]
+    assert "note: not used: class folders without an image: val/b." in capsys.readouterr().err
+
+
+def test_a_folder_without_anything_that_is_read_says_what_is_there(tmp_path, no_heif):
+    put(tmp_path, "cat/1.HEIC", "dog/2.HEIC", "dog/3.mp4")
+    assert "Files there: 2 .heic, 1 .mp4. HEIC images are read if pillow-heif" in message(tmp_path)
+    put(tmp_path, "train.zip")
+    assert "the files are in an archive (train.zip). Unpack it" in message(tmp_path)
+
+
+@pytest.mark.parametrize("inner", ["pets", "archive/pets"])
+@pytest.mark.parametrize("layout", [{"cat": 4, "dog": 4}, {"train/cat": 4, "train/dog": 4}])
+def test_a_folder_around_everything_is_understood(tmp_path, inner, layout, capsys):
+    images(tmp_path / inner, layout)
+    put(tmp_path, f"__MACOSX/{inner}/._0.png", ".DS_Store")
+    data = load(tmp_path)
+    assert data.class_names == ["cat", "dog"] and sum(counts(data)) == 8
+    assert f"note: {tmp_path} has nothing but {inner}, which is read as the dataset." in capsys.readouterr().err
+
+
+def test_a_folder_around_a_table_is_understood_and_a_single_class_is_none(tmp_path):
+    write(tmp_path / "set/inner/a.csv", [f"pics/{i}.png" for i in range(8)])
+    assert sum(counts(load(tmp_path / "set"))) == 8
+    images(tmp_path / "one", {"cats/2024": 4})
+    refuse(r"only one class \(cats\)", tmp_path / "one")
+    (tmp_path / "loop/a").mkdir(parents=True)
+    (tmp_path / "loop/a/up").symlink_to(tmp_path / "loop")
+    refuse("nothing there that can be read", tmp_path / "loop")
+
+
+def test_what_macos_adds_to_an_archive_is_no_class(tmp_path, capsys):
+    images(tmp_path, {"cat": 4, "dog": 4})
+    put(tmp_path, "__MACOSX/cat/._0.png")
+    assert load(tmp_path).class_names == ["cat", "dog"] and capsys.readouterr().err == ""
