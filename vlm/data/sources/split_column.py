@@ -36,10 +36,8 @@ def use_split_column(source: Source, unused: Mapping[str, Unused]) -> Source:
         for name in found:
             _note_contradictions(source, name, unused)
     if alike := [name for name in names if name not in found and _looks_like_groups(name)]:
-        note(
-            f"note: columns that look like groups or splits, but are not used: {listed(alike)}. "
-            "A column called split, with train, val or test in each row, would be used."
-        )
+        hint = "" if found else " A column called split, with train, val or test in each row, would be used."
+        note(f"note: columns that look like groups or splits, but are not used: {listed(alike)}.{hint}")
     return source
 
 
@@ -54,15 +52,25 @@ def _names_splits(name: str, columns: Sequence[Sequence[object]]) -> bool:
 
 def _divide(source: Source, found: Sequence[str], columns: Unused) -> Source:
     rows, name = source.splits["train"], found[0]
-    places = [f"{source.split_names['train']}: row {i + 1} ({image})" for i, image in enumerate(rows.names)]
     values = columns[name][:]
-    roles = [_role(value, name, place) for value, place in zip(values, places, strict=True)]
+    roles = list(map(role_of, values))
+
+    def place(row: int) -> str:
+        return f"{source.split_names['train']}: row {row + 1} ({rows.names[row]})"
+
+    for i, (value, role) in enumerate(zip(values, roles, strict=True)):
+        if role is None:
+            blank = value is None or value != value or (isinstance(value, str) and not value.strip())
+            raise UsageError(
+                f"{place(i)} has {'no value' if blank else brief(value)} in the column {name}, which names splits. "
+                "Expected train, val or test. Correct the row, or rename the column if it is about something else."
+            )
     for other in found[1:]:
-        for value, second, role, place in zip(values, columns[other][:], roles, places, strict=True):
-            if role_of(second) != role:
+        for i, value in enumerate(columns[other][:]):
+            if role_of(value) != roles[i]:
                 raise UsageError(
-                    f"{place} has {brief(value)} in the column {name} and {brief(second)} in the column {other}, and "
-                    "both name splits. Rename or remove one of the columns."
+                    f"{place(i)} has {brief(values[i])} in the column {name} and {brief(value)} in the column {other}, "
+                    "and both name splits. Rename or remove one of the columns."
                 )
     splits: dict[str, Rows] = {}
     names: dict[str, str] = {}
@@ -72,17 +80,6 @@ def _divide(source: Source, found: Sequence[str], columns: Unused) -> Source:
         names[role] = f"{name} = {listed(dict.fromkeys(str(values[i]).strip() for i in chosen))}"
     used = source.columns and replace(source.columns, split=name)
     return replace(source, splits=splits, split_names=names, columns=used)
-
-
-def _role(value: object, column: str, place: str) -> str:
-    role = role_of(value)
-    if role is None:
-        blank = value is None or value != value or (isinstance(value, str) and not value.strip())
-        raise UsageError(
-            f"{place} has {'no value' if blank else brief(value)} in the column {column}, which names splits. "
-            "Expected train, val or test. Correct the row, or rename the column if it is about something else."
-        )
-    return role
 
 
 def _note_contradictions(source: Source, name: str, unused: Mapping[str, Unused]) -> None:
