@@ -43,7 +43,7 @@ FILES = {
     "a.zip": (b"PK\x03\x04", "an archive, not a folder or a table. Unpack it"),
     "a.tar.gz": (b"\x1f\x8b", "an archive, not a folder or a table. Unpack it"),
     "a.xlsx": (b"PK\x03\x04", "a spreadsheet, not a folder or a table. Save it as CSV in UTF-8"),
-    "a.parquet": (b"PAR1", "a Parquet or Arrow file, not a folder or a table. Put it into a folder of its own"),
+    "a.parquet": (b"PAR1PAR1", "a Parquet or Arrow file, not a folder or a table. Put it into a folder of its own"),
     "a.json": (b"[]", "JSON, not a folder or a table. Make a JSONL file of it"),
     "a.npz": (b"PK\x03\x04", "a file of arrays, not a folder or a table. Write its images into files"),
     "a.png": (png(), "one image. Give a folder with one folder for each class, or a table"),
@@ -95,6 +95,42 @@ def test_a_pointer_in_a_saved_dataset_is_named(tmp_path):
     table(["a", "b"] * 4).save_to_disk(tmp_path)
     next(tmp_path.glob("*.arrow")).write_text(POINTER)
     assert ".arrow: a Git LFS pointer" in message(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[:-100]])
+def test_a_damaged_parquet_file_is_named(tmp_path, damage):
+    table(["a", "b"] * 4).to_parquet(path := tmp_path / "train.parquet")
+    path.write_bytes(damage(path.read_bytes()))
+    assert f"{path}: a Parquet file that is damaged or not whole. Copy or download it again" in message(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("state.json", b"{", "state.json cannot be read (it is not JSON"),
+        ("dataset_info.json", b"[" * 100_000, "dataset_info.json cannot be read (it is nested too deep"),
+        ("dataset_info.json", b"[]", "dataset_info.json: not what save_to_disk writes. Copy"),
+        ("data-00000-of-00001.arrow", b"", "cannot be loaded (ArrowInvalid"),
+    ],
+)
+def test_a_damaged_file_of_a_saved_dataset_is_named(tmp_path, name, content, said):
+    table(["a", "b"] * 4).save_to_disk(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    found = message(tmp_path)
+    assert said in found and "opy or download it again" in found
+
+
+def test_what_the_library_hides_is_said(tmp_path):
+    (tmp_path / "data.json").write_text("{")
+    assert "cannot be loaded (ArrowInvalid: JSON parse error" in message(tmp_path)
+
+
+def test_images_without_a_row_of_the_metadata_are_counted(tmp_path, capsys):
+    images(tmp_path, {"train": 9})
+    rows = "".join(f"{i}.png,{'ab'[i % 2]}\n" for i in range(7))
+    (tmp_path / "train/metadata.csv").write_text(f"file_name,label\n{rows}")
+    assert sum(counts(load(tmp_path))) == 7
+    assert "note: not used: 2 images without a row in a metadata file." in capsys.readouterr().err
 
 
 def test_images_that_are_pointers_are_said_to_be_that(tmp_path):

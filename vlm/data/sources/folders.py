@@ -5,7 +5,7 @@ from pathlib import Path
 from vlm.common import UsageError, listed, note, reason
 from vlm.config import Settings
 from vlm.data.images import is_image, visible_files
-from vlm.data.sources.foreign import ARCHIVES, UNPACK, refuse_pointers
+from vlm.data.sources.foreign import ARCHIVES, UNPACK, refuse_damaged
 from vlm.data.sources.image_folders import count_by_ending, heic_hint, read_image_folders
 from vlm.data.sources.library import ENDINGS, FILES, is_saved, left_to_library, read_saved, read_with_library
 from vlm.data.sources.rows import Source, nothing_there, role_of, sort_splits
@@ -36,7 +36,16 @@ def read_folder(folder: Path, settings: Settings) -> Source:
     if images and not left_to_library(files):
         return read_image_folders(folder, files, [path.name for path in tables.values()])
     _check_files(folder, files)
-    return read_with_library(str(folder), settings, "folder", folder)
+    source = read_with_library(str(folder), settings, "folder", folder)
+    _note_without_rows(source, files)
+    return source
+
+
+def _note_without_rows(source: Source, files: list[Path]) -> None:
+    """Say if a folder has more images than its metadata files have rows, as the library leaves them out in silence."""
+    images, rows = sum(map(is_image, files)), sum(len(rows.labels) for rows in source.splits.values())
+    if any(file.name in FILES for file in files) and not source.others and rows < images:
+        note(f"note: not used: {images - rows:,} images without a row in a metadata file.")
 
 
 def _unwrapped(folder: Path) -> Path:
@@ -83,7 +92,7 @@ def _check_files(folder: Path, files: list[Path]) -> None:
             f"--dataset {folder}: the images are directly in this folder, so their classes are unknown. "
             "Make one folder for each class."
         )
-    refuse_pointers(folder / file for file in files if file.suffix in ENDINGS or file.name in FILES)
+    refuse_damaged(folder / file for file in files if file.suffix in ENDINGS or file.name in FILES)
     if any(file.suffix.lower() in OF_THE_LIBRARY or is_image(file) for file in files):
         return
     if archives := [file for file in files if file.suffix.lower() in ARCHIVES]:

@@ -1,5 +1,6 @@
 """Files that no reader takes: what they are, by their ending and first bytes, and what to do with them."""
 
+import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
@@ -8,6 +9,8 @@ from vlm.common import UsageError, reason
 from vlm.data.images import is_image
 
 ARCHIVES = (".zip", ".rar", ".7z", ".tgz", ".gz", ".bz2", ".xz", ".tar")
+AGAIN = "Copy or download it again."
+PARQUET = b"PAR1"  # at the begin and the end of such a file
 UNPACK = "Unpack it, and give the folder or the table in it."
 SAVE_AS_CSV = "Save it as CSV in UTF-8."
 AS_FILES = "Write its images into files, in one folder for each class."
@@ -25,7 +28,7 @@ STARTS = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "Get the file with: git lfs pull"),
     (b"PK\x03\x04", "a spreadsheet or a zip archive", "Save it as CSV in UTF-8, or unpack it."),
     (b"\x1f\x8b", "a compressed file", "Unpack it."),
-    (b"PAR1", "a Parquet file", "Let its name end in .parquet, put it into a folder of its own, and give the folder."),
+    (PARQUET, "a Parquet file", "Let its name end in .parquet, put it into a folder of its own, and give the folder."),
     (b"\xff\xfe", "text in UTF-16", SAVE_AS_CSV),
     (b"\xfe\xff", "text in UTF-16", SAVE_AS_CSV),
 )
@@ -39,7 +42,7 @@ def refuse_file(path: Path, expected: str) -> NoReturn:
     Args:
         expected: what datasets may be, for files of which nothing is known here.
     """
-    refuse_pointers([path])
+    refuse_damaged([path])
     if is_image(path):
         raise UsageError(f"--dataset {path}: one image. Give a folder with one folder for each class, or a table.")
     for endings, kind, cure in KINDS:
@@ -55,27 +58,32 @@ def refuse_by_content(path: Path) -> None:
     Raises:
         UsageError: it is such a file, or cannot be read.
     """
-    start = _start(path)
+    start = _read(path)
     for first, kind, cure in STARTS:
         if start.startswith(first):
             raise UsageError(f"{path}: {kind}. {cure}")
 
 
-def refuse_pointers(paths: Iterable[Path]) -> None:
-    """Refuse files of data, such as Parquet, if one is a Git LFS pointer.
+def refuse_damaged(paths: Iterable[Path]) -> None:
+    """Refuse files of data if one is a Git LFS pointer, or a Parquet file that is not whole.
 
     Raises:
         UsageError: the first that is one, or that cannot be read.
     """
     first, kind, cure = STARTS[0]
     for path in paths:
-        if _start(path).startswith(first):
+        if _read(path).startswith(first):
             raise UsageError(f"{path}: {kind}. {cure}")
+        if path.suffix == ".parquet" and not _read(path, last=True).endswith(PARQUET):
+            raise UsageError(f"{path}: a Parquet file that is damaged or not whole. {AGAIN}")
 
 
-def _start(path: Path) -> bytes:
+def _read(path: Path, last: bool = False) -> bytes:
+    """The first or last bytes of a file."""
     try:
         with path.open("rb") as file:
+            if last:
+                file.seek(-min(LONGEST_START, path.stat().st_size), io.SEEK_END)
             return file.read(LONGEST_START)
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({reason(error)}). Allow to read it, or give another file.") from error

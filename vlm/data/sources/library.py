@@ -5,12 +5,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm.common import UsageError, listed, one_line
+from vlm.common import UsageError, listed, one_line, read_json, shorten
 from vlm.config import Settings
 from vlm.data.images import ImageSource
 from vlm.data.sources.cells import CELLS_TRIED, check_files, image_of
 from vlm.data.sources.columns import Columns, choose_columns, reasoning_texts
-from vlm.data.sources.foreign import refuse_pointers
+from vlm.data.sources.foreign import AGAIN, refuse_damaged
 from vlm.data.sources.rows import EXPECTED, Rows, Source, nothing_there, role_of, sort_splits
 from vlm.data.sources.split_column import use_split_column
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # the library takes a second to import
 
 ENDINGS = (".parquet", ".arrow")
 FILES = ("metadata.csv", "metadata.jsonl")
+LONGEST_REASON = 200  # characters of what the library says
 ROWS_LOOKED_AT = 1000  # of a column, to tell what it has
 
 
@@ -45,7 +46,10 @@ def read_saved(folder: Path, settings: Settings) -> Source:
     """
     import datasets
 
-    refuse_pointers(sorted(folder.rglob("*.arrow")))
+    refuse_damaged(sorted(folder.rglob("*.arrow")))
+    for path in sorted(folder.rglob("*.json")):
+        if not isinstance(read_json(path, AGAIN), dict):
+            raise UsageError(f"{path}: not what save_to_disk writes. {AGAIN}")
     with _errors_in_one_line(folder):
         data = datasets.load_from_disk(str(folder))
     splits = _by_name(data) if isinstance(data, datasets.DatasetDict) else {"train": data}
@@ -91,8 +95,11 @@ def _errors_in_one_line(name: str | Path) -> Iterator[None]:
     except Exception as error:
         if type(error).__name__ == "EmptyDatasetError":
             raise nothing_there(name) from error
-        text = one_line(error)
-        raise UsageError(f"--dataset {name}: cannot be loaded ({type(error).__name__}: {text}). {EXPECTED}") from error
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error  # what the library hides
+        raise UsageError(
+            f"--dataset {name}: cannot be loaded ({type(cause).__name__}: {shorten(one_line(cause), LONGEST_REASON)}). "
+            f"If a file is damaged, copy or download it again. {EXPECTED}"
+        ) from error
 
 
 def _by_name(data: "DatasetDict") -> "dict[str, Dataset]":
