@@ -5,8 +5,9 @@ import re
 import unicodedata
 from pathlib import Path
 
+import datasets
 import pytest
-from test_data import counts, draw, images, load, refuse
+from test_data import counts, images, load, refuse
 from test_sources import own_cache, table, write_csv  # noqa: F401
 
 NUMBERS = [str(i) for i in range(12)]
@@ -90,11 +91,8 @@ def test_names_that_differ_in_their_unicode_form_only_are_one_class(tmp_path, ki
 
 @pytest.mark.parametrize("name", ["a\nb", "a\x1b[31m", "a\u2028b", "a\u202eb", "\udcff"])
 def test_names_that_a_terminal_or_an_answer_cannot_show_are_refused(tmp_path, name):
-    draw(tmp_path / "a.png")
-    for folder in (name, "other"):
-        os.makedirs(tmp_path / "set" / folder)
-        for i in range(3):
-            os.link(tmp_path / "a.png", tmp_path / "set" / folder / f"{i}.png")
+    images(tmp_path / "set", {"first": 4, "other": 4})
+    os.rename(tmp_path / "set/first", tmp_path / "set" / name)
     with pytest.raises(Exception, match="has a line end, a control character or a byte outside UTF-8") as caught:
         load(tmp_path / "set")
     assert str(caught.value).isprintable(), "the name is shown, harmless"
@@ -114,7 +112,22 @@ def test_an_empty_name_and_a_blank_label_are_refused(tmp_path):
 
 
 def test_a_long_list_of_classes_is_cut_in_messages(tmp_path):
-    path = write_csv(tmp_path / "a.csv", [f"{'word ' * 30}{i}" for i in range(99)] * 3)
-    with pytest.raises(Exception, match="--class-names has 2 names, but the dataset has 99 classes") as caught:
+    path = write_csv(tmp_path / "a.csv", [f"{'word ' * 30}{i}" for i in range(80)] * 3)
+    with pytest.raises(Exception, match="--class-names has 2 names, but the dataset has 80 classes") as caught:
         load(path, class_names=["x", "y"])
     assert len(str(caught.value)) < 1500
+    with pytest.raises(Exception, match="train has less than 3 images of word") as caught:
+        load(write_csv(path, [f"{'word ' * 30}{i}" for i in range(80)]))
+    assert len(str(caught.value)) < 1700
+
+
+def test_classes_that_differ_in_capitals_only_are_said(tmp_path):
+    data = load(images(tmp_path, {"Cat": 3, "cat": 3, "dog": 3}))
+    assert "classes that differ in capitals only: Cat, cat" in dict(data.summary)["class names"]
+
+
+@pytest.mark.parametrize("names", [["b", "a"], None])
+def test_splits_that_number_the_classes_otherwise_are_refused(tmp_path, names):
+    parts = {"train": table([0, 1] * 4, ["a", "b"]), "test": table([0, 1] * 4, names)}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path)
+    refuse("test: the column label has other class names than train: (b, a|none); train has a, b. Give all", tmp_path)

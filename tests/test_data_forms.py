@@ -246,6 +246,12 @@ def test_one_hot_columns_are_named(tmp_path, rows, said):
     assert "a.csv: the columns cat, dog, bird have 0 and 1" in found and said in found
 
 
+def test_a_split_without_the_image_column_is_refused(tmp_path):
+    for name, column in (("train", "image"), ("val", "photo")):
+        write(tmp_path / f"{name}.csv", [f"pics/{i}.png" for i in range(8)], column)
+    refuse("--image-column image: train has this column, but val.csv does not. Columns there: photo, label", tmp_path)
+
+
 # Folders: what is in them and not used
 
 
@@ -283,6 +289,15 @@ def test_a_class_that_would_disappear_is_an_error(tmp_path, split, no_heif):
     refuse(r"no file in these class folders counts as an image: fish \(empty\)\. Add images, or move", tmp_path)
     put(tmp_path, f"{split}bird/a.HEIC", f"{split}bird/b.HEIC", f"{split}bird/x.xml")
     refuse(r"an image: bird \(2 .heic, 1 .xml\), fish \(empty\)\. HEIC images are read if pillow-heif", tmp_path)
+
+
+def test_a_class_folder_that_is_a_link_to_nothing_is_an_error(tmp_path):
+    images(tmp_path, {"cat": 5, "dog": 5})
+    (tmp_path / "bird").symlink_to(tmp_path / "gone")
+    refuse(r"an image: bird \(a link to a folder that is not there", tmp_path)
+    (tmp_path / "bird").unlink()
+    (tmp_path / "bird").symlink_to(tmp_path / "dog")
+    refuse(r"an image: bird \(a link to .* or has another name here\)", tmp_path)
 
 
 def test_a_class_folder_without_permission_is_an_error(tmp_path, monkeypatch):

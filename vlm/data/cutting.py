@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from vlm.common import UsageError, printable
+from vlm.common import UsageError, listed, printable
 from vlm.config import Settings
 from vlm.data.duplicates import equal_images
 from vlm.data.splits import ROLES, Split
@@ -136,4 +136,4 @@ def _what_counts(train: Split) -> str:
 def _smaller(labels: Sequence[int], names: Sequence[str], least: int) -> str:
     """The classes with less than `least` images, each with its count; empty if there are none."""
     counts = np.bincount(labels, minlength=len(names))
-    return ", ".join(f"{name} ({count})" for name, count in zip(names, counts, strict=True) if count < least)
+    return listed(f"{name} ({count})" for name, count in zip(names, counts, strict=True) if count < least)

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from vlm.common import UsageError, note, with_bar
+from vlm.common import UsageError, listed, note, with_bar
 from vlm.data.images import UnreadableImage
 from vlm.data.splits import ROLES, Check, Split
 
@@ -81,7 +81,7 @@ def keep_readable(splits: dict[str, Split], names: Sequence[str], cut: Sequence[
             raise UsageError(f"{role} has no readable image. Repair its images, or add some.")
     learned = set(kept["train"].labels)
     if empty := [name for number, name in enumerate(names) if number not in learned]:
-        raise UsageError(f"train has no readable image of {', '.join(empty)}. Add some, or remove the class.")
+        raise UsageError(f"train has no readable image of {listed(empty)}. Add some, or remove the class.")
     edges = [check.edge for check in kept["train"].checks if check]
     return Readable(kept, [image.text for image in unreadable], edges)
 
