@@ -63,6 +63,9 @@ def number_labels(labels: Mapping[str, Sequence[object]], own: list[str] | None,
     if unused:
         how.append(f"left out, as no image has them: {listed(unused)}")
     _check_names(names)
+    folded = Counter(map(str.casefold, names))
+    if alike := [name for name in names if folded[name.casefold()] > 1]:
+        how.append(f"classes that differ in capitals only: {listed(alike)}")
     return Classes(names, numbers, how)
 
 

@@ -1,6 +1,6 @@
 """Which column of a table has the images, the labels and the reasonings."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from vlm.common import UsageError, did_you_mean, listed
@@ -114,6 +114,13 @@ def _zeros_and_ones(values: Sequence[object]) -> list[int] | None:
     numbers = [ZEROS_AND_ONES.get(str(value).lower()) for value in values]
     found = [number for number in numbers if number is not None]
     return found if len(found) == len(numbers) and any(found) else None
+
+
+def missing_column(image: str, split: str, columns: Iterable[str]) -> UsageError:
+    """The error for a split without the image column that train has."""
+    return UsageError(
+        f"--image-column {image}: train has this column, but {split} does not. Columns there: {listed(columns)}."
+    )
 
 
 def reasoning_texts(values: Sequence[object], names: Sequence[str]) -> list[str | None]:

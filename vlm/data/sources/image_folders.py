@@ -60,8 +60,8 @@ def count_by_ending(files: Iterable[Path]) -> str:
 
 
 def _folders(folder: Path) -> list[Path]:
-    """The visible folders directly in a folder, sorted."""
-    found = [path for path in folder.iterdir() if path.is_dir()]
+    """The visible folders directly in a folder, and links to folders that are gone, sorted."""
+    found = [path for path in folder.iterdir() if path.is_dir() or (path.is_symlink() and not path.exists())]
     return sorted(path for path in found if not path.name.startswith(".") and path.name != IGNORED)
 
 
@@ -86,9 +86,14 @@ def _check_classes(folder: Path, split: str, files: Sequence[Path]) -> None:
 
 
 def _content(folder: Path, place: Path, files: Sequence[Path]) -> str:
-    if not os.access(folder / place, os.R_OK | os.X_OK):
+    """What a class folder without an image has instead, in a few words."""
+    path = folder / place
+    if not path.exists():
+        return "a link to nothing"
+    if not os.access(path, os.R_OK | os.X_OK):
         return "no permission to read it"
-    return count_by_ending(file for file in files if file.is_relative_to(place)) or "empty"
+    nothing = "a link to a folder that is there under another name" if path.is_symlink() else "empty"
+    return count_by_ending(file for file in files if file.is_relative_to(place)) or nothing
 
 
 def _note_unused(files: Sequence[Path], empty: Sequence[Path] = ()) -> None:

@@ -1,6 +1,6 @@
 """What the `datasets` library reads: the hub, folders with Parquet or metadata files, folders by save_to_disk."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +9,7 @@ from vlm.common import UsageError, listed, one_line, read_json, shorten
 from vlm.config import Settings
 from vlm.data.images import ImageSource
 from vlm.data.sources.cells import CELLS_TRIED, check_files, image_of
-from vlm.data.sources.columns import Columns, choose_columns, reasoning_texts
+from vlm.data.sources.columns import Columns, choose_columns, missing_column, reasoning_texts
 from vlm.data.sources.foreign import AGAIN, refuse_damaged
 from vlm.data.sources.rows import EXPECTED, Rows, Source, nothing_there, role_of, sort_splits
 from vlm.data.sources.split_column import use_split_column
@@ -120,6 +120,8 @@ def _to_source(data: "dict[str, Dataset]", settings: Settings, kind: str, folder
     columns = choose_columns(
         settings, list(features), images, classes, values=lambda name: _first_values(data[roles["train"]], name)
     )
+    for name in roles.values():
+        _check_columns(data[name].features, name, columns, features)
     splits = {role: _rows(data[name].with_format(None), name, columns, folder) for role, name in roles.items()}
     source = Source(kind, splits, roles, others, labels.get(columns.label), columns)
     return use_split_column(source, {role: _unused(data[name], columns) for role, name in roles.items()})
@@ -155,13 +157,24 @@ def _unused(data: "Dataset", columns: Columns) -> dict[str, Sequence[object]]:
     return unused
 
 
+def _check_columns(there: Mapping[str, Any], split: str, columns: Columns, train: Mapping[str, Any]) -> None:
+    """Refuse a split whose image column is missing, or whose label column numbers the classes otherwise than train's.
+
+    Args:
+        there, train: the features of the split and of train.
+    """
+    if columns.image not in there:
+        raise missing_column(columns.image, split, there)
+    names = [getattr(features.get(columns.label), "names", None) for features in (there, train)]
+    if columns.label in there and names[0] != names[1]:
+        raise UsageError(
+            f"{split}: the column {columns.label} has other class names than train: {listed(names[0] or ['none'])}; "
+            f"train has {listed(names[1] or ['none'])}. Give all splits the same names in the same order."
+        )
+
+
 def _rows(data: "Dataset", split: str, columns: Columns, folder: Path) -> Rows:
     """The rows of one split; without a label column, all labels are None."""
-    if columns.image not in data.features:
-        raise UsageError(
-            f"--image-column {columns.image}: train has this column, but {split} does not. "
-            f"Columns there: {listed(data.features)}."
-        )
     labels = data[columns.label][:] if columns.label in data.features else [None] * len(data)
     names = [f"{split}[{i}]" for i in range(len(data))]
     texts = None

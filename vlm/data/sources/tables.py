@@ -10,7 +10,7 @@ from vlm.common import UsageError, brief, first_line, printable
 from vlm.config import Settings
 from vlm.data.images import is_image
 from vlm.data.sources.cells import check_files, image_of, path_text
-from vlm.data.sources.columns import Columns, choose_columns, reasoning_texts
+from vlm.data.sources.columns import Columns, choose_columns, missing_column, reasoning_texts
 from vlm.data.sources.foreign import SAVE_AS_CSV, refuse_by_content
 from vlm.data.sources.rows import Rows, Source
 from vlm.data.sources.split_column import use_split_column
@@ -49,6 +49,9 @@ def read_tables(paths: dict[str, Path], others: list[str], settings: Settings) -
             raise UsageError(f"{paths[role]}: no rows. Expected a header (CSV) and one line for each image.")
     names = _column_names(tables.values())
     columns = choose_columns(settings, names, values=lambda name: _values(tables["train"][:ROWS_WITH_COLUMNS], name))
+    for role, table in tables.items():
+        if columns.image not in (there := _column_names([table])):
+            raise missing_column(columns.image, paths[role].name, there)
     splits = {role: _rows(table, paths[role], columns) for role, table in tables.items()}
     kind = "CSV file" if all(map(_is_csv, paths.values())) else "JSONL file"
     split_names = {role: path.name for role, path in paths.items()}
