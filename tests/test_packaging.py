@@ -139,9 +139,9 @@ def imported_packages():
 
 
 def test_every_package_that_is_imported_is_declared():
-    names = {"sklearn": "scikit-learn", "PIL": "pillow"}
+    names = {"sklearn": "scikit-learn", "PIL": "pillow", "pillow_heif": "pillow-heif"}
     declared = {one.name for one in requirements_in("requirements.txt")}
-    optional = {one.name for one in requirements_in("requirements-track.txt")} | {"bitsandbytes"}
+    optional = {one.name for one in requirements_in("requirements-track.txt")} | {"bitsandbytes", "pillow-heif"}
     imported = {names.get(name, name) for name in imported_packages()}
     assert {"torch", "scikit-learn", "tokenizers", "scipy"} <= imported, "the search for imports works"
     assert imported <= declared | optional
