@@ -19,10 +19,10 @@ def put(folder: Path, *names: str) -> None:
 @pytest.fixture
 def no_heif(monkeypatch):
     """HEIC images do not count, whether pillow-heif is installed or not."""
-    import vlm.data.images
+    import vlm.data.finding
 
-    endings = {ending for ending in vlm.data.images.IMAGE_ENDINGS if ending not in (".heic", ".heif")}
-    monkeypatch.setattr(vlm.data.images, "IMAGE_ENDINGS", endings)
+    endings = {ending for ending in vlm.data.finding.IMAGE_ENDINGS if ending not in (".heic", ".heif")}
+    monkeypatch.setattr(vlm.data.finding, "IMAGE_ENDINGS", endings)
 
 
 def test_what_of_a_folder_is_not_used_is_one_note_with_counts_by_ending(tmp_path, capsys, no_heif):

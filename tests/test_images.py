@@ -15,7 +15,7 @@ from PIL import Image, PngImagePlugin
 from PIL.PngImagePlugin import PngInfo
 
 from vlm.common.errors import UsageError
-from vlm.data import UnreadableImage, find_images, formats, open_image
+from vlm.data import UnreadableImage, find_images, finding, formats, open_image
 
 RAMP = np.array([[0, 100], [200, 255]], dtype=np.uint8)
 
@@ -320,3 +320,19 @@ def test_pillows_limits_on_texts_in_an_image_hold():
     texts.add_text("comment", "x" * (PngImagePlugin.MAX_TEXT_CHUNK + 1), zip=True)
     with pytest.raises(UnreadableImage, match="^row 1: Decompressed data too large"):
         open_image(encoded(Image.new("L", (2, 2)), pnginfo=texts), "row 1")
+
+
+def test_images_that_are_not_read_are_counted_in_a_note(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(finding, "IMAGE_ENDINGS", finding.IMAGE_ENDINGS - {".heic"})
+    monkeypatch.setattr(finding, "UNREAD_ENDINGS", finding.UNREAD_ENDINGS | {".heic"})
+    for name in ("1.png", "2.HEIC", "3.heic", "4.svg", "5", "notes.txt", ".hidden", "Thumbs.db", "__MACOSX/1.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert find_images([tmp_path]) == [tmp_path / "1.png"]
+    (line,) = capsys.readouterr().err.splitlines()
+    counts = "2 .heic, 1 .svg, 1 without an ending. "
+    assert line.startswith(f"note: {tmp_path}: not used, as these files do not count as images: {counts}")
+    assert "pillow-heif" in line
+    (tmp_path / "1.png").unlink()
+    with pytest.raises(UsageError, match=r"has no image but 2 \.heic, .*pillow-heif\. Files with these"):
+        find_images([tmp_path])

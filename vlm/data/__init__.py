@@ -5,8 +5,9 @@ hub and plans the order of an epoch. Importing it loads neither torch nor transf
 """
 
 from vlm.data.cutting import balanced_positions
+from vlm.data.finding import find_images
 from vlm.data.hub import model_folder
-from vlm.data.images import UnreadableImage, find_images, open_image
+from vlm.data.images import UnreadableImage, open_image
 from vlm.data.load import load_data
 from vlm.data.order import Step, epoch_plan
 from vlm.data.sources import Rows

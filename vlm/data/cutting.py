@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from vlm.common import UsageError, listed, printable
+from vlm.common import UsageError, brief, listed
 from vlm.config import Settings
 from vlm.data.duplicates import equal_images
 from vlm.data.splits import ROLES, Split
@@ -129,7 +129,7 @@ def balanced_positions(labels: Sequence[int], most: int, seed: Sequence[int]) ->
 
 def _what_counts(train: Split) -> str:
     equal = next((group for group in equal_images(train) if len(group) > 1), [])
-    example = f" ({' = '.join(printable(train.names[i]) for i in equal[:2])})" if equal else ""
+    example = f" ({' = '.join(brief(train.names[i]) for i in equal[:2])})" if equal else ""
     return f"Equal images{example} count as one; those under two labels or in another split do not count."
 
 

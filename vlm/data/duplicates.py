@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from vlm.common import UsageError, note, printable
+from vlm.common import UsageError, brief, note
 from vlm.data.splits import ROLES, Split
 
 MOST_SHOWN = 3
@@ -118,4 +118,4 @@ def _phrase(kind: str, count: int, splits: Mapping[str, Split]) -> str:
 
 
 def _show(place: Place, kind: str, class_names: Sequence[str]) -> str:
-    return printable(f"{place.name} ({class_names[place.label]})" if kind == TWO_LABELS else place.name)
+    return brief(place.name) + (f" ({brief(class_names[place.label])})" if kind == TWO_LABELS else "")

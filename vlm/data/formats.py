@@ -9,7 +9,7 @@ HEIF = "HEIF"
 # Pillow's name of each format that is read, and the endings by which files count as images when a folder is searched.
 # Pillow opens more, whatever the ending is: PostScript, for example, with another program. JPEG stands for MPO, too.
 FORMATS = {
-    "JPEG": (".jpeg", ".jpg"),
+    "JPEG": (".jfif", ".jpeg", ".jpg"),
     "PNG": (".png",),
     "GIF": (".gif",),
     "BMP": (".bmp",),
@@ -23,6 +23,9 @@ FORMATS = {
 }
 READS_HEIF = find_spec("pillow_heif") is not None
 IMAGE_ENDINGS = {ending for name in FORMATS if name != HEIF or READS_HEIF for ending in FORMATS[name]}
+# Images to people that are not read here, such as raw photographs. A file without an ending is often one, too.
+RAW_PHOTOGRAPHS = {".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2"}
+UNREAD_ENDINGS = RAW_PHOTOGRAPHS | {"", ".eps", ".ico", ".jxl", ".psd", ".svg", *FORMATS[HEIF]} - IMAGE_ENDINGS
 
 INSTALL_HEIF = "install pillow-heif (pip install pillow-heif), or convert it to JPEG"
 CONVERT = "convert it to PNG or JPEG"

@@ -1,18 +1,17 @@
-"""Opens any image as an upright RGB image, or says in one line why it cannot; finds images in folders."""
+"""Opens any image as an upright RGB image, or says in one line why it cannot."""
 
 import hashlib
 import io
 import os
 import stat
-from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from vlm.common import UsageError, note, printable, reason
-from vlm.data.formats import IMAGE_ENDINGS, LONGEST_START, readable_formats, what_else
+from vlm.common import printable, reason
+from vlm.data.formats import LONGEST_START, readable_formats, what_else
 
 ImageSource = str | Path | bytes | bytearray | memoryview | np.ndarray | Image.Image
 
@@ -64,60 +63,6 @@ def image_key(image: Image.Image) -> str:
     content = hashlib.sha256(f"{image.width}x{image.height}".encode())
     content.update(image.tobytes())
     return content.hexdigest()
-
-
-def find_images(paths: Sequence[str | Path]) -> list[Path]:
-    """The images at some paths: files as they are given, and of folders all images anywhere below them.
-
-    The images of a folder are sorted by path; hidden ones are left out. If only some of the paths do not exist, they
-    are kept, so that each is reported as an image that cannot be read.
-
-    Raises:
-        UsageError: none of the paths exists, or a folder has no image.
-    """
-    found: list[Path] = []
-    if not any(map(os.path.exists, paths)):
-        others = ", and neither do the other paths" if len(paths) > 1 else ""
-        raise UsageError(f"{paths[0]} does not exist{others}. Expected an image file or a folder of images.")
-    for path in map(Path, paths):
-        images = [path / file for file in visible_files(path) if is_image(file)] if path.is_dir() else [path]
-        if not images:
-            raise UsageError(
-                f"{path} has no image. Files with these endings count as images: {' '.join(sorted(IMAGE_ENDINGS))}."
-            )
-        found += images
-    return found
-
-
-def is_image(path: Path) -> bool:
-    """Whether a file is an image by its ending."""
-    return path.suffix.lower() in IMAGE_ENDINGS
-
-
-def visible_files(folder: Path) -> list[Path]:
-    """All files below a folder that are not hidden, relative to it, sorted.
-
-    Links to folders are followed, but each folder is entered once, so links in a circle do no harm. If a folder can be
-    reached by a link and without one, its files have the path without. A folder that cannot be read is named in a note.
-    """
-    files: list[Path] = []
-    entered: set[tuple[int, int]] = set()
-    starts = [str(folder)]
-    for start in starts:  # links that are found are added at the end, so folders come before links to them
-        for place, folders, names in os.walk(start, onerror=_note_closed):
-            status = os.stat(place)
-            if (status.st_dev, status.st_ino) in entered:
-                folders.clear()
-                continue
-            entered.add((status.st_dev, status.st_ino))
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            starts += [path for name in folders if os.path.islink(path := os.path.join(place, name))]
-            files += [Path(place, name).relative_to(folder) for name in names if not name.startswith(".")]
-    return sorted(files)
-
-
-def _note_closed(error: OSError) -> None:
-    note(printable(f"{error.filename} is left out: {reason(error)}"))
 
 
 def _read(source: ImageSource | None) -> Image.Image:

@@ -9,7 +9,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vlm.common import UsageError, brief
-from vlm.data.images import ImageSource, is_image
+from vlm.data.finding import is_image
+from vlm.data.images import ImageSource
 
 LONGEST_NAME = 255  # bytes of the name of a file on every usual system
 CELLS_TRIED = 100  # the files of these are looked for before anything is decoded

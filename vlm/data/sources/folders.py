@@ -4,9 +4,9 @@ from pathlib import Path
 
 from vlm.common import UsageError, listed, note, reason
 from vlm.config import Settings
-from vlm.data.images import is_image, visible_files
+from vlm.data.finding import count_by_ending, heic_hint, is_hidden, is_image, visible_files
 from vlm.data.sources.foreign import ARCHIVES, UNPACK, refuse_damaged
-from vlm.data.sources.image_folders import count_by_ending, heic_hint, read_image_folders
+from vlm.data.sources.image_folders import read_image_folders
 from vlm.data.sources.library import ENDINGS, FILES, is_saved, left_to_library, read_saved, read_with_library
 from vlm.data.sources.rows import Source, nothing_there, role_of, sort_splits
 from vlm.data.sources.tables import find_tables, is_table, read_tables
@@ -80,7 +80,7 @@ def _could_be_dataset(folder: Path) -> bool:
 def _entries(folder: Path) -> list[Path]:
     """What is directly in a folder, without hidden files and what macOS adds to archives."""
     try:
-        return [path for path in folder.iterdir() if not path.name.startswith((".", "__MACOSX"))]
+        return [path for path in folder.iterdir() if not is_hidden(path.name)]
     except OSError as error:
         raise UsageError(f"--dataset {folder}: cannot be read ({reason(error)}). Allow to read it.") from error
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from vlm.common import UsageError, reason
-from vlm.data.images import is_image
+from vlm.data.finding import is_image
 
 ARCHIVES = (".zip", ".rar", ".7z", ".tgz", ".gz", ".bz2", ".xz", ".tar")
 AGAIN = "Copy or download it again."

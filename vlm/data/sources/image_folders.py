@@ -1,17 +1,12 @@
 """Folders of images: CLASS/IMAGE or SPLIT/CLASS/IMAGE. What is in them and is not used is said."""
 
 import os
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from vlm.common import UsageError, listed, note
-from vlm.data.images import is_image
+from vlm.data.finding import count_by_ending, heic_hint, is_hidden, is_image
 from vlm.data.sources.rows import EXPECTED, Rows, Source, sort_splits
-
-CLUTTER = ("Thumbs.db", "desktop.ini")  # made by Windows in every folder
-IGNORED = "__MACOSX"  # made by macOS in archives
-MOST_ENDINGS = 6
 
 
 def read_image_folders(folder: Path, files: Sequence[Path], tables: Sequence[str]) -> Source:
@@ -27,7 +22,6 @@ def read_image_folders(folder: Path, files: Sequence[Path], tables: Sequence[str
     Raises:
         UsageError: a class folder has no image, or the images of train are not in folders of classes.
     """
-    files = [file for file in files if file.parts[0] != IGNORED and file.name not in CLUTTER]
     images = [file for file in files if is_image(file) and len(file.parts) > 1]
     roles, others = sort_splits(path.name for path in _folders(folder))
     direct = {image.parts[0] for image in images if len(image.parts) == 2}
@@ -53,16 +47,10 @@ def read_image_folders(folder: Path, files: Sequence[Path], tables: Sequence[str
     return Source("image folder", splits, roles, others)
 
 
-def count_by_ending(files: Iterable[Path]) -> str:
-    """How many files there are of each ending, the most frequent first."""
-    counts = Counter(file.suffix.lower() or "without an ending" for file in files).most_common()
-    return listed((f"{count:,} {ending}" for ending, count in counts), MOST_ENDINGS)
-
-
 def _folders(folder: Path) -> list[Path]:
     """The visible folders directly in a folder, and links to folders that are gone, sorted."""
     found = [path for path in folder.iterdir() if path.is_dir() or (path.is_symlink() and not path.exists())]
-    return sorted(path for path in found if not path.name.startswith(".") and path.name != IGNORED)
+    return sorted(path for path in found if not is_hidden(path.name))
 
 
 def _empty(folder: Path, split: str, files: Sequence[Path]) -> list[Path]:
@@ -107,12 +95,6 @@ def _note_unused(files: Sequence[Path], empty: Sequence[Path] = ()) -> None:
         parts.append(f"class folders without an image: {listed(empty)}")
     if parts:
         note(f"note: not used: {'; '.join(parts)}.{heic_hint(other)}")
-
-
-def heic_hint(files: Sequence[Path]) -> str:
-    """How HEIC images can be read, if some do not count as images on this machine."""
-    unread = any(file.suffix.lower() in (".heic", ".heif") and not is_image(file) for file in files)
-    return " HEIC images are read if pillow-heif is installed: pip install pillow-heif." if unread else ""
 
 
 def _rows(folder: Path, images: list[Path], labels: Sequence[str | None]) -> Rows:

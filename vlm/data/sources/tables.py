@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vlm.common import UsageError, brief, first_line, printable
 from vlm.config import Settings
-from vlm.data.images import is_image
+from vlm.data.finding import is_image
 from vlm.data.sources.cells import check_files, image_of, path_text
 from vlm.data.sources.columns import Columns, choose_columns, missing_column, reasoning_texts
 from vlm.data.sources.foreign import SAVE_AS_CSV, refuse_by_content
