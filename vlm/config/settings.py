@@ -5,8 +5,9 @@ Nothing heavy is imported here, so that `--help` answers at once.
 
 import dataclasses
 import math
+import types
 from dataclasses import MISSING, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args, get_origin
 
 from vlm.config.defaults import (
     AUTO,
@@ -267,7 +268,8 @@ class Settings:
     metrics: list[str] | None = _flag(
         None,
         "output",
-        "your own metrics: FILE.py:FUNCTION(labels, predictions, probabilities, class_names)",
+        "your own metrics: FILE.py:FUNCTION(labels, predictions, probabilities, class_names); a resumed run has to be "
+        "given them again, or none",
         nargs="+",
         metavar="FILE:FUNCTION",
     )
@@ -334,6 +336,14 @@ class Settings:
     def to_json(self) -> dict[str, Any]:
         """All settings as JSON values, one key a field."""
         return dataclasses.asdict(self)
+
+
+def value_type(item: dataclasses.Field) -> type:
+    """The type of one value of a field: `list[str] | None` -> `str`."""
+    kind: Any = item.type
+    if isinstance(kind, types.UnionType):
+        kind = next(k for k in get_args(kind) if k is not type(None))
+    return get_args(kind)[0] if get_origin(kind) is list else kind
 
 
 def _decided() -> Any:
