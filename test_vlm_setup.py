@@ -30,16 +30,21 @@ def main():
     if sys.version_info < (3, 11):  # noqa: UP036 (the point is to say so where the rest cannot even be read)
         sys.exit("failure  Python {}.{}\n         cure: use Python 3.11 or newer".format(*sys.version_info[:2]))
 
+    from vlm.common import any_text
     from vlm.machine import CHECKS, examine_machine, trial_training
 
     color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     training_check = None if arguments.quick else partial(trial_training, debug=arguments.debug)
-    return examine_machine(CHECKS, training_check, write=partial(print, flush=True), color=color, debug=arguments.debug)
+    with any_text():
+        write = partial(print, flush=True)
+        return examine_machine(CHECKS, training_check, write=write, color=color, debug=arguments.debug)
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except BrokenPipeError:  # the reader of a pipe (head, less) went away; what is left goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of a pipe (head, less) went away
+        from vlm.common import drop_closed_pipes
+
+        drop_closed_pipes()
         sys.exit(1)

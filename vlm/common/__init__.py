@@ -24,7 +24,17 @@ from vlm.common.lazy import lazy_names
 from vlm.common.modes import evaluation_mode
 from vlm.common.streams import any_text, drop_closed_pipes
 from vlm.common.tables import format_table, text_width
-from vlm.common.text import CONTINUED, brief, csv_cell, dtype_name, listed, message_text, printable, shorten
+from vlm.common.text import (
+    CONTINUED,
+    brief,
+    csv_cell,
+    dtype_name,
+    listed,
+    message_text,
+    printable,
+    printable_lines,
+    shorten,
+)
 
 if TYPE_CHECKING:
     from vlm.common.progress import Bar, note, with_bar
@@ -54,6 +64,7 @@ __all__ = [
     "note",
     "one_line",
     "printable",
+    "printable_lines",
     "read_json",
     "reason",
     "recover",

@@ -107,7 +107,7 @@ class Bar:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None:
-            error.add_note(f"while {self.description} ({self._count()})")
+            error.add_note(f"while {self.description}, {self._count()}")
         self.close()
 
     def _say(self, last: bool) -> None:

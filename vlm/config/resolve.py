@@ -167,8 +167,7 @@ def _fill(given: Mapping[str, Any]) -> Settings:
     if said.get("label_smoothing"):
         values.setdefault("objective", BOTH)
     if not said.get("demo"):
-        values["model"] = said.get("model") or DEFAULT_MODEL
-        values["dataset"] = said.get("dataset") or DEFAULT_DATASET
+        values = {"model": DEFAULT_MODEL, "dataset": DEFAULT_DATASET} | values
     return Settings(**values)
 
 

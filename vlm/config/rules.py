@@ -29,7 +29,7 @@ class Conflict(NamedTuple):
     message: str
 
 
-def _can_be_a_path(text: str) -> bool:
+def can_be_a_path(text: str) -> bool:
     """Whether the system can have a file or folder of this name, whether it is there or not."""
     try:
         os.lstat(text)
@@ -78,8 +78,16 @@ VALUES = (
     ),
     Values(
         ("model", "dataset", "output_dir", "class_descriptions"),
-        lambda value: bool(value.strip()) and _can_be_a_path(value),
+        lambda value: bool(value.strip()) and can_be_a_path(value),
         "a name that is not empty and not too long for a file or folder",
+    ),
+    Values(
+        (
+            *("model_revision", "dataset_config", "image_column", "label_column", "reasoning_column"),
+            *("task_description", "system_instructions", "prompt_template", "wandb_project"),
+        ),
+        lambda value: bool(value.strip()),
+        "a text that is not empty (leave out the flag for its default)",
     ),
     Values(
         ("learning_rate", "connector_learning_rate", "lora_alpha", "save_minutes", "cache_size"),
@@ -218,7 +226,11 @@ def _unknown_choices(settings: Settings) -> Iterator[str]:
 def _as_given(name: str, value: Any) -> str:
     """A flag with its value, as in a command; a long value is cut, and an empty one is seen."""
     words = value if isinstance(value, list) else [value]
-    return f"{flag_of(name)} {shorten(' '.join(str(word) or chr(34) * 2 for word in words), LONGEST_VALUE)}"
+    return f"{flag_of(name)} {shorten(' '.join(map(_seen, words)), LONGEST_VALUE)}"
+
+
+def _seen(word: Any) -> str:
+    return str(word) if str(word).strip() else f'"{word}"'
 
 
 def _repeated_names(names: list[str]) -> Iterator[str]:
