@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
         if message.startswith(UNRECOGNIZED):
             shown = [action for action in self._actions if action.help != argparse.SUPPRESS]
             flags = [option for action in shown for option in action.option_strings]
-            word = message.removeprefix(UNRECOGNIZED).split()[0].partition("=")[0].replace("_", "-")
+            word = message.removeprefix(UNRECOGNIZED).strip().partition(" ")[0].partition("=")[0].replace("_", "-")
             hint = did_you_mean(f"--{word.lstrip('-')}", flags)
         text = f"error: {message.replace(CONTINUED, ' ')}.{hint}{CONTINUED}{self.prog} --help lists all flags."
         self.exit(2, message_text(text) + "\n")
