@@ -16,7 +16,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlm.common import RunError, Stopped, UsageError, doing, exit_code, lazy_names
+from vlm.common import RunError, Stopped, UsageError, doing, exit_code, lazy_names, printable
 from vlm.config import MOST, MOST_AT_ONCE, Parser, Settings, can_be_a_path, number, whole_number
 from vlm.machine import wait_politely
 
@@ -146,7 +146,7 @@ def predict(args: argparse.Namespace) -> None:
             note(f"{shown.rows:,} of {len(paths):,} images were classified before the error. {shown.kept()}")
         raise
     if args.output:
-        note(f"{shown.rows} rows in {args.output}")
+        note(f"{shown.rows} rows in {printable(args.output)}")
     if failed:
         others = "; the others are classified" if len(failed) < len(paths) else ""
         raise RunError(f"{len(failed)} of {len(paths)} images could not be read, such as {failed[0]}{others}.")

@@ -82,7 +82,7 @@ class PredictionFile:
 
     def kept(self) -> str:
         """Where the rows are if the block was left early, in words; empty if there are none."""
-        return f"Their rows are in {self.part}." if self.rows else ""
+        return f"Their rows are in {printable(str(self.part))}." if self.rows else ""
 
     def _write(self, text: str) -> None:
         # A surrogate becomes its escape: in JSON lines it is read as the same name again.
