@@ -235,26 +235,6 @@ def test_resume_takes_no_code_from_the_saved_settings():
     assert resolve({"metrics": ["none"]}).metrics is None
 
 
-@pytest.mark.parametrize(
-    ("values", "said"),
-    [
-        ({"epochs": "many"}, "--epochs 'many': expected int"),
-        ({"epochs": True}, "--epochs True: expected int"),
-        ({"learning_rate": [1e-4]}, "--learning-rate [0.0001]: expected float"),
-        ({"class_names": "cat"}, "--class-names 'cat': expected a list of str"),
-        ({"metrics": [{"a": 1}]}, "--metrics [{'a': 1}]: expected a list of str"),
-        ({"output_dir": {"a": 1}}, "--output-dir {'a': 1}: expected str"),
-        ({"demo": "yes"}, "--demo 'yes': expected bool"),
-        ([], "no settings that this program wrote"),
-        (None, "no settings that this program wrote"),
-    ],
-)
-def test_saved_settings_of_wrong_types_are_refused(values, said):
-    with pytest.raises(UsageError) as caught:
-        read_settings(values)
-    assert said in str(caught.value) and "\n" not in str(caught.value)
-
-
 def test_saved_settings_are_checked_like_those_of_the_command_line():
     saved = read_settings({"tune": "everything", "epochs": 10**30, "score": "mean"})
     with pytest.raises(UsageError, match="(?s)--epochs 1.*--tune everything: expected lora.*--score mean no longer"):

@@ -4,13 +4,14 @@ import argparse
 import dataclasses
 import string
 import sys
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_origin
 
 from vlm.common import CONTINUED, did_you_mean, message_text, shorten
 from vlm.config.rules import flag_of
-from vlm.config.settings import Settings, value_type
+from vlm.config.settings import Settings
 
 UNRECOGNIZED = "unrecognized arguments: "  # how argparse begins its message about an unknown flag
 WITHOUT_EFFECT = ("no_alignment",)  # flags of earlier versions: accepted, not in --help
@@ -72,7 +73,7 @@ def build_parser() -> Parser:
         details = dict(item.metadata)
         name = details.pop("group")
         group = groups.setdefault(name, parser if name == "help" else parser.add_argument_group(name))
-        kind = value_type(item)
+        kind = _value_type(item)
         if kind is bool:
             details["action"] = "store_true"
         else:
@@ -83,6 +84,14 @@ def build_parser() -> Parser:
     for name in WITHOUT_EFFECT:
         parser.add_argument(flag_of(name), action="store_true", help=argparse.SUPPRESS)
     return parser
+
+
+def _value_type(item: dataclasses.Field) -> type:
+    """The type of one value of a field: `list[str] | None` -> `str`."""
+    kind: Any = item.type
+    if isinstance(kind, types.UnionType):
+        kind = next(k for k in get_args(kind) if k is not type(None))
+    return get_args(kind)[0] if get_origin(kind) is list else kind
 
 
 def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:

@@ -19,9 +19,8 @@ from vlm.config.defaults import (
     TUNING_DEFAULTS,
 )
 from vlm.config.formats import choose_format
-from vlm.config.names import METADATA
 from vlm.config.rules import flag_of, problems
-from vlm.config.settings import RunSettings, Settings, value_type
+from vlm.config.settings import RunSettings, Settings
 
 # Flags that may differ between an interrupted run and the one that resumes it.
 NOT_PART_OF_THE_RUN = {
@@ -53,7 +52,6 @@ NO_METRICS = ["none"]
 ABSTAINING = {"abstain_below", "target_precision"}  # only one of the two at a time
 TEXTS = ("system_instructions", "prompt_template")  # may come from a file
 LONGEST_TEXT = 1_000_000  # characters
-OTHER_ORIGIN = "The file is damaged, or from another program."
 
 
 def resolve(given: Mapping[str, Any], saved: RunSettings | None = None) -> Settings:
@@ -86,41 +84,11 @@ def read_settings(values: Mapping[str, Any]) -> RunSettings:
 
     Args:
         values: the JSON object `settings` of `training_metadata.json`.
-
-    Raises:
-        UsageError: a value that no version has written.
     """
-    if not isinstance(values, Mapping):
-        raise UsageError(f"{METADATA} has no settings that this program wrote, but {values!r:.60}. {OTHER_ORIGIN}")
-    settings = _fill(
-        {
-            item.name: _saved_value(item, values[item.name])
-            for item in dataclasses.fields(Settings)
-            if item.name in values
-        }
-    )
+    names = {item.name for item in dataclasses.fields(Settings)}
+    settings = _fill({name: value for name, value in values.items() if name in names})
     # All versions that had a choice of the objective wrote it down; those before learned the response.
     return settings.complete(settings.batch_size or 1, settings.objective or RESPONSE)
-
-
-def _saved_value(item: dataclasses.Field, value: Any) -> Any:
-    """The value of a setting from a file, which may be damaged or made by somebody else.
-
-    Raises:
-        UsageError: it is of the wrong type.
-    """
-    wanted, several = value_type(item), "list" in str(item.type)
-    types = {float: (int, float), str: (str, int)}.get(wanted, (wanted,))  # image sizes were numbers in early versions
-    words = value if several and isinstance(value, list) else [value]
-    right = (several == isinstance(value, list)) and all(
-        isinstance(word, types) and (wanted is bool or not isinstance(word, bool)) for word in words
-    )
-    if value is not None and not right:
-        raise UsageError(
-            f"{METADATA} has {flag_of(item.name)} {value!r:.60}: expected {'a list of ' if several else ''}"
-            f"{wanted.__name__}. {OTHER_ORIGIN}"
-        )
-    return str(value) if wanted is str and isinstance(value, int) else value
 
 
 def _check_metrics(given: Mapping[str, Any], saved: RunSettings) -> None:

@@ -5,9 +5,8 @@ Nothing heavy is imported here, so that `--help` answers at once.
 
 import dataclasses
 import math
-import types
 from dataclasses import MISSING, dataclass, field
-from typing import Any, NamedTuple, get_args, get_origin
+from typing import Any, NamedTuple
 
 from vlm.config.defaults import (
     AUTO,
@@ -336,14 +335,6 @@ class Settings:
     def to_json(self) -> dict[str, Any]:
         """All settings as JSON values, one key a field."""
         return dataclasses.asdict(self)
-
-
-def value_type(item: dataclasses.Field) -> type:
-    """The type of one value of a field: `list[str] | None` -> `str`."""
-    kind: Any = item.type
-    if isinstance(kind, types.UnionType):
-        kind = next(k for k in get_args(kind) if k is not type(None))
-    return get_args(kind)[0] if get_origin(kind) is list else kind
 
 
 def _decided() -> Any:

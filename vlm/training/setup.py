@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
@@ -83,7 +82,6 @@ def set_up(settings: Settings) -> Run:
     device, reason = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
     check_quantization(settings.bits, device)
-    AcceleratorState._reset_state()  # another run in this process, as in a notebook, may have had another dtype
     waiting = InitProcessGroupKwargs(timeout=LONGEST_WAIT)
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=PRECISIONS[dtype], kwargs_handlers=[waiting])
 
