@@ -1,8 +1,8 @@
 """Predictions on the way to a file or a table: nothing that was computed is lost."""
 
 import csv
-import errno
 import json
+from contextlib import contextmanager
 
 import pytest
 
@@ -87,28 +87,25 @@ def test_without_rows_nothing_is_left(tmp_path):
     assert names_in(tmp_path) == set() and file.kept() == ""
 
 
+@contextmanager
+def room_for(size):
+    """Files cannot grow above so many bytes, as on a full disk."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def test_a_full_disk_leaves_whole_rows(tmp_path):
-    message = r"cannot be written \(no space left on device\): make room"
+    message = r"cannot be written \(file too large\): make room"
     with pytest.raises(RunError, match=message), PredictionFile(tmp_path / "x.jsonl", NAMES) as file:
         file.add("a.png", RESULT)
-        file._file = HalfFull(file._file)
-        file.add("b.png", RESULT)
+        with room_for((tmp_path / "x.jsonl.part").stat().st_size + 10):
+            file.add("b.png", RESULT)
     assert [row["path"] for row in read_lines(tmp_path / "x.jsonl.part")] == ["a.png"] and file.rows == 1
-
-
-class HalfFull:
-    """A file on a disk that has room for ten bytes."""
-
-    def __init__(self, file):
-        self.file, self.fileno, self.close, self.tell = file, file.fileno, file.close, file.tell
-        self.room = 10
-
-    def write(self, data):
-        if not self.room:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        written = self.file.write(data[: self.room])
-        self.room -= written
-        return written
 
 
 def test_the_table_shows_the_rows_so_far(capsys):
