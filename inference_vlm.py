@@ -141,8 +141,8 @@ def predict(args: argparse.Namespace) -> None:
                     failed.append(path)
     except KeyboardInterrupt as stop:
         raise Stopped(f"stopped after {shown.rows:,} of {len(paths):,} images. {shown.kept()}".rstrip()) from stop
-    except Exception:
-        if shown.rows:
+    except Exception as error:
+        if shown.rows and not isinstance(error, BrokenPipeError):
             note(f"{shown.rows:,} of {len(paths):,} images were classified before the error. {shown.kept()}")
         raise
     if args.output:

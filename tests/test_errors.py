@@ -1,7 +1,9 @@
 """What users read of errors, and the exit codes."""
 
 import errno
+import io
 import os
+import sys
 
 import pytest
 
@@ -54,3 +56,11 @@ def test_what_was_being_done_is_not_said_of_errors_that_say_what_to_do(capsys):
 
     assert exit_code(command) == 2
     assert capsys.readouterr().err == "error: no such column.\n"
+
+
+def test_a_command_that_prints_what_the_terminal_lacks_is_done(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert exit_code(lambda: print("Straße")) == 0
+    stream.flush()
+    assert stream.buffer.getvalue() == b"Stra\\xdfe\n" and stream.errors == "strict"

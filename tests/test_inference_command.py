@@ -177,6 +177,15 @@ def test_what_was_computed_before_an_error_is_kept(infer, images, tmp_path, brok
     assert error == "error: while classifying, 2/3 images (67%): RuntimeError: CUDA error:" and "--debug" in cure
 
 
+def test_a_reader_that_went_away_hears_nothing(infer, images, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stdout)
+        code, _, err = infer(images)
+    assert (code, err) == (1, "")
+
+
 def test_names_that_are_not_utf_8_and_a_terminal_of_ascii_lose_no_row(demo_run, images, tmp_path):
     name = os.fsencode(tmp_path) + b"/caf\xe9.png"
     with open(name, "wb") as file:
