@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from vlm.common import UsageError, listed, note
+from vlm.common import UsageError, listed, note, printable
 from vlm.data.images import is_image
 from vlm.data.sources.rows import EXPECTED, Rows, Source, sort_splits
 
@@ -116,4 +116,4 @@ def heic_hint(files: Sequence[Path]) -> str:
 
 
 def _rows(folder: Path, images: list[Path], labels: Sequence[str | None]) -> Rows:
-    return Rows([folder / image for image in images], labels, [str(image) for image in images])
+    return Rows([folder / image for image in images], labels, [printable(str(image)) for image in images])
