@@ -6,29 +6,32 @@ from inference_vlm import load_model_and_metadata, predict_single_image, predict
 """
 
 import argparse
-import csv
-import json
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from vlm.common import RunError, UsageError, exit_code, lazy_names
-from vlm.config import Parser, Settings
+from vlm.common import RunError, Stopped, UsageError, doing, exit_code, lazy_names, printable
+from vlm.config import MOST, MOST_AT_ONCE, Parser, Settings, can_be_a_path, number, whole_number
 from vlm.machine import wait_politely
 
 if TYPE_CHECKING:
-    from vlm.inference import load_model_and_metadata, predict_batch, predict_single_image
+    from vlm.inference import load_model_and_metadata, predict_batch, predict_each, predict_single_image
 
-__all__ = ["load_model_and_metadata", "main", "predict_batch", "predict_single_image"]
+__all__ = ["load_model_and_metadata", "main", "predict_batch", "predict_each", "predict_single_image"]
+
+LONGEST_NAME = 240  # bytes of the name of --output: most file systems allow 255, and `.part` is put after it
 
 
 # `from inference_vlm import predict_batch` works, and `--help` does not load torch.
 __getattr__ = lazy_names(
     __name__,
-    {"vlm.inference": ["load_model_and_metadata", "predict_batch", "predict_single_image"]},
+    {"vlm.inference": ["load_model_and_metadata", "predict_batch", "predict_each", "predict_single_image"]},
 )
 
 
@@ -50,13 +53,13 @@ def build_parser() -> Parser:
     )
     parser.add_argument(
         "--abstain-below",
-        type=float,
+        type=number,
         metavar="P",
         help="give no prediction if its confidence is below this; 0: always give one (default: as trained)",
     )
     parser.add_argument(
         "--batch-size",
-        type=int,
+        type=whole_number,
         metavar="N",
         help="images in one forward pass (default: what fits into the free memory)",
     )
@@ -68,7 +71,9 @@ def build_parser() -> Parser:
         action="store_true",
         help="cache the vision features of the images, so that the next call on them is faster",
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="threads of the CPU (default: its physical cores)")
+    parser.add_argument(
+        "--threads", type=whole_number, metavar="N", help="threads of the CPU (default: its physical cores)"
+    )
     for setting in fields(Settings):
         if setting.name in ("device", "dtype"):  # the same flags as in the training
             choices, text = setting.metadata["choices"], setting.metadata["help"]
@@ -80,38 +85,71 @@ def build_parser() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code, 1 if any image could not be read."""
     args = build_parser().parse_args(arguments)
-    return exit_code(lambda: predict(args), debug=args.debug)
+    with stopped_by_sigterm():
+        return exit_code(lambda: predict(args), debug=args.debug)
+
+
+@contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """SIGTERM, which clusters and `kill` send, does what Ctrl-C does, so that what was computed is kept. In another
+    thread than the main one, Python handles no signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def predict(args: argparse.Namespace) -> None:
     """Classify what the arguments name and show or write it."""
-    for name, value in (("batch-size", args.batch_size), ("threads", args.threads)):
-        if value is not None and value < 1:
-            raise UsageError(f"--{name} {value}: expected a whole number of at least 1.")
+    for name, value, most in (("batch-size", args.batch_size, MOST), ("threads", args.threads, MOST_AT_ONCE)):
+        if value is not None and not 1 <= value <= most:
+            raise UsageError(f"--{name} {value}: expected a whole number of at least 1, and at most {most:,}.")
     if args.abstain_below is not None and not 0 <= args.abstain_below <= 1:
         raise UsageError(f"--abstain-below {args.abstain_below}: expected a probability, 0 to 1.")
-    if args.output:
+    for name in (args.model_dir, *args.images):
+        if not can_be_a_path(name):
+            raise UsageError(f"{name}: expected a name that is not too long for a file or folder.")
+    if args.output is not None:
         check_output(Path(args.output))
     wait_politely()
     import torch
 
+    from vlm.common import note
     from vlm.data import find_images
-    from vlm.inference import load_model_and_metadata, predict_batch
+    from vlm.inference import PredictionFile, PredictionTable, load_model_and_metadata, predict_each
     from vlm.machine import pick_threads
 
     torch.set_num_threads(pick_threads(args.threads))
-    paths = find_images(args.images)
-    model, processor, metadata = load_model_and_metadata(args.model_dir, args.device, args.dtype, args.abstain_below)
+    paths = list(dict.fromkeys(map(str, find_images(args.images))))
+    with doing(f"loading --model-dir {args.model_dir}"):
+        model, processor, metadata = load_model_and_metadata(
+            args.model_dir, args.device, args.dtype, args.abstain_below
+        )
     options = {"exhaustive": args.exhaustive_scoring, "feature_cache": args.feature_cache}
-    results = predict_batch(model, processor, paths, metadata, args.batch_size, args.explain, **options)
+    rows = predict_each(model, processor, paths, metadata, args.batch_size, args.explain, **options)
+    shown = PredictionFile(args.output, model.class_names) if args.output else PredictionTable(args.explain)
+    failed = []
+    try:
+        with shown, closing(rows):
+            for path, result in rows:
+                shown.add(path, result)
+                if "error" in result:
+                    failed.append(path)
+    except KeyboardInterrupt as stop:
+        raise Stopped(f"stopped after {shown.rows:,} of {len(paths):,} images. {shown.kept()}".rstrip()) from stop
+    except Exception as error:
+        if shown.rows and not isinstance(error, BrokenPipeError):
+            note(f"{shown.rows:,} of {len(paths):,} images were classified before the error. {shown.kept()}")
+        raise
     if args.output:
-        write_results(Path(args.output), results)
-    else:
-        print_results(results, args.explain)
-    failed = [path for path, result in results.items() if "error" in result]
+        note(f"{shown.rows} rows in {printable(args.output)}")
     if failed:
-        others = "; the others are classified" if len(failed) < len(results) else ""
-        raise RunError(f"{len(failed)} of {len(results)} images could not be read, such as {failed[0]}{others}.")
+        others = "; the others are classified" if len(failed) < len(paths) else ""
+        raise RunError(f"{len(failed)} of {len(paths)} images could not be read, such as {failed[0]}{others}.")
 
 
 def check_output(path: Path) -> None:
@@ -122,64 +160,10 @@ def check_output(path: Path) -> None:
     """
     if path.suffix.lower() not in (".csv", ".jsonl"):
         raise UsageError(f"--output {path}: expected a name that ends in .csv or .jsonl.")
-    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+    if len(os.fsencode(path.name)) > LONGEST_NAME:
+        raise UsageError(f"--output {path}: expected a name of at most {LONGEST_NAME} bytes.")
+    if os.path.isdir(path) or not os.access(path.parent, os.W_OK | os.X_OK):
         raise UsageError(f"--output {path} cannot be written: choose another place, in a folder that exists.")
-
-
-def print_results(results: dict[str, dict[str, Any]], explain: bool) -> None:
-    """Print a table to stdout: path, prediction, confidence, and the second-best class (if abstained, the two best).
-
-    Args:
-        explain: print the texts after the table.
-    """
-    from vlm.common import format_table
-
-    rows = []
-    for path, result in results.items():
-        if "error" in result:
-            rows.append((path, "-", "-", f"error: {result['error']}"))
-            continue
-        first, second = (
-            f"{name} {p:.4f}" for name, p in sorted(result["probabilities"].items(), key=lambda item: -item[1])[:2]
-        )
-        if result.get("abstained"):
-            rows.append((path, "(abstained)", f"{result['confidence']:.4f}", f"{first}, {second}"))
-        else:
-            rows.append((path, result["prediction"], f"{result['confidence']:.4f}", second))
-    print(format_table(rows, headers=("image", "prediction", "confidence", "next")))
-    if explain:
-        for path, result in results.items():
-            print(
-                f"\n{path}\n{'(abstained)' if result.get('abstained') else result.get('full_response', '(not read)')}"
-            )
-    sys.stdout.flush()  # before what is said of errors
-
-
-def write_results(path: Path, results: dict[str, dict[str, Any]]) -> None:
-    """Write one row an image, whole or not at all: CSV with a column a class, or JSON lines."""
-    from vlm.common import replacing
-
-    try:
-        with replacing(path) as new, new.open("w", encoding="utf-8", newline="") as file:
-            if path.suffix.lower() == ".jsonl":
-                file.writelines(
-                    json.dumps({"path": name, **result}, ensure_ascii=False) + "\n" for name, result in results.items()
-                )
-            else:
-                _write_csv(file, results)
-    except OSError as error:
-        raise UsageError(f"--output {path} cannot be written ({error.strerror}): choose another place.") from error
-    print(f"{len(results)} rows in {path}", file=sys.stderr)
-
-
-def _write_csv(file: Any, results: dict[str, dict[str, Any]]) -> None:
-    classes = next((list(result["probabilities"]) for result in results.values() if "probabilities" in result), [])
-    writer = csv.writer(file)
-    figures = ("prediction", "confidence", "error_bound", "abstained", "error", "full_response")
-    writer.writerow(["path", *figures, *(f"p({name})" for name in classes)])
-    for name, result in results.items():
-        probabilities = result.get("probabilities", {})
-        writer.writerow([name, *map(result.get, figures), *(probabilities.get(class_name) for class_name in classes)])
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ Exits 0 when this machine can train, 1 when it cannot. A .venv that run_vlm_trai
 unless another environment is active.
 """
 
-import argparse
 import os
 import sys
 from functools import partial
@@ -17,12 +16,6 @@ OWN = Path(__file__).resolve().parent / ".venv"
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Check whether this machine can train.", allow_abbrev=False)
-    parser.add_argument("--quick", action="store_true", help="leave out the one-minute training")
-    parser.add_argument(
-        "--debug", action="store_true", help="show the traceback of an error, and all that the training prints"
-    )
-    arguments = parser.parse_args()
     no_environment = sys.prefix == sys.base_prefix and "CONDA_PREFIX" not in os.environ
     if no_environment and (OWN / "vlm-setup").exists() and (OWN / "bin" / "python").exists():
         python = str(OWN / "bin" / "python")
@@ -30,16 +23,28 @@ def main():
     if sys.version_info < (3, 11):  # noqa: UP036 (the point is to say so where the rest cannot even be read)
         sys.exit("failure  Python {}.{}\n         cure: use Python 3.11 or newer".format(*sys.version_info[:2]))
 
+    from vlm.common import any_text
+    from vlm.config import Parser
     from vlm.machine import CHECKS, examine_machine, trial_training
 
+    parser = Parser(description="Check whether this machine can train.", allow_abbrev=False)
+    parser.add_argument("--quick", action="store_true", help="leave out the one-minute training")
+    parser.add_argument(
+        "--debug", action="store_true", help="show the traceback of an error, and all that the training prints"
+    )
+    arguments = parser.parse_args()
     color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     training_check = None if arguments.quick else partial(trial_training, debug=arguments.debug)
-    return examine_machine(CHECKS, training_check, write=partial(print, flush=True), color=color, debug=arguments.debug)
+    with any_text():
+        write = partial(print, flush=True)
+        return examine_machine(CHECKS, training_check, write=write, color=color, debug=arguments.debug)
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except BrokenPipeError:  # the reader of a pipe (head, less) went away; what is left goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of a pipe (head, less) went away
+        from vlm.common import drop_closed_pipes
+
+        drop_closed_pipes()
         sys.exit(1)

@@ -1,6 +1,7 @@
 """Flags, defaults and the checks that name all problems at once."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,7 @@ def test_underscores_are_accepted_in_flags_but_not_changed_in_values():
         (["ael,", "aec,", "cli"], ["ael", "aec", "cli"]),
         (["ice cap, dune field"], ["ice cap", "dune field"]),
         (["ice cap", "dune field"], ["ice cap", "dune field"]),
+        ([" ael\n", "\taec,", "cli"], ["ael", "aec", "cli"]),
     ],
 )
 def test_class_names_as_words_or_as_one_string(words, names):
@@ -133,9 +135,23 @@ def test_all_problems_are_named_at_once():
         ({"resume": True, "overwrite": True}, "--resume and --overwrite exclude each other"),
         ({"label_smoothing": 0.1, "objective": "response"}, "--label-smoothing smooths over classes"),
         ({"class_names": ["mars", "moon", "moon"]}, "--class-names mars moon moon: expected different .* once: moon"),
+        ({"class_names": []}, "--class-names : expected at least two names"),
+        ({"class_names": ["a", ""]}, '--class-names a "": expected names that are not empty'),
+        ({"class_names": ["a", "b\nc"]}, "expected names of one line, without control characters"),
+        ({"class_names": ["a", "\x1b[2J"]}, "expected names of one line, without control characters"),
+        ({"class_names": [str(i // 2) for i in range(9999)]}, "^.{1,700}$"),
+        ({"seed": 10**27}, "--seed 1000000000000000000000000000: expected a whole number of at least 0, and below"),
+        ({"batch_size": 10**10}, "--batch-size 10000000000: expected a whole number of at least 1, and at most"),
+        ({"workers": 10**5}, "--workers 100000: expected a whole number of at least 0, and at most 1,024"),
+        ({"image_size": "9" * 5000}, "--image-size 99+…9+: expected a number of pixels, or auto"),
+        ({"output_dir": "x" * 5000}, "--output-dir x+…x+: expected a name that is not empty and not too long"),
+        ({"output_dir": " "}, '--output-dir " ": expected a name that is not empty'),
+        ({"dataset": ""}, '--dataset "": expected a name that is not empty'),
+        ({"prompt_template": ""}, '--prompt-template "": expected a text that is not empty'),
+        ({"model": "a/b\0"}, "--model a/b.: expected a name"),
     ],
 )
-def test_what_cannot_be_asked_for_together_is_refused(given, message):
+def test_what_cannot_work_is_refused(given, message):
     with pytest.raises(UsageError, match=message):
         resolve(given)
 
@@ -160,8 +176,34 @@ def test_texts_may_come_from_a_file(tmp_path):
     file = tmp_path / "template.txt"
     file.write_text("What is it?\n{classes}\n", encoding="utf-8")
     assert resolve({"prompt_template": f"@{file}"}).prompt_template == "What is it?\n{classes}"
-    with pytest.raises(UsageError, match="--prompt-template @.*missing.txt"):
-        resolve({"prompt_template": f"@{tmp_path}/missing.txt"})
+    file.write_bytes(b"\xef\xbb\xbfWhat is it?")  # a byte order mark, as Windows writes it
+    assert resolve({"system_instructions": f"@{file}"}).system_instructions == "What is it?"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "no such file or directory"),
+        (b" \n\n", "it is empty"),
+        (b"\xef\xbb\xbf", "it is empty"),
+        (b"\x89PNG\r\n", "it is not UTF-8"),
+        (b"a\0b", "it has a character NUL"),
+        (b"x" * 1_000_001, "it has more than 1,000,000 characters"),
+        ("folder", "it is a folder"),
+        ("fifo", "it is no regular file"),
+    ],
+)
+def test_a_file_that_is_no_text_is_refused_by_name(tmp_path, content, said):
+    file = tmp_path / "template.txt"
+    if content == "folder":
+        file.mkdir()
+    elif content == "fifo":
+        os.mkfifo(file)  # opening it would wait for ever
+    elif content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UsageError) as caught:
+        resolve({"prompt_template": f"@{file}"})
+    assert str(caught.value).startswith(f"--prompt-template @{file}: not a readable text file ({said}).")
 
 
 def test_resume_takes_the_saved_settings_and_refuses_others():
@@ -170,6 +212,33 @@ def test_resume_takes_the_saved_settings_and_refuses_others():
     assert settings.demo and settings.epochs == 5 and settings.resume and settings.debug
     with pytest.raises(UsageError, match="--epochs 6 .*has 5"):
         resolve({"resume": True, "epochs": 6}, saved)
+
+
+def test_resume_stays_in_the_folder_that_was_named_and_reads_no_file_that_the_settings_name(tmp_path):
+    (tmp_path / "secret").write_text("a secret")
+    values = {"demo": True, "output_dir": "/elsewhere", "prompt_template": f"@{tmp_path / 'secret'}"}
+    saved = read_settings(resolve({"demo": True}).complete(16, "response").to_json() | values)
+    assert resolve({"resume": True, "output_dir": "here"}, saved).output_dir == "here"
+    settings = resolve({"resume": True}, saved)
+    assert settings.output_dir == Settings.output_dir and settings.prompt_template == values["prompt_template"]
+
+
+def test_resume_takes_no_code_from_the_saved_settings():
+    saved = resolve({"demo": True, "metrics": ["evil.py:run"]}).complete(16, "response")
+    with pytest.raises(UsageError) as caught:
+        resolve({"resume": True}, saved)
+    for said in ("had --metrics evil.py:run", "This is code", "add --metrics evil.py:run", "add --metrics none"):
+        assert said in str(caught.value)
+    for given, metrics in ((["evil.py:run"], ["evil.py:run"]), (["mine.py:f"], ["mine.py:f"]), (["none"], None)):
+        assert resolve({"resume": True, "metrics": given}, saved).metrics == metrics
+    assert resolve({"resume": True}, resolve({"demo": True}).complete(16, "response")).metrics is None
+    assert resolve({"metrics": ["none"]}).metrics is None
+
+
+def test_saved_settings_are_checked_like_those_of_the_command_line():
+    saved = read_settings({"tune": "everything", "epochs": 10**30, "score": "mean"})
+    with pytest.raises(UsageError, match="(?s)--epochs 1.*--tune everything: expected lora.*--score mean no longer"):
+        resolve({"resume": True}, saved)
 
 
 def test_resume_may_change_how_the_model_abstains():
@@ -203,6 +272,28 @@ def test_wrong_usage_ends_with_code_2(arguments, capsys):
         parse_arguments(arguments)
     assert stop.value.code == 2
     assert arguments[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--epochs", "0x10"], "argument --epochs: expected a whole number, and got '0x10'."),
+        (["--epochs", "2.5"], "argument --epochs: expected a whole number, and got '2.5'."),
+        (["--seed", "1" * 5000], "argument --seed: expected a whole number, and got '1111"),
+        (["--learning-rate", "1,5"], "argument --learning-rate: expected a number, and got '1,5'."),
+        (["a\x1b[2J\nb\n       c"], "unrecognized arguments: a [2J b c."),
+        (["x" * 100_000], "unrecognized arguments: xxx"),
+    ],
+)
+def test_a_mistake_is_two_lines_whatever_was_typed(arguments, said, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(arguments)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"error: {said}") and len(first) <= 1500 and second.endswith("--help lists all flags.")
+
+
+def test_numbers_of_other_scripts_are_numbers():
+    assert parse_arguments(["--epochs", "\u0661"]) == {"epochs": 1}
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,13 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from commands import ROOT, TRACEBACK, classify
+from commands import ROOT, TRACEBACK, classify, command, names_in, surroundings
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -131,6 +132,72 @@ def test_a_threshold_of_the_command_line_leaves_predictions_out(infer, images, t
     assert all(float(row["confidence"]) == entry["confidence"] > 0 for row, entry in zip(rows, entries, strict=True))
 
 
+@pytest.fixture
+def broken_off(monkeypatch):
+    """Lets the model fail or be stopped in its second batch: call it with what happens then."""
+    from vlm.inference import predictor
+
+    def arrange(happens):
+        def classify(*arguments):
+            if next(calls):
+                happens()
+            return real(*arguments)
+
+        calls = iter([False, True, False])
+        monkeypatch.setattr(predictor, "classify", classify)
+
+    real = predictor.classify
+    return arrange
+
+
+def fail():
+    raise RuntimeError("CUDA error:\nfifty\nlines")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_was_computed_before_a_stop_is_kept(infer, images, tmp_path, broken_off, number):
+    broken_off(lambda: os.kill(os.getpid(), number))
+    code, out, err = infer(images, "--batch-size", 2, "--output", tmp_path / "x.csv")
+    assert (code, out) == (130, "") and names_in(tmp_path) == {"x.csv.part"}
+    assert err == f"stopped after 2 of 3 images. Their rows are in {tmp_path / 'x.csv.part'}.\n"
+    assert [row["path"] for row in read_csv(tmp_path / "x.csv.part")] == [str(images / "a.png"), str(images / "b.jpg")]
+    broken_off(lambda: os.kill(os.getpid(), number))
+    code, out, err = infer(images, "--batch-size", 2)
+    assert (code, err) == (130, "stopped after 2 of 3 images. Their rows are printed above.\n")
+    assert [line.split("  ")[0] for line in out.splitlines()[2:]] == [str(images / "a.png"), str(images / "b.jpg")]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "afterwards the signal does what it did before"
+
+
+def test_what_was_computed_before_an_error_is_kept(infer, images, tmp_path, broken_off):
+    broken_off(fail)
+    code, out, err = infer(images, "--batch-size", 2, "--output", tmp_path / "x.jsonl")
+    assert (code, out) == (1, "") and len((tmp_path / "x.jsonl.part").read_text().splitlines()) == 2
+    kept, error, cure = err.splitlines()
+    assert kept == (f"2 of 3 images were classified before the error. Their rows are in {tmp_path / 'x.jsonl.part'}.")
+    assert error == "error: while classifying, 2/3 images (67%): RuntimeError: CUDA error:" and "--debug" in cure
+
+
+def test_a_reader_that_went_away_hears_nothing(infer, images, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stdout)
+        code, _, err = infer(images)
+    assert (code, err) == (1, "")
+
+
+def test_names_that_are_not_utf_8_and_a_terminal_of_ascii_lose_no_row(demo_run, images, tmp_path):
+    name = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    with open(name, "wb") as file:
+        file.write((images / "a.png").read_bytes())
+    program = command("inference_vlm.py", "--model-dir", demo_run / "best_model", "--device", "cpu", "--explain")
+    environment = surroundings(PYTHONIOENCODING="ascii", PYTHONUTF8=1)
+    done = subprocess.run([*program, name, images / "more, of them"], env=environment, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    lines = done.stdout.decode("ascii").splitlines()
+    assert "caf\\udce9.png  " in lines[2] and "\\xfc.png  " in lines[3]
+
+
 def test_a_file_that_is_not_there_leaves_the_others_classified(infer, images, tmp_path):
     code, out, err = infer(images / "a.png", tmp_path / "missing.png", images / "b.jpg")
     plain = infer(images / "a.png", images / "b.jpg")[1].splitlines()[2:]
@@ -161,6 +228,10 @@ def test_a_table_where_no_image_can_be_read(infer, tmp_path):
         (["a.png", "--model-dir", "empty"], "no training_metadata.json in empty or next to it"),
         (["a.png", "--output", "x.xls"], "--output x.xls: expected a name that ends in .csv or .jsonl"),
         (["a.png", "--output", "a.png/x.csv"], "a.png/x.csv cannot be written"),
+        (["a.png", "--output", ""], "--output .: expected a name that ends in .csv or .jsonl"),
+        (["a.png", "--output", "x" * 250 + ".csv"], ": expected a name of at most 240 bytes"),
+        (["a.png", "--batch-size", str(10**27)], ": expected a whole number of at least 1, and at most"),
+        (["a.png", "--model-dir", "x" * 5000], "x: expected a name that is not too long for a file or folder"),
         (["a.png", "--batch-size", "0"], "--batch-size 0: expected a whole number of at least 1"),
         (["a.png", "--dtype", "float16"], "float16 works on CUDA only"),
         (["a.png", "--abstain-below", "50"], "--abstain-below 50.0: expected a probability, 0 to 1."),

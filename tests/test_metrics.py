@@ -102,6 +102,7 @@ def test_a_wrong_specification_says_what_was_expected(metric_file, specification
         ("1 / 0", "ZeroDivisionError: division by zero"),
         ("def f(:", "SyntaxError"),
         ("raise SystemExit(3)", "SystemExit: 3"),
+        ("raise ValueError('\\n'.join(map(str, range(50))))", "ValueError: 0$"),
     ],
 )
 def test_a_file_that_does_not_run_is_a_usage_error_of_one_line(tmp_path, content, message):
@@ -139,13 +140,33 @@ def test_a_metric_that_fails_or_gives_no_number_is_null_with_a_note_and_the_othe
     def infinite(*_):
         return float("inf")
 
+    def nothing(*_):
+        return None
+
+    def endless(*_):
+        raise ValueError("\n".join(map(str, range(50))))
+
+    def huge(*_):
+        return 10**400
+
+    def hostile(*_):
+        class Value:
+            def __str__(self):
+                raise RuntimeError("no text")
+
+        return Value()
+
     def fine(*_):
         return 1
 
-    results = run(failing, leaving, text, array, infinite, fine)
-    assert results == {"failing": None, "leaving": None, "text": None, "array": None, "infinite": None, "fine": 1.0}
+    wrong = (failing, leaving, text, array, infinite, nothing, endless, huge, hostile)
+    assert run(*wrong, fine) == {metric.__name__: None for metric in wrong} | {"fine": 1.0}
     notes = capsys.readouterr().err.splitlines()
-    assert len(notes) == 5 and "KeyError" in notes[0] and "'oops'" in notes[0] and "0.5 (str)" in notes[2]
+    assert len(notes) == len(wrong) and all(
+        f"metric {metric.__name__} " in note for metric, note in zip(wrong, notes, strict=True)
+    )
+    assert "KeyError" in notes[0] and "'oops'" in notes[0] and "0.5 (str)" in notes[2]
+    assert notes[6].endswith("ValueError: 0") and "OverflowError" in notes[7]
 
 
 def test_two_metrics_of_one_name_are_both_there():

@@ -9,11 +9,12 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from inference_vlm import load_model_and_metadata, predict_batch, predict_single_image
+from inference_vlm import load_model_and_metadata, predict_batch, predict_each, predict_single_image
 from vlm.classifier.calibration import Calibration
 from vlm.common.errors import UsageError
 from vlm.data import Sample, UnreadableImage
 from vlm.evaluation.evaluate import score_split
+from vlm.inference import predictor
 
 COUNT = 7
 
@@ -104,6 +105,31 @@ def test_results_come_in_the_order_of_the_paths_and_each_path_once(loaded, paths
         list(results[str(paths[6])]["probabilities"].values()), list(alone["probabilities"].values()), atol=1e-5
     )
     assert list(batch(loaded, (path for path in paths), explain=False)) == list(map(str, paths)), "any iterable will do"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("CUDA error")])
+def test_what_was_computed_before_an_interrupt_or_error_is_in_it(loaded, paths, monkeypatch, error):
+    whole = batch(loaded, paths, batch_size=2)
+    calls = iter([None, None, error])
+
+    def classify(*arguments):
+        if failure := next(calls):
+            raise failure
+        return real(*arguments)
+
+    real = predictor.classify
+    monkeypatch.setattr(predictor, "classify", classify)
+    with pytest.raises(type(error)) as caught:
+        batch(loaded, paths, batch_size=2)
+    assert caught.value.results == {str(path): whole[str(path)] for path in paths[:4]}
+    assert any(note.startswith("4 images were classified before") for note in caught.value.__notes__)
+
+
+def test_each_result_is_there_once_its_batch_is_computed(loaded, paths):
+    model, processor, metadata = loaded
+    rows = predict_each(model, processor, paths, metadata, batch_size=2, show_progress=False)
+    assert [next(rows)[0] for _ in range(3)] == [str(path) for path in paths[:3]]
+    rows.close()
 
 
 def test_confidence_is_the_largest_probability_and_they_add_up_to_one(loaded, paths):

@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 import torch
-from commands import ROOT, command, names_in, surroundings
+from commands import ROOT, classify, command, names_in, surroundings, train
 
 from vlm.common.errors import UsageError
 from vlm.config import resolve
@@ -65,6 +65,22 @@ def test_code_in_a_dataset_folder_does_not_run(tmp_path):
     (folder / "colors.py").write_text(f"open({str(mark)!r}, 'w')\nimport datasets\n")
     with pytest.raises(UsageError):
         load_data(resolve({"dataset": str(folder)}))
+    assert not mark.exists()
+
+
+def test_code_that_a_results_folder_names_does_not_run(demo_run, tmp_path, capsys):
+    folder, mark = shutil.copytree(demo_run, tmp_path / "vlm_results"), tmp_path / "it ran"
+    (folder / "evil.py").write_text(f"open({str(mark)!r}, 'w')\ndef f(*_): return 1\n")
+    (folder / "results.json").unlink()  # as if the run had been interrupted
+    for place in (folder, folder / "best_model"):
+        metadata = json.loads((place / "training_metadata.json").read_text(encoding="utf-8"))
+        metadata["settings"]["metrics"] = [f"{folder / 'evil.py'}:f"]
+        (place / "training_metadata.json").write_text(json.dumps(metadata), encoding="utf-8")
+        (place / "checksums.json").unlink(missing_ok=True)
+    capsys.readouterr()
+    assert train("--resume", "--output-dir", folder) == 2
+    assert f"add --metrics {folder / 'evil.py'}:f" in capsys.readouterr().err
+    assert classify("--model-dir", folder / "best_model", "--device", "cpu", folder / "demo_images") == 0
     assert not mark.exists()
 
 

@@ -1,6 +1,7 @@
 """Runs that do not reach their end: stopped, killed, out of numbers, out of memory; and what is left to go on with."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -285,9 +286,12 @@ def test_debug_shows_the_traceback(tmp_path, monkeypatch):
     assert "forward" in [entry.name for entry in caught.traceback]
 
 
-def test_an_error_that_nobody_thought_of_is_one_line_and_says_how_to_see_more(tmp_path, monkeypatch, capsys):
+def test_an_error_that_nobody_thought_of_says_what_was_being_done_and_how_to_see_more(tmp_path, monkeypatch, capsys):
     fail_after(monkeypatch, 3, IndexError("a mistake of the program"))
     assert train(*FLAGS, "--output-dir", tmp_path) == 1
-    assert capsys.readouterr().err.endswith(
-        "error: IndexError: a mistake of the program\nhint: run it again with --debug for the traceback.\n"
+    first, second = capsys.readouterr().err.splitlines()[-2:]
+    assert re.fullmatch(r"error: while training, \d+/\d+ images \(\d+%\): IndexError: a mistake of the program", first)
+    assert second == (
+        "       If your flags and files are right, this is a mistake of the program: run it again with --debug, and "
+        "report what it prints."
     )

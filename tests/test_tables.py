@@ -1,6 +1,6 @@
-"""Tables of the terminal are aligned, and long texts are cut."""
+"""Tables of the terminal are aligned."""
 
-from vlm.common import format_table, shorten
+from vlm.common import format_table
 
 
 def test_tables_align_numbers_right_and_text_left():
@@ -18,8 +18,3 @@ def test_tables_without_headers_or_rows_and_with_wide_or_control_characters():
     assert format_table([], ("a", "b")) == "a  b\n-  -"
     assert format_table([]) == ""
     assert format_table([("金魚", "x"), ("goldfish", "a\nb\x1b[31m")]) == "金魚      x\ngoldfish  a b [31m"
-
-
-def test_long_names_are_cut_in_the_middle():
-    assert shorten("x" * 24, 24) == "x" * 24
-    assert shorten("abcdefghijkl", 9) == "abcde…jkl"

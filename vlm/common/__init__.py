@@ -11,6 +11,7 @@ from vlm.common.errors import (
     Stopped,
     UsageError,
     did_you_mean,
+    doing,
     exit_code,
     first_line,
     is_main_process,
@@ -21,19 +22,35 @@ from vlm.common.errors import (
 from vlm.common.files import read_json, recover, replacing, usual_modes, write_folder, write_json
 from vlm.common.lazy import lazy_names
 from vlm.common.modes import evaluation_mode
-from vlm.common.tables import format_table, printable, text_width
-from vlm.common.text import brief, dtype_name, listed, shorten
+from vlm.common.streams import any_text, drop_closed_pipes
+from vlm.common.tables import format_table, text_width
+from vlm.common.text import (
+    CONTINUED,
+    brief,
+    csv_cell,
+    dtype_name,
+    listed,
+    message_text,
+    printable,
+    printable_lines,
+    shorten,
+)
 
 if TYPE_CHECKING:
     from vlm.common.progress import Bar, note, with_bar
 
 __all__ = [
+    "CONTINUED",
     "Bar",
     "RunError",
     "Stopped",
     "UsageError",
+    "any_text",
     "brief",
+    "csv_cell",
     "did_you_mean",
+    "doing",
+    "drop_closed_pipes",
     "dtype_name",
     "evaluation_mode",
     "exit_code",
@@ -43,9 +60,11 @@ __all__ = [
     "is_out_of_memory",
     "lazy_names",
     "listed",
+    "message_text",
     "note",
     "one_line",
     "printable",
+    "printable_lines",
     "read_json",
     "reason",
     "recover",

@@ -6,7 +6,11 @@ Exit codes: 0 done, 1 a run that failed, 2 wrong usage, 130 stopped by the user.
 import difflib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from vlm.common.streams import any_text, drop_closed_pipes
+from vlm.common.text import CONTINUED, message_text
 
 
 class UsageError(Exception):
@@ -52,6 +56,16 @@ def did_you_mean(given: str, known: Sequence[str]) -> str:
     return f" Did you mean {close[0]}?" if close else ""
 
 
+@contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Say in the message of an error that nobody expects what was being done, such as "reading --dataset images/"."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"while {what}")
+        raise
+
+
 OUT_OF_MEMORY = (
     "out of memory. Try in this order: a smaller --batch-size (with a larger --gradient-accumulation-steps the result "
     "is the same), a smaller --eval-batch-size, --tune connector instead of lora or full, --dtype bfloat16, "
@@ -65,19 +79,21 @@ def exit_code(command: Callable[[], None], debug: bool = False) -> int:
     Args:
         debug: raise every error, so that its traceback is shown.
     """
-    try:
-        command()
-        return 0
-    except BrokenPipeError:  # the reader of a pipe (head, less) has ended: there is nobody to tell
-        return 1
-    except (Exception, KeyboardInterrupt) as error:
-        if debug:
-            raise
-        message, code = _explain(error)
-        # Several processes report the same mistake of the user: only the main one prints it.
-        if is_main_process() or not isinstance(error, UsageError | Stopped):
-            print(message, file=sys.stderr)
-        return code
+    with any_text():
+        try:
+            command()
+            return 0
+        except BrokenPipeError:  # the reader of a pipe (head, less) has ended: there is nobody to tell
+            drop_closed_pipes()
+            return 1
+        except (Exception, KeyboardInterrupt) as error:
+            if debug:
+                raise
+            message, code = _explain(error)
+            # Several processes report the same mistake of the user: only the main one prints it.
+            if is_main_process() or not isinstance(error, UsageError | Stopped):
+                print(message_text(message), file=sys.stderr)
+            return code
 
 
 def _explain(error: BaseException) -> tuple[str, int]:
@@ -95,7 +111,21 @@ def _explain(error: BaseException) -> tuple[str, int]:
             "environment that has all packages, or use the Python in it: .venv/bin/python.",
             2,
         )
-    return f"error: {type(error).__name__}: {error}\nhint: run it again with --debug for the traceback.", 1
+    return _explain_unexpected(error), 1
+
+
+def _explain_unexpected(error: BaseException) -> str:
+    """What was being done, what a library or the system said about it, and what to do."""
+    phase = next(iter(getattr(error, "__notes__", [])), "")
+    before = f"error: {phase}: " if phase else "error: "
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        cure = "Check that this place exists, that you may read and write it, and that its disk has room."
+        return f"{before}{error.filename}: {reason(error)}.{CONTINUED}{cure}"
+    cure = (
+        "If your flags and files are right, this is a mistake of the program: run it again with --debug, and report "
+        "what it prints."
+    )
+    return f"{before}{type(error).__name__}: {first_line(error)}{CONTINUED}{cure}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -11,6 +11,7 @@ from tqdm.asyncio import tqdm_asyncio
 from tqdm.auto import tqdm
 
 from vlm.common.errors import is_main_process
+from vlm.common.text import printable, printable_lines
 
 SECONDS_BETWEEN_LINES = 10.0  # if stderr is no terminal
 SECONDS_WORTH_A_LAST_LINE = 2.0
@@ -22,7 +23,7 @@ Item = TypeVar("Item")
 def note(text: str) -> None:
     """Print a line to stderr, above an open progress bar. Other processes than the main one print nothing."""
     if is_main_process():
-        tqdm.write(text, file=sys.stderr)
+        tqdm.write(printable_lines(text), file=sys.stderr)
 
 
 def _can_draw() -> bool:
@@ -52,7 +53,7 @@ class Bar:
     def __init__(
         self, total: int | None, description: str, unit: str = "images", initial: int = 0, enabled: bool = True
     ) -> None:
-        self.total, self.description, self.unit = total, description, unit
+        self.total, self.description, self.unit = total, printable(description), unit
         self.initial = self.done = initial
         self._figures: dict[str, Any] = {}
         self._started = self._said = monotonic()
@@ -62,7 +63,7 @@ class Bar:
             # leave=None: a bar below another one disappears when it is complete
             self._bar = tqdm(
                 total=total,
-                desc=description,
+                desc=self.description,
                 unit=f" {unit}",
                 initial=initial,
                 file=sys.stderr,
@@ -104,18 +105,17 @@ class Bar:
     def __enter__(self) -> "Bar":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            error.add_note(f"while {self.description}, {self._count()}")
         self.close()
 
     def _say(self, last: bool) -> None:
         self._said = monotonic()
         elapsed = max(self._said - self._started, 1e-6)
         rate = (self.done - self.initial) / elapsed
-        count = f"{self.done:,} {self.unit}"
-        if self.total:
-            count = f"{self.done:,}/{self.total:,} {self.unit} ({self.done / self.total:.0%})"
         parts = [
-            f"{self.description}: {count}",
+            f"{self.description}: {self._count()}",
             f"{rate:,.1f} {self.unit}/s" if rate >= 1 else f"{rate:.2g} {self.unit}/s",
         ]
         if last:
@@ -123,6 +123,11 @@ class Bar:
         elif self.total and rate > 0:
             parts.append(f"{tqdm.format_interval(max(self.total - self.done, 0) / rate)} left")
         note(", ".join(parts + self._shown()))
+
+    def _count(self) -> str:
+        if self.total:
+            return f"{self.done:,}/{self.total:,} {self.unit} ({self.done / self.total:.0%})"
+        return f"{self.done:,} {self.unit}"
 
     def _shown(self) -> list[str]:
         return [

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
+from vlm.common.text import printable
+
 
 def format_table(rows: Sequence[Sequence[Any]], headers: Sequence[str] | None = None) -> str:
     """A table with aligned columns: numbers to the right, floats with three decimals, None as an empty cell."""
@@ -19,11 +21,6 @@ def format_table(rows: Sequence[Sequence[Any]], headers: Sequence[str] | None = 
     if headers is not None:
         lines.insert(1, ["-" * width for width in widths])
     return "\n".join("  ".join(map(_pad, line, widths, numeric)).rstrip() for line in lines)
-
-
-def printable(text: str) -> str:
-    """A text without line ends and control characters, which would break a table or the terminal."""
-    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def _is_numeric(column: Sequence[Any]) -> bool:

@@ -1,10 +1,47 @@
-"""How things are written in messages, tables and pages."""
+"""How things are written in messages, tables, pages and files that other programs read."""
 
 from collections.abc import Iterable
+from typing import Any
 
-from vlm.common.tables import printable
+CONTINUED = "\n       "  # the line break of a message: its next line is indented to stand below "error: "
+BRIEF = 60  # characters of a name in a message
+LONGEST_LINE = 1500  # characters of a line of a message
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes for the beginning of a formula
 
-BRIEF = 60  # characters
+
+def printable(text: str) -> str:
+    """A text in one line that does no harm to a table or a terminal.
+
+    Control characters, line ends and invisible characters, such as those that turn the direction of writing, become
+    spaces. A byte of a file name that is not UTF-8, which Python reads as a surrogate, becomes its escape, as in JSON.
+    """
+    if text.isprintable():
+        return text
+    return "".join(map(_printable_character, text))
+
+
+def _printable_character(character: str) -> str:
+    if character.isprintable():
+        return character
+    return f"\\u{ord(character):04x}" if "\ud800" <= character <= "\udfff" else " "
+
+
+def printable_lines(text: str) -> str:
+    """The same for a text of several lines, such as a table."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def message_text(text: str) -> str:
+    """A message to the user: printable, its lines not endless, and no line break but `CONTINUED`.
+
+    So a file name or the text of a library, which are parts of the message, cannot add lines to it.
+    """
+    return CONTINUED.join(shorten(printable(line), LONGEST_LINE) for line in text.rstrip().split(CONTINUED))
+
+
+def csv_cell(value: Any) -> Any:
+    """A value for a CSV file. Before a text that a spreadsheet would run as a formula stands an apostrophe."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
 
 def shorten(text: str, longest: int) -> str:

@@ -15,7 +15,7 @@ from vlm.config.defaults import (
     RESPONSE,
     TUNING_DEFAULTS,
 )
-from vlm.config.flags import Parser, build_parser, parse_arguments
+from vlm.config.flags import Parser, build_parser, number, parse_arguments, whole_number
 from vlm.config.formats import DEFAULT_FORMAT, LAYOUTS, lay_out, reasoning_of, stated_format
 from vlm.config.names import (
     BEST_MODEL,
@@ -30,6 +30,7 @@ from vlm.config.names import (
     WRITTEN,
 )
 from vlm.config.resolve import read_settings, resolve
+from vlm.config.rules import MOST, MOST_AT_ONCE, can_be_a_path
 from vlm.config.settings import ImageSize, RunSettings, Settings
 
 __all__ = [
@@ -47,6 +48,8 @@ __all__ = [
     "LAYOUTS",
     "LOG",
     "METADATA",
+    "MOST",
+    "MOST_AT_ONCE",
     "PAGE",
     "POSTERIOR",
     "RESPONSE",
@@ -59,10 +62,13 @@ __all__ = [
     "RunSettings",
     "Settings",
     "build_parser",
+    "can_be_a_path",
     "lay_out",
+    "number",
     "parse_arguments",
     "read_settings",
     "reasoning_of",
     "resolve",
     "stated_format",
+    "whole_number",
 ]

@@ -2,13 +2,14 @@
 
 import argparse
 import dataclasses
+import string
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin
 
-from vlm.common import did_you_mean
+from vlm.common import CONTINUED, did_you_mean, message_text, shorten
 from vlm.config.rules import flag_of
 from vlm.config.settings import Settings
 
@@ -24,9 +25,37 @@ class Parser(argparse.ArgumentParser):
         if message.startswith(UNRECOGNIZED):
             shown = [action for action in self._actions if action.help != argparse.SUPPRESS]
             flags = [option for action in shown for option in action.option_strings]
-            word = message.removeprefix(UNRECOGNIZED).split()[0].partition("=")[0].replace("_", "-")
+            word = message.removeprefix(UNRECOGNIZED).strip().partition(" ")[0].partition("=")[0].replace("_", "-")
             hint = did_you_mean(f"--{word.lstrip('-')}", flags)
-        self.exit(2, f"error: {message}.{hint}\n       {self.prog} --help lists all flags.\n")
+        text = f"error: {message.replace(CONTINUED, ' ')}.{hint}{CONTINUED}{self.prog} --help lists all flags."
+        self.exit(2, message_text(text) + "\n")
+
+
+def whole_number(text: str) -> int:
+    """The type of a flag for `argparse`: 3, and neither 3.0 nor 0x3.
+
+    Raises:
+        ArgumentTypeError: the text is no whole number.
+    """
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a whole number, and got {shorten(text, 60)!r}") from error
+
+
+def number(text: str) -> float:
+    """The type of a flag for `argparse`: 0.5, 5e-1.
+
+    Raises:
+        ArgumentTypeError: the text is no number.
+    """
+    try:
+        return float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a number, and got {shorten(text, 60)!r}") from error
+
+
+TYPES: dict[type, Callable[[str], Any]] = {int: whole_number, float: number}
 
 
 def build_parser() -> Parser:
@@ -48,7 +77,7 @@ def build_parser() -> Parser:
         if kind is bool:
             details["action"] = "store_true"
         else:
-            details["type"] = kind
+            details["type"] = TYPES.get(kind, kind)
             if "choices" not in details:
                 details.setdefault("metavar", {int: "N", float: "X"}.get(kind, "TEXT"))
         group.add_argument(flag_of(item.name), **details)
@@ -85,8 +114,11 @@ def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def split_names(words: list[str]) -> list[str]:
-    """Class names as typed: several words are taken as they are; one string is split at commas, else at spaces."""
+    """Class names as typed: several words are taken as they are; one string is split at commas, else at spaces.
+
+    White space and commas around a word do not belong to it.
+    """
     if len(words) > 1:
-        return [word.strip(", ") for word in words]
+        return [word.strip("," + string.whitespace) for word in words]
     separator = "," if "," in words[0] else None
     return [name.strip() for name in words[0].split(separator) if name.strip()]

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm.common import UsageError, reason
+from vlm.common import CONTINUED, UsageError, reason, shorten
 from vlm.config.defaults import (
     BOTH,
     DEFAULT_DATASET,
@@ -43,10 +43,15 @@ NOT_PART_OF_THE_RUN = {
     "track",
     "use_wandb",
     "wandb_project",
+    "metrics",
 }
-OF_ONE_START = {"resume", "overwrite", "debug"}  # not taken over from the interrupted run
+# Not taken over from the interrupted run. Its folder may have been moved, or be from somebody else: the run goes on in
+# the folder that is named now, and code (--metrics) runs only if this command names it.
+OF_ONE_START = {"resume", "overwrite", "debug", "output_dir", "metrics"}
+NO_METRICS = ["none"]
 ABSTAINING = {"abstain_below", "target_precision"}  # only one of the two at a time
 TEXTS = ("system_instructions", "prompt_template")  # may come from a file
+LONGEST_TEXT = 1_000_000  # characters
 
 
 def resolve(given: Mapping[str, Any], saved: RunSettings | None = None) -> Settings:
@@ -61,12 +66,16 @@ def resolve(given: Mapping[str, Any], saved: RunSettings | None = None) -> Setti
     """
     given = {name: _from_file(name, value) for name, value in given.items()}
     if saved is not None:
+        _check_metrics(given, saved)
+    if given.get("metrics") == NO_METRICS:
+        given["metrics"] = None
+    if saved is not None:
         settings = _fill(_resumed(given, saved))
     else:
         settings = _fill(DEMO_DEFAULTS | given if given.get("demo") else given)
     found = problems(settings)
     if found:
-        raise UsageError("\n       ".join(found))
+        raise UsageError(CONTINUED.join([*found[:2], *filter(None, [" ".join(found[2:])])]))
     return settings
 
 
@@ -80,6 +89,20 @@ def read_settings(values: Mapping[str, Any]) -> RunSettings:
     settings = _fill({name: value for name, value in values.items() if name in names})
     # All versions that had a choice of the objective wrote it down; those before learned the response.
     return settings.complete(settings.batch_size or 1, settings.objective or RESPONSE)
+
+
+def _check_metrics(given: Mapping[str, Any], saved: RunSettings) -> None:
+    """Code runs only if it is named on the command line.
+
+    Raises:
+        UsageError: the interrupted run had own metrics, and the command says nothing about them.
+    """
+    if saved.metrics and not given.get("metrics"):
+        shown = shorten(" ".join(saved.metrics), 200)
+        raise UsageError(
+            f"--resume: the interrupted run had --metrics {shown}. This is code, which a folder cannot start: if you "
+            f"trust it, add --metrics {shown}; to go on without it, add --metrics none."
+        )
 
 
 def _resumed(given: dict[str, Any], saved: RunSettings) -> dict[str, Any]:
@@ -105,23 +128,44 @@ def _resumed(given: dict[str, Any], saved: RunSettings) -> dict[str, Any]:
 def _fill(given: Mapping[str, Any]) -> Settings:
     """Settings with the defaults that follow from the flags themselves."""
     said = {name: value for name, value in given.items() if value is not None}
-    values = TUNING_DEFAULTS[said.get("tune", Settings.tune)] | said
+    values = TUNING_DEFAULTS.get(said.get("tune", ""), TUNING_DEFAULTS[Settings.tune]) | said
     values.setdefault("connector_learning_rate", values["learning_rate"])
     values.setdefault("eval_batch_size", max(IMAGES_PER_STEP, said.get("batch_size", 1)))
     values["response_format"] = choose_format(said.get("response_format"), said.get("prompt_template"))
     if said.get("label_smoothing"):
         values.setdefault("objective", BOTH)
     if not said.get("demo"):
-        values["model"] = said.get("model") or DEFAULT_MODEL
-        values["dataset"] = said.get("dataset") or DEFAULT_DATASET
+        values = {"model": DEFAULT_MODEL, "dataset": DEFAULT_DATASET} | values
     return Settings(**values)
 
 
 def _from_file(name: str, value: Any) -> Any:
-    """The text of `@FILE` for the settings that may come from a file; else the value itself."""
+    """The text of `@FILE` for the settings that may come from a file; else the value itself.
+
+    Raises:
+        UsageError: it is no file with a text.
+    """
     if name not in TEXTS or value is None or not value.startswith("@"):
         return value
+    path = Path(value[1:]).expanduser()
     try:
-        return Path(value[1:]).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{flag_of(name)} {value}: not a readable text file ({reason(error)}).") from error
+        text, problem = _read_text(path)
+    except (OSError, ValueError) as error:
+        text, problem = "", "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else reason(error)
+    if problem:
+        raise UsageError(
+            f"{flag_of(name)} {shorten(value, 200)}: not a readable text file ({problem}). "
+            "Expected @FILE with the text, or the text itself."
+        )
+    return text
+
+
+def _read_text(path: Path) -> tuple[str, str]:
+    """The text of a file, and what is wrong with it or nothing."""
+    if path.exists() and not path.is_file():
+        return "", "it is a folder" if path.is_dir() else "it is no regular file"
+    with path.open(encoding="utf-8-sig") as file:
+        text = file.read(LONGEST_TEXT + 1).strip()
+    if len(text) > LONGEST_TEXT:
+        return text, f"it has more than {LONGEST_TEXT:,} characters"
+    return text, "it has a character NUL" if "\0" in text else "" if text else "it is empty"

@@ -1,9 +1,15 @@
 """Which values the settings may have, and which cannot be asked for together: one row a rule."""
 
+import dataclasses
+import errno
 import math
+import os
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from vlm.common import shorten
 from vlm.config.defaults import AUTO, POSTERIOR, RESPONSE
 from vlm.config.settings import Settings
 
@@ -23,20 +29,65 @@ class Conflict(NamedTuple):
     message: str
 
 
+def can_be_a_path(text: str) -> bool:
+    """Whether the system can have a file or folder of this name, whether it is there or not."""
+    try:
+        os.lstat(text)
+    except ValueError:  # it has a character NUL
+        return False
+    except OSError as error:
+        return error.errno != errno.ENAMETOOLONG
+    return True
+
+
+def _has_control_characters(text: str) -> bool:
+    """Whether a text has line ends, other control characters, or halves of characters (surrogates)."""
+    return any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text)
+
+
+OLD_SCORE = "mean"  # of earlier versions
+MOST = 10**9  # of anything that is counted; a larger number is a slip, and overflows somewhere later
+MOST_AT_ONCE = 1024  # threads and processes
+LONGEST_VALUE = 200  # characters of a value in a message
+
 VALUES = (
     Values(
         (
             *("batch_size", "gradient_accumulation_steps", "eval_batch_size", "eval_steps", "max_samples", "shots"),
-            *("lora_rank", "min_pixels", "max_pixels", "num_crops", "threads"),
+            *("lora_rank", "min_pixels", "max_pixels", "num_crops"),
         ),
-        lambda value: value >= 1,
-        "a whole number of at least 1",
+        lambda value: 1 <= value <= MOST,
+        f"a whole number of at least 1, and at most {MOST:,}",
     ),
-    Values(("epochs", "workers", "seed"), lambda value: value >= 0, "a whole number of at least 0"),
+    Values(
+        ("threads",),
+        lambda value: 1 <= value <= MOST_AT_ONCE,
+        f"a whole number of at least 1, and at most {MOST_AT_ONCE:,}",
+    ),
+    Values(
+        ("workers",),
+        lambda value: 0 <= value <= MOST_AT_ONCE,
+        f"a whole number of at least 0, and at most {MOST_AT_ONCE:,}",
+    ),
+    Values(("epochs",), lambda value: 0 <= value <= MOST, f"a whole number of at least 0, and at most {MOST:,}"),
+    Values(("seed",), lambda value: 0 <= value < 2**63, "a whole number of at least 0, and below 2 to the power of 63"),
     Values(
         ("image_size",),
-        lambda value: value == AUTO or (value.isdecimal() and int(value) > 0),
+        lambda value: value == AUTO or (value.isdecimal() and len(value) <= 9 and int(value) > 0),
         "a number of pixels, or auto",
+    ),
+    Values(
+        ("model", "dataset", "output_dir", "class_descriptions"),
+        lambda value: bool(value.strip()) and can_be_a_path(value),
+        "a name that is not empty and not too long for a file or folder",
+    ),
+    Values(
+        (
+            *("model_revision", "dataset_config", "image_column", "label_column", "reasoning_column"),
+            *("task_description", "system_instructions", "prompt_template", "wandb_project"),
+        ),
+        lambda value: bool(value.strip()),
+        "a text that is not empty (leave out the flag for its default)",
     ),
     Values(
         ("learning_rate", "connector_learning_rate", "lora_alpha", "save_minutes", "cache_size"),
@@ -52,6 +103,12 @@ VALUES = (
     ),
     Values(("abstain_below", "target_precision"), lambda value: 0 <= value <= 1, "a probability, 0 to 1"),
     Values(("class_names",), lambda value: len(value) >= 2, "at least two names"),
+    Values(("class_names",), lambda value: all(name.strip() for name in value), "names that are not empty"),
+    Values(
+        ("class_names",),
+        lambda value: not any(map(_has_control_characters, value)),
+        "names of one line, without control characters",
+    ),
 )
 
 CONFLICTS = (
@@ -72,7 +129,7 @@ CONFLICTS = (
         "--validation-ratio {s.validation_ratio}: expected less than 1 together with --test-ratio {s.test_ratio}.",
     ),
     Conflict(
-        lambda s: s.score == "mean",
+        lambda s: s.score == OLD_SCORE,
         "--score mean no longer exists: give --score sum, or auto for the one that validation chooses.",
     ),
     Conflict(
@@ -140,7 +197,12 @@ def flag_of(name: str) -> str:
 def problems(settings: Settings) -> list[str]:
     """What cannot work in the settings, each with what was expected."""
     conflicts = [rule.message.format(s=settings) for rule in CONFLICTS if rule.is_there(settings)]
-    return [*_wrong_values(settings), *_repeated_names(settings.class_names or []), *conflicts]
+    return [
+        *_wrong_values(settings),
+        *_unknown_choices(settings),
+        *_repeated_names(settings.class_names or []),
+        *conflicts,
+    ]
 
 
 def _wrong_values(settings: Settings) -> Iterator[str]:
@@ -148,14 +210,33 @@ def _wrong_values(settings: Settings) -> Iterator[str]:
         for name in rule.names:
             value = getattr(settings, name)
             if value is not None and not rule.fits(value):
-                shown = " ".join(value) if isinstance(value, list) else value
-                yield f"{flag_of(name)} {shown}: expected {rule.wanted}."
+                yield f"{_as_given(name, value)}: expected {rule.wanted}."
+
+
+def _unknown_choices(settings: Settings) -> Iterator[str]:
+    """argparse checks those of the command line; these may come from a file."""
+    for item in dataclasses.fields(settings):
+        choices, value = item.metadata.get("choices", ()), getattr(settings, item.name)
+        words = value if isinstance(value, list) else [value]
+        unknown = [word for word in words if choices and word not in (*choices, None, OLD_SCORE)]
+        if unknown:
+            yield f"{_as_given(item.name, unknown)}: expected {', '.join(choices)}."
+
+
+def _as_given(name: str, value: Any) -> str:
+    """A flag with its value, as in a command; a long value is cut, and an empty one is seen."""
+    words = value if isinstance(value, list) else [value]
+    return f"{flag_of(name)} {shorten(' '.join(map(_seen, words)), LONGEST_VALUE)}"
+
+
+def _seen(word: Any) -> str:
+    return str(word) if str(word).strip() else f'"{word}"'
 
 
 def _repeated_names(names: list[str]) -> Iterator[str]:
-    repeated = sorted({name for name in names if names.count(name) > 1})
+    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
     if repeated:
         yield (
-            f"--class-names {' '.join(names)}: expected different names, "
-            f"but these are there more than once: {', '.join(repeated)}."
+            f"{_as_given('class_names', names)}: expected different names, "
+            f"but these are there more than once: {shorten(', '.join(repeated), LONGEST_VALUE)}."
         )

@@ -267,7 +267,8 @@ class Settings:
     metrics: list[str] | None = _flag(
         None,
         "output",
-        "your own metrics: FILE.py:FUNCTION(labels, predictions, probabilities, class_names)",
+        "your own metrics: FILE.py:FUNCTION(labels, predictions, probabilities, class_names); a resumed run has to be "
+        "given them again, or none",
         nargs="+",
         metavar="FILE:FUNCTION",
     )

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-from vlm.common import RunError, UsageError, note
+from vlm.common import RunError, UsageError, first_line, note, shorten
 
 # A probability of 0 counts as this in `nll`, so that one sample cannot make it infinite.
 SMALLEST_LOG_PROBABILITY = -100.0
 
 Metric = Callable[[np.ndarray, np.ndarray, np.ndarray, list[str]], Any]
+Figures = float | dict[str, float | None] | None  # what is recorded of a metric
 
 
 def classification_metrics(
@@ -107,7 +108,7 @@ def _import_file(path: Path, specification: str) -> Any:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise UsageError(f"--metrics {specification}: {path} does not run: {type(error).__name__}: {error}") from error
+        raise UsageError(f"--metrics {specification}: {path} does not run: {_failure(error)}") from error
     return module
 
 
@@ -117,7 +118,7 @@ def user_metrics(
     predictions: np.ndarray,
     probabilities: np.ndarray,
     class_names: Sequence[str],
-) -> dict[str, float | dict[str, float | None] | None]:
+) -> dict[str, Figures]:
     """What the user's own metrics give, by function name; a second function of the same name is called name_2.
 
     A metric that fails, or a figure that is not a finite number, is None, with a note that says why.
@@ -130,20 +131,21 @@ def user_metrics(
         probabilities: (N, C), rows sum to 1.
         class_names: C names.
     """
-    results: dict[str, float | dict[str, float | None] | None] = {}
+    results: dict[str, Figures] = {}
     for metric in metrics:
-        name = _free_name(getattr(metric, "__name__", type(metric).__name__), results)
+        name = _free_name(str(getattr(metric, "__name__", type(metric).__name__)), results)
         try:
             value = metric(np.array(labels), np.array(predictions), np.array(probabilities), list(class_names))
-        except (Exception, SystemExit) as error:
-            note(f"metric {name} failed and is recorded as null: {type(error).__name__}: {error}")
+            results[name] = _figures(value, name)
+        except (Exception, SystemExit) as error:  # also of what the metric returns: it may be any object
+            note(f"metric {name} failed and is recorded as null: {_failure(error)}")
             results[name] = None
-            continue
-        if isinstance(value, dict):
-            results[name] = {str(key): _number(item, f"{name}[{key}]") for key, item in value.items()}
-        else:
-            results[name] = _number(value, name)
     return results
+
+
+def _failure(error: BaseException) -> str:
+    """The kind of an error and the first line of what it says, which may go on for pages."""
+    return f"{type(error).__name__}: {shorten(first_line(error), 300)}"
 
 
 def _free_name(name: str, taken: dict[str, Any]) -> str:
@@ -154,10 +156,16 @@ def _free_name(name: str, taken: dict[str, Any]) -> str:
     return candidate
 
 
+def _figures(value: Any, name: str) -> Figures:
+    if isinstance(value, dict):
+        return {str(key): _number(item, f"{name}[{key}]") for key, item in value.items()}
+    return _number(value, name)
+
+
 def _number(value: Any, name: str) -> float | None:
     number = value.tolist() if hasattr(value, "tolist") else value  # a scalar of NumPy or torch
     if isinstance(number, numbers.Real) and math.isfinite(number):
         return float(number)
-    found = f"{str(value)[:60]} ({type(value).__name__})"
+    found = f"{str(value)[:60]} ({type(value).__name__})".replace("\n", " ")
     note(f"metric {name} is recorded as null: expected a finite number, or a dict of them, and got {found}.")
     return None

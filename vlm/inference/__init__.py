@@ -1,15 +1,19 @@
 """From a model folder to predictions.
 
 model_folder.py writes and reads the folder, which holds all that inference needs; predictor.py loads it and classifies
-images one by one or in batches.
+images one by one or in batches; writing.py writes the predictions.
 """
 
 from vlm.inference.model_folder import save_model_folder
-from vlm.inference.predictor import load_model_and_metadata, predict_batch, predict_single_image
+from vlm.inference.predictor import load_model_and_metadata, predict_batch, predict_each, predict_single_image
+from vlm.inference.writing import PredictionFile, PredictionTable
 
 __all__ = [
+    "PredictionFile",
+    "PredictionTable",
     "load_model_and_metadata",
     "predict_batch",
+    "predict_each",
     "predict_single_image",
     "save_model_folder",
 ]

@@ -1,6 +1,6 @@
 """A model folder -> predictions: one by one or in batches. B = images, C = classes."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -132,7 +132,36 @@ def predict_batch(
 
     Raises:
         TypeError, ValueError: the arguments do not belong together, or have a wrong type or value.
+        Any error in the middle, KeyboardInterrupt too, has an attribute `results`: what was computed until then.
     """
+    results: dict[str, dict[str, Any]] = {}
+    options = batch_size, explain, show_progress, exhaustive, feature_cache
+    try:
+        for path, result in predict_each(model, processor, image_paths, metadata, *options):
+            results[path] = result
+    except BaseException as error:
+        if results:
+            vars(error)["results"] = results
+            error.add_note(
+                f"{len(results)} images were classified before. They are in the attribute `results` of this error; "
+                "in a notebook: import sys; results = sys.last_value.results"
+            )
+        raise
+    return results
+
+
+def predict_each(
+    model: VLMClassifier,
+    processor: Any,
+    image_paths: Iterable[str | Path],
+    metadata: dict[str, Any],
+    batch_size: int | None = None,
+    explain: bool = True,
+    show_progress: bool = True,
+    exhaustive: bool = False,
+    feature_cache: bool = False,
+) -> Generator[tuple[str, dict[str, Any]], None, None]:
+    """`predict_batch`, which yields each path with its result when its batch is computed."""
     _check_same_model(model, processor, metadata)
     if isinstance(image_paths, str | Path):
         raise TypeError(f"image_paths is one path ({image_paths}): pass a list of paths, or use predict_single_image.")
@@ -146,13 +175,12 @@ def predict_batch(
     # With a cache, preparing runs the vision encoder, which only one thread at a time may do.
     prepared = map(prepare, chunks) if feature_cache else _ahead(prepare, chunks)
     tolerance = 0.0 if exhaustive else TOLERANCE
-    results: dict[str, dict[str, Any]] = {}
     with Bar(len(paths), "classifying", enabled=show_progress) as bar:
         for chunk, (batch, errors) in zip(chunks, prepared, strict=True):
             predictions = iter(_predict(model, batch, explain, tolerance) if batch else ())
-            results |= {path: errors.get(path) or next(predictions) for path in chunk}
+            for path in chunk:
+                yield path, errors.get(path) or next(predictions)
             bar.update(len(chunk))
-    return results
 
 
 def _settings_of(metadata: dict[str, Any]) -> RunSettings:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import vlm
 from vlm.classifier import Objective, VLMClassifier, balanced_weights, usual_objective
-from vlm.common import UsageError, format_table, note, usual_modes
+from vlm.common import UsageError, doing, format_table, note, usual_modes
 from vlm.config import DEMO_MODEL, RunSettings, Settings
 from vlm.conversation import Prompts, build_prompts, longest_reasoning
 from vlm.data import Data, load_data, model_folder
@@ -85,14 +85,16 @@ def set_up(settings: Settings) -> Run:
     waiting = InitProcessGroupKwargs(timeout=LONGEST_WAIT)
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=PRECISIONS[dtype], kwargs_handlers=[waiting])
 
-    data = load_data(settings)
+    with doing("reading the dataset"):
+        data = load_data(settings)
     note("\n" + format_table(data.summary) + "\n")
     point_out_contradictions(settings)
     prompts = build_prompts(settings, data.class_names)
 
-    folder, revision = _find_model(settings, data.class_names, accelerator)
-    batch_size = _fit_batch(folder, settings, prompts, data, dtype, accelerator)
-    family, image_size = _load_model(folder, settings, data, dtype, accelerator)
+    with doing("loading the model"):
+        folder, revision = _find_model(settings, data.class_names, accelerator)
+        batch_size = _fit_batch(folder, settings, prompts, data, dtype, accelerator)
+        family, image_size = _load_model(folder, settings, data, dtype, accelerator)
     classifier = _build_classifier(family, prompts, settings, data)
     run_settings = settings.complete(batch_size, classifier.objective.name)
     rows = settings_rows(run_settings, classifier, reason, dtype, accelerator.num_processes)

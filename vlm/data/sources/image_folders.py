@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlm.common import UsageError, listed, note
+from vlm.common import UsageError, listed, note, printable
 from vlm.data.finding import count_by_ending, heic_hint, is_hidden, is_image
 from vlm.data.sources.rows import EXPECTED, Rows, Source, sort_splits
 
@@ -98,4 +98,4 @@ def _note_unused(files: Sequence[Path], empty: Sequence[Path] = ()) -> None:
 
 
 def _rows(folder: Path, images: list[Path], labels: Sequence[str | None]) -> Rows:
-    return Rows([folder / image for image in images], labels, [str(image) for image in images])
+    return Rows([folder / image for image in images], labels, [printable(str(image)) for image in images])
