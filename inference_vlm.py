@@ -15,7 +15,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm.common import RunError, UsageError, exit_code, lazy_names
+from vlm.common import RunError, UsageError, exit_code, lazy_names, switches_as_before
 from vlm.config import Parser, Settings
 from vlm.machine import wait_politely
 
@@ -80,7 +80,8 @@ def build_parser() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code, 1 if any image could not be read."""
     args = build_parser().parse_args(arguments)
-    return exit_code(lambda: predict(args), debug=args.debug)
+    with switches_as_before():
+        return exit_code(lambda: predict(args), debug=args.debug)
 
 
 def predict(args: argparse.Namespace) -> None:

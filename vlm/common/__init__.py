@@ -21,6 +21,8 @@ from vlm.common.errors import (
 from vlm.common.files import read_json, recover, replacing, usual_modes, write_folder, write_json
 from vlm.common.lazy import lazy_names
 from vlm.common.modes import evaluation_mode
+from vlm.common.programs import command_of
+from vlm.common.switches import switches_as_before
 from vlm.common.tables import format_table, printable, text_width
 from vlm.common.text import brief, dtype_name, listed, shorten
 
@@ -33,6 +35,7 @@ __all__ = [
     "Stopped",
     "UsageError",
     "brief",
+    "command_of",
     "did_you_mean",
     "dtype_name",
     "evaluation_mode",
@@ -51,6 +54,7 @@ __all__ = [
     "recover",
     "replacing",
     "shorten",
+    "switches_as_before",
     "text_width",
     "usual_modes",
     "with_bar",

@@ -22,14 +22,18 @@ from vlm.config.names import (
     DEMO_IMAGES,
     DEMO_MODEL,
     FINAL_MODEL,
+    FOLDERS,
+    LOCK,
     LOG,
+    MANIFEST,
     METADATA,
     PAGE,
+    PREVIOUS_RUN,
     RESULTS,
     STATE,
     WRITTEN,
 )
-from vlm.config.resolve import read_settings, resolve
+from vlm.config.resolve import flags_to_train_further, read_settings, resolve, user_path
 from vlm.config.settings import ImageSize, RunSettings, Settings
 
 __all__ = [
@@ -43,12 +47,16 @@ __all__ = [
     "DEMO_MODEL",
     "FEW_NODES",
     "FINAL_MODEL",
+    "FOLDERS",
     "IMAGES_PER_STEP",
     "LAYOUTS",
+    "LOCK",
     "LOG",
+    "MANIFEST",
     "METADATA",
     "PAGE",
     "POSTERIOR",
+    "PREVIOUS_RUN",
     "RESPONSE",
     "RESULTS",
     "STATE",
@@ -59,10 +67,12 @@ __all__ = [
     "RunSettings",
     "Settings",
     "build_parser",
+    "flags_to_train_further",
     "lay_out",
     "parse_arguments",
     "read_settings",
     "reasoning_of",
     "resolve",
     "stated_format",
+    "user_path",
 ]
