@@ -60,7 +60,8 @@ def _check_content(output: Path, settings: Settings) -> None:
     if settings.overwrite:
         _check_not_needed(output, settings)
     elif (output / RESULTS).exists():
-        raise UsageError(f"{output} holds a finished run: choose another --output-dir, or --overwrite it.")
+        todo = "there is nothing to resume" if settings.resume else "choose another --output-dir, or --overwrite it"
+        raise UsageError(f"{output} holds a finished run: {todo}.")
     elif (output / METADATA).exists() and not settings.resume:
         raise UsageError(
             f"{output} holds an interrupted run: continue it with --resume, or delete it with --overwrite."
