@@ -1,6 +1,7 @@
 """The output folder: no run is lost in it, and a run that never began leaves nothing."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -32,7 +33,7 @@ def make_run(folder, finished=True):
 
 def everything(folder):
     """All files by their paths, with their content."""
-    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_run_that_is_there_is_refused_before_torch_is_imported(tmp_path):
@@ -206,3 +207,34 @@ def test_a_login_that_fails_is_no_interrupted_run(tmp_path, monkeypatch, capsys)
     flags.remove("--use-wandb")
     assert train(*flags, tmp_path / "there") == 0
     assert json.loads((tmp_path / "there" / RESULTS).read_text())
+
+
+@pytest.mark.slow
+def test_a_finished_run_survives_whatever_goes_wrong_in_the_one_that_overwrites_it(
+    demo_run, tmp_path, monkeypatch, capsys
+):
+    output = shutil.copytree(demo_run, tmp_path / "results")
+    before = everything(output)
+    again = ["--demo", "--max-samples", 20, "--epochs", 1, "--batch-size", 4, "--overwrite", "--output-dir", output]
+    assert train("--dataset", tmp_path / "misspelled", "--model", demo_run / "demo_model", *again[-3:]) == 2
+    assert everything(output) == before
+    for place in ("vlm.training.setup.preflight", "vlm.training.loop.Trainer.run_step"):
+        for error in (MemoryError, KeyboardInterrupt):
+            with monkeypatch.context() as patched:
+                patched.setattr(place, raising(error))
+                assert train(*again) in (1, 130)
+            assert everything(output) == before
+    assert "is back" in capsys.readouterr().err
+    assert train(*again) == 0
+    after = everything(output)
+    assert (
+        after.keys() == before.keys()
+        and after["best_model/model.safetensors"] != before["best_model/model.safetensors"]
+    )
+
+
+def raising(error):
+    def fail(*arguments, **options):
+        raise error
+
+    return fail

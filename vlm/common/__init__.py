@@ -13,7 +13,6 @@ from vlm.common.errors import (
     did_you_mean,
     exit_code,
     first_line,
-    is_main_process,
     is_out_of_memory,
     one_line,
     reason,
@@ -21,6 +20,7 @@ from vlm.common.errors import (
 from vlm.common.files import read_json, recover, replacing, usual_modes, write_folder, write_json
 from vlm.common.lazy import lazy_names
 from vlm.common.modes import evaluation_mode
+from vlm.common.processes import OTHER_ENDED, is_main_process
 from vlm.common.programs import command_of
 from vlm.common.switches import switches_as_before
 from vlm.common.tables import format_table, printable, text_width
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from vlm.common.progress import Bar, note, with_bar
 
 __all__ = [
+    "OTHER_ENDED",
     "Bar",
     "RunError",
     "Stopped",

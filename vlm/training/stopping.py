@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from vlm.common import Stopped
+from vlm.common import Stopped, is_main_process
 
 TRAINING, TESTING = "training", "testing"  # phases that `Trainer` enters; before them there is nothing to save
 
@@ -64,7 +64,8 @@ class StopSignals:
         self.asked = True
         if self.phase != TRAINING:
             raise self._stopped()
-        print("\nstopping after this step; once more to stop at once.", file=sys.stderr)
+        if is_main_process():
+            print("\nstopping after this step; once more to stop at once.", file=sys.stderr)
 
     def _stopped(self) -> Stopped:
         if self.phase == TESTING:
