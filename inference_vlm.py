@@ -11,12 +11,13 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm.common import RunError, UsageError, exit_code, lazy_names, switches_as_before
-from vlm.config import Parser, Settings
+from vlm.config import Parser, Settings, user_path
 from vlm.machine import wait_politely
 
 if TYPE_CHECKING:
@@ -80,12 +81,19 @@ def build_parser() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code, 1 if any image could not be read."""
     args = build_parser().parse_args(arguments)
-    with switches_as_before():
-        return exit_code(lambda: predict(args), debug=args.debug)
+    with ExitStack() as switches:
+        switches.enter_context(switches_as_before())
+        return exit_code(lambda: predict(args, switches), debug=args.debug)
 
 
-def predict(args: argparse.Namespace) -> None:
-    """Classify what the arguments name and show or write it."""
+def predict(args: argparse.Namespace, switches: ExitStack) -> None:
+    """Classify what the arguments name and show or write it.
+
+    Args:
+        switches: gets what has to be put back afterwards of the libraries that are imported here.
+    """
+    args.images, args.model_dir = [user_path(path) for path in args.images], user_path(args.model_dir)
+    args.output = args.output and user_path(args.output)
     for name, value in (("batch-size", args.batch_size), ("threads", args.threads)):
         if value is not None and value < 1:
             raise UsageError(f"--{name} {value}: expected a whole number of at least 1.")
@@ -100,6 +108,7 @@ def predict(args: argparse.Namespace) -> None:
     from vlm.inference import load_model_and_metadata, predict_batch
     from vlm.machine import pick_threads
 
+    switches.enter_context(switches_as_before())
     torch.set_num_threads(pick_threads(args.threads))
     paths = find_images(args.images)
     model, processor, metadata = load_model_and_metadata(args.model_dir, args.device, args.dtype, args.abstain_below)

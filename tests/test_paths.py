@@ -44,4 +44,8 @@ def test_both_programs_look_in_the_same_folder(tmp_path, home, monkeypatch):
     assert result.stderr.startswith(f"error: {home}/x holds an interrupted run")
     result = run("train_vlm.py", "--resume", "--output-dir=~/x", cwd=tmp_path, HOME=home)
     assert result.stderr.startswith(f"error: --resume: {home}/x/{METADATA} names no settings of a run")
+    result = run("inference_vlm.py", "--model-dir=~/x", "~/x", "--output=~/nowhere/x.csv", cwd=tmp_path, HOME=home)
+    assert result.stderr.startswith(f"error: --output {home}/nowhere/x.csv cannot be written")
+    result = run("inference_vlm.py", "--model-dir=~/y", "~/x", cwd=tmp_path, HOME=home)
+    assert result.stderr.startswith(f"error: {home}/x has no image.")
     assert names_in(tmp_path) == {"home"}

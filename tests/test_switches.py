@@ -4,6 +4,8 @@ import locale
 import os
 import random
 import signal
+import subprocess
+import sys
 import warnings
 from threading import Thread
 
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from commands import classify, train
+from commands import ROOT, classify, train
 from PIL import Image, ImageFile
 
 from vlm.common import switches_as_before
@@ -114,3 +116,24 @@ def test_both_programs_work_in_a_thread_and_leave_no_switch_changed(tmp_path, mo
         patched.setattr("vlm.training.loop.set_up", lambda settings: 1 / 0)
         assert train(*flags, "--output-dir", tmp_path / "broken") == 1
     assert switches() == before
+
+
+FRESH = """
+import os, sys
+import {program}
+
+before = dict(os.environ)
+code = {program}.main(sys.argv[1:])
+import torch
+assert dict(os.environ) == before, before.keys() ^ os.environ.keys()
+print(code, torch.get_num_threads())
+"""
+
+
+@pytest.mark.slow
+def test_a_program_that_imports_the_libraries_itself_leaves_them_as_they_were_then(demo_run):
+    model, images = demo_run / "best_model", demo_run / "demo_images"
+    flags = ["--threads", "3", "--model-dir", str(model), str(images), "--device", "cpu"]
+    program = FRESH.format(program="inference_vlm")
+    result = subprocess.run([sys.executable, "-c", program, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.splitlines()[-1] == "0 1", result.stderr  # OMP_NUM_THREADS is 1 in tests
