@@ -11,13 +11,13 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlm.common import RunError, Stopped, UsageError, doing, exit_code, lazy_names, printable
-from vlm.config import MOST, MOST_AT_ONCE, Parser, Settings, can_be_a_path, number, whole_number
+from vlm.common import RunError, Stopped, UsageError, doing, exit_code, lazy_names, printable, switches_as_before
+from vlm.config import MOST, MOST_AT_ONCE, Parser, Settings, can_be_a_path, number, user_path, whole_number
 from vlm.machine import wait_politely
 
 if TYPE_CHECKING:
@@ -85,8 +85,10 @@ def build_parser() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code, 1 if any image could not be read."""
     args = build_parser().parse_args(arguments)
-    with stopped_by_sigterm():
-        return exit_code(lambda: predict(args), debug=args.debug)
+    with ExitStack() as switches:
+        switches.enter_context(switches_as_before())
+        switches.enter_context(stopped_by_sigterm())
+        return exit_code(lambda: predict(args, switches), debug=args.debug)
 
 
 @contextmanager
@@ -103,8 +105,14 @@ def stopped_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def predict(args: argparse.Namespace) -> None:
-    """Classify what the arguments name and show or write it."""
+def predict(args: argparse.Namespace, switches: ExitStack) -> None:
+    """Classify what the arguments name and show or write it.
+
+    Args:
+        switches: gets what has to be put back afterwards of the libraries that are imported here.
+    """
+    args.images, args.model_dir = [user_path(path) for path in args.images], user_path(args.model_dir)
+    args.output = args.output and user_path(args.output)
     for name, value, most in (("batch-size", args.batch_size, MOST), ("threads", args.threads, MOST_AT_ONCE)):
         if value is not None and not 1 <= value <= most:
             raise UsageError(f"--{name} {value}: expected a whole number of at least 1, and at most {most:,}.")
@@ -123,6 +131,7 @@ def predict(args: argparse.Namespace) -> None:
     from vlm.inference import PredictionFile, PredictionTable, load_model_and_metadata, predict_each
     from vlm.machine import pick_threads
 
+    switches.enter_context(switches_as_before())
     torch.set_num_threads(pick_threads(args.threads))
     paths = list(dict.fromkeys(map(str, find_images(args.images))))
     with doing(f"loading --model-dir {args.model_dir}"):

@@ -5,13 +5,24 @@ python train_vlm.py --demo
 python train_vlm.py --model HuggingFaceTB/SmolVLM-256M-Instruct --dataset my_images/
 """
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm.common import UsageError, exit_code, lazy_names
-from vlm.config import METADATA, RunSettings, Settings, parse_arguments, read_settings, resolve
+from vlm.common import CONTINUED, UsageError, command_of, exit_code, lazy_names, read_json, switches_as_before
+from vlm.config import (
+    METADATA,
+    RESULTS,
+    RunSettings,
+    Settings,
+    flags_to_train_further,
+    parse_arguments,
+    read_settings,
+    resolve,
+    user_path,
+)
 from vlm.machine import wait_politely
 
 if TYPE_CHECKING:
@@ -26,9 +37,10 @@ __getattr__ = lazy_names(__name__, {"vlm.classifier": ["vlm_collate_fn"], "vlm.e
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line; returns the exit code. Works in any thread, and leaves the switches of libraries alone."""
     given = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-    return exit_code(lambda: train(given), debug=given.get("debug", False))
+    with switches_as_before():
+        return exit_code(lambda: train(given), debug=given.get("debug", False))
 
 
 def train(given: dict[str, Any]) -> None:
@@ -41,31 +53,46 @@ def train(given: dict[str, Any]) -> None:
         from vlm.machine import list_models
 
         return list_models(resolve(given))
-    output = Path(given.get("output_dir", Settings.output_dir))
-    settings = resolve(given, saved_settings(output) if given.get("resume") else None)
-    from vlm.training import StopSignals, check_output
+    from vlm.training import StopSignals, check_output, clean_up
 
+    output = Path(user_path(given.get("output_dir", Settings.output_dir)))
+    clean_up(output)
+    settings = resolve(given, saved_settings(output, given.get("epochs")) if given.get("resume") else None)
     check_output(settings)
     signals = StopSignals(settings.output_dir)
-    signals.listen()  # before the heavy imports, which take seconds
-    wait_politely()
-    from vlm.training import fit
+    with signals.listening():  # before the heavy imports, which take seconds
+        wait_politely()
+        from vlm.training import fit
 
-    fit(settings, signals.should_stop, signals.enter)
+        with switches_as_before():  # those of the libraries, which are imported now
+            fit(settings, signals.should_stop, signals.enter)
 
 
-def saved_settings(output: Path) -> RunSettings:
+def saved_settings(output: Path, epochs: int | None = None) -> RunSettings:
     """The settings of the interrupted run in a folder.
 
-    Raises:
-        UsageError: there is none.
-    """
-    import json
+    Args:
+        epochs: that were asked for, for the message if the run is finished.
 
+    Raises:
+        UsageError: there is no run, or it is finished.
+    """
     path = output / METADATA
     if not path.is_file():
         raise UsageError(f"--resume: {output} holds no run to continue. Leave out --resume to start one.")
-    return read_settings(json.loads(path.read_text(encoding="utf-8"))["settings"])
+    metadata = read_json(path, "Start again with --overwrite.")
+    if not isinstance(metadata, dict) or not isinstance(metadata.get("settings"), dict):
+        raise UsageError(f"--resume: {path} names no settings of a run. Start again with --overwrite.")
+    saved = read_settings(metadata["settings"])
+    if (output / RESULTS).is_file():
+        command = (
+            f"{command_of('train_vlm.py', 'vlm-train')} {shlex.join(flags_to_train_further(saved, output, epochs))}"
+        )
+        raise UsageError(
+            f"--resume: {output} holds a finished run, so there is nothing to continue. "
+            f"To train {'longer' if saved.demo else 'its model further'}:{CONTINUED}{command}"
+        )
+    return saved
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Running the programs as a user does: as processes, or in this one, where torch is imported already."""
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -50,15 +49,11 @@ def run(script: str, *arguments: Any, cwd: Path | None = None, **variables: Any)
 
 
 def in_process(main: Callable[[list[str]], int], *arguments: Any) -> int:
-    """Call the `main` of a script here; returns the exit code. Signals are handled as before afterwards."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Call the `main` of a script here; returns the exit code."""
     try:
         return main([str(argument) for argument in arguments])
     except SystemExit as end:  # argparse
         return end.code
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def train(*arguments: Any) -> int:

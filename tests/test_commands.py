@@ -106,6 +106,7 @@ def test_the_output_folder_holds_these_files_and_no_others(mars_run):
     output = mars_run[0] / "vlm_results"
     assert names_in(mars_run[0]) == {"vlm_results", "mars data", "metrics.py"}
     assert names_in(output) == {
+        ".run_files.json",
         "best_model",
         "final_model",
         "training_metadata.json",

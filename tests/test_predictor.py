@@ -312,3 +312,11 @@ def test_a_device_or_number_format_that_is_not_there_is_refused(demo_run, monkey
         load_model_and_metadata(demo_run / "best_model", device="cuda")
     with pytest.raises(UsageError, match="float16 works on CUDA only"):
         load_model_and_metadata(demo_run / "best_model", device="cpu", dtype="float16")
+
+
+def test_while_a_run_is_overwritten_the_error_names_the_model_of_the_earlier_one(tmp_path):
+    (tmp_path / ".previous_run" / "best_model").mkdir(parents=True)
+    with pytest.raises(
+        UsageError, match=r"best_model is not there: .* has no model yet.* is .*\.previous_run/best_model\.$"
+    ):
+        load_model_and_metadata(tmp_path / "best_model")

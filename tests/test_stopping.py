@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -167,11 +168,30 @@ def test_a_run_that_is_going_on_or_done_is_not_overwritten_by_chance(tmp_path, m
     assert "--epochs 5 (the interrupted run has 8)" in capsys.readouterr().err
     assert train(*few, "--overwrite") == 0
     capsys.readouterr()
+    assert not (tmp_path / ".previous_run").exists()
     for more in ([], ["--resume"]):  # though the finished run was started with --overwrite
         assert train(*few, *more) == 2
         assert "holds a finished run" in capsys.readouterr().err
     assert train("--resume", "--output-dir", tmp_path / "nothing") == 2
     assert "holds no run to continue" in capsys.readouterr().err
+
+
+def test_signals_are_handled_as_before_afterwards_and_left_alone_in_a_thread():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    signals, found = StopSignals("out"), []
+
+    def listen():
+        with signals.listening():
+            found.append((signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)))
+
+    listen()
+    with pytest.raises(KeyError), signals.listening():
+        raise KeyError
+    thread = threading.Thread(target=listen)
+    thread.start()
+    thread.join()
+    assert found == [(signals.handle, signals.handle), before]
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
 def test_a_loss_that_is_no_number_stops_with_advice(tmp_path, capsys):

@@ -14,7 +14,6 @@ from vlm.common.errors import (
     doing,
     exit_code,
     first_line,
-    is_main_process,
     is_out_of_memory,
     one_line,
     reason,
@@ -22,7 +21,10 @@ from vlm.common.errors import (
 from vlm.common.files import read_json, recover, replacing, usual_modes, write_folder, write_json
 from vlm.common.lazy import lazy_names
 from vlm.common.modes import evaluation_mode
+from vlm.common.processes import OTHER_ENDED, is_main_process
+from vlm.common.programs import command_of
 from vlm.common.streams import any_text, drop_closed_pipes
+from vlm.common.switches import switches_as_before
 from vlm.common.tables import format_table, text_width
 from vlm.common.text import (
     CONTINUED,
@@ -41,12 +43,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CONTINUED",
+    "OTHER_ENDED",
     "Bar",
     "RunError",
     "Stopped",
     "UsageError",
     "any_text",
     "brief",
+    "command_of",
     "csv_cell",
     "did_you_mean",
     "doing",
@@ -70,6 +74,7 @@ __all__ = [
     "recover",
     "replacing",
     "shorten",
+    "switches_as_before",
     "text_width",
     "usual_modes",
     "with_bar",

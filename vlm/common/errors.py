@@ -4,13 +4,15 @@ Exit codes: 0 done, 1 a run that failed, 2 wrong usage, 130 stopped by the user.
 """
 
 import difflib
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from vlm.common.processes import OTHER_ENDED, is_main_process, is_of_another_process, tell_launcher
 from vlm.common.streams import any_text, drop_closed_pipes
 from vlm.common.text import CONTINUED, message_text
+
+ERROR = "error: "  # how messages of errors begin
 
 
 class UsageError(Exception):
@@ -26,11 +28,6 @@ class Stopped(KeyboardInterrupt):
 
     It is no `Exception`, so that no `except Exception` catches it.
     """
-
-
-def is_main_process() -> bool:
-    """Whether this is the one process, of those that train together, that prints and writes."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def one_line(error: BaseException) -> str:
@@ -90,10 +87,17 @@ def exit_code(command: Callable[[], None], debug: bool = False) -> int:
             if debug:
                 raise
             message, code = _explain(error)
-            # Several processes report the same mistake of the user: only the main one prints it.
-            if is_main_process() or not isinstance(error, UsageError | Stopped):
+            if _is_to_be_said(error, message):
                 print(message_text(message), file=sys.stderr)
             return code
+
+
+def _is_to_be_said(error: BaseException, message: str) -> bool:
+    """Whether this process prints a message. Of several that train together the launcher is told, and says it."""
+    told = tell_launcher(message.removeprefix(ERROR))
+    if is_main_process():
+        return message != ERROR + OTHER_ENDED
+    return not told and not isinstance(error, UsageError | Stopped)
 
 
 def _explain(error: BaseException) -> tuple[str, int]:
@@ -103,6 +107,8 @@ def _explain(error: BaseException) -> tuple[str, int]:
         return str(error) or "stopped.", 130
     if isinstance(error, RunError):
         return f"error: {error}", 1
+    if is_of_another_process(error):
+        return ERROR + OTHER_ENDED, 1
     if is_out_of_memory(error):
         return f"error: {OUT_OF_MEMORY}", 1
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("vlm"):

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from tqdm.asyncio import tqdm_asyncio
 from tqdm.auto import tqdm
 
-from vlm.common.errors import is_main_process
+from vlm.common.processes import is_main_process
 from vlm.common.text import printable, printable_lines
 
 SECONDS_BETWEEN_LINES = 10.0  # if stderr is no terminal

@@ -22,14 +22,18 @@ from vlm.config.names import (
     DEMO_IMAGES,
     DEMO_MODEL,
     FINAL_MODEL,
+    FOLDERS,
+    LOCK,
     LOG,
+    MANIFEST,
     METADATA,
     PAGE,
+    PREVIOUS_RUN,
     RESULTS,
     STATE,
     WRITTEN,
 )
-from vlm.config.resolve import read_settings, resolve
+from vlm.config.resolve import flags_to_train_further, read_settings, resolve, user_path
 from vlm.config.rules import MOST, MOST_AT_ONCE, can_be_a_path
 from vlm.config.settings import ImageSize, RunSettings, Settings
 
@@ -44,14 +48,18 @@ __all__ = [
     "DEMO_MODEL",
     "FEW_NODES",
     "FINAL_MODEL",
+    "FOLDERS",
     "IMAGES_PER_STEP",
     "LAYOUTS",
+    "LOCK",
     "LOG",
+    "MANIFEST",
     "METADATA",
     "MOST",
     "MOST_AT_ONCE",
     "PAGE",
     "POSTERIOR",
+    "PREVIOUS_RUN",
     "RESPONSE",
     "RESULTS",
     "STATE",
@@ -63,6 +71,7 @@ __all__ = [
     "Settings",
     "build_parser",
     "can_be_a_path",
+    "flags_to_train_further",
     "lay_out",
     "number",
     "parse_arguments",
@@ -71,4 +80,5 @@ __all__ = [
     "resolve",
     "stated_format",
     "whole_number",
+    "user_path",
 ]

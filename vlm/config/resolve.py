@@ -4,6 +4,8 @@ Nothing heavy is imported here, so that a mistake in the flags is answered at on
 """
 
 import dataclasses
+import itertools
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from vlm.config.defaults import (
     TUNING_DEFAULTS,
 )
 from vlm.config.formats import choose_format
+from vlm.config.names import BEST_MODEL
 from vlm.config.rules import flag_of, problems
 from vlm.config.settings import RunSettings, Settings
 
@@ -52,6 +55,10 @@ NO_METRICS = ["none"]
 ABSTAINING = {"abstain_below", "target_precision"}  # only one of the two at a time
 TEXTS = ("system_instructions", "prompt_template")  # may come from a file
 LONGEST_TEXT = 1_000_000  # characters
+PATHS = ("model", "dataset", "class_descriptions", "output_dir", "metrics")
+# Of a finished run that is not what a run that trains its model further is told: that is where it starts, or decided
+# for it anew.
+NOT_OF_THE_NEXT = {*OF_ONE_START, "model", "model_revision", "output_dir", "epochs", "align_connector"}
 
 
 def resolve(given: Mapping[str, Any], saved: RunSettings | None = None) -> Settings:
@@ -64,7 +71,7 @@ def resolve(given: Mapping[str, Any], saved: RunSettings | None = None) -> Setti
     Raises:
         UsageError: settings that cannot work, all of them at once.
     """
-    given = {name: _from_file(name, value) for name, value in given.items()}
+    given = {name: _from_file(name, _expanded(name, value)) for name, value in given.items()}
     if saved is not None:
         _check_metrics(given, saved)
     if given.get("metrics") == NO_METRICS:
@@ -105,6 +112,39 @@ def _check_metrics(given: Mapping[str, Any], saved: RunSettings) -> None:
         )
 
 
+def flags_to_train_further(saved: RunSettings, output: Path, epochs: int | None) -> list[str]:
+    """The flags of a new run that trains the best model of a finished one further, on the same data.
+
+    The demo's model is always a new one, so a new demo trains from the beginning.
+
+    Args:
+        saved: the settings of the finished run in the folder `output`.
+        epochs: that were asked for in all; None: as many again.
+    """
+    later = next(f"{output}_{n}" for n in itertools.count(2) if not Path(f"{output}_{n}").exists())
+    more = epochs if epochs is not None else saved.epochs
+    given: dict[str, Any] = {"output_dir": later, "epochs": more}
+    if saved.demo:
+        given["demo"] = True
+    else:
+        given |= {"model": str(output / BEST_MODEL), "epochs": more - saved.epochs if more > saved.epochs else more}
+    decided = {"batch_size", "gradient_accumulation_steps"}
+    usual = saved.batch_size * saved.gradient_accumulation_steps == IMAGES_PER_STEP
+    for name, value in saved.to_json().items():
+        if name in NOT_OF_THE_NEXT or value in (None, False) or (usual and name in decided):
+            continue
+        if value != getattr(_fill(DEMO_DEFAULTS | given if saved.demo else given), name):
+            given[name] = value
+    return [word for name, value in given.items() for word in _as_flag(name, value)]
+
+
+def _as_flag(name: str, value: Any) -> list[str]:
+    """A setting as words of a command line."""
+    if value is True:
+        return [flag_of(name)]
+    return [flag_of(name), *map(str, value if isinstance(value, list) else [value])]
+
+
 def _resumed(given: dict[str, Any], saved: RunSettings) -> dict[str, Any]:
     """The values of the interrupted run, except those that are given again.
 
@@ -114,7 +154,7 @@ def _resumed(given: dict[str, Any], saved: RunSettings) -> dict[str, Any]:
     different = [
         f"{flag_of(name)} {value} (the interrupted run has {getattr(saved, name)})"
         for name, value in given.items()
-        if name not in NOT_PART_OF_THE_RUN and getattr(saved, name) != value
+        if name not in NOT_PART_OF_THE_RUN and _expanded(name, getattr(saved, name)) != value
     ]
     if different:
         raise UsageError(
@@ -139,6 +179,18 @@ def _fill(given: Mapping[str, Any]) -> Settings:
     return Settings(**values)
 
 
+def user_path(text: str) -> str:
+    """A path as users write it: a ~ at its beginning stands for the home folder."""
+    return os.path.expanduser(text)
+
+
+def _expanded(name: str, value: Any) -> Any:
+    """A setting whose paths are expanded; other settings as they are."""
+    if name not in PATHS or value is None:
+        return value
+    return [user_path(item) for item in value] if isinstance(value, list) else user_path(value)
+
+
 def _from_file(name: str, value: Any) -> Any:
     """The text of `@FILE` for the settings that may come from a file; else the value itself.
 
@@ -147,7 +199,7 @@ def _from_file(name: str, value: Any) -> Any:
     """
     if name not in TEXTS or value is None or not value.startswith("@"):
         return value
-    path = Path(value[1:]).expanduser()
+    path = Path(user_path(value[1:]))
     try:
         text, problem = _read_text(path)
     except (OSError, ValueError) as error:

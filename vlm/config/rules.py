@@ -113,6 +113,10 @@ VALUES = (
 
 CONFLICTS = (
     Conflict(
+        lambda s: not s.output_dir.strip(),
+        "--output-dir is empty: expected a folder for the results, such as vlm_results.",
+    ),
+    Conflict(
         lambda s: s.image_size != AUTO and s.image_splitting,
         "--image-size and --image-splitting exclude each other: both say how large images become.",
     ),

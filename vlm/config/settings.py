@@ -259,7 +259,9 @@ class Settings:
     )
 
     output_dir: str = _flag("vlm_results", "output", "folder of the results (default: vlm_results)")
-    overwrite: bool = _flag(False, "output", "delete the results of an earlier run in the output folder")
+    overwrite: bool = _flag(
+        False, "output", "replace the run in the output folder; it is deleted when the new one has a model"
+    )
     resume: bool = _flag(False, "output", "continue the interrupted run in the output folder, with its settings")
     save_minutes: float = _flag(
         10.0, "output", "save a checkpoint for --resume at least this often, in minutes (default: 10)"

@@ -15,7 +15,7 @@ from torch import Tensor
 from vlm.classifier import TOLERANCE, Batch, Calibration, VLMClassifier, classify
 from vlm.classifier import explain as explain_predictions
 from vlm.common import Bar, RunError, UsageError, recover
-from vlm.config import RunSettings, read_settings
+from vlm.config import PREVIOUS_RUN, RunSettings, read_settings
 from vlm.conversation import Prompts
 from vlm.data import Sample, UnreadableImage, open_image
 from vlm.families import FeatureCache, load_family, open_cache
@@ -51,6 +51,11 @@ def load_model_and_metadata(
     folder = Path(model_dir).expanduser()
     recover(folder)
     if not folder.is_dir():
+        if (folder.parent / PREVIOUS_RUN / folder.name).is_dir():
+            raise UsageError(
+                f"{folder} is not there: the run that overwrites it has no model yet. The model of the run before is "
+                f"{folder.parent / PREVIOUS_RUN / folder.name}."
+            )
         raise UsageError(
             f"{folder} is not a folder: train a model first (./run_vlm_training.sh --demo), or name its folder."
         )

@@ -1,6 +1,6 @@
 """From settings to a trained model: set-up, the loop, saving and resuming, and what is written at the end.
 
-The names are imported when they are first used: `StopSignals` and `check_output` come before torch is imported.
+The names are imported when they are first used: all but `fit` come before torch is imported.
 """
 
 from typing import TYPE_CHECKING
@@ -9,9 +9,12 @@ from vlm.common import lazy_names
 
 if TYPE_CHECKING:
     from vlm.training.loop import fit
-    from vlm.training.output import check_output
+    from vlm.training.output import check_output, clean_up
     from vlm.training.stopping import StopSignals
 
-__all__ = ["StopSignals", "check_output", "fit"]
+__all__ = ["StopSignals", "check_output", "clean_up", "fit"]
 
-__getattr__ = lazy_names(__name__, {".loop": ("fit",), ".output": ("check_output",), ".stopping": ("StopSignals",)})
+__getattr__ = lazy_names(
+    __name__,
+    {".loop": ("fit",), ".output": ("check_output", "clean_up"), ".stopping": ("StopSignals",)},
+)

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlm.classifier import Batch
 from vlm.common import Bar, RunError, Stopped, UsageError, note, write_json
-from vlm.config import BEST_MODEL, FINAL_MODEL, METADATA, Settings
+from vlm.config import BEST_MODEL, DEMO_MODEL, FINAL_MODEL, METADATA, Settings
 from vlm.conversation import response_lengths
 from vlm.data import Sample, Split, Step, epoch_plan
 from vlm.evaluation import load_metric, metrics_of_sums, score_split, split_losses
@@ -29,6 +29,7 @@ from vlm.training.losses import both_losses, losses_in_words, mean_since_evaluat
 from vlm.training.output import output_folder
 from vlm.training.results import finish
 from vlm.training.resume_state import Progress, load_state, read_state, save_state
+from vlm.training.run_files import begin, drop_previous, list_tracked
 from vlm.training.run_log import RunLog
 from vlm.training.setup import Run, set_up
 from vlm.training.stopping import TESTING, TRAINING
@@ -58,7 +59,7 @@ def fit(
         RunError: it had to stop.
         Stopped: it was asked to stop.
     """
-    check_trackers(settings.trackers)  # before an earlier run is deleted
+    check_trackers(settings.trackers)
     with output_folder(settings):
         metrics = [load_metric(name) for name in settings.metrics or ()]  # a mistake here should not wait for the end
         run = set_up(settings)
@@ -122,8 +123,11 @@ class Trainer:
         self.run.model.train()
         done = self.progress.epoch * images + self.progress.step_in_epoch * self.images_per_step()
         total = settings.epochs * images
+        self._begin()
         with self._open_log() as self.log, Bar(total, "training", initial=min(done, total)) as bar:
             with bar.paused():
+                if self.accelerator.is_main_process:
+                    list_tracked(self.run.output)
                 self._before_training()
             if not settings.epochs:
                 self._evaluate()
@@ -131,6 +135,13 @@ class Trainer:
                 self._epoch(epoch, bar)
             self.enter(TESTING)
         self._save_model(FINAL_MODEL, self.run.metadata)
+
+    def _begin(self) -> None:
+        """From here on the run writes into its folder. All processes have loaded the model."""
+        if self.accelerator.is_main_process:
+            begin(self.run.output, self.settings.resume, self.settings.overwrite)
+        if self.settings.demo:
+            self.run.folder = self.run.output / DEMO_MODEL
 
     def _open_log(self) -> RunLog:
         settings = self.settings
@@ -324,6 +335,7 @@ class Trainer:
             family, dtype = self.run.classifier.family, self.run.dtype
             weights = merged_state_dict(self.run.classifier.model, dtype)
             save_model_folder(self.run.output / name, family, weights, metadata, dtype)
+            drop_previous(self.run.output)
 
     def _save(self) -> None:
         if self.accelerator.is_main_process:

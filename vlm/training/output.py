@@ -1,88 +1,143 @@
 """The output folder: it is made, and no other run in it is lost. Imported before torch, so it needs no package."""
 
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from vlm.common import UsageError, is_main_process
-from vlm.config import METADATA, RESULTS, WRITTEN, Settings
+from vlm.common import UsageError, is_main_process, note, reason
+from vlm.config import METADATA, PREVIOUS_RUN, RESULTS, Settings, user_path
+from vlm.training.lock import check_unlocked, locked
+from vlm.training.run_files import files_of_run, foreign_files, is_unsettled, list_tracked, settle
+
+
+def clean_up(output: Path) -> None:
+    """Clean up what a killed run has left in an output folder (see `settle`), before anything in it is read.
+
+    Raises:
+        UsageError: another run works in it, or it cannot be written.
+    """
+    if is_main_process() and output.is_dir() and is_unsettled(output):
+        _check_writable(output)
+        with locked(output):
+            settle(output)
 
 
 def check_output(settings: Settings) -> None:
     """Check that no earlier run would be lost, and that no later run would take the results for a class of images.
 
     Raises:
-        UsageError: the folder holds a run that is neither resumed nor overwritten, or lies in the folder of the images.
+        UsageError: the folder holds a run that is neither resumed nor overwritten, or files that no run has written.
+        UsageError: it lies in the folder of the images, or is no folder for the results of a run.
+        UsageError: another run works in it.
     """
     output = Path(settings.output_dir)
-    if (
-        settings.dataset
-        and Path(settings.dataset).is_dir()
-        and output.resolve().is_relative_to(Path(settings.dataset).resolve())
-    ):
+    _check_place(output, settings)
+    if is_main_process():
+        check_unlocked(output)
+    _check_content(output, settings)
+
+
+def _check_place(output: Path, settings: Settings) -> None:
+    place, here, home = output.resolve(), Path.cwd(), Path(user_path("~")).resolve()
+    if place == home or place in here.parents:
+        what = "your home folder" if place == home else "a folder above the current one"
+        raise UsageError(f"--output-dir {output} is {what}: choose a folder only for the results, such as vlm_results.")
+    images = settings.dataset and Path(settings.dataset)
+    if images and images.is_dir() and place.is_relative_to(images.resolve()):
         raise UsageError(
             f"--output-dir {output} is in the folder of --dataset {settings.dataset}: the results would be taken for a "
             "class of images. Choose a folder next to it."
         )
-    if settings.overwrite:
-        return
-    if (output / RESULTS).exists():
-        todo = (
-            "there is nothing to resume; start again with --overwrite"
-            if settings.resume
-            else "choose another --output-dir, or --overwrite it"
+
+
+def _check_content(output: Path, settings: Settings) -> None:
+    if foreign := foreign_files(output):
+        raise UsageError(
+            f"{output} holds {', '.join(foreign)}, which no run of this program has written and a run would overwrite: "
+            "move what is there away, or choose another --output-dir."
         )
+    if settings.overwrite:
+        _check_not_needed(output, settings)
+    elif (output / RESULTS).exists():
+        todo = "there is nothing to resume" if settings.resume else "choose another --output-dir, or --overwrite it"
         raise UsageError(f"{output} holds a finished run: {todo}.")
-    if (output / METADATA).exists() and not settings.resume:
+    elif (output / METADATA).exists() and not settings.resume:
         raise UsageError(
             f"{output} holds an interrupted run: continue it with --resume, or delete it with --overwrite."
         )
 
 
+def _check_not_needed(output: Path, settings: Settings) -> None:
+    """Check that the run does not start from what it overwrites."""
+    for flag, value in (("--model", settings.model), ("--dataset", settings.dataset)):
+        needed = Path(value).resolve() if value else None
+        if needed and any(needed.is_relative_to((output / name).resolve()) for name in files_of_run(output)):
+            raise UsageError(
+                f"{flag} {value} is part of the run that --overwrite deletes: choose another --output-dir."
+            )
+
+
 @contextmanager
 def output_folder(settings: Settings) -> Iterator[None]:
-    """Make the output folder. If the block ends in an error before the run has begun, it is removed again.
+    """Make the output folder, and keep other runs out of it.
 
-    A run has begun when `METADATA` is there. Only what was not there before is removed. Other processes than the main
-    one only check.
+    If the block ends in an error before the run has begun, nothing of it is left, and an earlier run that it would
+    have overwritten is unharmed (see vlm/training/run_files.py). Other processes than the main one only check.
 
     Raises:
-        UsageError: the folder cannot be written, or holds a run that is neither resumed nor overwritten.
+        UsageError: the folder cannot be written, is in use, or holds a run that is neither resumed nor overwritten.
     """
-    check_output(settings)
+    output = Path(settings.output_dir)
     if not is_main_process():
+        check_output(settings)
         yield
         return
-    output = Path(settings.output_dir)
+    _check_place(output, settings)
     made = [folder for folder in (output, *output.parents) if not folder.exists()]
     try:
         _make(output)
-        if settings.overwrite:
-            _clear(output)
-        yield
+        with locked(output):
+            settle(output)
+            _check_content(output, settings)
+            with _settled_afterwards(output):
+                yield
     except BaseException:
-        if made and output.is_dir() and not (output / METADATA).exists():
-            _clear(output)
-            with suppress(OSError):  # not empty: it holds files of somebody else
-                for folder in made:
-                    folder.rmdir()
+        with suppress(OSError):  # not empty: it holds a run that has begun, or files of somebody else
+            for folder in made:
+                folder.rmdir()
+        raise
+
+
+@contextmanager
+def _settled_afterwards(output: Path) -> Iterator[None]:
+    try:
+        yield
+        list_tracked(output)
+    except BaseException:
+        with suppress(OSError, UsageError):  # such as a full disk: the next run cleans up
+            list_tracked(output)
+            settle(output)
+            if (output / PREVIOUS_RUN).is_dir():
+                note(f"The earlier run is kept in {output / PREVIOUS_RUN} until the new one has a model.")
         raise
 
 
 def _make(output: Path) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_writable(output, error) from error
+    _check_writable(output)
+
+
+def _check_writable(output: Path) -> None:
+    try:
         with tempfile.TemporaryFile(dir=output):
             pass
     except OSError as error:
-        raise UsageError(
-            f"--output-dir {output} cannot be written ({error.strerror}): choose another folder."
-        ) from error
+        raise _not_writable(output, error) from error
 
 
-def _clear(output: Path) -> None:
-    for name in WRITTEN:
-        path = output / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+def _not_writable(output: Path, error: OSError) -> UsageError:
+    return UsageError(f"--output-dir {output} cannot be written ({reason(error)}): choose another folder.")

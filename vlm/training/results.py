@@ -1,8 +1,6 @@
 """After the last step: the best model is loaded from its folder, as a user would, and tested once."""
 
-import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from vlm.classifier import TOLERANCE, VLMClassifier
-from vlm.common import dtype_name, format_table, note, write_json
+from vlm.common import command_of, dtype_name, format_table, note, write_json
 from vlm.config import BEST_MODEL, DEMO_IMAGES, METADATA, PAGE, RESULTS, STATE
 from vlm.data import Data, Split
 from vlm.evaluation import (
@@ -211,24 +209,7 @@ def _print(run: Run, results: dict[str, Any]) -> None:
     print(per_class_table(results["test"]))
     print("\n" + format_table(summary_rows(results)))
     images = str(run.output / DEMO_IMAGES) if run.settings.demo else "IMAGE_OR_FOLDER..."
-    hint = f"{_command()} --model-dir {run.output / BEST_MODEL} {images}"
+    hint = f"{command_of('inference_vlm.py', 'vlm-predict')} --model-dir {run.output / BEST_MODEL} {images}"
     note(f"\nClassify images with:\n  {hint}\nThe results are in {run.output}; look at {run.output / PAGE} first.")
     for warning in warnings_of(results):  # last, where they are seen
         note(f"warning: {warning}")
-
-
-def _command() -> str:
-    """How to start the inference from here, with this Python: files of folders below by their relative paths, such as
-    .venv/bin/python. If the training was started as `vlm-train`, it is `vlm-predict` next to it."""
-    if Path(sys.argv[0]).name == "vlm-train":
-        program = Path(sys.argv[0]).with_name("vlm-predict")
-        return program.name if shutil.which(program.name) == str(program) else _from_here(program)
-    python, script = (
-        _from_here(Path(path)) for path in (sys.executable, Path(__file__).parents[2] / "inference_vlm.py")
-    )
-    return f"{'python' if shutil.which('python') == sys.executable else python} {script}"
-
-
-def _from_here(path: Path) -> str:
-    relative = os.path.relpath(path)
-    return str(path.absolute()) if relative.startswith("..") else relative

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import vlm
 from vlm.classifier import Objective, VLMClassifier, balanced_weights, usual_objective
 from vlm.common import UsageError, doing, format_table, note, usual_modes
-from vlm.config import DEMO_MODEL, RunSettings, Settings
+from vlm.config import RunSettings, Settings
 from vlm.conversation import Prompts, build_prompts, longest_reasoning
 from vlm.data import Data, load_data, model_folder
 from vlm.families import (
@@ -33,6 +33,7 @@ from vlm.families import (
 )
 from vlm.machine import Texts, check_compiler, fit_to_memory, pick_device, pick_dtype, pick_threads, share_of_cores
 from vlm.training.preflight import point_out_contradictions, preflight, settings_rows
+from vlm.training.run_files import NEW_DEMO_MODEL
 from vlm.training.tuning import parameter_groups, prepare_tuning, trained_parameters
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "safetensors", "scikit-learn", "pillow")
@@ -144,7 +145,7 @@ def _find_model(settings: Settings, class_names: list[str], accelerator: Acceler
     """The folder of the model, and its commit on the hub."""
     if settings.model is not None:  # it is None only in the demo
         return model_folder(settings.model, settings.model_revision)
-    folder = Path(settings.output_dir) / DEMO_MODEL
+    folder = Path(settings.output_dir) / NEW_DEMO_MODEL
     if accelerator.is_main_process:
         build_demo_model(folder, settings, class_names)
         usual_modes(folder)

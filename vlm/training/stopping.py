@@ -2,9 +2,12 @@
 
 import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from vlm.common import Stopped
+from vlm.common import Stopped, is_main_process
 
 TRAINING, TESTING = "training", "testing"  # phases that `Trainer` enters; before them there is nothing to save
 
@@ -24,10 +27,20 @@ class StopSignals:
         self.asked = False
         self.phase = ""
 
-    def listen(self) -> None:
-        """Handle the signals from here on."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.handle)
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle the signals inside; afterwards they are handled as before.
+
+        Only the main thread of a program may handle signals: in another thread they are left to it.
+        """
+        before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def should_stop(self) -> bool:
         """Whether the run was asked to stop after the step."""
@@ -51,7 +64,8 @@ class StopSignals:
         self.asked = True
         if self.phase != TRAINING:
             raise self._stopped()
-        print("\nstopping after this step; once more to stop at once.", file=sys.stderr)
+        if is_main_process():
+            print("\nstopping after this step; once more to stop at once.", file=sys.stderr)
 
     def _stopped(self) -> Stopped:
         if self.phase == TESTING:
