@@ -6,10 +6,12 @@ environment and the doctor run before any package is installed.
 
 from typing import TYPE_CHECKING
 
+from vlm.common.checksums import check_checksums, read_checksums
 from vlm.common.errors import (
     RunError,
     Stopped,
     UsageError,
+    WriteError,
     did_you_mean,
     exit_code,
     first_line,
@@ -17,8 +19,10 @@ from vlm.common.errors import (
     is_out_of_memory,
     one_line,
     reason,
+    write_failure,
 )
-from vlm.common.files import read_json, recover, replacing, usual_modes, write_folder, write_json
+from vlm.common.files import read_json, replacing, write_json, writing
+from vlm.common.folders import existing, read_folder, recover, remove, usual_modes, write_folder
 from vlm.common.lazy import lazy_names
 from vlm.common.modes import evaluation_mode
 from vlm.common.tables import format_table, printable, text_width
@@ -33,9 +37,12 @@ __all__ = [
     "Stopped",
     "UsageError",
     "brief",
+    "WriteError",
+    "check_checksums",
     "did_you_mean",
     "dtype_name",
     "evaluation_mode",
+    "existing",
     "exit_code",
     "first_line",
     "format_table",
@@ -46,16 +53,21 @@ __all__ = [
     "note",
     "one_line",
     "printable",
+    "read_checksums",
+    "read_folder",
     "read_json",
     "reason",
     "recover",
+    "remove",
     "replacing",
     "shorten",
     "text_width",
     "usual_modes",
     "with_bar",
+    "write_failure",
     "write_folder",
     "write_json",
+    "writing",
 ]
 
 # These need tqdm. The set-up of the environment, the doctor and `--help` run before it is installed.

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 a run that failed, 2 wrong usage, 130 stopped by the user.
 
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -15,6 +16,18 @@ class UsageError(Exception):
 
 class RunError(Exception):
     """A run that was set up correctly could not go on. Exit code 1."""
+
+
+class WriteError(RunError):
+    """A file or folder could not be written, such as on a full disk. What was there before is unharmed.
+
+    Attributes:
+        path: the file or folder. reason: why, in a few words.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
+        super().__init__(f"{path} could not be written ({reason}). Make room there or allow writing, then try again.")
+        self.path, self.reason = path, reason
 
 
 class Stopped(KeyboardInterrupt):
@@ -44,6 +57,17 @@ def reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror[:1].lower() + error.strerror[1:]
     return one_line(error)
+
+
+def write_failure(error: BaseException) -> str | None:
+    """Why something could not be written, in a few words; None if the error is about something else.
+
+    Errors of safetensors and tokenizers, which are written in Rust, are no `OSError`, but name its number.
+    """
+    if isinstance(error, OSError):
+        return reason(error)
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return reason(OSError(int(found[1]), os.strerror(int(found[1])))) if found else None
 
 
 def did_you_mean(given: str, known: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ RESULTS = "results.json"
 LOG = "log.jsonl"
 PAGE = "report.html"
 STATE = "resume_state"
+PREVIOUS_STATE = "resume_state_previous"
 BEST_MODEL = "best_model"
 FINAL_MODEL = "final_model"
 DEMO_IMAGES = "demo_images"
@@ -19,6 +20,7 @@ WRITTEN = (
     DEMO_IMAGES,
     "demo_pictures",
     STATE,
+    PREVIOUS_STATE,
     *TRACKERS,
     METADATA,
     RESULTS,

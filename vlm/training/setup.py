@@ -8,6 +8,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from accelerate import Accelerator
@@ -218,6 +219,7 @@ def _metadata(
     """What the model folder tells inference, and people."""
     return {
         "format_version": 1,
+        "run_id": uuid4().hex,  # a resumed run takes over that of the interrupted one
         "model": DEMO_NAME if settings.demo else settings.model,
         "model_revision": revision,
         "model_type": classifier.model.config.model_type,
