@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm.common import UsageError, exit_code, lazy_names
-from vlm.config import METADATA, RunSettings, Settings, parse_arguments, read_settings, resolve
+from vlm.config import METADATA, RunSettings, Settings, parse_arguments, read_run, read_settings, resolve
 from vlm.machine import wait_politely
 
 if TYPE_CHECKING:
@@ -58,14 +58,11 @@ def saved_settings(output: Path) -> RunSettings:
     """The settings of the interrupted run in a folder.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is none, or its metadata are damaged.
     """
-    import json
-
-    path = output / METADATA
-    if not path.is_file():
+    if not (output / METADATA).is_file():
         raise UsageError(f"--resume: {output} holds no run to continue. Leave out --resume to start one.")
-    return read_settings(json.loads(path.read_text(encoding="utf-8"))["settings"])
+    return read_settings(read_run(output)["settings"])
 
 
 if __name__ == "__main__":

@@ -108,6 +108,7 @@ def test_a_run_that_would_go_on_elsewhere_is_refused(tmp_path, name, saved_as):
     values = json.loads(state.read_text())
     values["fingerprint"][saved_as] = values["fingerprint"].pop(name) + 1
     state.write_text(json.dumps(values))
+    (tmp_path / STATE / "checksums.json").unlink()
     with pytest.raises(UsageError, match=f"had [0-9]+ {name}, this one has [0-9]+"):
         fit(resumed(tmp_path))
 

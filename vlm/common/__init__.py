@@ -6,7 +6,7 @@ environment and the doctor run before any package is installed.
 
 from typing import TYPE_CHECKING
 
-from vlm.common.checksums import check_checksums, read_checksums
+from vlm.common.checksums import CHECKSUMS, check_checksums, read_checksums
 from vlm.common.errors import (
     RunError,
     Stopped,
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from vlm.common.progress import Bar, note, with_bar
 
 __all__ = [
+    "CHECKSUMS",
     "Bar",
     "RunError",
     "Stopped",

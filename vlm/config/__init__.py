@@ -30,7 +30,8 @@ from vlm.config.names import (
     STATE,
     WRITTEN,
 )
-from vlm.config.resolve import read_settings, resolve
+from vlm.config.resolve import different_settings, read_settings, resolve
+from vlm.config.saved import read_run
 from vlm.config.settings import ImageSize, RunSettings, Settings
 
 __all__ = [
@@ -61,8 +62,10 @@ __all__ = [
     "RunSettings",
     "Settings",
     "build_parser",
+    "different_settings",
     "lay_out",
     "parse_arguments",
+    "read_run",
     "read_settings",
     "reasoning_of",
     "resolve",

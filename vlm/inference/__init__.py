@@ -4,7 +4,7 @@ model_folder.py writes and reads the folder, which holds all that inference need
 images one by one or in batches.
 """
 
-from vlm.inference.model_folder import save_model_folder
+from vlm.inference.model_folder import save_model_folder, update_metadata
 from vlm.inference.predictor import load_model_and_metadata, predict_batch, predict_single_image
 
 __all__ = [
@@ -12,4 +12,5 @@ __all__ = [
     "predict_batch",
     "predict_single_image",
     "save_model_folder",
+    "update_metadata",
 ]

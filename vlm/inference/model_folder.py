@@ -2,19 +2,18 @@
 
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlm.common import UsageError, one_line, read_checksums, read_json, write_folder, write_json
+from vlm.common import UsageError, read_checksums, read_json, write_folder, write_json
 from vlm.config import BEST_MODEL, DEMO_MODEL, METADATA
+from vlm.conversation import Prompts
 from vlm.families import Family
 
 WRITTEN_BY = "It is written by train_vlm.py with the model: copy both again, or train again."
-Value = TypeVar("Value")
 
 
 def save_model_folder(
@@ -86,17 +85,21 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     return metadata
 
 
-def from_metadata(folder: Path, read: Callable[[], Value]) -> Value:
-    """What `read` makes of the metadata of a folder.
+def read_prompts(folder: Path, metadata: dict[str, Any]) -> Prompts:
+    """The prompts in the metadata of a folder.
 
     Raises:
-        UsageError: a value in the metadata is missing or of another kind.
+        UsageError: a value is missing or of another kind.
     """
     try:
-        return read()
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        kind = "has no value" if isinstance(error, KeyError) else "has a value of another kind:"
-        raise UsageError(f"{_metadata_file(folder)} is damaged: it {kind} {one_line(error)}. {WRITTEN_BY}") from error
+        prompts = Prompts.from_json(metadata["prompts"])
+        texts = (prompts.system, prompts.question, prompts.response_format, *prompts.class_names, *prompts.responses)
+        whole = all(isinstance(text, str) for text in texts) and isinstance(prompts.reasoning_tokens, int)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        whole = False
+    if not whole or not prompts.class_names or list(prompts.class_names) != metadata["class_names"]:
+        raise UsageError(f"{_metadata_file(folder)} is damaged: its classes and prompts cannot be read. {WRITTEN_BY}")
+    return prompts
 
 
 def _metadata_file(folder: Path) -> Path:
