@@ -52,17 +52,20 @@ def read_checksums(folder: Path) -> dict[str, str]:
     return values
 
 
-def check_checksums(folder: Path, cure: str) -> None:
+def check_checksums(folder: Path, cure: str, movable: str = "") -> None:
     """Compare the files of a folder with its `CHECKSUMS`; a folder without them is not checked.
 
     Args:
         cure: what the user can do about a damaged file; the end of the message.
+        movable: the file that may be missing, because it may lie elsewhere.
 
     Raises:
         UsageError: a file is missing or has another content.
     """
     for name, expected in read_checksums(folder).items():
         path = folder / name
+        if name == movable and not path.exists():
+            continue
         if not path.is_file():
             raise UsageError(f"{path} is missing: {CHECKSUMS} next to it names it. {cure}")
         try:

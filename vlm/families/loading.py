@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from vlm.common import CHECKSUMS, UsageError, check_checksums
+from vlm.config import METADATA
 from vlm.families.base import Family
 from vlm.families.generic import GenericFamily
 from vlm.families.idefics3 import Idefics3Family
@@ -46,7 +47,7 @@ def load_family(
         UsageError: the folder holds no model that this program can train, or a file that is not as it was written.
         UsageError: one of the image options belongs to another family.
     """
-    check_checksums(folder, CURE)
+    check_checksums(folder, CURE, movable=METADATA)
     if device.type == "cpu":
         # torch's attention on a CPU lets query heads share keys and values; with a mask, no other device does.
         os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
