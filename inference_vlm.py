@@ -15,7 +15,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm.common import RunError, UsageError, exit_code, lazy_names
+from vlm.common import RunError, UsageError, WriteError, exit_code, lazy_names
 from vlm.config import Parser, Settings
 from vlm.machine import wait_politely
 
@@ -167,8 +167,8 @@ def write_results(path: Path, results: dict[str, dict[str, Any]]) -> None:
                 )
             else:
                 _write_csv(file, results)
-    except OSError as error:
-        raise UsageError(f"--output {path} cannot be written ({error.strerror}): choose another place.") from error
+    except WriteError as error:
+        raise UsageError(f"--output {path} cannot be written ({error.reason}): choose another place.") from error
     print(f"{len(results)} rows in {path}", file=sys.stderr)
 
 

@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 a run that failed, 2 wrong usage, 130 stopped by the user.
 """
 
 import difflib
+import errno
 import os
 import re
 import sys
@@ -52,8 +53,10 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """Why a file could not be read, in one line. Of an error of the system: without its number and the file's name."""
+    if isinstance(error, WriteError):
+        return error.reason
     if isinstance(error, OSError) and error.strerror:
         return error.strerror[:1].lower() + error.strerror[1:]
     return one_line(error)
@@ -76,6 +79,7 @@ def did_you_mean(given: str, known: Sequence[str]) -> str:
     return f" Did you mean {close[0]}?" if close else ""
 
 
+FULL_DISK = tuple(reason(OSError(number, os.strerror(number))) for number in (errno.ENOSPC, errno.EDQUOT))
 OUT_OF_MEMORY = (
     "out of memory. Try in this order: a smaller --batch-size (with a larger --gradient-accumulation-steps the result "
     "is the same), a smaller --eval-batch-size, --tune connector instead of lora or full, --dtype bfloat16, "
@@ -119,6 +123,9 @@ def _explain(error: BaseException) -> tuple[str, int]:
             "environment that has all packages, or use the Python in it: .venv/bin/python.",
             2,
         )
+    if write_failure(error) in FULL_DISK:
+        where = f" {error.filename}" if isinstance(error, OSError) and error.filename else ""
+        return f"error: {write_failure(error)}:{where} could not be written. Make room, then run it again.", 1
     return f"error: {type(error).__name__}: {error}\nhint: run it again with --debug for the traceback.", 1
 
 

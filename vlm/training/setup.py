@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import vlm
 from vlm.classifier import Objective, VLMClassifier, balanced_weights, usual_objective
-from vlm.common import UsageError, format_table, note, usual_modes
+from vlm.common import UsageError, format_table, note, usual_modes, writing
 from vlm.config import DEMO_MODEL, RunSettings, Settings
 from vlm.conversation import Prompts, build_prompts, longest_reasoning
 from vlm.data import Data, load_data, model_folder
@@ -145,8 +145,9 @@ def _find_model(settings: Settings, class_names: list[str], accelerator: Acceler
         return model_folder(settings.model, settings.model_revision)
     folder = Path(settings.output_dir) / DEMO_MODEL
     if accelerator.is_main_process:
-        build_demo_model(folder, settings, class_names)
-        usual_modes(folder)
+        with writing(folder):
+            build_demo_model(folder, settings, class_names)
+            usual_modes(folder)
     accelerator.wait_for_everyone()
     return folder, None
 
