@@ -41,7 +41,8 @@ def write_folder(
     """
     new = folder.with_name(folder.name + ".new")
     with writing(folder):
-        recover(folder)
+        for place in (folder, previous or folder):
+            recover(place)
         remove(new)
         try:
             new.mkdir(parents=True)
