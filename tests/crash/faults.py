@@ -29,15 +29,15 @@ WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
 class Watch:
-    """Counts the file operations in a folder, and kills the process before one of them.
+    """Counts the file operations of a run, and kills the process before one of them.
 
     Args:
-        folder: operations elsewhere are not counted.
+        output: its output folder. The feature cache lies next to it; operations elsewhere are not counted.
         kind, number: the operation that never happens; None counts only.
     """
 
-    def __init__(self, folder: Path, kind: str | None = None, number: int = 0) -> None:
-        self.folder, self.kind, self.number = str(folder), kind, number
+    def __init__(self, output: Path, kind: str | None = None, number: int = 0) -> None:
+        self.folder, self.kind, self.number = str(output.parent), kind, number
         self.counts: Counter[str] = Counter()
         sys.addaudithook(self._audit)
         os.fsync = self._watched("fsync", os.fsync)

@@ -40,7 +40,7 @@ def check_types(values: Mapping[str, Any]) -> None:
         value = values.get(name)
         if value is not None and not _fits(value, hints[name]):
             raise UsageError(
-                f"{METADATA} is damaged: its {flag_of(name)} is {value!r:.80}. Start again with --overwrite."
+                f"{METADATA} is damaged: its {flag_of(name)} is {value!r:.80}. Copy its folder again, or train again."
             )
 
 
