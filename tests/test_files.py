@@ -80,7 +80,17 @@ def test_a_file_that_cannot_be_written_is_named_with_the_reason(tmp_path):
     assert names_in(tmp_path) == set()
 
 
-@pytest.mark.parametrize("error", [OSError(28, "", "/cache/a"), Exception("I/O error (os error 122)")])
+def test_what_a_killed_process_left_goes_with_the_next_write(tmp_path):
+    left = [f".{name}.{number}.tmp" for name in ("a", "b") for number in (2**22 + 1, os.getppid(), "mine")]
+    for name in left:
+        (tmp_path / name).write_text("")
+    write_json(tmp_path / "a", {})
+    assert names_in(tmp_path) == {"a", *left[1:]}
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device", "/cache/a"), Exception("I/O error (os error 122)")]
+)
 def test_a_full_disk_anywhere_else_is_said_in_one_line(capsys, error):
     """Such as in the caches of libraries, which raise errors of their own."""
 

@@ -38,7 +38,5 @@ def test_settings_of_another_type_are_named(tmp_path, capsys, name, value):
     (tmp_path / METADATA).write_text(json.dumps({"settings": SETTINGS | {name: value}}))
     assert train("--resume", "--output-dir", tmp_path) == 2
     (said,) = capsys.readouterr().err.splitlines()
-    assert (
-        said
-        == f"error: {METADATA} is damaged: its --{name.replace('_', '-')} is {value!r}. Copy its folder again, or train again."
-    )
+    flag = f"--{name.replace('_', '-')}"
+    assert said == f"error: {METADATA} is damaged: its {flag} is {value!r}. Copy its folder again, or train again."

@@ -105,12 +105,13 @@ class Round:
         """Damage a file of the newest state, or of the cache: the one before is used, or it is computed again."""
         state = self.output / "resume_state"
         older = self.output / "resume_state_previous"
-        files = [*state.iterdir(), state] if state.is_dir() and older.is_dir() else []
-        files += (self.output.parent / "cache").rglob("*.safetensors")
-        if not files:
+        of_state = [*state.iterdir(), state] if state.is_dir() and older.is_dir() else []
+        of_cache = list((self.output.parent / "cache").rglob("*.safetensors"))
+        groups = [sorted(files) for files in (of_state, of_cache) if files]
+        if not groups:
             return
         self.table.others += 1
-        file = self.chance.choice(files)
+        file = self.chance.choice(self.chance.choice(groups))
         change: Callable[[Path], None] = make_file if file == state else self.chance.choice(DAMAGES)
         change(file)
 

@@ -1,6 +1,7 @@
 """Files that are written whole or not at all, and read although they may be damaged."""
 
 import errno
+import glob
 import json
 import os
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ def replacing(path: str | Path, durable: bool = True) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
+        if durable:
+            _delete_leftovers(path)
         try:
             yield temporary
             if durable:
@@ -38,6 +41,24 @@ def replacing(path: str | Path, durable: bool = True) -> Iterator[Path]:
         finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def _delete_leftovers(path: Path) -> None:
+    """Delete what processes that were killed have left of a file."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        number = left.name.rsplit(".", 2)[1]
+        if number.isdigit() and not _is_running(int(number)):
+            left.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
 
 
 @contextmanager
