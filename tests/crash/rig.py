@@ -168,15 +168,20 @@ class Rig:
                 found.append(f"best_model is not whole: {error}")
         return found
 
-    def differences(self, output: Path) -> list[str]:
-        """What differs in a run that came to its end from the undisturbed one."""
+    def differences(self, output: Path, allowed: str | None = None) -> list[str]:
+        """What differs in a run that came to its end from the undisturbed one.
+
+        Args:
+            allowed: the beginning of names that may be there.
+        """
         found = [
             f"other weights in {name}"
             for name, expected in zip(WEIGHTS, self.unbroken.weights, strict=True)
             if (output / name).read_bytes() != expected
         ]
         names = {str(path.relative_to(output)) for path in output.rglob("*")}
-        found += [f"left behind: {name}" for name in sorted(names - self.unbroken.names)]
+        left = sorted(names - self.unbroken.names)
+        found += [f"left behind: {name}" for name in left if allowed is None or not name.startswith(allowed)]
         found += [f"missing: {name}" for name in sorted(self.unbroken.names - names)]
         return found
 
