@@ -75,6 +75,7 @@ def test_a_damaged_state_is_named_and_the_one_before_is_used(output, capsys, nam
         read_state(output)
     message = str(error.value)
     assert message.startswith(f"--resume: {output / STATE / name} is ") and "\n" not in message
+    assert "  " not in message
     assert message.endswith("There is no other state to continue from: start again with --overwrite.")
 
 

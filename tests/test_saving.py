@@ -1,18 +1,22 @@
 """vlm/training/saving.py: a full disk does not end a training, and nothing is lost by it."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 from commands import names_in
+from damage import flip_bit
 from safetensors.torch import load_file
 from tiny import tiny_classifier
 
 from vlm.common import RunError
+from vlm.config import PREVIOUS_STATE, STATE
 from vlm.training.resume_state import Belonging, Progress, load_state, read_state
 from vlm.training.saving import Saver
 from vlm.training.tuning import trained_parameters
 
+STATES = (STATE, PREVIOUS_STATE)
 BELONGING = Belonging("abc", {}, {}, {})
 
 
@@ -80,6 +84,19 @@ def test_the_best_model_is_written_later_with_the_weights_it_had(run, disk, caps
     assert all(torch.equal(tensor, torch.full_like(tensor, 2.0)) for tensor in (*other.values(), *run.learned.values()))
     saver.final_model()
     assert values_of(run.output / "final_model") == {2.0}
+
+
+def test_after_a_damaged_state_the_whole_one_before_is_kept(run, disk):
+    disk.full = False
+    for step in (1, 2):
+        Saver(run).state(Progress(step=step), BELONGING)
+    flip_bit(run.output / STATE / "optimizer.safetensors")
+    saver = Saver(run)
+    saver.resumed_from(read_state(run.output))
+    for step, before in ((3, 1), (4, 3)):
+        saver.state(Progress(step=step), BELONGING)
+        steps = [json.loads((run.output / name / "state.json").read_text())["progress"]["step"] for name in STATES]
+        assert steps == [step, before]
 
 
 def test_a_later_best_model_takes_its_place(run, disk):

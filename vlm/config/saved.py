@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from vlm.common import UsageError, read_json
-from vlm.config.names import METADATA
+from vlm.config.names import BEST_MODEL, METADATA
 from vlm.config.rules import flag_of
 from vlm.config.settings import RunSettings
 
@@ -19,7 +19,9 @@ def read_run(output: Path) -> dict[str, Any]:
         UsageError: it cannot be read, or is not what a run writes.
     """
     path = output / METADATA
-    cure = f"If {output} has a whole copy of it in best_model, copy that here; else start again with --overwrite."
+    copy = output / BEST_MODEL / METADATA
+    cure = f"Copy {copy} there, or start" if copy.is_file() else "Start"
+    cure += " again with --overwrite."
     values = read_json(path, cure)
     if not isinstance(values, dict) or not isinstance(values.get("settings"), dict):
         raise UsageError(f"{path} is damaged: it names no settings of a run. {cure}")

@@ -111,7 +111,7 @@ class Trainer:
         if scaler and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(scaler)
         self.progress = state.progress
-        self.saver.saved_step = self.progress.step
+        self.saver.resumed_from(state)
         note(f"continuing after step {self.progress.step} of {self.total_steps}.")
 
     def _belonging(self) -> Belonging:

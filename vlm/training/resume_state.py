@@ -67,11 +67,13 @@ class SavedState:
 
     Attributes:
         folder: where it is. values: the JSON of state.json. progress: how far the run had come.
+        newest_is_damaged: it is the one before, because the newest is damaged.
     """
 
     folder: Path
     values: dict[str, Any]
     progress: Progress
+    newest_is_damaged: bool = False
 
 
 def save_state(
@@ -81,6 +83,7 @@ def save_state(
     progress: Progress,
     belonging: Belonging,
     scaler: dict[str, Any] | None,
+    newest_is_damaged: bool = False,
 ) -> None:
     """Save what a resumed run needs; the rest is a function of seed and step.
 
@@ -88,6 +91,7 @@ def save_state(
         learned: the trained weights by name.
         belonging: what must be equal when the run is resumed.
         scaler: the state of the gradient scaler of float16.
+        newest_is_damaged: the newest state is deleted, and the one before it is kept instead.
 
     Raises:
         WriteError: the state cannot be written.
@@ -103,7 +107,7 @@ def save_state(
         values = {**asdict(belonging), "scaler": scaler, "progress": asdict(progress)}
         (new / REST).write_text(json.dumps(values), encoding="utf-8")  # plain JSON, because infinities are kept here
 
-    write_folder(output / STATE, write, previous=output / PREVIOUS_STATE)
+    write_folder(output / STATE, write, previous=None if newest_is_damaged else output / PREVIOUS_STATE)
 
 
 def read_state(output: Path) -> SavedState | None:
@@ -120,10 +124,11 @@ def read_state(output: Path) -> SavedState | None:
         try:
             state = _read(folder)
         except UsageError as error:
-            problem = problem or str(error)
+            problem = problem or str(error).rstrip()
             continue
         if problem:
             note(f"{problem} The state that was saved before it is used: {folder}.")
+            state.newest_is_damaged = True
         return state
     if problem:
         raise UsageError(f"--resume: {problem} There is no other state to continue from: {START_AGAIN}.")

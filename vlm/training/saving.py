@@ -9,7 +9,7 @@ from torch import Tensor
 from vlm.common import RunError, WriteError, note
 from vlm.config import BEST_MODEL, FINAL_MODEL, STATE
 from vlm.inference import save_model_folder
-from vlm.training.resume_state import Belonging, Progress, save_state
+from vlm.training.resume_state import Belonging, Progress, SavedState, save_state
 from vlm.training.setup import Run
 from vlm.training.tuning import merged_state_dict
 
@@ -29,8 +29,13 @@ class Saver:
         self.run = run
         self.missing: dict[str, str] = {}
         self.saved_step = 0
+        self._newest_is_damaged = False
         self.last_try = time.monotonic()
         self._best: tuple[dict[str, Tensor], dict[str, Any]] | None = None  # trained weights and metadata
+
+    def resumed_from(self, state: SavedState) -> None:
+        """Go on after a state that was saved before."""
+        self.saved_step, self._newest_is_damaged = state.progress.step, state.newest_is_damaged
 
     def best_model(self, metadata: dict[str, Any]) -> None:
         """Save the model as it is now as the best one."""
@@ -75,12 +80,13 @@ class Saver:
                 progress,
                 belonging,
                 scaler.state_dict() if scaler else None,
+                self._newest_is_damaged,
             )
         except WriteError as error:
             self._failed(STATE, error.reason)
         else:
             self._saved(STATE)
-            self.saved_step = progress.step
+            self.saved_step, self._newest_is_damaged = progress.step, False
 
     def _best_again(self) -> None:
         """Try again to write the best model, whose trained weights take the place of the current ones meanwhile."""
