@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm.common import CONTINUED, UsageError, command_of, exit_code, lazy_names, read_json, switches_as_before
+from vlm.common import CONTINUED, UsageError, command_of, exit_code, lazy_names, switches_as_before
 from vlm.config import (
     METADATA,
     RESULTS,
@@ -19,6 +19,7 @@ from vlm.config import (
     Settings,
     flags_to_train_further,
     parse_arguments,
+    read_run,
     read_settings,
     resolve,
     user_path,
@@ -75,15 +76,11 @@ def saved_settings(output: Path, epochs: int | None = None) -> RunSettings:
         epochs: that were asked for, for the message if the run is finished.
 
     Raises:
-        UsageError: there is no run, or it is finished.
+        UsageError: there is no run, its metadata are damaged, or it is finished.
     """
-    path = output / METADATA
-    if not path.is_file():
+    if not (output / METADATA).is_file():
         raise UsageError(f"--resume: {output} holds no run to continue. Leave out --resume to start one.")
-    metadata = read_json(path, "Start again with --overwrite.")
-    if not isinstance(metadata, dict) or not isinstance(metadata.get("settings"), dict):
-        raise UsageError(f"--resume: {path} names no settings of a run. Start again with --overwrite.")
-    saved = read_settings(metadata["settings"])
+    saved = read_settings(read_run(output)["settings"])
     if (output / RESULTS).is_file():
         command = (
             f"{command_of('train_vlm.py', 'vlm-train')} {shlex.join(flags_to_train_further(saved, output, epochs))}"

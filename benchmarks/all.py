@@ -24,6 +24,7 @@ NAMES = (
     "levers",
     "growth",
     "memory_vs_trl",
+    "saving",
 )
 EVERYDAY = ("startup", "train_vs_trl", "classify_vs_generate")
 

@@ -13,6 +13,7 @@ PATIENCE = 240  # seconds for a whole process; only a broken one takes as long
 TRACEBACK = "Traceback (most recent call last)"
 MODEL_FOLDER = {
     "chat_template.jinja",
+    "checksums.json",
     "config.json",
     "generation_config.json",
     "model.safetensors",

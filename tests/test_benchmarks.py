@@ -219,6 +219,11 @@ def test_memory(benchmark, monkeypatch):
     assert row["their MiB"] > 100
 
 
+def test_saving(benchmark):
+    rows = benchmark("saving")["rows"]
+    assert [row["step"].split(",")[0] for row in rows] == ["write", "read"]
+
+
 @pytest.mark.slow
 def test_startup(benchmark):
     assert len(benchmark("startup")["rows"]) == 5
@@ -367,6 +372,7 @@ class TestParts:
             "levers",
             "growth",
             "memory_vs_trl",
+            "saving",
         ]
         names += ["train_on_gpu", "objectives_digits", "objectives_planets"]
         page = (ROOT / "docs/performance.md").read_text(encoding="utf-8") + (ROOT / "docs/objectives.md").read_text(

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import classify, names_in, train
+from damage import cut_short, empty, flip_bit, make_folder
 from feature_checks import classifier_of, split
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -131,9 +132,9 @@ def test_two_runs_fill_the_same_cache_at_once(tmp_path, root):
     classifier = classifier_of("idefics3", tmp_path / "model")
     images, both = split(), multiprocessing.get_context("fork").Barrier(2)
 
-    def save(entry, path):
+    def save(entry, path, metadata):
         both.wait(timeout=60)
-        save_file(entry, path)
+        save_file(entry, path, metadata)
 
     runs = [start(classifier, images, save) for _ in range(2)]
     for run in runs:
@@ -144,8 +145,27 @@ def test_two_runs_fill_the_same_cache_at_once(tmp_path, root):
     assert all(load_file(file) for file in folder.iterdir())
 
 
+@pytest.mark.parametrize("damage", [flip_bit, cut_short, empty, make_folder])
+def test_a_damaged_file_is_computed_again(tmp_path, capsys, damage):
+    classifier = classifier_of("idefics3", tmp_path / "model")
+    images = split()
+    whole = fill_cache(classifier.family, [images], limit_gb=1).encode(images.keys)
+    cache = FeatureCache(classifier.family, False, False, 1)
+    for key in images.keys[:2]:
+        damage(cache.folder / f"{key}.safetensors")
+    assert cache.encode(images.keys[:1]) is None, "what is damaged is never taken"
+    again = fill_cache(classifier.family, [images], limit_gb=1)
+    found = again.encode(images.keys)
+    assert all(torch.allclose(found.inputs[name], tensor) for name, tensor in whole.inputs.items())
+    said = [line for line in capsys.readouterr().err.splitlines() if "damaged" in line]
+    for key, line in zip(images.keys[:2], said, strict=True):
+        assert line.endswith(
+            f"{key}.safetensors is damaged: it is deleted, and the vision features of its image are computed again."
+        )
+
+
 def test_a_run_that_is_killed_while_it_writes_does_no_harm(tmp_path, root):
-    def save(entry, path):
+    def save(entry, path, metadata):
         path.write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -168,7 +168,10 @@ def test_filling_the_cache_keeps_no_image_in_memory(tmp_path, monkeypatch):
     assert len(alive) == 3 and max(alive) <= 2
 
 
-@pytest.mark.parametrize("error", [SafetensorError("no space left"), OSError(28, "No space left on device")])
+@pytest.mark.parametrize(
+    "error",
+    [SafetensorError("I/O error: No space left on device (os error 28)"), OSError(28, "No space left on device")],
+)
 def test_a_full_disk_is_no_end_of_the_run(tmp_path, monkeypatch, capsys, error):
     classifier = classifier_of("idefics3", tmp_path / "model")
 
@@ -177,7 +180,8 @@ def test_a_full_disk_is_no_end_of_the_run(tmp_path, monkeypatch, capsys, error):
 
     monkeypatch.setattr("vlm.families.features.cache.save_file", fail)
     assert fill_cache(classifier.family, [split()], limit_gb=1) is None
-    assert "o space left" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "cannot be kept" in err and err.endswith("(no space left on device).\n")
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux shows what is mapped")

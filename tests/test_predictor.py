@@ -167,6 +167,9 @@ def test_a_calibration_for_other_prompts_is_not_used_and_that_is_said(demo_run, 
     metadata = json.loads(file.read_text())
     metadata["prompts"]["question"] += " Think."
     file.write_text(json.dumps(metadata))
+    with pytest.raises(UsageError, match=r"changed the file on purpose, delete checksums.json"):
+        load_model_and_metadata(tmp_path / "model", device="cpu")
+    (tmp_path / "model" / "checksums.json").unlink()
     model, _, _ = load_model_and_metadata(tmp_path / "model", device="cpu")
     assert model.calibration == Calibration()
     assert "fitted with other prompts or classes" in capsys.readouterr().err
@@ -182,6 +185,7 @@ def test_a_model_that_abstains_gives_none_with_its_probabilities(demo_run, loade
     metadata = json.loads(file.read_text())
     metadata["calibration"]["abstain_below"] = threshold
     file.write_text(json.dumps(metadata))
+    (tmp_path / "model" / "checksums.json").unlink()
     abstaining = load_model_and_metadata(tmp_path / "model", device="cpu")
     results = batch(abstaining, paths)
     assert sum("abstained" in result for result in results.values()) == COUNT // 2
@@ -299,7 +303,7 @@ def test_a_folder_without_a_trained_model_says_what_was_expected(demo_run, tmp_p
     with pytest.raises(UsageError, match=r"no training_metadata.json in .* or next to it"):
         load_model_and_metadata(tmp_path)
     (tmp_path / "training_metadata.json").write_text("{")
-    with pytest.raises(UsageError, match="is not readable"):
+    with pytest.raises(UsageError, match="training_metadata.json cannot be read"):
         load_model_and_metadata(tmp_path)
     shutil.copy(demo_run / "training_metadata.json", tmp_path)
     with pytest.raises(UsageError, match="no readable config.json"):

@@ -1,6 +1,7 @@
 """An interrupted run that goes on ends with the same weights as an unbroken one, to the last bit."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -96,6 +97,34 @@ def test_a_run_that_was_killed_before_the_first_state_starts_from_the_beginning(
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
+@pytest.mark.slow
+def test_a_run_with_other_data_is_refused_and_goes_on_with_its_own(tiny_model, color_folder, tmp_path):
+    """Two classes are exchanged, then a class has another name, then an image is replaced."""
+    images, output = shutil.copytree(color_folder, tmp_path / "images"), tmp_path / "out"
+    cat, fish = images / "cat", images / "catfish"
+    given = {"model": str(tiny_model), "dataset": str(images), "epochs": 1, "batch_size": 4, "output_dir": str(output)}
+    with pytest.raises(Stopped):
+        fit(resolve(given), stop_after(1))
+    run_id = json.loads((output / "training_metadata.json").read_text())["run_id"]
+
+    def exchange(one, other):
+        one.rename(images / "between")
+        other.rename(one)
+        (images / "between").rename(other)
+
+    for change, what in (
+        (lambda: exchange(cat, fish), "images of train"),
+        (lambda: cat.rename(images / "bat") if cat.exists() else (images / "bat").rename(cat), "class names"),
+        (lambda: exchange(cat / "0.png", fish / "0.png"), "images of "),
+    ):
+        change()
+        with pytest.raises(UsageError, match=f"the data are not those of the interrupted run: .*{what}"):
+            fit(resumed(output))
+        change()
+    fit(resumed(output))
+    assert json.loads((output / "best_model" / "training_metadata.json").read_text())["run_id"] == run_id
+
+
 @pytest.mark.parametrize(
     ("name", "saved_as"),
     [("processes", "processes"), ("training images", "training images"), ("training images", "training pictures")],
@@ -108,6 +137,7 @@ def test_a_run_that_would_go_on_elsewhere_is_refused(tmp_path, name, saved_as):
     values = json.loads(state.read_text())
     values["fingerprint"][saved_as] = values["fingerprint"].pop(name) + 1
     state.write_text(json.dumps(values))
+    (tmp_path / STATE / "checksums.json").unlink()
     with pytest.raises(UsageError, match=f"had [0-9]+ {name}, this one has [0-9]+"):
         fit(resumed(tmp_path))
 

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import signal
 import sys
 import types
 
@@ -297,3 +298,33 @@ def test_mlflow_uses_the_server_that_the_environment_names(tmp_path, mlflow, mon
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracker:5000")
     RunLog(tmp_path, ["mlflow"], "p").close()
     assert mlflow.of("set_tracking_uri") == [] and not (tmp_path / "mlflow").exists()
+
+
+def test_a_full_disk_does_not_end_the_run_and_no_line_is_lost(tmp_path, capsys):
+    """The room ends in the middle of a line; later there is room again."""
+    resource = pytest.importorskip("resource")
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with RunLog(tmp_path) as log:
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (150, limits[1]))
+            for step in range(1, 6):
+                log.log("train", step, loss=0.5)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, ignored)
+        assert [entry["step"] for entry in read_log(log.path)] == [1, 2]
+        log.log("train", 6, loss=0.5)
+    assert [entry["step"] for entry in read_log(log.path)] == [1, 2, 3, 4, 5, 6]
+    assert capsys.readouterr().err == (
+        f"warning: {log.path} could not be written (file too large). The training goes on: make room.\n"
+    )
+
+
+@pytest.mark.parametrize("line", ["[1]", "3", '{"kind": "train"}', '{"step": "x"}', "[" * 100_000, '{"step": 1'])
+def test_a_damaged_line_is_left_out(tmp_path, line):
+    (tmp_path / "log.jsonl").write_text(f'{line}\n{{"kind": "train", "step": 2}}\n')
+    assert read_log(tmp_path / "log.jsonl") == [{"kind": "train", "step": 2}]
+    (tmp_path / "log.jsonl").unlink()
+    (tmp_path / "log.jsonl").mkdir()
+    assert read_log(tmp_path / "log.jsonl") == []

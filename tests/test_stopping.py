@@ -286,6 +286,50 @@ def test_out_of_memory_ends_with_advice(tmp_path, monkeypatch, capsys, error):
         assert flag in last
 
 
+def fill_disk(monkeypatch, *names):
+    """No folder or file of these names can be put into its place."""
+    original = os.fsync
+
+    def fsync(handle):
+        path = os.path.realpath(f"/proc/self/fd/{handle}")
+        if any(f"/{name}" in path for name in names):
+            raise OSError(28, "No space left on device")
+        original(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="only Linux names the files of handles")
+def test_a_run_on_a_full_disk_goes_on_and_says_what_is_missing(tmp_path, monkeypatch, capsys, unbroken):
+    with monkeypatch.context() as patched:
+        fill_disk(patched, "best_model", "resume_state")
+        send_after(patched, 35, signal.SIGINT)
+        assert train(*FLAGS, "--output-dir", tmp_path) == 130
+    err = capsys.readouterr().err
+    assert err.count("could not be saved in") == 1, "one warning, not one at each save"
+    assert err.splitlines()[-1] == (
+        "stopped after step 35 of 80; the state could not be saved (no space left on device), so make room, and that "
+        f"of step 0 is taken; continue with --resume --output-dir {tmp_path}"
+    )
+    with monkeypatch.context() as patched:
+        fill_disk(patched, "final_model")
+        assert train("--resume", "--output-dir", tmp_path) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"error: final_model could not be saved in {tmp_path} (no space left on device). Make room, then continue with "
+        f"--resume --output-dir {tmp_path}."
+    )
+    with monkeypatch.context() as patched:
+        fill_disk(patched, ".report.html")
+        assert train("--resume", "--output-dir", tmp_path) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"error: {tmp_path / 'report.html'} could not be written (no space left on device). The training is done: make "
+        f"room, then continue with the test by --resume --output-dir {tmp_path}."
+    )
+    (tmp_path / "final_model").rename(tmp_path / "final_model_of_this_test")
+    assert goes_on_to_the_same_end(tmp_path, unbroken)
+
+
 def test_another_python_is_told_where_the_packages_are(tmp_path, monkeypatch, capsys):
     def missing(*_, **__):
         raise ModuleNotFoundError("No module named 'tqdm'", name="tqdm")

@@ -6,10 +6,12 @@ environment and the doctor run before any package is installed.
 
 from typing import TYPE_CHECKING
 
+from vlm.common.checksums import CHECKSUMS, check_checksums, read_checksums
 from vlm.common.errors import (
     RunError,
     Stopped,
     UsageError,
+    WriteError,
     did_you_mean,
     doing,
     exit_code,
@@ -17,8 +19,10 @@ from vlm.common.errors import (
     is_out_of_memory,
     one_line,
     reason,
+    write_failure,
 )
-from vlm.common.files import read_json, recover, replacing, usual_modes, write_folder, write_json
+from vlm.common.files import read_json, replacing, write_json, writing
+from vlm.common.folders import existing, read_folder, recover, remove, usual_modes, write_folder
 from vlm.common.lazy import lazy_names
 from vlm.common.modes import evaluation_mode
 from vlm.common.processes import OTHER_ENDED, is_main_process
@@ -42,14 +46,17 @@ if TYPE_CHECKING:
     from vlm.common.progress import Bar, note, with_bar
 
 __all__ = [
+    "CHECKSUMS",
     "CONTINUED",
     "OTHER_ENDED",
     "Bar",
     "RunError",
     "Stopped",
     "UsageError",
+    "WriteError",
     "any_text",
     "brief",
+    "check_checksums",
     "command_of",
     "csv_cell",
     "did_you_mean",
@@ -57,6 +64,7 @@ __all__ = [
     "drop_closed_pipes",
     "dtype_name",
     "evaluation_mode",
+    "existing",
     "exit_code",
     "first_line",
     "format_table",
@@ -69,17 +77,22 @@ __all__ = [
     "one_line",
     "printable",
     "printable_lines",
+    "read_checksums",
+    "read_folder",
     "read_json",
     "reason",
     "recover",
+    "remove",
     "replacing",
     "shorten",
     "switches_as_before",
     "text_width",
     "usual_modes",
     "with_bar",
+    "write_failure",
     "write_folder",
     "write_json",
+    "writing",
 ]
 
 # These need tqdm. The set-up of the environment, the doctor and `--help` run before it is installed.

@@ -4,6 +4,9 @@ Exit codes: 0 done, 1 a run that failed, 2 wrong usage, 130 stopped by the user.
 """
 
 import difflib
+import errno
+import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +26,18 @@ class RunError(Exception):
     """A run that was set up correctly could not go on. Exit code 1."""
 
 
+class WriteError(RunError):
+    """A file or folder could not be written, such as on a full disk. What was there before is unharmed.
+
+    Attributes:
+        path: the file or folder. reason: why, in a few words.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
+        super().__init__(f"{path} could not be written ({reason}). Make room there or allow writing, then try again.")
+        self.path, self.reason = path, reason
+
+
 class Stopped(KeyboardInterrupt):
     """The user stopped the run; the message says what is left of it. Exit code 130.
 
@@ -40,11 +55,24 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """Why a file could not be read, in one line. Of an error of the system: without its number and the file's name."""
+    if isinstance(error, WriteError):
+        return error.reason
     if isinstance(error, OSError) and error.strerror:
         return error.strerror[:1].lower() + error.strerror[1:]
     return one_line(error)
+
+
+def write_failure(error: BaseException) -> str | None:
+    """Why something could not be written, in a few words; None if the error is about something else.
+
+    Errors of safetensors and tokenizers, which are written in Rust, are no `OSError`, but name its number.
+    """
+    if isinstance(error, OSError):
+        return reason(error)
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return reason(OSError(int(found[1]), os.strerror(int(found[1])))) if found else None
 
 
 def did_you_mean(given: str, known: Sequence[str]) -> str:
@@ -63,6 +91,7 @@ def doing(what: str) -> Iterator[None]:
         raise
 
 
+FULL_DISK = tuple(reason(OSError(number, os.strerror(number))) for number in (errno.ENOSPC, errno.EDQUOT))
 OUT_OF_MEMORY = (
     "out of memory. Try in this order: a smaller --batch-size (with a larger --gradient-accumulation-steps the result "
     "is the same), a smaller --eval-batch-size, --tune connector instead of lora or full, --dtype bfloat16, "
@@ -117,6 +146,9 @@ def _explain(error: BaseException) -> tuple[str, int]:
             "environment that has all packages, or use the Python in it: .venv/bin/python.",
             2,
         )
+    if write_failure(error) in FULL_DISK:
+        where = f" {error.filename}" if isinstance(error, OSError) and error.filename else ""
+        return f"error: {write_failure(error)}:{where} could not be written. Make room, then run it again.", 1
     return _explain_unexpected(error), 1
 
 

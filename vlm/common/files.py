@@ -1,30 +1,98 @@
-"""Files and folders that are written whole or not at all."""
+"""Files that are written whole or not at all, and read although they may be damaged."""
 
+import errno
+import glob
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from vlm.common.errors import RunError, UsageError, first_line, reason
+from vlm.common.errors import UsageError, WriteError, first_line, reason, write_failure
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: str | Path, durable: bool = True) -> Iterator[Path]:
     """Write a file whole or not at all.
+
+    Args:
+        durable: after a power cut there is the old file or the new one. Without it the file may be damaged then, so
+            that its reader has to check it.
 
     Yields:
         A path next to the file, which takes the place of the file if the block ends without an error.
+
+    Raises:
+        WriteError: it cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        if durable:
+            _delete_leftovers(path)
+        try:
+            yield temporary
+            if durable:
+                sync(temporary)
+            os.replace(temporary, path)
+            if durable:
+                sync(path.parent)
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def _delete_leftovers(path: Path) -> None:
+    """Delete what processes that were killed have left of a file."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        number = left.name.rsplit(".", 2)[1]
+        if number.isdigit() and not _is_running(int(number)):
+            left.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
     try:
-        yield temporary
-        os.replace(temporary, path)
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Turn errors of the system, and those of libraries in Rust, into `WriteError`."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except Exception as error:
+        failure = write_failure(error)
+        if failure is None:
+            raise
+        raise WriteError(path, failure) from error
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk.
+
+    Raises:
+        OSError: they cannot be written there. If the file system cannot wait, or the folder is one in which this user
+            may write but not read, nothing is raised.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(handle)
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -60,48 +128,3 @@ def _finite(values: Any) -> Any:
     if isinstance(values, list | tuple):
         return [_finite(value) for value in values]
     return None if isinstance(values, float) and values - values != 0 else values
-
-
-def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Fill a new folder, then put it in the place of the old one, so that a reader never sees half of it.
-
-    A run that is killed between the two renames leaves the old folder as `NAME.old`; `recover` puts it back.
-
-    Args:
-        folder: what is replaced.
-        write: fills the new folder, whose path it is given.
-
-    Raises:
-        RunError: the folder cannot be written.
-    """
-    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    try:
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        write(new)
-        usual_modes(new)
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(new, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise RunError(
-            f"{folder} cannot be written: {error}. What was saved before is unharmed; make room, then continue with "
-            "--resume."
-        ) from error
-
-
-def recover(folder: Path) -> None:
-    """Undo what a killed `write_folder` left."""
-    old = folder.with_name(folder.name + ".old")
-    if old.exists() and not folder.exists():
-        os.replace(old, folder)
-
-
-def usual_modes(folder: Path) -> None:
-    """Give the files of a folder the user's usual mode: safetensors writes them readable by their owner only."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    for path in folder.iterdir():
-        path.chmod(0o666 & ~mask)

@@ -29,12 +29,14 @@ from vlm.config.names import (
     METADATA,
     PAGE,
     PREVIOUS_RUN,
+    PREVIOUS_STATE,
     RESULTS,
     STATE,
     WRITTEN,
 )
-from vlm.config.resolve import flags_to_train_further, read_settings, resolve, user_path
+from vlm.config.resolve import different_settings, flags_to_train_further, read_settings, resolve, user_path
 from vlm.config.rules import MOST, MOST_AT_ONCE, can_be_a_path
+from vlm.config.saved import read_run
 from vlm.config.settings import ImageSize, RunSettings, Settings
 
 __all__ = [
@@ -60,6 +62,7 @@ __all__ = [
     "PAGE",
     "POSTERIOR",
     "PREVIOUS_RUN",
+    "PREVIOUS_STATE",
     "RESPONSE",
     "RESULTS",
     "STATE",
@@ -71,10 +74,12 @@ __all__ = [
     "Settings",
     "build_parser",
     "can_be_a_path",
+    "different_settings",
     "flags_to_train_further",
     "lay_out",
     "number",
     "parse_arguments",
+    "read_run",
     "read_settings",
     "reasoning_of",
     "resolve",

@@ -23,6 +23,7 @@ from vlm.config.defaults import (
 from vlm.config.formats import choose_format
 from vlm.config.names import BEST_MODEL
 from vlm.config.rules import flag_of, problems
+from vlm.config.saved import check_types
 from vlm.config.settings import RunSettings, Settings
 
 # Flags that may differ between an interrupted run and the one that resumes it.
@@ -91,7 +92,11 @@ def read_settings(values: Mapping[str, Any]) -> RunSettings:
 
     Args:
         values: the JSON object `settings` of `training_metadata.json`.
+
+    Raises:
+        UsageError: a value of another type.
     """
+    check_types(values)
     names = {item.name for item in dataclasses.fields(Settings)}
     settings = _fill({name: value for name, value in values.items() if name in names})
     # All versions that had a choice of the objective wrote it down; those before learned the response.
@@ -143,6 +148,20 @@ def _as_flag(name: str, value: Any) -> list[str]:
     if value is True:
         return [flag_of(name)]
     return [flag_of(name), *map(str, value if isinstance(value, list) else [value])]
+
+
+def different_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between the settings of a run as two files of it have them, each in words.
+
+    Args:
+        saved, now: JSON objects as for `read_settings`.
+    """
+    before, after = read_settings(saved).to_json(), read_settings(now).to_json()
+    return [
+        f"{flag_of(name)} {after[name]} instead of {before[name]}"
+        for name in after
+        if name not in NOT_PART_OF_THE_RUN and after[name] != before[name]
+    ]
 
 
 def _resumed(given: dict[str, Any], saved: RunSettings) -> dict[str, Any]:

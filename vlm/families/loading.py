@@ -15,13 +15,15 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from vlm.common import UsageError
+from vlm.common import CHECKSUMS, UsageError, check_checksums
+from vlm.config import METADATA
 from vlm.families.base import Family
 from vlm.families.generic import GenericFamily
 from vlm.families.idefics3 import Idefics3Family
 from vlm.families.phi3.family import Phi3VisionFamily
 from vlm.families.qwen2_vl import Qwen2VLFamily, Qwen25VLFamily
 
+CURE = f"Copy the folder again or train again. If you changed the file on purpose, delete {CHECKSUMS} next to it."
 FAMILIES: tuple[type[Family], ...] = (Idefics3Family, Qwen2VLFamily, Qwen25VLFamily, Phi3VisionFamily)
 
 
@@ -42,9 +44,10 @@ def load_family(
         bits: 4 or 8 for a quantized language model (see vlm/families/quantization.py).
 
     Raises:
-        UsageError: the folder holds no model that this program can train.
+        UsageError: the folder holds no model that this program can train, or a file that is not as it was written.
         UsageError: one of the image options belongs to another family.
     """
+    check_checksums(folder, CURE, movable=METADATA)
     if device.type == "cpu":
         # torch's attention on a CPU lets query heads share keys and values; with a mask, no other device does.
         os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")

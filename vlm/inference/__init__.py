@@ -4,7 +4,7 @@ model_folder.py writes and reads the folder, which holds all that inference need
 images one by one or in batches; writing.py writes the predictions.
 """
 
-from vlm.inference.model_folder import save_model_folder
+from vlm.inference.model_folder import save_model_folder, update_metadata
 from vlm.inference.predictor import load_model_and_metadata, predict_batch, predict_each, predict_single_image
 from vlm.inference.writing import PredictionFile, PredictionTable
 
@@ -16,4 +16,5 @@ __all__ = [
     "predict_each",
     "predict_single_image",
     "save_model_folder",
+    "update_metadata",
 ]

@@ -1,15 +1,19 @@
 """The model folder: weights, processor and metadata, written whole and loadable without this program."""
 
-import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlm.common import UsageError, write_folder, write_json
+from vlm.common import UsageError, read_checksums, read_json, write_folder, write_json
 from vlm.config import BEST_MODEL, DEMO_MODEL, METADATA
+from vlm.conversation import Prompts
 from vlm.families import Family
+
+WRITTEN_BY = "It is written by train_vlm.py with the model: copy both again, or train again."
 
 
 def save_model_folder(
@@ -25,7 +29,7 @@ def save_model_folder(
         dtype: the number format of the weights.
 
     Raises:
-        RunError: the folder cannot be written.
+        WriteError: the folder cannot be written.
     """
 
     def write(new: Path) -> None:
@@ -35,31 +39,72 @@ def save_model_folder(
     write_folder(folder, write)
 
 
+def update_metadata(folder: Path, metadata: dict[str, Any]) -> None:
+    """Give a model folder other metadata. The folder is replaced, so that metadata and checksums change together.
+
+    Raises:
+        WriteError: the folder cannot be written.
+    """
+
+    def write(new: Path) -> None:
+        others = shutil.ignore_patterns(METADATA)
+        shutil.copytree(folder, new, ignore=others, copy_function=_link, dirs_exist_ok=True)
+        write_json(new / METADATA, metadata)
+
+    known = {name: value for name, value in read_checksums(folder).items() if name != METADATA}
+    write_folder(folder, write, known=known)
+
+
+def _link(source: str, target: str) -> None:
+    """The same file under a second name or, if the file system has no such links, a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def read_metadata(folder: Path) -> dict[str, Any]:
     """The metadata in a model folder or next to it.
 
     Raises:
-        UsageError: there is none, it is not readable, or the file next to the folder belongs to a model that was
-            trained from this one.
+        UsageError: there is none, it is damaged, or the file next to the folder belongs to a model that was trained
+            from this one.
     """
-    for path in (folder / METADATA, folder.parent / METADATA):
-        if path.is_file():
-            try:
-                metadata = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise UsageError(
-                    f"{path} is not readable ({error}). It is written by train_vlm.py with the model."
-                ) from error
-            if not isinstance(metadata, dict) or not {"class_names", "prompts"} <= metadata.keys():
-                raise UsageError(f"{path} names no classes and prompts: it was not written by train_vlm.py.")
-            if path.parent != folder and _is_where_it_started(folder, metadata):
-                raise UsageError(f"{folder} is the model before the training: take {folder.parent / BEST_MODEL}.")
-            if (folder / BEST_MODEL).is_dir():
-                raise UsageError(f"{folder} is the folder of a run: its model is {folder / BEST_MODEL}.")
-            return metadata
-    raise UsageError(
-        f"no {METADATA} in {folder} or next to it: --model-dir takes a folder such as vlm_results/best_model."
-    )
+    path = _metadata_file(folder)
+    if not path.is_file():
+        raise UsageError(
+            f"no {METADATA} in {folder} or next to it: --model-dir takes a folder such as vlm_results/best_model."
+        )
+    metadata = read_json(path, WRITTEN_BY)
+    if not isinstance(metadata, dict) or not {"class_names", "prompts"} <= metadata.keys():
+        raise UsageError(f"{path} names no classes and prompts: it was not written by train_vlm.py.")
+    if path.parent != folder and _is_where_it_started(folder, metadata):
+        raise UsageError(f"{folder} is the model before the training: take {folder.parent / BEST_MODEL}.")
+    if (folder / BEST_MODEL).is_dir():
+        raise UsageError(f"{folder} is the folder of a run: its model is {folder / BEST_MODEL}.")
+    return metadata
+
+
+def read_prompts(folder: Path, metadata: dict[str, Any]) -> Prompts:
+    """The prompts in the metadata of a folder.
+
+    Raises:
+        UsageError: a value is missing or of another kind.
+    """
+    try:
+        prompts = Prompts.from_json(metadata["prompts"])
+        texts = (prompts.system, prompts.question, prompts.response_format, *prompts.class_names, *prompts.responses)
+        whole = all(isinstance(text, str) for text in texts) and isinstance(prompts.reasoning_tokens, int)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        whole = False
+    if not whole or not prompts.class_names or list(prompts.class_names) != metadata["class_names"]:
+        raise UsageError(f"{_metadata_file(folder)} is damaged: its classes and prompts cannot be read. {WRITTEN_BY}")
+    return prompts
+
+
+def _metadata_file(folder: Path) -> Path:
+    inside = folder / METADATA
+    return inside if inside.is_file() else folder.parent / METADATA
 
 
 def _is_where_it_started(folder: Path, metadata: dict[str, Any]) -> bool:

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from vlm.classifier import TOLERANCE, Batch, Calibration, VLMClassifier, classify
 from vlm.classifier import explain as explain_predictions
-from vlm.common import Bar, RunError, UsageError, recover
+from vlm.common import Bar, RunError, UsageError, existing, read_folder
 from vlm.config import PREVIOUS_RUN, RunSettings, read_settings
-from vlm.conversation import Prompts
 from vlm.data import Sample, UnreadableImage, open_image
 from vlm.families import FeatureCache, load_family, open_cache
-from vlm.inference.model_folder import read_metadata
+from vlm.inference.model_folder import read_metadata, read_prompts
 from vlm.machine import largest_batch, pick_device, pick_dtype
 
 Item = TypeVar("Item")
@@ -46,11 +45,10 @@ def load_model_and_metadata(
         metadata: the content of `training_metadata.json`.
 
     Raises:
-        UsageError: the folder does not exist or holds no trained classifier.
+        UsageError: the folder does not exist, holds no trained classifier, or has a damaged file.
     """
     folder = Path(model_dir).expanduser()
-    recover(folder)
-    if not folder.is_dir():
+    if not existing(folder).is_dir():
         if (folder.parent / PREVIOUS_RUN / folder.name).is_dir():
             raise UsageError(
                 f"{folder} is not there: the run that overwrites it has no model yet. The model of the run before is "
@@ -59,14 +57,19 @@ def load_model_and_metadata(
         raise UsageError(
             f"{folder} is not a folder: train a model first (./run_vlm_training.sh --demo), or name its folder."
         )
-    metadata = read_metadata(folder)
     chosen, _ = pick_device(device)
-    family = load_family(folder, pick_dtype(dtype, chosen), chosen)
-    classifier = VLMClassifier(family, Prompts.from_json(metadata["prompts"])).eval()
-    classifier.calibration = Calibration.from_metadata(metadata, classifier.prompts)
+    classifier, metadata = read_folder(folder, partial(_load, device=chosen, dtype=pick_dtype(dtype, chosen)))
     if abstain_below is not None:
         classifier.calibration = replace(classifier.calibration, abstain_below=abstain_below)
-    return classifier, family.processor, metadata
+    return classifier, classifier.family.processor, metadata
+
+
+def _load(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[VLMClassifier, dict[str, Any]]:
+    metadata = read_metadata(folder)
+    prompts = read_prompts(folder, metadata)
+    classifier = VLMClassifier(load_family(folder, dtype, device), prompts).eval()
+    classifier.calibration = Calibration.from_metadata(metadata, prompts)
+    return classifier, metadata
 
 
 def predict_single_image(

@@ -18,26 +18,24 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vlm.classifier import Batch
-from vlm.common import Bar, RunError, Stopped, UsageError, note, write_json
-from vlm.config import BEST_MODEL, DEMO_MODEL, FINAL_MODEL, METADATA, Settings
+from vlm.common import Bar, RunError, Stopped, WriteError, note, write_json
+from vlm.config import BEST_MODEL, DEMO_MODEL, METADATA, STATE, Settings, read_run
 from vlm.conversation import response_lengths
 from vlm.data import Sample, Split, Step, epoch_plan
 from vlm.evaluation import load_metric, metrics_of_sums, score_split, split_losses
-from vlm.inference import save_model_folder
 from vlm.training.alignment import align_connector
 from vlm.training.losses import both_losses, losses_in_words, mean_since_evaluation, named_losses
 from vlm.training.output import output_folder
 from vlm.training.results import finish
-from vlm.training.resume_state import Progress, load_state, read_state, save_state
-from vlm.training.run_files import begin, drop_previous, list_tracked
+from vlm.training.resume_state import Belonging, Progress, check_belonging, load_state, read_state
+from vlm.training.run_files import begin, list_tracked
 from vlm.training.run_log import RunLog
+from vlm.training.saving import Saver
 from vlm.training.setup import Run, set_up
 from vlm.training.stopping import TESTING, TRAINING
 from vlm.training.trackers import check_trackers
-from vlm.training.tuning import merged_state_dict
 
 STEPS_PER_LINE = 10  # optimizer steps between two lines of the log
-OLD_NAMES = {"training pictures": "training images"}  # in states of earlier versions
 
 
 def fit(
@@ -69,7 +67,13 @@ def fit(
         trainer.train()
         if not run.accelerator.is_main_process:
             return {}
-        return finish(run, trainer.progress, metrics)
+        try:
+            return finish(run, trainer.progress, metrics)
+        except WriteError as error:
+            raise RunError(
+                f"{error.path} could not be written ({error.reason}). The training is done: make room, then continue "
+                f"with the test by --resume --output-dir {run.output}."
+            ) from error
 
 
 class Trainer:
@@ -91,31 +95,30 @@ class Trainer:
         self.total_steps = self.steps_per_epoch * self.settings.epochs
         self.log: RunLog | None = None
         self.losses: list[Tensor] = []  # (2,) each, as `run_step` returns them
-        self.last_save = time.monotonic()
+        self.saver = Saver(run)
+        self.data_digests = run.data.fingerprint
 
     def resume(self) -> None:
         """Continue from the newest saved state; without one the run starts from the beginning."""
-        state = read_state(self.run.output)
+        run = self.run
+        run.metadata["run_id"] = read_run(run.output).get("run_id") or run.metadata["run_id"]
+        state = read_state(run.output)
         if state is None:
             note("no state was saved yet: starting from the beginning.")
             return
-        saved = {OLD_NAMES.get(name, name): value for name, value in state["fingerprint"].items()}
-        for name, value in self._fingerprint().items():
-            before = saved.get(name, value)
-            if before != value:
-                raise UsageError(
-                    f"--resume: the interrupted run had {before} {name}, this one has {value}, so it would not "
-                    "continue where the other stopped. Make them equal, or start again with --overwrite."
-                )
-        self.progress = Progress(**state["progress"])
-        load_state(self.run.output, self.run.learned, self.run.optimizer)
-        if state["scaler"] and self.accelerator.scaler:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
+        check_belonging(state, run.output, self._belonging())
+        load_state(state.folder, run.learned, run.optimizer)
+        scaler = state.values.get("scaler")
+        if scaler and self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(scaler)
+        self.progress = state.progress
+        self.saver.resumed_from(state)
         note(f"continuing after step {self.progress.step} of {self.total_steps}.")
 
-    def _fingerprint(self) -> dict[str, Any]:
-        """What the order of the samples depends on, next to the settings."""
-        return {"processes": self.accelerator.num_processes, "training images": len(self.run.data.train)}
+    def _belonging(self) -> Belonging:
+        """What must be equal when the run is resumed."""
+        order = {"processes": self.accelerator.num_processes, "training images": len(self.run.data.train)}
+        return Belonging(self.run.metadata["run_id"], self.settings.to_json(), self.data_digests, order)
 
     def train(self) -> None:
         """All epochs that are left, then the final model."""
@@ -134,7 +137,7 @@ class Trainer:
             for epoch in range(self.progress.epoch, settings.epochs):
                 self._epoch(epoch, bar)
             self.enter(TESTING)
-        self._save_model(FINAL_MODEL, self.run.metadata)
+        self.saver.final_model()
 
     def _begin(self) -> None:
         """From here on the run writes into its folder. All processes have loaded the model."""
@@ -181,7 +184,7 @@ class Trainer:
             self.losses.append(self.run_step(step, batches))
             evaluate = self._count_step(epoch)
             stop = self._all_should_stop(evaluate)
-            save = evaluate or stop or time.monotonic() - self.last_save > 60 * self.settings.save_minutes
+            save = evaluate or stop or time.monotonic() - self.saver.last_try > 60 * self.settings.save_minutes
             figures = self._write_losses() if save or self.progress.step % STEPS_PER_LINE == 0 else {}
             self.progress.seconds += time.monotonic() - started
             bar.update(len(step.indices), **figures)
@@ -189,11 +192,17 @@ class Trainer:
                 if evaluate:
                     self._evaluate()
                 if save:
-                    self._save()
+                    self.saver.state(self.progress, self._belonging())
             if stop:
                 self.accelerator.wait_for_everyone()
-                done = f"stopped after step {self.progress.step} of {self.total_steps}"
-                raise Stopped(f"{done}; continue with --resume --output-dir {self.run.output}")
+                raise self._stopped()
+
+    def _stopped(self) -> Stopped:
+        done = f"stopped after step {self.progress.step} of {self.total_steps}"
+        if STATE in self.saver.missing:
+            reason = f"the state could not be saved ({self.saver.missing[STATE]}), so make room, and that of step"
+            done += f"; {reason} {self.saver.saved_step} is taken"
+        return Stopped(f"{done}; continue with --resume --output-dir {self.run.output}")
 
     def _count_step(self, epoch: int) -> bool:
         """Count a step that was done; returns whether an evaluation follows it."""
@@ -299,7 +308,7 @@ class Trainer:
         if better:
             p.best_accuracy, p.best_loss, p.best_step = metrics["accuracy"], loss, p.step
             validation = {"step": p.step, "accuracy": metrics["accuracy"], "loss": loss}
-            self._save_model(BEST_MODEL, self.run.metadata | {"validation": validation})
+            self.saver.best_model(self.run.metadata | {"validation": validation})
 
     def test_untrained(self) -> None:
         """Metrics of the model as it is before the first step, on the test split, for comparison."""
@@ -329,27 +338,6 @@ class Trainer:
         # (2, 2) -> (2,): each summed loss divided by its count, over all processes
         sums = a.reduce(sums.float().to(a.device), "sum")
         return named_losses((sums[:, 0] / sums[:, 1].clamp(min=1)).tolist(), run.classifier.objective)
-
-    def _save_model(self, name: str, metadata: dict[str, Any]) -> None:
-        if self.accelerator.is_main_process:
-            family, dtype = self.run.classifier.family, self.run.dtype
-            weights = merged_state_dict(self.run.classifier.model, dtype)
-            save_model_folder(self.run.output / name, family, weights, metadata, dtype)
-            drop_previous(self.run.output)
-
-    def _save(self) -> None:
-        if self.accelerator.is_main_process:
-            scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
-            save_state(
-                self.run.output,
-                self.run.learned,
-                self.run.optimizer,
-                self.progress,
-                self.settings.to_json(),
-                self._fingerprint(),
-                scaler,
-            )
-        self.last_save = time.monotonic()
 
     def _all_should_stop(self, evaluated: bool) -> bool:
         """Whether any process was asked to stop; several ask each other only when they wait for each other anyway."""

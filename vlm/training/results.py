@@ -1,6 +1,5 @@
 """After the last step: the best model is loaded from its folder, as a user would, and tested once."""
 
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,8 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from vlm.classifier import TOLERANCE, VLMClassifier
-from vlm.common import command_of, dtype_name, format_table, note, write_json
-from vlm.config import BEST_MODEL, DEMO_IMAGES, METADATA, PAGE, RESULTS, STATE
+from vlm.common import command_of, dtype_name, format_table, note, replacing, write_json
+from vlm.config import BEST_MODEL, DEMO_IMAGES, METADATA, PAGE, RESULTS
 from vlm.data import Data, Split
 from vlm.evaluation import (
     accuracy_interval,
@@ -28,9 +27,9 @@ from vlm.evaluation import (
     score_split,
 )
 from vlm.families import FeatureCache, load_family
-from vlm.inference import load_model_and_metadata
+from vlm.inference import load_model_and_metadata, update_metadata
 from vlm.report import Prediction, per_class_table, shown_images, summary_rows, warnings_of, write_report
-from vlm.training.resume_state import Progress
+from vlm.training.resume_state import Progress, delete_states
 from vlm.training.setup import Run
 
 
@@ -75,7 +74,7 @@ def finish(run: Run, progress: Progress, metrics: Sequence[Callable[..., Any]]) 
     if run.settings.demo:
         save_demo_images(run.data.test, output / DEMO_IMAGES)
     write_json(output / RESULTS, results)  # last: it says that the run is finished
-    shutil.rmtree(output / STATE, ignore_errors=True)
+    delete_states(output)
     _print(run, results)
     return results
 
@@ -93,7 +92,7 @@ def _test_best(run: Run, metrics: Sequence[Callable[..., Any]]) -> tuple[Tested,
         cache = None
     fitted = calibrate(classifier, data.validation, settings, run.workers, cache)
     calibration = {"calibration": classifier.calibration.to_json(classifier.prompts)}
-    write_json(folder / METADATA, metadata | calibration)
+    update_metadata(folder, metadata | calibration)
     started = time.monotonic()
     sums = score_split(
         classifier,
@@ -202,7 +201,8 @@ def save_demo_images(split: Split, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     for label in sorted(set(split.labels)):
         image = split[split.labels.index(label)].image
-        image.save(folder / f"digit_{label}.png")
+        with replacing(folder / f"digit_{label}.png") as temporary:
+            image.save(temporary, format="PNG")
 
 
 def _print(run: Run, results: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from vlm.common import UsageError, note, read_json, write_json
-from vlm.config import BEST_MODEL, DEMO_MODEL, FOLDERS, MANIFEST, METADATA, PREVIOUS_RUN, STATE, WRITTEN
+from vlm.config import BEST_MODEL, DEMO_MODEL, FOLDERS, MANIFEST, METADATA, PREVIOUS_RUN, PREVIOUS_STATE, STATE, WRITTEN
 
 NEW_DEMO_MODEL = f".{DEMO_MODEL}.new"  # until the run begins
 MOVING, DELETED = f"{PREVIOUS_RUN}.moving", f"{PREVIOUS_RUN}.deleted"
@@ -106,9 +106,13 @@ def settle(output: Path) -> None:
             _remove(output, [*files_of_run(output), MANIFEST])
     elif _is_folder(output / BEST_MODEL):
         drop_previous(output)
-    elif not (output / METADATA).is_file() or not any(_is_folder(output / (STATE + end)) for end in ("", ".old")):
+    elif not (output / METADATA).is_file() or not any(map(_is_folder, _states(output))):
         _put_back(output)
         note(f"The earlier run in {output} is back: the one that was to overwrite it ended before it had a model.")
+
+
+def _states(output: Path) -> list[Path]:
+    return [output / name for name in (STATE, f"{STATE}.old", PREVIOUS_STATE)]
 
 
 def _never_began(output: Path) -> bool:

@@ -3,13 +3,14 @@
 import json
 import math
 from collections.abc import Sequence
+from io import FileIO
 from pathlib import Path
 from time import time
-from typing import Any, TextIO
+from typing import Any
 
 from accelerate.tracking import GeneralTracker
 
-from vlm.common import Stopped, is_main_process, note, replacing
+from vlm.common import Stopped, is_main_process, note, reason, replacing
 from vlm.config import LOG
 from vlm.training.trackers import TITLES, TrackedRun, finish_tracker, in_short, start_tracker, tracked_id
 
@@ -17,18 +18,20 @@ from vlm.training.trackers import TITLES, TrackedRun, finish_tracker, in_short, 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
     """The entries of a `log.jsonl`, oldest first; none if there is no such file.
 
-    A last line that was cut short, because the program was killed, is left out.
+    A line that is damaged, such as a last one that was cut short because the program was killed, is left out.
     """
     path = Path(path)
-    if not path.exists():
+    if not path.is_file():
         return []
     entries = []
     # splitlines() would also split at separators that JSON allows inside of a text
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+            entries.append(entry)
     return entries
 
 
@@ -58,7 +61,8 @@ class RunLog:
         resume_after: int | None = None,
     ) -> None:
         self.path = Path(folder) / LOG
-        self._file: TextIO | None = None
+        self._file: FileIO | None = None
+        self._unsaved = b""  # what a full disk had no room for
         self._trackers: list[GeneralTracker] = []
         if not is_main_process():
             return
@@ -119,12 +123,20 @@ class RunLog:
     def _begin(self, entries: list[dict[str, Any]]) -> None:
         with replacing(self.path) as path:
             path.write_text("".join(_line(entry) for entry in entries), encoding="utf-8")
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("ab", buffering=0)
 
     def _write(self, entry: dict[str, Any]) -> None:
-        if self._file is not None:
-            self._file.write(_line(entry))
-            self._file.flush()
+        """Write a line. If there is no room for it, it is written with a later one, and the run goes on."""
+        if self._file is None:
+            return
+        was_full = bool(self._unsaved)
+        self._unsaved += _line(entry).encode()
+        try:
+            while self._unsaved:
+                self._unsaved = self._unsaved[self._file.write(self._unsaved) :]
+        except OSError as error:
+            if not was_full:
+                note(f"warning: {self.path} could not be written ({reason(error)}). The training goes on: make room.")
 
 
 def _line(entry: dict[str, Any]) -> str:

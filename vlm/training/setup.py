@@ -8,6 +8,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 import vlm
 from vlm.classifier import Objective, VLMClassifier, balanced_weights, usual_objective
-from vlm.common import UsageError, doing, format_table, note, usual_modes
+from vlm.common import UsageError, doing, format_table, note, usual_modes, writing
 from vlm.config import RunSettings, Settings
 from vlm.conversation import Prompts, build_prompts, longest_reasoning
 from vlm.data import Data, load_data, model_folder
@@ -147,8 +148,9 @@ def _find_model(settings: Settings, class_names: list[str], accelerator: Acceler
         return model_folder(settings.model, settings.model_revision)
     folder = Path(settings.output_dir) / NEW_DEMO_MODEL
     if accelerator.is_main_process:
-        build_demo_model(folder, settings, class_names)
-        usual_modes(folder)
+        with writing(folder):
+            build_demo_model(folder, settings, class_names)
+            usual_modes(folder)
     accelerator.wait_for_everyone()
     return folder, None
 
@@ -221,6 +223,7 @@ def _metadata(
     """What the model folder tells inference, and people."""
     return {
         "format_version": 1,
+        "run_id": uuid4().hex,  # a resumed run takes over that of the interrupted one
         "model": DEMO_NAME if settings.demo else settings.model,
         "model_revision": revision,
         "model_type": classifier.model.config.model_type,

@@ -1,21 +1,23 @@
 """The cache: one safetensors file for each image, named by the image's content.
 
 Files are mapped into memory, so that reading one copies nothing until a batch is made. A file is written whole or not
-at all, so runs that share the cache, or are killed, do it no harm.
+at all, so runs that share the cache, or are killed, do it no harm. It carries a checksum, which is compared whenever it
+is read; so nothing waits for the disk when it is written.
 """
 
 import os
 import time
+import zlib
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from vlm.common import note, replacing
+from vlm.common import WriteError, note, reason, remove, replacing
 from vlm.data import Sample
 from vlm.families.base import Family
 from vlm.families.encoded import CONNECTED_FEATURES, ENCODER_FEATURES, EncodedImages, besides_pixels
@@ -23,6 +25,7 @@ from vlm.families.features.fingerprint import fingerprint
 from vlm.families.features.room import make_room
 
 TOKEN_IDS = "token_ids"
+CHECKSUM = "checksum"  # in the metadata of a file
 HOUR = 3600.0
 
 
@@ -49,6 +52,7 @@ class FeatureCache:
         self.limit_gb = limit_gb
         self.room = 0.0  # bytes that may be written before all files are looked at again
         self.full = False
+        self.damaged = 0  # files that were found damaged
 
     def fits(self, family: Family) -> bool:
         """Whether the features are those of this model too."""
@@ -57,13 +61,8 @@ class FeatureCache:
     # Reading
 
     def use(self, key: str) -> bool:
-        """Whether the features of an image are there. Marks them as used, so that they stay for at least a day."""
-        file = self._file(key)
-        try:
-            os.utime(file)
-        except OSError:  # not there, or another user's
-            return os.access(file, os.R_OK)
-        return True
+        """Whether the features of an image are there and whole. Marks them as used, so that they stay for a day."""
+        return self._read(key) is not None
 
     def encode(self, keys: Sequence[str]) -> EncodedImages | None:
         """What `Family.encode_images` gives, with features instead of pixels; None if an image has no features here."""
@@ -80,21 +79,32 @@ class FeatureCache:
         return EncodedImages(inputs, token_ids)
 
     def _read(self, key: str) -> dict[str, Tensor] | None:
-        """The content of a file, or None. A file that cannot be used is deleted, so that it is computed again."""
+        """The content of a file, or None. A damaged one is deleted, so that it is computed again."""
         file = self._file(key)
         try:
             if time.time() - file.stat().st_mtime > HOUR:
-                self.use(key)
-            entry = load_file(file)
-        except OSError:
+                with suppress(PermissionError):  # another user's
+                    os.utime(file)
+            with safe_open(file, "pt") as content:
+                names = content.keys()
+                entry = {name: content.get_tensor(name) for name in names}
+                whole = {self._name, TOKEN_IDS} <= entry.keys() and (content.metadata() or {}).get(CHECKSUM)
+        except (FileNotFoundError, PermissionError):
             return None
-        except SafetensorError:  # damaged, such as by a crash of the machine
-            entry = {}
-        if not {self._name, TOKEN_IDS} <= entry.keys():
-            with suppress(OSError):
-                file.unlink()
-            return None
-        return entry
+        except (OSError, SafetensorError):  # cut short, or a folder
+            entry, whole = {}, None
+        if whole is not None and whole == _checksum(entry):
+            return entry
+        self._drop(file)
+        return None
+
+    def _drop(self, file: Path) -> None:
+        """Delete a damaged file. Of many, the first is named."""
+        if not self.damaged:
+            note(f"{file} is damaged: it is deleted, and the vision features of its image are computed again.")
+        self.damaged += 1
+        with suppress(OSError):
+            remove(file)
 
     # Writing
 
@@ -118,11 +128,10 @@ class FeatureCache:
             if not self._has_room(size, len(images), to_come):
                 return False
             for key, entry in entries.items():
-                with replacing(self._file(key)) as new:
-                    save_file(entry, new)
-        except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
-            reason = getattr(error, "strerror", None) or str(error)
-            note(f"vision features cannot be kept in {self.folder} ({reason}).")
+                with replacing(self._file(key), durable=False) as new:
+                    save_file(entry, new, {CHECKSUM: _checksum(entry)})
+        except (OSError, WriteError) as error:
+            note(f"vision features cannot be kept in {self.folder} ({reason(error)}).")
             self.full = True
         self.room -= size
         return not self.full
@@ -165,6 +174,15 @@ class FeatureCache:
 
     def _file(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"
+
+
+def _checksum(entry: dict[str, Tensor]) -> str:
+    """The CRC-32 of names, number formats, shapes and values."""
+    value = 0
+    for name, tensor in sorted(entry.items()):
+        value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)
+        value = zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data, value)
+    return f"{value:08x}"
 
 
 def encode(samples: Sequence[Sample], family: Family, cache: FeatureCache | None = None) -> EncodedImages:
