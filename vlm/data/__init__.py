@@ -9,11 +9,13 @@ from vlm.data.finding import find_images
 from vlm.data.hub import model_folder
 from vlm.data.images import UnreadableImage, open_image
 from vlm.data.load import load_data
+from vlm.data.model_files import COPY_AGAIN, check_model_files, read_object
 from vlm.data.order import Step, epoch_plan
 from vlm.data.sources import Rows
 from vlm.data.splits import ROLES, Data, Sample, Split
 
 __all__ = [
+    "COPY_AGAIN",
     "ROLES",
     "Data",
     "Rows",
@@ -22,9 +24,11 @@ __all__ = [
     "Step",
     "UnreadableImage",
     "balanced_positions",
+    "check_model_files",
     "epoch_plan",
     "find_images",
     "load_data",
     "model_folder",
     "open_image",
+    "read_object",
 ]

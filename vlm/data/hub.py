@@ -1,6 +1,5 @@
 """Models and datasets on the hub: found or refused in seconds, and taken from the cache if the hub is out of reach."""
 
-import json
 import os
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -17,7 +16,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from vlm.common import RunError, UsageError, note, one_line
+from vlm.common import RunError, UsageError, did_you_mean, note, one_line
+from vlm.data.model_files import MissingFiles, check_file_names, check_model_files
 
 REQUEST_SECONDS = 5
 PATIENCE_SECONDS = 8
@@ -46,19 +46,20 @@ def model_folder(name: str, revision: str | None = None) -> tuple[Path, str | No
         RunError: the download broke off.
     """
     if looks_like_path(name):
-        folder = Path(name).expanduser()
-        if not folder.is_dir():
-            found = "a file, not a folder" if folder.exists() else "no such folder"
-            raise UsageError(f"model {name}: {found}. Expected the folder of a model, or its id on the hub.")
-        _check_folder(name, folder)
+        folder = Path(os.path.expanduser(name))
+        if not os.path.isdir(folder):
+            found = "a file, not a folder" if os.path.exists(folder) else "no such folder"
+            expected = _like_it(folder) or " Expected the folder of a model, such as vlm_results/best_model."
+            raise UsageError(f"model {name}: {found}.{expected}")
+        check_model_files(folder, name)
         return folder, None
     info, silence = _ask(HfApi().model_info, "model", name, revision)
     if info is not None:
-        _check_files(name, [file.rfilename for file in info.siblings or []])  # before gigabytes are downloaded
+        check_file_names(name, [file.rfilename for file in info.siblings or []])  # before gigabytes are downloaded
     folder = _download(name, revision, silence)
     try:
-        _check_folder(name, folder)
-    except UsageError as error:
+        check_model_files(folder, name)
+    except MissingFiles as error:
         raise _not_cached("model", name, silence) if silence else error from None
     if silence:
         note(f"note: {silence}: using the cached copy of model {name}.")
@@ -94,7 +95,18 @@ def check_dataset_reachable(name: str) -> str | None:
 
 def looks_like_path(name: str) -> bool:
     """Whether a name means a local file or folder, not an id on the hub (which is `name` or `owner/name`)."""
-    return name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1 or Path(name).exists()
+    return name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1 or os.path.exists(name)
+
+
+def _like_it(folder: Path) -> str:
+    """What to add to a message about a folder that is not there: the folder whose name is most like it, or nothing."""
+    try:
+        there = [*folder.parent.iterdir()] if folder.parent.is_dir() else []
+        if not there:  # the name above it may be the one that is misspelled
+            there = [other / folder.name for other in folder.parent.parent.iterdir()]
+        return did_you_mean(str(folder), [str(other) for other in there if other.is_dir()])
+    except OSError:
+        return ""
 
 
 def _ask(request: Callable[..., Info], kind: Kind, name: str, revision: str | None = None) -> tuple[Info | None, str]:
@@ -171,6 +183,8 @@ def _refused(kind: Kind, name: str, revision: str | None, error: Exception) -> U
             f"{kind} {name}: no revision {revision} on the hub. Expected a branch, a tag or a whole commit hash."
         )
     if isinstance(error, RepositoryNotFoundError):
+        if kind == "model" and (folder := _like_it(Path(name))):
+            return UsageError(f"model {name}: no such folder.{folder}")
         return UsageError(
             f"{kind} {name}: not on the hub, not a folder here, or private. "
             "Check the spelling. If it is private, log in with `hf auth login`."
@@ -179,6 +193,8 @@ def _refused(kind: Kind, name: str, revision: str | None, error: Exception) -> U
 
 
 def _not_cached(kind: Kind, name: str, silence: str) -> UsageError:
+    if kind == "model" and (folder := _like_it(Path(name))):
+        return UsageError(f"model {name}: no such folder.{folder}")
     return UsageError(
         f"{kind} {name}: no local folder, {silence}, and the cache has no complete copy.\n"
         "       Without the hub, give a model and a dataset in folders (--model, --dataset), or try --demo."
@@ -189,38 +205,3 @@ def _broken_off(name: str, error: Exception) -> RunError:
     return RunError(
         f"model {name}: the download broke off ({one_line(error)}). Run the command again: the download goes on."
     )
-
-
-def _check_files(name: str, files: list[str]) -> None:
-    """Check that a model has the files that are needed.
-
-    Args:
-        files: their paths, relative to its folder.
-
-    Raises:
-        UsageError: no config.json, or no weights as safetensors.
-    """
-    if "config.json" not in files:
-        raise UsageError(f"model {name}: no config.json there. Expected a model as transformers saves it.")
-    if not any(file.endswith(".safetensors") and "/" not in file for file in files):
-        raise UsageError(
-            f"model {name}: no weights in *.safetensors files. Other formats are not loaded; choose another model."
-        )
-
-
-def _check_folder(name: str, folder: Path) -> None:
-    """Check that a folder has the files of a model, and all files of weights that the index names."""
-    _check_files(name, [path.name for path in folder.iterdir()])
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return
-    try:
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UsageError(f"model {name}: {index.name} is damaged. Copy or download the model again.") from error
-    missing = sorted(shard for shard in shards if not (folder / shard).exists())
-    if missing:
-        raise UsageError(
-            f"model {name}: {len(missing)} of {len(shards)} files of weights are missing, such as {missing[0]}. "
-            "Copy them too."
-        )

@@ -6,10 +6,11 @@ an entry in loading.py. The cache of vision features lives here too.
 
 from vlm.families.base import Family
 from vlm.families.blocks import checkpoint_blocks, compile_blocks
+from vlm.families.configuration import read_config
 from vlm.families.demo import DEMO_NAME, build_demo_model, build_model, build_processor
 from vlm.families.encoded import CONNECTED_FEATURES, ENCODER_FEATURES
 from vlm.families.features import FeatureCache, cache_root, encode, fill_cache, open_cache
-from vlm.families.loading import FAMILIES, load_family, outline, read_config
+from vlm.families.loading import FAMILIES, load_family, outline
 from vlm.families.quantization import check_quantization
 
 __all__ = [

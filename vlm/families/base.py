@@ -12,14 +12,18 @@ from typing import Any, ClassVar, Self
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
+from transformers import AutoModelForImageTextToText, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache
 
 from vlm.common import UsageError
 from vlm.config import ImageSize
 from vlm.conversation import Prompts, Rendered, scored_texts
+from vlm.data import COPY_AGAIN
+from vlm.families.configuration import build_config, read_config
 from vlm.families.encoded import CONNECTED_FEATURES, ENCODER_FEATURES, EncodedImages, besides_pixels
 from vlm.families.images.sizes import size_text
+from vlm.families.pretrained import blaming
+from vlm.families.processors import chat_text
 from vlm.families.weights import cache_argument, read_model, write_model
 
 
@@ -76,18 +80,20 @@ class Family:
         Raises:
             UsageError: the weights or the processor cannot be read, or the image options do not fit the model.
         """
-        processor = cls.load_processor(folder, **images)
-        kept: list[str] = []
-        if bits:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
-            kept = cls.outline(config).linear_layers(language=False)
-        return cls(read_model(folder, dtype, device, bits, kept), processor)
+        config = build_config(read_config(folder), folder / "config.json")
+        with blaming(f"the processor in {folder} does not fit its config.json", COPY_AGAIN):
+            processor = cls.load_processor(folder, **images)
+        with blaming(f"{folder / 'config.json'} does not describe a model that can be built", COPY_AGAIN):
+            outline = cls.outline(config)
+            kept = outline.linear_layers(language=False) if bits else []
+        described = sum(p.numel() for p in outline.model.parameters())
+        return cls(read_model(folder, config, dtype, device, bits, kept, described), processor)
 
     @classmethod
     def outline(cls, config: PreTrainedConfig) -> Self:
         """A family without values of the weights and without processor: to name parts and count parameters."""
         with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(config)
+            model = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
         family = cls.__new__(cls)
         family.model, family.processor = model, None
         return family
@@ -216,7 +222,8 @@ class Family:
         return self.apply_template(answered, add_generation_prompt=False).removeprefix(opening)
 
     def apply_template(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-        return self.processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
+        """Messages -> text. Raises UsageError if the chat template is missing or damaged."""
+        return chat_text(self.processor, messages, add_generation_prompt)
 
     def tokenize(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -17,7 +17,7 @@ from transformers import (
 
 from vlm.config import Settings
 from vlm.conversation import build_prompts
-from vlm.families.weights import quiet
+from vlm.families.pretrained import quiet
 
 DEMO_NAME = "demo"  # what the metadata calls the model
 IMAGE_SIZE = 32  # pixels; the digits have 8

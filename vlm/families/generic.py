@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from vlm.common import UsageError, first_line, note
+from vlm.common import UsageError, note
 from vlm.config import ImageSize
 from vlm.conversation import Prompts, Rendered
 from vlm.families.base import Family
@@ -68,10 +68,7 @@ class GenericFamily(Family):
 
     @classmethod
     def load_processor(cls, folder: Path, *args: Any, **images: Any) -> Any:
-        try:
-            return read_processor(folder, processor_class_of(folder))
-        except (ImportError, OSError, ValueError) as error:
-            raise UsageError(f"the processor in {folder} cannot be loaded: {first_line(error)}") from error
+        return read_processor(folder, processor_class_of(folder))
 
     # The parts
 

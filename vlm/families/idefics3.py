@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from vlm.config import ImageSize
 from vlm.families.base import Family
+from vlm.families.configuration import build_config, read_config
 from vlm.families.encoded import EncodedImages
 from vlm.families.images.sizes import pick_size
 from vlm.families.processors import read_processor
@@ -52,7 +53,7 @@ class Idefics3Family(Family):
         image_processor = processor.image_processor
         if image_splitting is None:
             return processor
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = build_config(read_config(folder), folder / "config.json")
         tile = _tile(config, image_size)
         _, processor.image_seq_len = _load_of(tile, config)
         image_processor.do_image_splitting = image_splitting

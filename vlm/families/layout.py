@@ -5,6 +5,8 @@ from typing import Any
 
 from vlm.common import UsageError, note
 from vlm.conversation import Prompts
+from vlm.families.pretrained import CHOOSE_ANOTHER
+from vlm.families.processors import chat_text, template_file
 
 ANSWER = "ANSWER"  # stands for an answer while the text around it is looked at
 
@@ -46,7 +48,7 @@ def lay_out_conversation(processor: Any, prompts: Prompts, placeholder: str) -> 
         )
     # The model's turn with an answer -> what the template puts before and after the answer
     answered = [*messages, {"role": "assistant", "content": [{"type": "text", "text": ANSWER}]}]
-    turn = _apply(processor, answered, add_generation_prompt=False).removeprefix(opening)
+    turn = chat_text(processor, answered, add_generation_prompt=False).removeprefix(opening)
     before, _, after = turn.partition(ANSWER)
     return Layout(opening, before if len(before) <= 1 else "", after.rstrip())
 
@@ -56,17 +58,17 @@ def _accepted_messages(processor: Any, prompts: Prompts) -> tuple[list[dict[str,
 
     A model without a system role gets the instructions at the head of the user's turn.
     """
+    problem = UsageError(
+        f"the chat template in {template_file(processor)} drops the instructions or the question. {CHOOSE_ANOTHER}"
+    )
     asked = prompts.messages()[-1]["content"]
     in_user_turn = [{"role": "user", "content": [{"type": "text", "text": prompts.system + "\n"}, *asked]}]
     for messages in (prompts.messages(), in_user_turn):
         try:
-            opening = _apply(processor, messages, add_generation_prompt=True)
-        except Exception:  # each template has its own way to refuse a system role
+            opening = chat_text(processor, messages, add_generation_prompt=True)
+        except UsageError as error:  # each template has its own way to refuse a system role
+            problem = error
             continue
         if prompts.system in opening and prompts.question in opening:
             return messages, opening
-    raise UsageError("the chat template of the model drops the instructions or the question: choose another model.")
-
-
-def _apply(processor: Any, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-    return processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
+    raise problem

@@ -1,7 +1,5 @@
 """Which family a folder or a configuration belongs to, and loading it."""
 
-import copy
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,15 +7,16 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from vlm.common import CHECKSUMS, UsageError, check_checksums
+from vlm.common import CHECKSUMS, UsageError, check_checksums, printable
 from vlm.config import METADATA
+from vlm.data import check_model_files
 from vlm.families.base import Family
+from vlm.families.configuration import build_config, read_config
 from vlm.families.generic import GenericFamily
 from vlm.families.idefics3 import Idefics3Family
 from vlm.families.phi3.family import Phi3VisionFamily
@@ -44,35 +43,29 @@ def load_family(
         bits: 4 or 8 for a quantized language model (see vlm/families/quantization.py).
 
     Raises:
-        UsageError: the folder holds no model that this program can train, or a file that is not as it was written.
+        UsageError: the folder holds no model that this program can train, a file that is not as it was written, or a
+            model that needs code of its own.
         UsageError: one of the image options belongs to another family.
     """
-    check_checksums(folder, CURE, movable=METADATA)
     if device.type == "cpu":
         # torch's attention on a CPU lets query heads share keys and values; with a mask, no other device does.
         os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
-    model_type = read_config(folder).get("model_type")
+    check_model_files(folder)
+    check_checksums(folder, CURE, movable=METADATA)
+    model_type = read_config(folder)["model_type"]
     family = _family_of(model_type)
     if family is GenericFamily:
         _check_model_type(folder, model_type)
     return family.load(folder, dtype, device, bits=bits, **_image_options(family, images))
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The content of the config.json in a folder. Raises UsageError if it cannot be read."""
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{folder} holds no readable config.json ({error}).") from error
-
-
 def outline(config: Mapping[str, Any]) -> Family:
     """The family of the model that a config.json describes, without weights or processor (see `Family.outline`)."""
     family = _family_of(config["model_type"])
-    return family.outline(CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(dict(config))))
+    return family.outline(build_config(config, "config.json"))
 
 
-def _family_of(model_type: str | None) -> type[Family]:
+def _family_of(model_type: str) -> type[Family]:
     return next((family for family in FAMILIES if model_type in family.model_types), GenericFamily)
 
 
@@ -92,7 +85,7 @@ def _flag(option: str) -> str:
     return "--" + option.replace("_", "-")
 
 
-def _check_model_type(folder: Path, model_type: str | None) -> None:
+def _check_model_type(folder: Path, model_type: str) -> None:
     """Raises UsageError unless transformers knows an image-text-to-text model of this type."""
     if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         return
@@ -102,6 +95,7 @@ def _check_model_type(folder: Path, model_type: str | None) -> None:
             "see --list-models."
         )
     raise UsageError(
-        f"the model in {folder} is of type {model_type}, which transformers {transformers.__version__} does not know "
-        "as an image-text-to-text model: choose another, see --list-models, or a newer transformers."
+        f"the model in {folder} is of type {printable(model_type)}, which transformers {transformers.__version__} does "
+        "not know as an image-text-to-text model. Code that comes with a model is never run here: choose another, see "
+        "--list-models, or a newer transformers."
     )

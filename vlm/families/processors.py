@@ -1,29 +1,113 @@
-"""Processors as transformers publishes them, without what needs torchvision."""
+"""Processors as transformers publishes them, without what needs torchvision; and their chat templates."""
 
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import transformers
+from tokenizers import Tokenizer
 from transformers import AutoImageProcessor, AutoProcessor, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
+from vlm.common import UsageError, is_out_of_memory
+from vlm.data import COPY_AGAIN, read_object
+from vlm.families.configuration import read_config
+from vlm.families.pretrained import CHOOSE_ANOTHER, brief, load_pretrained
+
+TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
+IMAGE_SETTINGS = ("preprocessor_config.json", "processor_config.json")
+
 
 def read_processor(folder: Path, processor_class: Any = AutoProcessor) -> Any:
-    """The processor in a folder, whose image processor computes with Pillow: pixels do not depend on torchvision."""
-    processor = processor_class.from_pretrained(folder, local_files_only=True)
-    processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
-    return processor
+    """The processor in a folder, whose image processor computes with Pillow: pixels do not depend on torchvision.
+
+    Raises:
+        UsageError: a file of it is missing or damaged, or it needs code of its own.
+    """
+    with naming_the_file(folder):
+        processor = load_pretrained(processor_class, folder)
+        if not isinstance(processor, ProcessorMixin):
+            raise UsageError(f"{folder} has no processor of images and text. {CHOOSE_ANOTHER}")
+        processor.image_processor = load_pretrained(AutoImageProcessor, folder, backend="pil")
+        return processor
+
+
+@contextmanager
+def naming_the_file(folder: Path) -> Iterator[None]:
+    """Turn any error while a processor is loaded into a UsageError that names the file that is to blame."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:  # a damaged file makes the libraries raise almost anything
+        if is_out_of_memory(error):
+            raise
+        raise UsageError(_what_is_wrong(folder, error)) from error
+
+
+def _what_is_wrong(folder: Path, error: Exception) -> str:
+    own, common = (folder / name for name in IMAGE_SETTINGS)
+    if not own.exists() and not (common.exists() and "image_processor" in read_object(common)):
+        return f"{folder / IMAGE_SETTINGS[0]} is missing: it says how images are processed. {COPY_AGAIN}"
+    if isinstance(error, ImportError):
+        return f"the processor in {folder} needs a package that is not installed ({brief(error)})."
+    for name, read in ((TOKENIZER, _read_tokenizer), (TEMPLATE, _read_text)):
+        path = folder / name
+        try:
+            read(path)
+        except FileNotFoundError:
+            if name == TOKENIZER and not any((folder / other).exists() for other in ("tokenizer.model", "vocab.json")):
+                return f"{path} is missing. {COPY_AGAIN}"
+        except Exception as damage:  # the library of tokenizers knows no other kind
+            return f"{path} cannot be read ({brief(damage)}). {COPY_AGAIN}"
+    names = " and ".join(name for name in (*IMAGE_SETTINGS, "tokenizer_config.json") if (folder / name).exists())
+    return f"the processor in {folder} cannot be made from {names} ({brief(error)}). {COPY_AGAIN}"
+
+
+def _read_text(path: Path) -> None:
+    path.read_text(encoding="utf-8")
+
+
+def _read_tokenizer(path: Path) -> None:
+    _read_text(path)
+    Tokenizer.from_file(str(path))
 
 
 def processor_class_of(folder: Path) -> Any:
     """The class that reads the processor in a folder, without its video half if it has one."""
-    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-    published = getattr(transformers, PROCESSOR_MAPPING_NAMES.get(model_type, ""), None)
+    published = getattr(transformers, PROCESSOR_MAPPING_NAMES.get(read_config(folder)["model_type"], ""), None)
     if published is None or "video_processor" not in published.get_attributes():
         return AutoProcessor
     return without_videos(published)
+
+
+def chat_text(owner: Any, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+    """What the chat template of a processor or tokenizer makes of messages.
+
+    Raises:
+        UsageError: there is none, it is damaged, or it does not take these messages.
+    """
+    try:
+        return owner.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
+    except Exception as error:  # of jinja, or whatever its expressions raise
+        if is_out_of_memory(error):
+            raise
+        where = template_file(owner)
+        if not getattr(owner, "chat_template", None):
+            raise UsageError(f"{where} is missing or empty, so no conversation can be written. {COPY_AGAIN}") from error
+        raise UsageError(f"the chat template in {where} does not work ({brief(error)}). {COPY_AGAIN}") from error
+
+
+def template_file(owner: Any) -> Path:
+    """The file with the chat template of a processor or tokenizer."""
+    folder = Path(getattr(owner, "tokenizer", owner).name_or_path)
+    for name in (TEMPLATE, "chat_template.json", "tokenizer_config.json"):
+        path = folder / name
+        if path.is_file() and (path.suffix != ".json" or "chat_template" in read_object(path)):
+            return path
+    return folder / TEMPLATE
 
 
 @cache

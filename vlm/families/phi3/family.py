@@ -24,6 +24,7 @@ from vlm.conversation import Prompts, Rendered
 from vlm.families.base import Family
 from vlm.families.encoded import EncodedImages
 from vlm.families.phi3.images import TILE, Phi3VisionProcessor, count_tokens, naming_its_code
+from vlm.families.processors import chat_text
 
 IMAGE = "<|image_1|>"  # the image in the text
 IMAGES = re.compile(r"<\|image_\d+\|>")
@@ -181,7 +182,7 @@ class Phi3VisionFamily(Family):
         for message in messages:
             parts = [f"{IMAGE}\n" if part["type"] == "image" else part["text"] for part in message["content"]]
             plain.append({**message, "content": "".join(parts)})
-        return self.tokenizer.apply_chat_template(plain, add_generation_prompt=add_generation_prompt, tokenize=False)
+        return chat_text(self.tokenizer, plain, add_generation_prompt)
 
     def tokenize(self, text: str) -> list[int]:
         return [self.tokenizer.bos_token_id, *super().tokenize(text)]

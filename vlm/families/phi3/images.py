@@ -15,6 +15,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from vlm.families.pretrained import load_pretrained
+from vlm.families.processors import naming_the_file
+
 TILE = 336  # pixels
 TOKENS = 12  # of a tile, in each of its 12 lines
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -103,7 +106,16 @@ class Phi3VisionProcessor:
 
     @classmethod
     def from_folder(cls, folder: Path, num_crops: int | None = None) -> "Phi3VisionProcessor":
-        """Read a folder. `num_crops` replaces the number in the folder, if given."""
+        """Read a folder. `num_crops` replaces the number in the folder, if given.
+
+        Raises:
+            UsageError: a file of it is missing or damaged.
+        """
+        with naming_the_file(folder):
+            return cls._read(folder, num_crops)
+
+    @classmethod
+    def _read(cls, folder: Path, num_crops: int | None) -> "Phi3VisionProcessor":
         files = {name: (folder / name).read_bytes() for name in KEPT if (folder / name).is_file()}
         settings = json.loads(files.get(SETTINGS, b"{}"))
         images = Phi3VisionImages(
@@ -112,7 +124,7 @@ class Phi3VisionProcessor:
             tuple(settings.get("image_std") or CLIP_STD),
         )
         # Only tokenizer.json is used: the class that tokenizer_config.json names would build its own pipeline from it.
-        return cls(PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True), images, files)
+        return cls(load_pretrained(PreTrainedTokenizerFast, folder), images, files)
 
     def save_pretrained(self, folder: Path) -> None:
         """Write the files that were read, with `num_crops` as it was used."""
