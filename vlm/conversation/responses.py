@@ -5,7 +5,7 @@ their own, the scored text is only the answer: in answer-first "Answer: X" and t
 reasoning-first "X" and the end of turn, after the reasoning and "Answer:".
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from vlm.common import UsageError
@@ -21,13 +21,12 @@ class Texts(Protocol):
     """What is needed of an architecture here; a `Family` is one."""
 
     @property
-    def image_token(self) -> str:
-        """The placeholder of an image in the rendered conversation."""
+    def control_tokens(self) -> Mapping[int, str]:
+        """The tokens that structure a conversation, with the placeholder of an image."""
         ...
 
-    @property
-    def image_token_id(self) -> int:
-        """The token of the placeholder."""
+    def control_in(self, text: str) -> str | None:
+        """The first control token or placeholder that a text is read as, or None."""
         ...
 
     def response_ids(self, prompts: Prompts, text: str) -> list[int]:
@@ -68,11 +67,11 @@ def _first_line(family: Texts, ids: list[int]) -> list[int]:
 def before_answer(family: Texts, rendered: Rendered, reasoning: str) -> list[int]:
     """The tokens of a response from its beginning to its scored text, in a format that ends with the answer.
 
-    A placeholder of an image, should a model have written one, is left out.
+    A control token, such as a placeholder of an image, should a model have written one, is left out.
     """
     text = lay_out(rendered.prompts.response_format, reasoning, rendered.prompts.class_names[0])
     ids = family.response_ids(rendered.prompts, text)
-    return [token for token in ids[: len(ids) - len(rendered.scored_ids[0])] if token != family.image_token_id]
+    return [token for token in ids[: len(ids) - len(rendered.scored_ids[0])] if token not in family.control_tokens]
 
 
 def before_reasoning(family: Texts, rendered: Rendered, label: int) -> list[int]:
@@ -98,17 +97,15 @@ def response_lengths(split: Split, family: Texts, rendered: Rendered) -> list[in
     """How many tokens the response of each sample has, without decoding its image.
 
     Raises:
-        UsageError: a reasoning contains the token that stands for an image.
+        UsageError: a reasoning contains a control token.
     """
     lengths = []
     for label, reasoning, name in zip(split.labels, split.reasonings, split.names, strict=True):
-        ids = _response(label, reasoning, family, rendered)
-        if family.image_token_id in ids:
+        if reasoning and (token := family.control_in(reasoning)):
             raise UsageError(
-                f"the reasoning of {name} contains the placeholder {family.image_token}. Remove it; the program "
-                "inserts the image itself."
+                f"the reasoning of {name} contains {token}, a control token of the model. Remove it there."
             )
-        lengths.append(len(ids))
+        lengths.append(len(_response(label, reasoning, family, rendered)))
     return lengths
 
 

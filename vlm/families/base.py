@@ -15,19 +15,17 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache
 
-from vlm.common import UsageError
 from vlm.config import ImageSize
-from vlm.conversation import Prompts, Rendered, scored_texts
 from vlm.data import COPY_AGAIN
 from vlm.families.configuration import build_config, read_config
 from vlm.families.encoded import CONNECTED_FEATURES, ENCODER_FEATURES, EncodedImages, besides_pixels
 from vlm.families.images.sizes import size_text
 from vlm.families.pretrained import blaming
-from vlm.families.processors import chat_text
+from vlm.families.texts import FamilyTexts
 from vlm.families.weights import cache_argument, read_model, write_model
 
 
-class Family:
+class Family(FamilyTexts):
     """One architecture: how it reads text and images, and what its parts are called.
 
     A new family is a subclass in a file of its own and an entry in `FAMILIES` (loading.py). It has to say:
@@ -49,7 +47,6 @@ class Family:
     title: ClassVar[str] = ""
     # The settings about images that it knows, with the values of a training run that gives none (see `load_family`).
     image_defaults: ClassVar[dict[str, Any]] = {}
-    end_of_turn: ClassVar[str] = ""
 
     shares_prefix = True  # False: every row repeats the prefix and goes through `full_logits`
     must_be_checked = False  # True: the shared prefix is compared with the plain forward before it is used
@@ -166,71 +163,6 @@ class Family:
             tokens: how many the language model reads.
         """
         raise NotImplementedError
-
-    # Text
-
-    @property
-    def image_token(self) -> str:
-        """The placeholder of an image in the rendered conversation."""
-        return self.processor.image_token
-
-    @property
-    def image_token_id(self) -> int:
-        """The token whose embedding is replaced by an image feature."""
-        return self.tokenizer.convert_tokens_to_ids(self.image_token)
-
-    @property
-    def stop_ids(self) -> list[int]:
-        """Tokens that end a text when the model writes."""
-        return [self.tokenizer.convert_tokens_to_ids(self.end_of_turn)]
-
-    @property
-    def max_length(self) -> int:
-        """The most tokens that the model reads."""
-        return self.model.config.get_text_config().max_position_embeddings
-
-    def render(self, prompts: Prompts) -> Rendered:
-        """Conversation and responses -> token ids.
-
-        Raises:
-            UsageError: a text contains the placeholder of an image.
-        """
-        opening = self.apply_template(prompts.messages(), add_generation_prompt=True)
-        pieces = opening.split(self.image_token)
-        if len(pieces) != 2:
-            raise UsageError(
-                f"your texts contain the placeholder {self.image_token} {len(pieces) - 2} times. Remove it; the "
-                "program inserts the image itself."
-            )
-        return self.rendered(prompts, self.tokenize(pieces[0]), self.tokenize(pieces[1]))
-
-    def rendered(self, prompts: Prompts, prefix: list[int], question: list[int]) -> Rendered:
-        """Prefix and question (token ids), with the responses of the classes and what is scored of them."""
-        responses = [self.response_ids(prompts, text) for text in prompts.responses]
-        return Rendered(prefix, question, responses, scored_texts(self, prompts, responses), self.max_length, prompts)
-
-    def response_ids(self, prompts: Prompts, text: str) -> list[int]:
-        """The tokens of one response to a rendered conversation, end of turn included. Also runs in loader
-        processes."""
-        turn = self.turn(prompts, text)
-        return self.tokenize(turn[: turn.rindex(self.end_of_turn)] + self.end_of_turn)
-
-    def turn(self, prompts: Prompts, text: str) -> str:
-        """What the chat template adds to the conversation if it is answered with a text."""
-        opening = self.apply_template(prompts.messages(), add_generation_prompt=True)
-        answered = [*prompts.messages(), {"role": "assistant", "content": [{"type": "text", "text": text}]}]
-        return self.apply_template(answered, add_generation_prompt=False).removeprefix(opening)
-
-    def apply_template(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-        """Messages -> text. Raises UsageError if the chat template is missing or damaged."""
-        return chat_text(self.processor, messages, add_generation_prompt)
-
-    def tokenize(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def decode(self, ids: list[int], exact: bool = False) -> str:
-        """Token ids -> text; special tokens and white space around it are kept only if it is to be exact."""
-        return self.tokenizer.decode(ids) if exact else self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     # Images
 

@@ -24,6 +24,7 @@ from vlm.families.images import squares
 from vlm.families.images.sizes import pick_size
 from vlm.families.layout import Layout, lay_out_conversation
 from vlm.families.processors import processor_class_of, read_processor
+from vlm.families.texts import check_texts
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")
 VISION_NAMES = ("vision_tower", "vision_model", "visual", "vision_encoder", "image_tower")
@@ -122,12 +123,23 @@ class GenericFamily(Family):
         names = ("boi_token", "image_token")
         return next((token for name in names if (token := getattr(self.processor, name, None))), "<image>")
 
+    def placeholders_in(self, text: str) -> list[str]:
+        known = {self._placeholder, getattr(self.processor, "image_token", None) or self._placeholder}
+        return [placeholder for placeholder in sorted(known) if placeholder in text]
+
+    @property
+    def image_token(self) -> str:
+        """How the image token is written."""
+        return self.tokenizer.convert_ids_to_tokens(self.image_token_id) or self._placeholder
+
     def render(self, prompts: Prompts) -> Rendered:
         """Have the processor lay out a conversation with an image, and see which tokens come before and after it.
 
         Raises:
+            UsageError: a text contains a control token.
             UsageError: the chat template or the processor drops a part of the conversation.
         """
+        check_texts(self, prompts)
         self._layout = lay_out_conversation(self.processor, prompts, self._placeholder)
         (ids,), _ = self._whole_ids([Image.new("RGB", PROBE_SIZE)])
         places = [i for i, token in enumerate(ids) if token == self.image_token_id]

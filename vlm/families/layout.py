@@ -6,7 +6,7 @@ from typing import Any
 from vlm.common import UsageError, note
 from vlm.conversation import Prompts
 from vlm.families.pretrained import CHOOSE_ANOTHER
-from vlm.families.processors import chat_text, template_file
+from vlm.families.processors import chat_text, drops_texts, template_file
 
 ANSWER = "ANSWER"  # stands for an answer while the text around it is looked at
 
@@ -43,8 +43,8 @@ def lay_out_conversation(processor: Any, prompts: Prompts, placeholder: str) -> 
     count = opening.count(placeholder)
     if count != 1:
         raise UsageError(
-            f"the conversation contains {count} of the placeholder {placeholder}, expected 1. Remove it from your "
-            "texts; the program inserts the image itself."
+            f"the chat template in {template_file(processor)} writes {count} of {placeholder}, expected 1. "
+            f"{CHOOSE_ANOTHER}"
         )
     # The model's turn with an answer -> what the template puts before and after the answer
     answered = [*messages, {"role": "assistant", "content": [{"type": "text", "text": ANSWER}]}]
@@ -58,9 +58,7 @@ def _accepted_messages(processor: Any, prompts: Prompts) -> tuple[list[dict[str,
 
     A model without a system role gets the instructions at the head of the user's turn.
     """
-    problem = UsageError(
-        f"the chat template in {template_file(processor)} drops the instructions or the question. {CHOOSE_ANOTHER}"
-    )
+    problem = drops_texts(processor)
     asked = prompts.messages()[-1]["content"]
     in_user_turn = [{"role": "user", "content": [{"type": "text", "text": prompts.system + "\n"}, *asked]}]
     for messages in (prompts.messages(), in_user_turn):

@@ -100,6 +100,14 @@ def chat_text(owner: Any, messages: list[dict[str, Any]], add_generation_prompt:
         raise UsageError(f"the chat template in {where} does not work ({brief(error)}). {COPY_AGAIN}") from error
 
 
+def drops_texts(owner: Any) -> UsageError:
+    """The error of a chat template that leaves out a part of the conversation."""
+    return UsageError(
+        f"the chat template in {template_file(owner)} drops the instructions, the question, the image or the answer. "
+        f"{COPY_AGAIN[:-1]}, or choose another."
+    )
+
+
 def template_file(owner: Any) -> Path:
     """The file with the chat template of a processor or tokenizer."""
     folder = Path(getattr(owner, "tokenizer", owner).name_or_path)

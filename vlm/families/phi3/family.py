@@ -24,7 +24,8 @@ from vlm.conversation import Prompts, Rendered
 from vlm.families.base import Family
 from vlm.families.encoded import EncodedImages
 from vlm.families.phi3.images import TILE, Phi3VisionProcessor, count_tokens, naming_its_code
-from vlm.families.processors import chat_text
+from vlm.families.processors import chat_text, drops_texts
+from vlm.families.texts import check_rendering, check_texts
 
 IMAGE = "<|image_1|>"  # the image in the text
 IMAGES = re.compile(r"<\|image_\d+\|>")
@@ -129,6 +130,9 @@ class Phi3VisionFamily(Family):
     def image_token_id(self) -> int:
         return self.placeholder_id
 
+    def placeholders_in(self, text: str) -> list[str]:
+        return [*IMAGES.findall(text), *([PLACEHOLDER] if PLACEHOLDER in text else [])]
+
     @property
     def stop_ids(self) -> list[int]:
         return self.tokenizer.convert_tokens_to_ids([self.end_of_turn, "<|endoftext|>"])
@@ -155,15 +159,14 @@ class Phi3VisionFamily(Family):
         token.
 
         Raises:
-            UsageError: a text contains the placeholder of an image.
+            UsageError: a text contains a control token, or the chat template is not that of the model.
         """
+        check_texts(self, prompts)
         opening = self.apply_template(prompts.messages(), add_generation_prompt=True)
         pieces = IMAGES.split(opening)
-        if len(pieces) != 2 or PLACEHOLDER in "".join([opening, *prompts.responses]):
-            raise UsageError(
-                f"your texts contain a placeholder of an image, such as {IMAGE} or {PLACEHOLDER}. Remove it; the "
-                "program inserts the image itself."
-            )
+        if len(pieces) != 2 or any(text not in opening for text in (prompts.system, prompts.question)):
+            raise drops_texts(self.tokenizer)
+        check_rendering(self, prompts)
         rendered = self.rendered(prompts, self.tokenize(pieces[0]), self.tokenize(pieces[1]))
         # Room for what is written later, so that no row grows past the switch of the positions.
         room = max(ROOM_TO_WRITE, 2 * max(map(len, rendered.response_ids)), 2 * prompts.reasoning_tokens)
@@ -172,8 +175,7 @@ class Phi3VisionFamily(Family):
     def response_ids(self, prompts: Prompts, text: str) -> list[int]:
         """Tokenized together with the question before it, because its first token may depend on it."""
         question = IMAGES.split(self.apply_template(prompts.messages(), add_generation_prompt=True))[1]
-        turn = self.turn(prompts, text)
-        ids = self.tokenize(question + turn[: turn.rindex(self.end_of_turn)] + self.end_of_turn)
+        ids = self.tokenize(question + self.turn(prompts, text))
         return ids[len(self.tokenize(question)) :]
 
     def apply_template(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
