@@ -11,6 +11,7 @@ from vlm.data.images import UnreadableImage, open_image
 from vlm.data.load import load_data
 from vlm.data.model_files import COPY_AGAIN, check_model_files, read_object
 from vlm.data.order import Step, epoch_plan
+from vlm.data.refused import leave_out_refused
 from vlm.data.sources import Rows
 from vlm.data.splits import ROLES, Data, Sample, Split
 
@@ -27,6 +28,7 @@ __all__ = [
     "check_model_files",
     "epoch_plan",
     "find_images",
+    "leave_out_refused",
     "load_data",
     "model_folder",
     "open_image",

@@ -7,7 +7,7 @@ from typing import Any
 from vlm.common import listed
 from vlm.config import Settings
 from vlm.data.sources.rows import HUB, Source
-from vlm.data.splits import ROLES, Data
+from vlm.data.splits import ROLES, Data, Split
 
 
 def detected_rows(
@@ -27,13 +27,13 @@ def detected_rows(
     if columns and columns.split:
         rows.append(("split column", columns.split))
     rows += [("classes", f"{len(names)}: {listed(names)}"), ("class names", "; ".join(how))]
-    rows += [(role, f"{len(getattr(data, role)):,} images ({origins[role]})") for role in ROLES]
+    rows += [(role, _images(getattr(data, role), origins[role])) for role in ROLES]
     if columns and columns.reasoning:
         rows += _reasoning_rows(columns.reasoning, data.train.reasonings)
     if source.others:
         rows.append(("unused splits", ", ".join(source.others)))
     if data.skipped:
-        rows.append(("skipped", f"{len(data.skipped)} unreadable image{'s' * (len(data.skipped) > 1)}"))
+        rows.append(("skipped", _skipped(data)))
     if equal:
         rows.append(("equal images", "; ".join(equal)))
     return rows
@@ -45,6 +45,25 @@ def _reasoning_rows(column: str, texts: Sequence[str | None]) -> list[tuple[str,
     if own < len(texts):
         rows.append(("without a text", f"{len(texts) - own:,} images, which get the response of their class"))
     return rows
+
+
+def count_again(data: Data) -> None:
+    """Bring the counts in summary and metadata up to date after images were left out."""
+    splits = {role: getattr(data, role) for role in ROLES}
+    about = data.source["splits"]
+    rows = {role: _images(split, about[role]["from"]) for role, split in splits.items()} | {"skipped": _skipped(data)}
+    data.summary = list((dict(data.summary) | rows).items())
+    for role, split in splits.items():
+        about[role]["pictures"] = len(split)
+    data.source["unreadable"] = len(data.skipped)
+
+
+def _images(split: Split, origin: str) -> str:
+    return f"{len(split):,} images ({origin})"
+
+
+def _skipped(data: Data) -> str:
+    return f"{len(data.skipped)} unreadable image{'s' * (len(data.skipped) > 1)}"
 
 
 def data_metadata(settings: Settings, source: Source, origins: dict[str, str], data: Data) -> dict[str, Any]:

@@ -44,6 +44,7 @@ def load_data(settings: Settings) -> Data:
         edge=int(np.percentile(readable.edges, EDGE_PERCENTILE, method="higher")),
         skipped=readable.skipped,
         overlap=overlap.counts,
+        cut=cut,
     )
     origins = {role: _origin(role, source, hidden, settings.shots) for role in ROLES}
     data.summary = detected_rows(settings, source, origins, classes.how, data, overlap.phrases)

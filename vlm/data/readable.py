@@ -40,7 +40,7 @@ def decode(splits: Mapping[str, Split]) -> None:
         try:
             sample = split[i]
             split.keys[i] = sample.key
-            split.checks[i] = Check(edge=max(sample.image.size))
+            split.checks[i] = Check(sample.image.size)
         except UnreadableImage as error:
             split.checks[i] = Check(fault=str(error))
 

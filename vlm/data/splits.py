@@ -41,10 +41,15 @@ class Sample:
 
 
 class Check(NamedTuple):
-    """What is known of an image that was decoded: its longest edge in pixels, or its name and why it cannot be read."""
+    """What is known of an image that was decoded: width and height in pixels, or its name and why it cannot be read."""
 
-    edge: int = 0
+    size: tuple[int, int] = (0, 0)
     fault: str | None = None
+
+    @property
+    def edge(self) -> int:
+        """The longest edge in pixels."""
+        return max(self.size)
 
 
 class Split:
@@ -119,7 +124,7 @@ class Data:
 
     edge: 95% of the training images have no edge longer than this, in pixels;
     summary: rows of the table "what was detected"; skipped: each unreadable image with the reason;
-    source: what the metadata of the model say about the data, as JSON values;
+    source: what the metadata of the model say about the data, as JSON values; cut: the splits that were cut from train;
     overlap: the numbers of equal images in and between the splits, as `results.json` has them.
     """
 
@@ -132,6 +137,7 @@ class Data:
     skipped: list[str] = field(default_factory=list)
     source: dict[str, Any] = field(default_factory=dict)
     overlap: dict[str, int] = field(default_factory=dict)
+    cut: list[str] = field(default_factory=list)
 
     @property
     def fingerprint(self) -> dict[str, str]:

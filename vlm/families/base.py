@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache
 
+from vlm.common import RunError, is_out_of_memory
 from vlm.config import ImageSize
-from vlm.data import COPY_AGAIN
+from vlm.data import COPY_AGAIN, Sample, UnreadableImage
 from vlm.families.configuration import build_config, read_config
 from vlm.families.encoded import CONNECTED_FEATURES, ENCODER_FEATURES, EncodedImages, besides_pixels
 from vlm.families.images.sizes import size_text
-from vlm.families.pretrained import blaming
+from vlm.families.pretrained import blaming, brief
 from vlm.families.texts import FamilyTexts
 from vlm.families.weights import cache_argument, read_model, write_model
 
@@ -169,6 +170,36 @@ class Family(FamilyTexts):
     def encode_images(self, images: list[Image.Image]) -> EncodedImages:
         """RGB images -> tensors and tokens. Runs in loader processes, without the weights."""
         raise NotImplementedError
+
+    def refusal(self, image: Image.Image) -> str | None:
+        """Why the processor does not take an image, None if it does."""
+        try:
+            self.encode_images([image])
+        except Exception as error:  # each processor has its own way to refuse an image
+            if is_out_of_memory(error):
+                raise
+            return f"{image.width} x {image.height} pixels, which {self.title} cannot take ({brief(error)})"
+        return None
+
+    def refusal_of_size(self, width: int, height: int) -> str | None:
+        """Why the processor takes no image of a size in pixels, None if it does. Here: tried on a blank one."""
+        return self.refusal(Image.new("RGB", (width, height)))
+
+    def encode_samples(self, samples: Sequence[Sample]) -> EncodedImages:
+        """The images of some samples, as in `encode_images`.
+
+        Raises:
+            RunError: one of them cannot be read or used; the message names it.
+        """
+        try:
+            return self.encode_images([sample.image for sample in samples])
+        except UnreadableImage as error:
+            raise RunError(f"{error}. It was readable before: repair it, then continue with --resume.") from error
+        except Exception as error:
+            for sample in samples:
+                if reason := self.refusal(sample.image):
+                    raise RunError(f"{sample.name}: {reason}. Repair it, then continue with --resume.") from error
+            raise
 
     def vision_features(self, inputs: dict[str, Tensor]) -> Tensor:
         """What the vision encoder makes of the images, before the connector.

@@ -138,19 +138,17 @@ class Qwen2VLFamily(Family):
         patches = max(min_pixels, _most(max_pixels, image_size)) // vision.patch_size**2
         return patches, patches // vision.spatial_merge_size**2
 
-    def encode_images(self, images: list[Image.Image]) -> EncodedImages:
-        """RGB images -> patches of all images, (N, values of a patch), and grids, (B, 3) frames, rows and columns.
+    def refusal(self, image: Image.Image) -> str | None:
+        return self.refusal_of_size(*image.size) or super().refusal(image)
 
-        Raises:
-            UsageError: an image is more than 200 times as long as wide, or as wide as long.
-        """
-        for image in images:
-            if max(image.size) > LONGEST_SHAPE * min(image.size):
-                shape = f"{image.width} x {image.height}"
-                raise UsageError(
-                    f"an image has {shape} pixels: {self.title} takes at most {LONGEST_SHAPE} times as long as wide; "
-                    "crop it."
-                )
+    def refusal_of_size(self, width: int, height: int) -> str | None:
+        if max(width, height) <= LONGEST_SHAPE * min(width, height):
+            return None
+        most = f"at most {LONGEST_SHAPE} times as long as wide"
+        return f"{width} x {height} pixels, but {self.title} takes images {most}: crop it"
+
+    def encode_images(self, images: list[Image.Image]) -> EncodedImages:
+        """RGB images -> patches of all images, (N, values of a patch), and grids, (B, 3) frames, rows and columns."""
         image_processor = self.processor.image_processor
         batch = image_processor(images, return_tensors="pt")
         # (B, 3) grids of patches -> (B,) image tokens: merge_size x merge_size patches become one

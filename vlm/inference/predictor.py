@@ -92,11 +92,13 @@ def predict_single_image(
         full_response: a text whose answer is the prediction (see `vlm.classifier.explain`); empty if it abstains.
 
     Raises:
-        UnreadableImage: the image cannot be decoded.
+        UnreadableImage: the image cannot be decoded, or the model's processor does not take it.
         RunError: the model's scores are not finite.
     """
     _check_same_model(model, processor, metadata)
-    batch = model.collate(with_response=False)([Sample(open_image(image), 0, "image")])
+    batch, refused = _collate(model, None, [Sample(open_image(image), 0, "image")])
+    if batch is None:
+        raise UnreadableImage(refused["image"])
     result = _predict(model, batch, explain)[0]
     if "error" in result:
         raise RunError(result["error"])
@@ -130,13 +132,14 @@ def predict_batch(
 
     Returns:
         For each path, in the order given:
-        prediction: the class, or None if the model abstains or the file cannot be read.
+        prediction: the class, or None if the model abstains or there is an error.
         confidence: its probability within the label set, 0 to 1.
         probabilities: {class: probability}, calibrated; they add up to 1.
         error_bound: how much a probability can be wrong at most, 0 to 0.0001.
         full_response: the text; empty if the model abstains.
         abstained: True, only if it abstains.
-        error: the reason, only if the file cannot be read; then there is nothing but this and the prediction.
+        error: the reason, only if the file cannot be read or the processor refuses the image; then there is nothing but
+            this and the prediction.
 
     Raises:
         TypeError, ValueError: the arguments do not belong together, or have a wrong type or value.
@@ -233,9 +236,27 @@ def _prepare(
             samples.append(Sample(open_image(path), 0, path))
         except UnreadableImage as error:
             errors[path] = {"prediction": None, "error": str(error)}
-    if cache:
-        cache.add_missing(model.family, samples)
-    return model.collate(with_response=False, cache=cache)(samples) if samples else None, errors
+    batch, refused = _collate(model, cache, samples)
+    return batch, errors | {path: {"prediction": None, "error": reason} for path, reason in refused.items()}
+
+
+def _collate(
+    model: VLMClassifier, cache: FeatureCache | None, samples: list[Sample]
+) -> tuple[Batch | None, dict[str, str]]:
+    """The batch of the images that the processor takes, None if there is none, and why it does not take the others."""
+    if not samples:
+        return None, {}
+    try:
+        if cache:
+            cache.add_missing(model.family, samples)
+        return model.collate(with_response=False, cache=cache)(samples), {}
+    except Exception:  # each processor has its own way to refuse an image
+        reasons = {sample.name: model.family.refusal(sample.image) for sample in samples}
+        refused = {name: f"{name}: {reason}" for name, reason in reasons.items() if reason}
+        if not refused:
+            raise
+    batch, more = _collate(model, cache, [sample for sample in samples if sample.name not in refused])
+    return batch, refused | more
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from vlm.classifier import Objective, VLMClassifier, balanced_weights, usual_obj
 from vlm.common import UsageError, doing, format_table, note, usual_modes, writing
 from vlm.config import RunSettings, Settings
 from vlm.conversation import Prompts, build_prompts, longest_reasoning
-from vlm.data import Data, load_data, model_folder
+from vlm.data import Data, leave_out_refused, load_data, model_folder
 from vlm.families import (
     DEMO_NAME,
     Family,
@@ -183,9 +183,11 @@ def _load_model(
 
 
 def _build_classifier(family: Family, prompts: Prompts, settings: Settings, data: Data) -> VLMClassifier:
+    """What is trained. Images that it cannot take leave the data."""
     if settings.reasoning_column:
         prompts = replace(prompts, reasoning_tokens=longest_reasoning(data.train.reasonings, family))
     classifier = VLMClassifier(family, prompts)
+    leave_out_refused(data, family.refusal_of_size)
     classifier.objective = build_objective(settings, classifier, data.train.labels)
     return classifier
 

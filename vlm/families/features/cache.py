@@ -155,7 +155,7 @@ class FeatureCache:
         if self.full:
             return False
         missing = {sample.key: sample for sample in samples if not self.use(sample.key)}
-        return self.add(family, {key: family.encode_images([sample.image]) for key, sample in missing.items()})
+        return self.add(family, {key: family.encode_samples([sample]) for key, sample in missing.items()})
 
     def _compute(self, family: Family, images: dict[str, EncodedImages]) -> dict[str, dict[str, Tensor]]:
         """The content of each image's file: features, inputs other than pixels, and the image's tokens."""
@@ -188,7 +188,7 @@ def _checksum(entry: dict[str, Tensor]) -> str:
 def encode(samples: Sequence[Sample], family: Family, cache: FeatureCache | None = None) -> EncodedImages:
     """The images of some samples as the model takes them: features if the cache has all of them, else pixels."""
     known = cache.encode([sample.key for sample in samples]) if cache else None
-    return known or family.encode_images([sample.image for sample in samples])
+    return known or family.encode_samples(samples)
 
 
 def open_cache(family: Family, connected: bool, cache_dtype: str, limit_gb: float) -> FeatureCache | None:

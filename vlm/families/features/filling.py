@@ -85,7 +85,7 @@ class _Encode:
         self.family = family.without_weights()
 
     def __call__(self, sample: Sample) -> tuple[str, EncodedImages]:
-        return sample.key, self.family.encode_images([sample.image])
+        return sample.key, self.family.encode_samples([sample])
 
 
 def _batches(family: Family, samples: _Places, workers: int) -> Iterator[dict[str, EncodedImages]]:
