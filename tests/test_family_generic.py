@@ -329,7 +329,7 @@ class TestPaliGemma(Generic):
     [
         ({"model_type": "llama"}, "reads text only"),
         ({"model_type": "no_such"}, "does not know"),
-        ({}, "is of type None"),
+        ({}, "names no model_type"),
     ],
 )
 def test_models_that_cannot_be_used_are_refused_in_one_line(tmp_path, config, message):
@@ -339,5 +339,6 @@ def test_models_that_cannot_be_used_are_refused_in_one_line(tmp_path, config, me
     from vlm.families import load_family
 
     (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").touch()
     with pytest.raises(UsageError, match=message):
         load_family(tmp_path, torch.float32, torch.device("cpu"))

@@ -1,6 +1,7 @@
 """Phi-3.5-vision, which transformers does not know: our model against plain loops and one plain Phi-3 forward."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -158,11 +159,10 @@ def test_placeholders_in_the_texts_are_refused(folder, text):
         Prompts("system", f"look at {text}", ("a", "b"), ("a", "b")),
         Prompts(f"system {text}", "question", ("a", "b"), ("a", "b")),
     ):
-        with pytest.raises(UsageError, match="placeholder"):
+        with pytest.raises(UsageError, match=re.escape(text)):
             load(folder).render(prompts)
-    if text == "<|image|>":
-        with pytest.raises(UsageError, match="placeholder"):
-            load(folder).render(Prompts("system", "question", ("a", "b"), ("a", f"it is {text}")))
+    with pytest.raises(UsageError, match=re.escape(text)):
+        load(folder).render(Prompts("system", "question", ("a", "b"), ("a", f"it is {text}")))
 
 
 def test_both_end_tokens_stop_the_text(folder):

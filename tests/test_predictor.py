@@ -306,7 +306,7 @@ def test_a_folder_without_a_trained_model_says_what_was_expected(demo_run, tmp_p
     with pytest.raises(UsageError, match="training_metadata.json cannot be read"):
         load_model_and_metadata(tmp_path)
     shutil.copy(demo_run / "training_metadata.json", tmp_path)
-    with pytest.raises(UsageError, match="no readable config.json"):
+    with pytest.raises(UsageError, match=r"no config\.json"):
         load_model_and_metadata(tmp_path)
 
 

@@ -168,7 +168,7 @@ def test_a_sample_is_trained_on_its_own_text_or_on_that_of_its_class(folder, res
 
 def test_texts_that_break_the_conversation_or_the_context_are_refused_by_name(folder):
     classifier = classifier_of(folder, "reasoning-first", reasoning_tokens=12)
-    with pytest.raises(UsageError, match="reasoning of image 2 contains the placeholder <image>"):
+    with pytest.raises(UsageError, match="reasoning of image 2 contains <image>"):
         response_lengths(split_of(["a", "b", "see <image>", "d"]), classifier.family, classifier.rendered)
     long = replace(samples([0])[0], reasoning="word " * 3000, name="long one")
     with pytest.raises(UsageError, match="long one has .* tokens .* its reasoning"):

@@ -31,32 +31,80 @@ def risks_in(path):
             imported.add((node.module or "").partition(".")[0])
         elif isinstance(node, ast.Call):
             called.add(ast.unparse(node.func))
-            keywords |= {keyword.arg for keyword in node.keywords}
+            keywords |= {keyword.arg for keyword in node.keywords if ast.unparse(keyword) != "trust_remote_code=False"}
     return imported & CODE_LOADERS | called & EVALUATORS | keywords & {"trust_remote_code", "allow_pickle"}
 
 
 def test_no_file_evaluates_text_or_reads_pickles(tmp_path):
     assert {path.name: risks_in(path) for path in SOURCES if risks_in(path)} == {}
     (tmp_path / "bad.py").write_text(
-        "import pickle\nfrom joblib import load\nx = eval(torch.load('a', allow_pickle=1))"
+        "import pickle\nfrom joblib import load\nx = eval(torch.load('a', allow_pickle=1))\ny(trust_remote_code=None)"
     )
-    assert risks_in(tmp_path / "bad.py") == {"pickle", "joblib", "eval", "torch.load", "allow_pickle"}
+    found = {"pickle", "joblib", "eval", "torch.load", "allow_pickle", "trust_remote_code"}
+    assert risks_in(tmp_path / "bad.py") == found
 
 
-def test_code_in_a_model_folder_does_not_run(tiny_model, tmp_path, monkeypatch):
-    folder, mark = tmp_path / "model", tmp_path / "it ran"
-    shutil.copytree(tiny_model, folder)
+def naming_code(folder, source, names, kinds):
+    """A copy of a model folder that brings a file of code, which some of its settings files name."""
+    mark = folder.with_name("it ran")
+    shutil.copytree(source, folder)
     (folder / "evil.py").write_text(f"open({str(mark)!r}, 'w')\nclass Evil: pass\n")
-    for name in ("config.json", "processor_config.json", "tokenizer_config.json"):
+    for name, changes in names.items():
         content = json.loads((folder / name).read_text(encoding="utf-8"))
-        kinds = ("AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor", "AutoImageProcessor")
         content["auto_map"] = dict.fromkeys(kinds, "evil.Evil") | {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
-        (folder / name).write_text(json.dumps(content), encoding="utf-8")
-    monkeypatch.setattr("builtins.input", lambda *_: "y")  # transformers may ask: even then nothing runs
-    try:
-        load_family(folder, torch.float32, torch.device("cpu"), {})
-    finally:
-        assert not mark.exists()
+        (folder / name).write_text(json.dumps(content | changes), encoding="utf-8")
+    return mark
+
+
+KINDS = ("AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor", "AutoImageProcessor")
+BOTH = {"processor_class": "Evil", "image_processor_type": "Evil"}
+
+
+@pytest.fixture
+def nobody_is_asked(monkeypatch):
+    def asked(*_):
+        raise AssertionError("a question on the terminal")
+
+    monkeypatch.setattr("builtins.input", asked)
+
+
+def test_code_in_a_model_folder_does_not_run(tiny_model, tmp_path, nobody_is_asked):
+    settings = dict.fromkeys(("config.json", "processor_config.json", "tokenizer_config.json"), {})
+    mark = naming_code(tmp_path / "model", tiny_model, settings, KINDS)
+    family = load_family(tmp_path / "model", torch.float32, torch.device("cpu"), {})
+    assert family.title == "SmolVLM" and not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"config.json": {"model_type": "evil"}}, "Code that comes with a model is never run here"),
+        ({"processor_config.json": BOTH}, r"\(auto_map in processor_config\.json\)\. Such code is never run here"),
+        ({"processor_config.json": BOTH, "tokenizer_config.json": {"tokenizer_class": "Evil"}}, "auto_map in"),
+    ],
+)
+def test_a_model_that_needs_its_own_code_is_refused_without_a_question(
+    tiny_model, tmp_path, nobody_is_asked, settings, said
+):
+    mark = naming_code(tmp_path / "model", tiny_model, settings, KINDS)
+    with pytest.raises(UsageError, match=said) as error:
+        load_family(tmp_path / "model", torch.float32, torch.device("cpu"), {})
+    assert len(str(error.value).splitlines()) == 1 and not mark.exists()
+
+
+def test_code_that_a_part_of_a_configuration_names_does_not_run(tiny_model, tmp_path, nobody_is_asked):
+    mark = naming_code(tmp_path / "model", tiny_model, {"config.json": {}}, KINDS)
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    # of a type that transformers knows, but not as a language model: it would ask for the code of that part
+    part = {"model_type": "siglip_vision_model", "auto_map": {"AutoModel": "evil.Evil"}, "vocab_size": 5}
+    kernels = {"_attn_implementation": "kernels-community/evil"}
+    path.write_text(json.dumps(config | kernels))
+    load_family(tmp_path / "model", torch.float32, torch.device("cpu"), {})
+    path.write_text(json.dumps(config | {"text_config": part}))
+    with pytest.raises(UsageError, match=r"config\.json does not describe a model"):
+        load_family(tmp_path / "model", torch.float32, torch.device("cpu"), {})
+    assert not mark.exists()
 
 
 def test_code_in_a_dataset_folder_does_not_run(tmp_path):

@@ -79,8 +79,19 @@ class FamilyTexts:
         return self.rendered(prompts, self.tokenize(pieces[0]), self.tokenize(pieces[1]))
 
     def rendered(self, prompts: Prompts, prefix: list[int], question: list[int]) -> Rendered:
-        """Prefix and question (token ids), with the responses of the classes and what is scored of them."""
+        """Prefix and question (token ids), with the responses of the classes and what is scored of them.
+
+        Raises:
+            UsageError: the model does not know a token.
+        """
         responses = [self.response_ids(prompts, text) for text in prompts.responses]
+        highest = max(max(ids, default=0) for ids in (prefix, question, *responses))
+        known = len(self.model.get_input_embeddings().weight)
+        if highest >= known:
+            raise UsageError(
+                f"the tokenizer in {self.tokenizer.name_or_path} is that of another model: it writes token {highest}, "
+                f"and the model knows {known}. {COPY_AGAIN}"
+            )
         return Rendered(prefix, question, responses, scored_texts(self, prompts, responses), self.max_length, prompts)
 
     def response_ids(self, prompts: Prompts, text: str) -> list[int]:
