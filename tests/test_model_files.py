@@ -160,12 +160,14 @@ def test_a_chat_template_that_does_not_work_is_named(model, template, said):
 def test_a_tokenizer_of_another_model_is_named(model):
     path = model / "tokenizer.json"
     content = json.loads(path.read_text())
-    content["model"]["vocab"] |= {word: 5000 for word, number in content["model"]["vocab"].items() if number > 20}
+    classifier = render(model)
+    word = classifier.family.tokenizer.convert_ids_to_tokens(classifier.rendered.question_ids[3])
+    content["model"]["vocab"][word] = 5000
     path.write_text(json.dumps(content))
     refused(model, f"the tokenizer in {model} is that of another model: it writes token 5000, and the model knows")
-    for file in (path, model / "tokenizer_config.json"):
-        file.write_text(file.read_text().replace("<end_of_utterance>", "<end>"))
-    refused(model, "has no token <end_of_utterance>")
+    classifier.family.end_of_turn = "<end>"
+    with pytest.raises(UsageError, match=f"the tokenizer in {model} has no token <end>"):
+        classifier.family.render(tiny_prompts())
 
 
 @pytest.mark.parametrize(
