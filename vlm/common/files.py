@@ -112,6 +112,8 @@ def read_json(path: Path, cure: str) -> Any:
         UsageError: it cannot be read, is not JSON, or is nested too deep.
     """
     try:
+        if path.is_fifo():  # reading it would wait for ever
+            raise ValueError("it is a pipe")
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except RecursionError:
         problem = "it is nested too deep"

@@ -50,8 +50,8 @@ def load_family(
     if device.type == "cpu":
         # torch's attention on a CPU lets query heads share keys and values; with a mask, no other device does.
         os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
-    check_model_files(folder)
     check_checksums(folder, CURE, movable=METADATA)
+    check_model_files(folder)
     model_type = read_config(folder)["model_type"]
     family = _family_of(model_type)
     if family is GenericFamily:
