@@ -149,10 +149,10 @@ def test_only_the_language_model_is_quantized_and_the_saved_model_is_a_plain_one
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_whole_command(bits, tmp_path, capsys):
     save_tiny_model(tmp_path / "model")
-    for name in ("a", "b"):
+    for start, name in ((0, "a"), (8, "b")):
         (tmp_path / "data" / name).mkdir(parents=True)
         for i in range(8):
-            random_image(i).save(tmp_path / "data" / name / f"{i}.png")
+            random_image(start + i).save(tmp_path / "data" / name / f"{i}.png")
     out = tmp_path / "out"
     arguments = ("--model", tmp_path / "model", "--dataset", tmp_path / "data", "--epochs", 1, "--output-dir", out)
     assert train(*arguments, f"--load-in-{bits}bit") == 0

@@ -33,7 +33,7 @@ class FamilyTexts:
     @cached_property
     def control_tokens(self) -> dict[int, str]:
         """The tokens that structure a conversation, by their ids; no text of the user may have one."""
-        return control_tokens(self.tokenizer) | {self.image_token_id: self.image_token}
+        return {self.image_token_id: self.image_token} | control_tokens(self.tokenizer)
 
     def control_in(self, text: str) -> str | None:
         """The first control token, or else placeholder of an image, that a text is read as; None if it has none."""
