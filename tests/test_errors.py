@@ -6,6 +6,7 @@ import os
 import sys
 
 import pytest
+from torch.utils.data import DataLoader
 
 from vlm.common import RunError, Stopped, UsageError, doing, exit_code
 
@@ -64,3 +65,17 @@ def test_a_command_that_prints_what_the_terminal_lacks_is_done(monkeypatch):
     assert exit_code(lambda: print("Straße")) == 0
     stream.flush()
     assert stream.buffer.getvalue() == b"Stra\\xdfe\n" and stream.errors == "strict"
+
+
+def fail(item):
+    raise RunError(f"image {item} cannot be read: repair it.")
+
+
+def test_an_error_in_a_loader_process_is_as_short_as_anywhere(capsys):
+    """torch raises it again with a traceback as its text."""
+
+    def load():
+        next(iter(DataLoader([0, 1], batch_size=None, num_workers=1, collate_fn=fail)))
+
+    assert exit_code(load) == 1
+    assert capsys.readouterr().err == "error: image 0 cannot be read: repair it.\n"

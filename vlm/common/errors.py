@@ -131,11 +131,11 @@ def _is_to_be_said(error: BaseException, message: str) -> bool:
 
 def _explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, UsageError):
-        return f"error: {error}", 2
+        return f"error: {_own_text(error)}", 2
     if isinstance(error, KeyboardInterrupt):
         return str(error) or "stopped.", 130
     if isinstance(error, RunError):
-        return f"error: {error}", 1
+        return f"error: {_own_text(error)}", 1
     if is_of_another_process(error):
         return ERROR + OTHER_ENDED, 1
     if is_out_of_memory(error):
@@ -150,6 +150,15 @@ def _explain(error: BaseException) -> tuple[str, int]:
         where = f" {error.filename}" if isinstance(error, OSError) and error.filename else ""
         return f"error: {write_failure(error)}:{where} could not be written. Make room, then run it again.", 1
     return _explain_unexpected(error), 1
+
+
+def _own_text(error: BaseException) -> str:
+    """What an error says. In one of a process that prepares images, torch puts a traceback before it."""
+    text = str(error)
+    if not text.startswith("Caught ") or "Original Traceback" not in text:
+        return text
+    last = text.rstrip().splitlines()[-1]  # the type and what was said
+    return last.partition(": ")[2] or last
 
 
 def _explain_unexpected(error: BaseException) -> str:
