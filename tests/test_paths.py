@@ -43,7 +43,7 @@ def test_both_programs_look_in_the_same_folder(tmp_path, home, monkeypatch):
     result = run("train_vlm.py", "--demo", "--output-dir=~/x", cwd=tmp_path, HOME=home)
     assert result.stderr.startswith(f"error: {home}/x holds an interrupted run")
     result = run("train_vlm.py", "--resume", "--output-dir=~/x", cwd=tmp_path, HOME=home)
-    assert result.stderr.startswith(f"error: --resume: {home}/x/{METADATA} names no settings of a run")
+    assert result.stderr.startswith(f"error: {home}/x/{METADATA} is damaged: ")
     result = run("inference_vlm.py", "--model-dir=~/x", "~/x", "--output=~/nowhere/x.csv", cwd=tmp_path, HOME=home)
     assert result.stderr.startswith(f"error: --output {home}/nowhere/x.csv cannot be written")
     result = run("inference_vlm.py", "--model-dir=~/y", "~/x", cwd=tmp_path, HOME=home)

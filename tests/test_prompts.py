@@ -116,7 +116,6 @@ def test_a_reasoning_of_the_images_own_is_laid_out_as_it_is():
         ("Answer: <class>, without any reasoning", "answer-only"),
         ("Answer: <class>. There is no reason not to explain.", None),
         ("What is it? {classes}", None),
-        ("", None),
         (None, None),
     ],
 )
