@@ -47,5 +47,5 @@ def test_both_programs_look_in_the_same_folder(tmp_path, home, monkeypatch):
     result = run("inference_vlm.py", "--model-dir=~/x", "~/x", "--output=~/nowhere/x.csv", cwd=tmp_path, HOME=home)
     assert result.stderr.startswith(f"error: --output {home}/nowhere/x.csv cannot be written")
     result = run("inference_vlm.py", "--model-dir=~/y", "~/x", cwd=tmp_path, HOME=home)
-    assert result.stderr.startswith(f"error: {home}/x has no image.")
+    assert result.stderr.startswith(f"error: {home}/x has no image")
     assert names_in(tmp_path) == {"home"}
