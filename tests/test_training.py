@@ -90,7 +90,7 @@ def test_the_bar_counts_the_time_of_the_training_alone(sources, tmp_path, monkey
         away.append(10_000)
         return score_split(*arguments, **options)
 
-    monkeypatch.setattr("vlm.training.loop.score_split", slow)
+    monkeypatch.setattr("vlm.training.validation.score_split", slow)
     monkeypatch.setattr("vlm.common.progress.monotonic", lambda: time.monotonic() + sum(away))
     monkeypatch.setattr("vlm.common.progress.SECONDS_WORTH_A_LAST_LINE", 0.0)
     flags = {"model": str(model), "dataset": str(images), "epochs": 2, "zero_shot": True, "output_dir": str(tmp_path)}

@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -21,8 +20,8 @@ from vlm.classifier import Batch
 from vlm.common import Bar, RunError, Stopped, WriteError, note, write_json
 from vlm.config import BEST_MODEL, DEMO_MODEL, METADATA, STATE, Settings, read_run
 from vlm.conversation import response_lengths
-from vlm.data import Sample, Split, Step, epoch_plan
-from vlm.evaluation import load_metric, metrics_of_sums, score_split, split_losses
+from vlm.data import Sample, Step, epoch_plan
+from vlm.evaluation import load_metric
 from vlm.training.alignment import align_connector
 from vlm.training.losses import both_losses, losses_in_words, mean_since_evaluation, named_losses
 from vlm.training.output import output_folder
@@ -34,6 +33,7 @@ from vlm.training.saving import Saver
 from vlm.training.setup import Run, set_up
 from vlm.training.stopping import TESTING, TRAINING
 from vlm.training.trackers import check_trackers
+from vlm.training.validation import split_metrics, validation_losses
 
 STEPS_PER_LINE = 10  # optimizer steps between two lines of the log
 
@@ -294,9 +294,9 @@ class Trainer:
 
     def _evaluate(self) -> None:
         """Metrics on the validation split; the best model so far is saved."""
-        metrics = self._metrics(self.run.data.validation, "validating")
+        metrics = split_metrics(self.run, self.run.data.validation, "validating")
         p = self.progress
-        losses = self._validation_losses()
+        losses = validation_losses(self.run)
         loss = losses["loss"]
         of_training = mean_since_evaluation(p.history)
         self._log("validation", **losses, **{name: metrics[name] for name in ("accuracy", "macro_f1", "nll")})
@@ -312,32 +312,9 @@ class Trainer:
 
     def test_untrained(self) -> None:
         """Metrics of the model as it is before the first step, on the test split, for comparison."""
-        metrics = self._metrics(self.run.data.test, "testing the untrained model")
+        metrics = split_metrics(self.run, self.run.data.test, "testing the untrained model")
         self.progress.zero_shot = {name: metrics[name] for name in ("accuracy", "nll", "macro_f1")}
         note(f"before the training: test accuracy {metrics['accuracy']:.4f} (not calibrated)")
-
-    def _metrics(self, split: Split, description: str) -> dict[str, Any]:
-        """Metrics of a whole split, of which every process scores its share."""
-        run, world, rank = self.run, self.accelerator.num_processes, self.accelerator.process_index
-        mine = range(rank, len(split), world)
-        size = self.settings.eval_batch_size
-        with self.accelerator.autocast():
-            part = score_split(run.classifier, split, size, mine, run.workers, description, cache=run.cache)
-        sums = part.new_empty(len(split), part.shape[1])  # (N, C), put together from the (N / world, C) of each process
-        for other, theirs in enumerate(gather_object([part])):
-            sums[other::world] = theirs
-        return metrics_of_sums(run.classifier, split.labels, sums)
-
-    def _validation_losses(self) -> dict[str, float]:
-        """What the training minimizes, on the validation split, of which every process computes its share."""
-        run, a = self.run, self.accelerator
-        mine = range(a.process_index, len(run.data.validation), a.num_processes)
-        size = self.settings.eval_batch_size
-        with a.autocast():
-            sums = split_losses(run.classifier, run.data.validation, size, mine, run.workers, run.cache)
-        # (2, 2) -> (2,): each summed loss divided by its count, over all processes
-        sums = a.reduce(sums.float().to(a.device), "sum")
-        return named_losses((sums[:, 0] / sums[:, 1].clamp(min=1)).tolist(), run.classifier.objective)
 
     def _all_should_stop(self, evaluated: bool) -> bool:
         """Whether any process was asked to stop; several ask each other only when they wait for each other anyway."""

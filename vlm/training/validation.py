@@ -1,0 +1,42 @@
+"""A split in the middle of a training: metrics and losses, of which each process computes its share."""
+
+from typing import Any
+
+from accelerate.utils import gather_object
+
+from vlm.data import Split
+from vlm.evaluation import metrics_of_sums, score_split, split_losses
+from vlm.training.losses import named_losses
+from vlm.training.setup import Run
+
+
+def split_metrics(run: Run, split: Split, description: str) -> dict[str, Any]:
+    """The metrics of a whole split, as `evaluate_vlm_model` returns them.
+
+    Args:
+        description: what the progress bar says.
+    """
+    mine, size = _share(run, split), run.settings.eval_batch_size
+    with run.accelerator.autocast():
+        part = score_split(run.classifier, split, size, mine, run.workers, description, cache=run.cache)
+    sums = part.new_empty(len(split), part.shape[1])  # (N, C), put together from the (N / world, C) of each process
+    for other, theirs in enumerate(gather_object([part])):
+        sums[other :: run.accelerator.num_processes] = theirs
+    return metrics_of_sums(run.classifier, split.labels, sums)
+
+
+def validation_losses(run: Run) -> dict[str, float]:
+    """What the training minimizes, on the validation split, by the names of `log.jsonl`."""
+    split, accelerator = run.data.validation, run.accelerator
+    with accelerator.autocast():
+        sums = split_losses(
+            run.classifier, split, run.settings.eval_batch_size, _share(run, split), run.workers, run.cache
+        )
+    sums = accelerator.reduce(sums.float().to(accelerator.device), "sum")
+    # (2, 2) -> (2,): each summed loss divided by its count, over all processes
+    return named_losses((sums[:, 0] / sums[:, 1].clamp(min=1)).tolist(), run.classifier.objective)
+
+
+def _share(run: Run, split: Split) -> range:
+    """The positions that this process computes."""
+    return range(run.accelerator.process_index, len(split), run.accelerator.num_processes)
