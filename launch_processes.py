@@ -31,6 +31,8 @@ def output_folder(arguments: list[str]) -> Path:
 def cause(error: ChildFailedError) -> tuple[int, ProcessFailure]:
     """The process with which it began, by its number, and how it ended."""
     others = {number: failure for number, failure in error.failures.items() if said(failure) != OTHER_ENDED}
+    # SIGTERM is what the launcher itself sends to the others.
+    others = {number: failure for number, failure in others.items() if failure.exitcode != -signal.SIGTERM} or others
     killed = {number: failure for number, failure in others.items() if failure.exitcode < 0}
     return min((killed or others or error.failures).items(), key=lambda item: (item[1].timestamp, item[0]))
 

@@ -139,6 +139,7 @@ def test_results_json_tells_the_whole_story(mars_run, results):
         "test",
         "texts",
         "picture_check",
+        "overlap",
         "probe",
         "validation",
         "pictures",

@@ -68,6 +68,7 @@ LOST = "another process of this run has ended"
 @pytest.mark.parametrize(
     ("failures", "said", "code"),
     [
+        ({"p0": Failure(2, "--max-samples 3"), "p1": Failure(-15)}, "", 2),
         (
             {"p0": Failure(1, LOST, 3), "p1": Failure(-11, timestamp=9)},
             "process 1 of this run was killed by SIGSEGV.",
