@@ -168,11 +168,11 @@ class Rig:
                 found.append(f"best_model is not whole: {error}")
         return found
 
-    def differences(self, output: Path, allowed: str | None = None) -> list[str]:
+    def differences(self, output: Path, allowed: tuple[str, ...] = ()) -> list[str]:
         """What differs in a run that came to its end from the undisturbed one.
 
         Args:
-            allowed: the beginning of names that may be there.
+            allowed: the beginnings of names that may be there.
         """
         found = [
             f"other weights in {name}"
@@ -181,7 +181,7 @@ class Rig:
         ]
         names = {str(path.relative_to(output)) for path in output.rglob("*")}
         left = sorted(names - self.unbroken.names)
-        found += [f"left behind: {name}" for name in left if allowed is None or not name.startswith(allowed)]
+        found += [f"left behind: {name}" for name in left if not name.startswith(allowed)]
         found += [f"missing: {name}" for name in sorted(self.unbroken.names - names)]
         return found
 

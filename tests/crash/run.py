@@ -30,6 +30,8 @@ from damage import cut_short, delete, empty, flip_bit, make_file, make_folder  #
 from faults import OPERATIONS, Watch, kill_at_write, no_room  # noqa: E402
 from rig import Ended, Rig, phase, prepare_for_forks  # noqa: E402
 
+from vlm.config import LOCK  # noqa: E402
+
 KILLS = ("random time", *OPERATIONS)
 DAMAGES = (flip_bit, cut_short, empty, delete, make_folder)
 
@@ -120,7 +122,8 @@ class Round:
     def finish(self) -> None:
         """Resume to the end, and compare."""
         kind = "to the end"
-        was_finished = phase(self.output) == "the end"  # then its states may be there still, and nobody needs them
+        # Then its states and its lock may be there still, and nobody needs them.
+        was_finished = phase(self.output) == "the end"
         if not was_finished:
             ended = self.rig.start(self.output)
             self.check_exit(kind, ended, 0)
@@ -128,13 +131,13 @@ class Round:
                 return
         for loss in self.rig.losses(self.output, had_model=True):
             self.problem(kind, f"lost: {loss}")
-        for difference in self.rig.differences(self.output, allowed="resume_state" if was_finished else None):
+        for difference in self.rig.differences(self.output, allowed=("resume_state", LOCK) if was_finished else ()):
             self.problem(kind, difference)
         self.table.rounds += 1
         shutil.rmtree(self.output.parent)
 
     def check_exit(self, kind: str, ended: Ended, expected: int) -> None:
-        if ended.code != expected or "Traceback" in ended.text or "hint: run it again with --debug" in ended.text:
+        if ended.code != expected or "Traceback" in ended.text or "a mistake of the program" in ended.text:
             self.problem(kind, f"exit code {ended.code} instead of {expected}: {ended.text[-600:]}")
 
 
