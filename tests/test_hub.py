@@ -214,3 +214,13 @@ def test_a_file_is_no_model_folder(tmp_path):
 def test_a_dataset_on_the_hub_is_there_with_its_commit(hub):
     hub.add("datasets", "me/set", {"README.md": "x"})
     assert check_dataset_reachable("me/set") == COMMIT
+
+
+@pytest.mark.parametrize("kind", ["model", "dataset"])
+def test_a_misspelled_folder_is_answered_with_the_one_that_is_like_it(hub, monkeypatch, tmp_path, kind):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "planets").mkdir()
+    load = model_folder if kind == "model" else check_dataset_reachable
+    switch_off(monkeypatch)
+    with pytest.raises(UsageError, match=f"^{kind} planetz: no such folder. Did you mean planets"):
+        load("planetz")

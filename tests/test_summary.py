@@ -147,12 +147,12 @@ def test_warnings_are_those_of_the_checks():
         (
             5,
             {"pictures": 195, "accuracy": [0.75, 0.6, 0.8]},
-            "5 of 200 test images are in train, too (accuracy on the 195 others 0.7500): remove them from one.",
+            "5 of 200 test images are in train, too (accuracy on the 195 others 0.7500): keep each in one split only.",
         ),
         (
             200,
             {"pictures": 0, "accuracy": None},
-            "200 of 200 test images are in train, too (all): remove them from one.",
+            "200 of 200 test images are in train, too (all): keep each in one split only.",
         ),
     ],
 )

@@ -193,8 +193,8 @@ def _refused(kind: Kind, name: str, revision: str | None, error: Exception) -> U
 
 
 def _not_cached(kind: Kind, name: str, silence: str) -> UsageError:
-    if kind == "model" and (folder := _like_it(Path(name))):
-        return UsageError(f"model {name}: no such folder.{folder}")
+    if folder := _like_it(Path(name)):
+        return UsageError(f"{kind} {name}: no such folder.{folder}")
     return UsageError(
         f"{kind} {name}: no local folder, {silence}, and the cache has no complete copy.\n"
         "       Without the hub, give a model and a dataset in folders (--model, --dataset), or try --demo."

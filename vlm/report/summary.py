@@ -47,7 +47,12 @@ def _leaks(results: dict[str, Any]) -> list[str]:
         return []
     others = results["test"]["not_in_train"]
     rest = f"accuracy on the {others['pictures']} others {others['accuracy'][0]:.4f}" if others["pictures"] else "all"
-    return [f"{known} of {results['pictures']['test']} test images are in train, too ({rest}): remove them from one."]
+    return [f"{_in_train(results)}, too ({rest}): keep each in one split only."]
+
+
+def _in_train(results: dict[str, Any]) -> str:
+    count = results["overlap"]["test_in_train"]
+    return f"{count} of {results['pictures']['test']} test images {'is' if count == 1 else 'are'} in train"
 
 
 def per_class_table(metrics: dict[str, Any]) -> str:
@@ -110,8 +115,7 @@ def uncalibrated_accuracy(results: dict[str, Any], digits: str = ".4f") -> str:
 
 
 def _unseen(results: dict[str, Any]) -> str:
-    unseen, count = results["test"]["not_in_train"], results["overlap"]["test_in_train"]
-    leak = f"{count} of {results['pictures']['test']} test images are in train"
+    unseen, leak = results["test"]["not_in_train"], _in_train(results)
     if not unseen["pictures"]:
         return f"unknown: {leak}"
     value, low, high = unseen["accuracy"]
