@@ -342,8 +342,10 @@ def test_images_that_the_model_abstains_from_are_marked():
 
 def test_what_was_not_calibrated_is_not_shown_twice():
     results, data, predictions = run_of()
+    assert "by the sum, not calibrated" in page_of(results, data, predictions).text, "the score is another one"
+    results["test"]["calibration"] |= {"score": "sum"}
     assert "before calibration" in page_of(results, data, predictions).text
-    results["test"]["calibration"] |= {"temperature": 1.0, "score": "sum"}
+    results["test"]["calibration"] |= {"temperature": 1.0}
     page = page_of(results, data, predictions)
     assert "before calibration" not in page.text and "nothing was calibrated" in page.text
 

@@ -123,12 +123,21 @@ def test_the_untrained_model_is_compared_without_calibration():
     ("calibration", "said"),
     [
         ({}, "0.2000  (step 40, the best)"),
-        ({"bias": [0.1]}, "0.2000  (step 40, the best; without the biases)"),
-        ({"score": "prior"}, "0.2000  (step 40, the best; without the score prior)"),
-        ({"bias": [0.1], "score": "prior"}, "0.2000  (step 40, the best; without the score prior and the biases)"),
+        ({"bias": [0.1]}, "0.2000  (step 40, the best; not calibrated)"),
+        (
+            {
+                "score": "prior",
+                "scores": {"prior": {"accuracy": 0.25, "nll": 1.0}, "sum": {"accuracy": 0.2, "nll": 2.0}},
+            },
+            "0.2000  (step 40, the best; 0.2500 with the calibration)",
+        ),
+        (
+            {"bias": [0.1], "scores": {"sum": {"accuracy": 0.3, "nll": 2.0}}},
+            "0.2000  (step 40, the best; 0.3000 with the calibration)",
+        ),
     ],
 )
-def test_what_the_validation_accuracy_lacks_is_said_if_it_was_fitted(calibration, said):
+def test_the_validation_accuracy_with_the_calibration_is_said_if_it_can_differ(calibration, said):
     assert table_of(calibration=calibration)["validation accuracy"] == said
 
 

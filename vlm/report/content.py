@@ -185,8 +185,14 @@ class Content:
         for name, value in test.get("own_metrics", {}).items():
             parts = value if isinstance(value, dict) else {"": value}
             rows += [(f"{name} {part}".strip(), number, None) for part, number in parts.items()]
-        rows.append(("Validation accuracy", self.results["validation"]["accuracy"], None))
+        lacks = ", not calibrated" if uncalibrated_accuracy(self.results) else ""
+        rows.append((f"Validation accuracy{lacks}", self.results["validation"]["accuracy"], None))
         return [(name, figure, measured(earlier)) for name, now, earlier in rows if (figure := measured(now))]
+
+    @property
+    def before(self) -> str:
+        """What the figures before calibration are called: they are always those of the sum."""
+        return "before calibration" if self.calibration["score"] == "sum" else "by the sum, not calibrated"
 
     @property
     def meaning(self) -> dict[str, str]:

@@ -123,10 +123,12 @@ def _unseen(results: dict[str, Any]) -> str:
 
 
 def _before_fit(calibration: dict[str, Any]) -> str:
-    """What the validation accuracy of the training lacks: it is measured by the sum and without biases."""
-    fitted = [f"the score {calibration['score']}"] * (calibration["score"] != "sum")
-    fitted += ["the biases"] * bool(calibration["bias"])
-    return f"; without {' and '.join(fitted)}" if fitted else ""
+    """The validation accuracy with the calibration. During the training it is measured by the sum and without biases,
+    and only these change what is predicted."""
+    if not calibration["bias"] and calibration["score"] == "sum":
+        return ""
+    measured = calibration["scores"].get(calibration["score"])
+    return f"; {measured['accuracy']:.4f} with the calibration" if measured else "; not calibrated"
 
 
 def _calibration_rows(calibration: dict[str, Any]) -> list[Row]:

@@ -301,9 +301,10 @@ class Trainer:
         of_training = mean_since_evaluation(p.history)
         self._log("validation", **losses, **{name: metrics[name] for name in ("accuracy", "macro_f1", "nll")})
         better = (metrics["accuracy"], -loss) > (p.best_accuracy, -p.best_loss)
+        best = " (best so far)" if metrics["accuracy"] > p.best_accuracy else " (best so far, by the smaller loss)"
         note(
             f"epoch {p.step / self.steps_per_epoch:.2f}, step {p.step}: validation accuracy {metrics['accuracy']:.4f}"
-            f"{' (best so far)' if better else ''}; {losses_in_words(losses, of_training)}"
+            f"{best if better else ''}; {losses_in_words(losses, of_training)}"
         )
         if better:
             p.best_accuracy, p.best_loss, p.best_step = metrics["accuracy"], loss, p.step
