@@ -122,16 +122,18 @@ def predict(args: argparse.Namespace, switches: ExitStack) -> None:
         if not can_be_a_path(name):
             raise UsageError(f"{name}: expected a name that is not too long for a file or folder.")
     if args.output is not None:
-        check_output(Path(args.output))
+        check_output(Path(args.output), Path(args.model_dir))
     wait_politely()
     import torch
 
     from vlm.common import note
     from vlm.data import find_images
-    from vlm.inference import PredictionFile, PredictionTable, load_model_and_metadata, predict_each
+    from vlm.inference import PredictionFile, PredictionTable, check_replaceable, load_model_and_metadata, predict_each
     from vlm.machine import pick_threads
 
     switches.enter_context(switches_as_before())
+    if args.output:
+        check_replaceable(Path(args.output))
     torch.set_num_threads(pick_threads(args.threads))
     paths = list(dict.fromkeys(map(str, find_images(args.images))))
     with doing(f"loading --model-dir {args.model_dir}"):
@@ -161,8 +163,8 @@ def predict(args: argparse.Namespace, switches: ExitStack) -> None:
         raise RunError(f"{len(failed)} of {len(paths)} images could not be read, such as {failed[0]}{others}.")
 
 
-def check_output(path: Path) -> None:
-    """Check, before the work, that its results can be written after it.
+def check_output(path: Path, model_dir: Path) -> None:
+    """Check, before the work, that its results can be written after it, and that nothing of another kind is lost.
 
     Raises:
         UsageError: they cannot.
@@ -173,6 +175,8 @@ def check_output(path: Path) -> None:
         raise UsageError(f"--output {path}: expected a name of at most {LONGEST_NAME} bytes.")
     if os.path.isdir(path) or not os.access(path.parent, os.W_OK | os.X_OK):
         raise UsageError(f"--output {path} cannot be written: choose another place, in a folder that exists.")
+    if path.resolve().parent == model_dir.resolve():
+        raise UsageError(f"--output {path} is in the folder of the model: choose another place.")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from vlm.common import CONTINUED, UsageError, command_of, exit_code, lazy_names, switches_as_before
 from vlm.config import (
-    METADATA,
     RESULTS,
     RunSettings,
     Settings,
@@ -78,8 +77,9 @@ def saved_settings(output: Path, epochs: int | None = None) -> RunSettings:
     Raises:
         UsageError: there is no run, its metadata are damaged, or it is finished.
     """
-    if not (output / METADATA).is_file():
-        raise UsageError(f"--resume: {output} holds no run to continue. Leave out --resume to start one.")
+    from vlm.training import check_resumable
+
+    check_resumable(output)
     saved = read_settings(read_run(output)["settings"])
     if (output / RESULTS).is_file():
         command = (

@@ -24,6 +24,7 @@ from vlm.classifier.objective import Objective
 from vlm.classifier.prefix import KeysAndValues, Recorded, StepPrefix, expand, in_front, keys_and_values
 from vlm.classifier.search import Reading, run_searches
 from vlm.classifier.tree_rows import TreeRows
+from vlm.common import RunError
 from vlm.conversation import Rendered
 from vlm.families import Family
 
@@ -119,7 +120,10 @@ class SharedPrefix(Forward):
             return embeddings
         features = self.family.image_features(batch.pixels).to(embeddings.dtype)
         if len(batch.image_places) != len(features):
-            raise RuntimeError(f"{len(batch.image_places)} image tokens in the text, {len(features)} image features")
+            raise RunError(
+                f"the processor writes {len(batch.image_places)} image tokens, and the vision encoder gives "
+                f"{len(features)} features: the processor's settings do not fit the model. Copy or download it again."
+            )
         # (B, L, D) -> (B*L, D), features (image tokens, D) written at their places, -> (B, L, D)
         placed = embeddings.flatten(0, 1).index_copy(0, batch.image_places, features)
         return placed.unflatten(0, batch.input_ids.shape)

@@ -22,7 +22,7 @@ from vlm.common.errors import (
     write_failure,
 )
 from vlm.common.files import read_json, replacing, write_json, writing
-from vlm.common.folders import existing, read_folder, recover, remove, usual_modes, write_folder
+from vlm.common.folders import existing, files_of_others, read_folder, recover, remove, usual_modes, write_folder
 from vlm.common.lazy import lazy_names
 from vlm.common.modes import evaluation_mode
 from vlm.common.processes import OTHER_ENDED, is_main_process
@@ -65,6 +65,7 @@ __all__ = [
     "dtype_name",
     "evaluation_mode",
     "existing",
+    "files_of_others",
     "exit_code",
     "first_line",
     "format_table",

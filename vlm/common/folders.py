@@ -9,7 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from vlm.common.checksums import write_checksums
+from vlm.common.checksums import CHECKSUMS, read_checksums, write_checksums
+from vlm.common.errors import UsageError
 from vlm.common.files import sync, writing
 
 Result = TypeVar("Result")
@@ -49,6 +50,7 @@ def write_folder(
             write(new)
             usual_modes(new)
             write_checksums(new, known or {})
+            _carry_over(folder, new)
             for path in (*new.rglob("*"), new):
                 sync(path)
             replaced = _put(new, folder)
@@ -60,6 +62,30 @@ def write_folder(
             replaced = _put(new, previous)
         if replaced:
             remove(new)
+
+
+def files_of_others(folder: Path) -> list[str]:
+    """The visible files in a folder that its `CHECKSUMS` do not name; none if it has no readable ones.
+
+    Whoever wrote the folder has written the others, or they are of an earlier version.
+    """
+    try:
+        own = read_checksums(folder)
+    except (UsageError, OSError):
+        return []
+    if not own or not folder.is_dir():
+        return []
+    names = (path.name for path in folder.iterdir())
+    return sorted(name for name in names if name not in own and name != CHECKSUMS and not name.startswith("."))
+
+
+def _carry_over(folder: Path, new: Path) -> None:
+    """Copy what others have put into a folder that is replaced."""
+    for name in files_of_others(folder) if folder.is_dir() else []:
+        if (folder / name).is_dir():
+            shutil.copytree(folder / name, new / name, symlinks=True)
+        elif not (new / name).exists():
+            shutil.copy2(folder / name, new / name, follow_symlinks=False)
 
 
 def existing(folder: Path) -> Path:

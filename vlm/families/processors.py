@@ -1,5 +1,6 @@
 """Processors as transformers publishes them, without what needs torchvision; and their chat templates."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -17,6 +18,8 @@ from vlm.families.configuration import read_config
 from vlm.families.pretrained import CHOOSE_ANOTHER, brief, load_pretrained
 
 TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
+LARGEST = 10_000  # pixels of an edge, or tokens of an image
+BOUNDED = re.compile(r"image_seq_len$|num_image_tokens$|max_image_size")  # settings that memory depends on
 IMAGE_SETTINGS = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -26,12 +29,25 @@ def read_processor(folder: Path, processor_class: Any = AutoProcessor) -> Any:
     Raises:
         UsageError: a file of it is missing or damaged, or it needs code of its own.
     """
+    for name in IMAGE_SETTINGS:
+        if (folder / name).is_file():
+            _check_sizes(read_object(folder / name), folder / name)
     with naming_the_file(folder):
         processor = load_pretrained(processor_class, folder)
         if not isinstance(processor, ProcessorMixin):
             raise UsageError(f"{folder} has no processor of images and text. {CHOOSE_ANOTHER}")
         processor.image_processor = load_pretrained(AutoImageProcessor, folder, backend="pil")
         return processor
+
+
+def _check_sizes(value: Any, path: Path, name: str = "") -> None:
+    """Refuse numbers of tokens and edges that no memory has room for, before an image is made of them."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            inner = f"{name}.{key}" if name else key
+            _check_sizes(part, path, inner)
+    elif isinstance(value, int | float) and BOUNDED.search(name) and not 0 < value <= LARGEST:
+        raise UsageError(f"{path} says {name}: {value}, expected 1 to {LARGEST:,}. {COPY_AGAIN}")
 
 
 @contextmanager

@@ -10,10 +10,29 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from vlm.common import RunError, csv_cell, format_table, printable, printable_lines, reason
+from vlm.common import RunError, UsageError, csv_cell, format_table, printable, printable_lines, reason
 
 FIGURES = ("prediction", "confidence", "error_bound", "abstained", "error", "full_response")
 PART = ".part"
+LONGEST_START = 1000  # bytes of a file that are looked at before it is replaced
+
+
+def check_replaceable(path: Path) -> None:
+    """Check that a file that predictions are to replace holds predictions itself, or nothing.
+
+    Raises:
+        UsageError: it holds something else, which would be lost.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(LONGEST_START)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UsageError(f"--output {path} cannot be read ({reason(error)}): choose another place.") from error
+    own = b'{"path": ' if path.suffix.lower() == ".jsonl" else ",".join(["path", *FIGURES]).encode()
+    if start and not start.startswith(own):
+        raise UsageError(f"--output {path} exists and holds no predictions: it would be lost. Choose another name.")
 
 
 class PredictionFile:

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import platform
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -60,10 +61,11 @@ def check_unlocked(folder: Path) -> None:
         UsageError: one does.
     """
     try:
-        descriptor = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW)
+        descriptor = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return
     try:
+        _check_regular(folder / LOCK, descriptor)
         _lock(folder, descriptor, fcntl.LOCK_SH)
     finally:
         os.close(descriptor)
@@ -73,10 +75,11 @@ def _take(path: Path) -> int:
     """The descriptor of the lock, which this process has from now on."""
     while True:
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
         except OSError as error:
             raise UsageError(f"{path} cannot be written ({reason(error)}): choose another --output-dir.") from error
         try:
+            _check_regular(path, descriptor)
             before = _lock(path.parent, descriptor, fcntl.LOCK_EX)
         except BaseException:
             os.close(descriptor)
@@ -87,6 +90,12 @@ def _take(path: Path) -> int:
                     note(f"note: a run in {path.parent} was killed ({before}); its lock is taken over.")
                 return descriptor
         os.close(descriptor)  # the run that had it has ended and deleted it meanwhile
+
+
+def _check_regular(path: Path, descriptor: int) -> None:
+    """Refuse what is no file. `O_NONBLOCK` keeps a pipe from waiting until somebody writes into it."""
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        raise UsageError(f"{path} is not a file: delete it, or choose another --output-dir.")
 
 
 def _lock(folder: Path, descriptor: int, kind: int) -> Holder | None:

@@ -1,14 +1,23 @@
 """The output folder: it is made, and no other run in it is lost. Imported before torch, so it needs no package."""
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vlm.common import UsageError, is_main_process, note, reason
-from vlm.config import METADATA, PREVIOUS_RUN, RESULTS, Settings, user_path
+from vlm.config import BEST_MODEL, METADATA, PREVIOUS_RUN, RESULTS, Settings, user_path
 from vlm.training.lock import check_unlocked, locked
-from vlm.training.run_files import files_of_run, foreign_files, is_unsettled, list_tracked, settle
+from vlm.training.run_files import (
+    files_of_others_in_folders,
+    files_of_run,
+    foreign_files,
+    has_work,
+    is_unsettled,
+    list_tracked,
+    settle,
+)
 
 
 def clean_up(output: Path) -> None:
@@ -52,7 +61,10 @@ def _check_place(output: Path, settings: Settings) -> None:
 
 
 def _check_content(output: Path, settings: Settings) -> None:
-    if foreign := foreign_files(output):
+    foreign = foreign_files(output)
+    if settings.overwrite or settings.resume:
+        foreign += files_of_others_in_folders(output)
+    if foreign:
         raise UsageError(
             f"{output} holds {', '.join(foreign)}, which no run of this program has written and a run would overwrite: "
             "move what is there away, or choose another --output-dir."
@@ -66,6 +78,27 @@ def _check_content(output: Path, settings: Settings) -> None:
         raise UsageError(
             f"{output} holds an interrupted run: continue it with --resume, or delete it with --overwrite."
         )
+    elif not (output / METADATA).exists() and has_work(output):
+        raise UsageError(without_metadata(output))
+
+
+def check_resumable(output: Path) -> None:
+    """Check that there is a run to continue.
+
+    Raises:
+        UsageError: there is none, or its metadata are gone.
+    """
+    if not os.path.lexists(output / METADATA):
+        if has_work(output):
+            raise UsageError(f"--resume: {without_metadata(output)}")
+        raise UsageError(f"--resume: {output} holds no run to continue. Leave out --resume to start one.")
+
+
+def without_metadata(output: Path) -> str:
+    """What to do about a run whose metadata are gone."""
+    copy = output / BEST_MODEL / METADATA
+    cure = f"Copy {copy} there, then continue with --resume" if copy.is_file() else "Copy the folder again"
+    return f"{output} holds a run, but its {METADATA} is missing. {cure}, or delete the run with --overwrite."
 
 
 def _check_not_needed(output: Path, settings: Settings) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from vlm.classifier import TOLERANCE, VLMClassifier
-from vlm.common import command_of, dtype_name, format_table, note, replacing, write_json
+from vlm.common import RunError, command_of, dtype_name, format_table, note, replacing, write_json
 from vlm.config import BEST_MODEL, DEMO_IMAGES, METADATA, PAGE, RESULTS
 from vlm.data import Data, Split
 from vlm.evaluation import (
@@ -30,6 +30,7 @@ from vlm.families import FeatureCache, load_family
 from vlm.inference import load_model_and_metadata, update_metadata
 from vlm.report import Prediction, per_class_table, shown_images, summary_rows, warnings_of, write_report
 from vlm.training.resume_state import Progress, delete_states
+from vlm.training.run_files import claim_results
 from vlm.training.setup import Run
 
 
@@ -68,6 +69,7 @@ def finish(run: Run, progress: Progress, metrics: Sequence[Callable[..., Any]]) 
         **_checks(run, tested, frozen),
         **_of_the_run(run, progress, tested.seconds),
     }
+    claim_results(output)
     write_report(output, results, run.data, _explained_predictions(run, tested))
     of_test = {name: tested.metrics[name] for name in ("accuracy", "macro_f1")}
     write_json(output / METADATA, run.metadata | calibration | {"test": of_test})
@@ -88,6 +90,11 @@ def _test_best(run: Run, metrics: Sequence[Callable[..., Any]]) -> tuple[Tested,
     classifier, _, metadata = load_model_and_metadata(
         folder, device=run.accelerator.device.type, dtype=dtype_name(run.dtype)
     )
+    if metadata.get("run_id", run.metadata["run_id"]) != run.metadata["run_id"]:
+        raise RunError(
+            f"{folder} is the model of another run, so it is not tested as the best one of this run. Copy the "
+            "folder of this run again, or start again with --overwrite."
+        )
     if cache and not cache.fits(classifier.family):  # the frozen weights are saved in another number format
         cache = None
     fitted = calibrate(classifier, data.validation, settings, run.workers, cache)

@@ -12,6 +12,7 @@ a crash which run has to be kept:
 Imported before torch, so it needs no package.
 """
 
+import itertools
 import os
 import shutil
 from collections.abc import Iterable
@@ -19,11 +20,26 @@ from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from vlm.common import UsageError, note, read_json, write_json
-from vlm.config import BEST_MODEL, DEMO_MODEL, FOLDERS, MANIFEST, METADATA, PREVIOUS_RUN, PREVIOUS_STATE, STATE, WRITTEN
+from vlm.common import UsageError, files_of_others, note, read_json, write_json
+from vlm.config import (
+    BEST_MODEL,
+    DEMO_IMAGES,
+    DEMO_MODEL,
+    FINAL_MODEL,
+    FOLDERS,
+    LOG,
+    MANIFEST,
+    METADATA,
+    PREVIOUS_RUN,
+    PREVIOUS_STATE,
+    RESULTS,
+    STATE,
+    WRITTEN,
+)
 
 NEW_DEMO_MODEL = f".{DEMO_MODEL}.new"  # until the run begins
 MOVING, DELETED = f"{PREVIOUS_RUN}.moving", f"{PREVIOUS_RUN}.deleted"
+AT_THE_END = (*(name for name in WRITTEN if name not in (*FOLDERS, METADATA, LOG)), DEMO_IMAGES, "demo_pictures")
 # What trackers write into their folders, which may hold other files too.
 TRACKED = {
     "tensorboard": ("events.out.tfevents.*", "[0-9]*.[0-9]*"),
@@ -57,6 +73,15 @@ def foreign_files(output: Path) -> list[str]:
     return [name for name in WRITTEN if name not in own and os.path.lexists(output / name)]
 
 
+def files_of_others_in_folders(output: Path) -> list[str]:
+    """What is in the folders of a run but was not written by it, as far as that is known, such as best_model/a.txt."""
+    found = [f"{name}/{file}" for name in FOLDERS for file in files_of_others(output / name)]
+    for name in (DEMO_IMAGES, "demo_pictures"):
+        inside = (output / name).iterdir() if _is_folder(output / name) else ()
+        found += [f"{name}/{path.name}" for path in inside if not fnmatchcase(path.name, "digit_[0-9]*.png")]
+    return sorted(name for name in found if not name.rpartition("/")[2].startswith("."))
+
+
 def is_unsettled(output: Path) -> bool:
     """Whether a run was killed and left something that `settle` cleans up."""
     left = any(os.path.lexists(output / name) for name in (PREVIOUS_RUN, MOVING, DELETED, NEW_DEMO_MODEL))
@@ -73,7 +98,8 @@ def begin(output: Path, resume: bool, overwrite: bool) -> None:
             _put_back(output)
         _set_aside(output)
     own = files_of_run(output) if resume else []
-    _write_manifest(output, [name for name in _tracked(output) if name not in own])
+    written = [name for name in WRITTEN if name not in AT_THE_END or name in own]
+    _write_manifest(output, written, [name for name in _tracked(output) if name not in own])
     if (output / NEW_DEMO_MODEL).exists():
         _remove(output, [DEMO_MODEL])
         os.replace(output / NEW_DEMO_MODEL, output / DEMO_MODEL)
@@ -82,7 +108,22 @@ def begin(output: Path, resume: bool, overwrite: bool) -> None:
 def list_tracked(output: Path) -> None:
     """Add what trackers have written since to the manifest of the run."""
     if (output / MANIFEST).is_file():
-        _write_manifest(output, _read_manifest(output).get("not_ours", []))
+        manifest = _read_manifest(output)
+        written = [name for name in WRITTEN if name in manifest["files"]]
+        _write_manifest(output, written, manifest["not_ours"])
+
+
+def claim_results(output: Path) -> None:
+    """The run is about to write what it writes at its end. Files of that name that it has not written are renamed."""
+    if not (output / MANIFEST).is_file():
+        return
+    manifest = _read_manifest(output)
+    for name in AT_THE_END:
+        if name not in manifest["files"] and os.path.lexists(output / name):
+            kept = next(f"{name}.{n}" for n in itertools.count(1) if not os.path.lexists(output / f"{name}.{n}"))
+            os.rename(output / name, output / kept)
+            note(f"{output / name} was not written by this run: it is called {kept} now.")
+    _write_manifest(output, list(WRITTEN), manifest["not_ours"])
 
 
 def drop_previous(output: Path) -> None:
@@ -116,7 +157,13 @@ def _states(output: Path) -> list[Path]:
 
 
 def _never_began(output: Path) -> bool:
-    return (output / MANIFEST).is_file() and not (output / METADATA).is_file()
+    there = os.path.lexists(output / METADATA) or has_work(output)
+    return (output / MANIFEST).is_file() and not there
+
+
+def has_work(output: Path) -> bool:
+    """Whether a run has left a model, a state or results, even if its metadata are gone."""
+    return any(os.path.lexists(output / name) for name in (BEST_MODEL, FINAL_MODEL, STATE, PREVIOUS_STATE, RESULTS))
 
 
 def _set_aside(output: Path) -> None:
@@ -194,13 +241,13 @@ def _may_be_written(output: Path, name: str) -> bool:
     return fits and "/" not in inner and not (output / tracker).is_symlink()
 
 
-def _write_manifest(output: Path, not_ours: list[str]) -> None:
+def _write_manifest(output: Path, written: list[str], not_ours: list[str]) -> None:
     """List what a run writes.
 
     Args:
-        not_ours: what was in the folders of trackers before.
+        written: names of `WRITTEN`. not_ours: what was in the folders of trackers before.
     """
-    files = [*WRITTEN, *(name for name in _tracked(output) if name not in not_ours)]
+    files = [*written, *(name for name in _tracked(output) if name not in not_ours)]
     write_json(output / MANIFEST, {"files": files, "not_ours": not_ours})
 
 
