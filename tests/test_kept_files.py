@@ -6,9 +6,11 @@ import shutil
 
 import pytest
 from commands import classify, names_in, train
+from tiny import random_image
 
 from vlm.common import UsageError, write_folder
 from vlm.config import BEST_MODEL, METADATA, RESULTS, STATE, resolve
+from vlm.data import load_data
 from vlm.training.loop import Trainer
 from vlm.training.output import check_output, check_resumable, clean_up
 from vlm.training.run_files import begin, claim_results
@@ -140,3 +142,25 @@ def test_a_processor_that_does_not_fit_its_model_is_said_before_memory_is_taken(
     assert classify("--model-dir", folder, run / "demo_images") in (1, 2)
     err = capsys.readouterr().err
     assert said in err and "mistake of the program" not in err
+
+
+def test_a_split_that_lacks_classes_is_said(tmp_path, capsys):
+    for split, classes in {"train": "abc", "val": "abc", "test": "a"}.items():
+        for name in classes:
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(3):
+                random_image(100 * ord(name) + 10 * len(split) + i).save(tmp_path / split / name / f"{i}.png")
+    load_data(resolve({"dataset": str(tmp_path)}))
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert said == ["warning: test has no image of b, c, so its accuracy says nothing about them."]
+
+
+@pytest.mark.parametrize("responses", [[], "x"])
+def test_metadata_without_a_response_for_each_class_are_damaged(run, capsys, responses):
+    folder = run / BEST_MODEL
+    (folder / "checksums.json").unlink()
+    metadata = json.loads((folder / METADATA).read_text())
+    metadata["prompts"]["responses"] = responses
+    (folder / METADATA).write_text(json.dumps(metadata))
+    assert classify("--model-dir", folder, run / "demo_images") == 2
+    assert "its classes and prompts cannot be read" in capsys.readouterr().err

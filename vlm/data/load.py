@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vlm.common import UsageError
+from vlm.common import UsageError, listed, note
 from vlm.config import Settings
 from vlm.data.classes import is_missing, number_labels
 from vlm.data.cutting import check_enough, cut_from_train, limit_splits, take_shots
@@ -35,6 +35,7 @@ def load_data(settings: Settings) -> Data:
     splits = without_copies(readable.splits, cut)
     splits["train"] = take_shots(splits["train"], names, settings)
     _check_reasonings(source, splits["train"])
+    _note_missing_classes(splits, names)
     overlap = find_overlap(splits, names)
     data = Data(
         splits["train"],
@@ -102,6 +103,14 @@ def _splits_without_labels(source: Source) -> list[str]:
                 "Label or remove them."
             )
     return hidden
+
+
+def _note_missing_classes(splits: dict[str, Split], names: Sequence[str]) -> None:
+    """Say of which classes a split has no image: its accuracy says nothing about them."""
+    for role in ("validation", "test"):
+        there = set(splits[role].labels)
+        if missing := [name for number, name in enumerate(names) if number not in there]:
+            note(f"warning: {role} has no image of {listed(missing)}, so its accuracy says nothing about them.")
 
 
 def _check_reasonings(source: Source, train: Split) -> None:

@@ -97,7 +97,8 @@ def read_prompts(folder: Path, metadata: dict[str, Any]) -> Prompts:
         whole = all(isinstance(text, str) for text in texts) and isinstance(prompts.reasoning_tokens, int)
     except (KeyError, TypeError, ValueError, AttributeError):
         whole = False
-    if not whole or not prompts.class_names or list(prompts.class_names) != metadata["class_names"]:
+    whole = whole and len(prompts.responses) == len(prompts.class_names) > 0
+    if not whole or list(prompts.class_names) != metadata["class_names"]:
         raise UsageError(f"{_metadata_file(folder)} is damaged: its classes and prompts cannot be read. {WRITTEN_BY}")
     return prompts
 

@@ -85,6 +85,10 @@ def _test_best(run: Run, metrics: Sequence[Callable[..., Any]]) -> tuple[Tested,
     """Load the best model, calibrate it on validation, and test it; its calibration is stored in its folder."""
     settings, data, folder = run.settings, run.data, run.output / BEST_MODEL
     cache = run.cache
+    if not folder.is_dir():
+        raise RunError(
+            f"{folder} is gone, so it cannot be tested. Copy it there again, or start again with --overwrite."
+        )
     del run.model, run.optimizer, run.classifier, run.learned  # make room for the model that is loaded
     run.accelerator.free_memory()
     classifier, _, metadata = load_model_and_metadata(

@@ -89,7 +89,7 @@ class FeatureCache:
                 names = content.keys()
                 entry = {name: content.get_tensor(name) for name in names}
                 whole = {self._name, TOKEN_IDS} <= entry.keys() and (content.metadata() or {}).get(CHECKSUM)
-        except (FileNotFoundError, PermissionError):
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
             return None
         except (OSError, SafetensorError):  # cut short, or a folder
             entry, whole = {}, None
