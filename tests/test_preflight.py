@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import samples, save_tiny_model, tiny_classifier
 
-from vlm.common.errors import UsageError
+from vlm.common.errors import RunError, UsageError
 from vlm.config import resolve
 from vlm.families import cache_root
 from vlm.training.preflight import preflight, settings_rows
@@ -45,7 +45,7 @@ def test_a_sample_without_a_response_token_stops(classifier):
 def test_token_counts_that_do_not_match_the_features_stop_the_forward(classifier):
     batch = classifier.collate(with_response=True)(samples([0]))
     batch = replace(batch, image_places=batch.image_places[:3])
-    with pytest.raises(RuntimeError, match="3 image tokens in the text, 4 image features"):
+    with pytest.raises(RunError, match="3 image tokens, and the vision encoder gives 4 features"):
         classifier(batch)
 
 
