@@ -8,11 +8,11 @@ import math
 from dataclasses import MISSING, dataclass, field
 from typing import Any, NamedTuple
 
+from vlm.config.data_settings import DataSettings
+from vlm.config.declare import flag
 from vlm.config.defaults import (
     AUTO,
     BOTH,
-    DEFAULT_DATASET,
-    DEFAULT_MODEL,
     FEW_NODES,
     IMAGES_PER_STEP,
     POSTERIOR,
@@ -20,6 +20,7 @@ from vlm.config.defaults import (
     TRACKERS,
 )
 from vlm.config.formats import LAYOUTS
+from vlm.config.model_settings import ModelSettings
 
 
 class ImageSize(NamedTuple):
@@ -29,128 +30,29 @@ class ImageSize(NamedTuple):
     auto: bool = False
 
 
-def _flag(default: Any, group: str, help: str, **more: Any) -> Any:
-    """A dataclass field with what argparse needs.
-
-    Args:
-        default: the value without the flag; MISSING if `resolve` computes it from other flags.
-        more: choices, metavar, nargs.
-    """
-    return field(default=default, metadata={"group": group, "help": help, **more})
-
-
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(DataSettings, ModelSettings):
     """The settings as given, from `resolve`: the flags, and the defaults that follow from the flags themselves.
 
     `None` means that nothing was said: the feature is off, or the data, the model or the free memory decide.
     """
 
-    model: str | None = _flag(
-        None, "model", f"hub id or folder of an image-text-to-text model (default: {DEFAULT_MODEL})"
-    )
-    model_revision: str | None = _flag(None, "model", "branch, tag or commit of the model on the hub")
-    tune: str = _flag(
-        "lora",
-        "model",
-        "what is trained: lora: LoRA on the language model, and the connector; full: all weights; "
-        "connector: only the connector (default: lora)",
-        choices=("lora", "full", "connector"),
-    )
-    freeze_connector: bool = _flag(
-        False, "model", "with --tune lora: freeze the connector too; faster, and the cached features are smaller"
-    )
-    lora_rank: int = _flag(16, "model", "rank of the LoRA matrices (default: 16)")
-    lora_alpha: float = _flag(32.0, "model", "scale of LoRA: the update is multiplied by alpha / rank (default: 32)")
-    lora_dropout: float = _flag(
-        0.0, "model", "dropout before the LoRA matrices (default: 0); a step takes longer with it"
-    )
-    device: str = _flag(
-        AUTO,
-        "model",
-        "device to compute on (default: auto: CUDA if there is one, else the CPU)",
-        choices=(AUTO, "cpu", "cuda", "mps"),
-    )
-    dtype: str = _flag(
-        AUTO,
-        "model",
-        "number format of the computation (default: auto: bfloat16 on CUDA if the GPU has it, else float32)",
-        choices=(AUTO, "float32", "bfloat16", "float16"),
-    )
-    load_in_4bit: bool = _flag(
-        False, "model", "quantize the language model to 4 bits (NF4); with --tune lora, needs bitsandbytes"
-    )
-    load_in_8bit: bool = _flag(
-        False, "model", "quantize the language model to 8 bits; with --tune lora, needs bitsandbytes"
-    )
-
-    image_size: str = _flag(
-        AUTO,
-        "model",
-        "longest edge of images in pixels (default: auto: what the training images need, "
-        "at least half of the published size)",
-        metavar="N",
-    )
-    image_splitting: bool = _flag(
-        False, "model", "SmolVLM: cut images into tiles, as published; sharper, but up to 17 times the tokens"
-    )
-    min_pixels: int | None = _flag(
-        None, "model", "Qwen2-VL: enlarge smaller images to this many pixels (default: as published, 3136)"
-    )
-    max_pixels: int | None = _flag(
-        None,
-        "model",
-        "Qwen2-VL: shrink larger images to this many pixels; 28 x 28 are a token (default: 200704, 256 tokens)",
-    )
-    num_crops: int | None = _flag(
-        None, "model", "Phi-3.5-vision: crops of an image, in addition to the whole image (default: 1)"
-    )
-
-    dataset: str | None = _flag(
-        None, "data", f"hub id, image folder, CSV or JSONL file, or save_to_disk folder (default: {DEFAULT_DATASET})"
-    )
-    dataset_config: str | None = _flag(None, "data", "configuration of a hub dataset, if it has several")
-    image_column: str | None = _flag(
-        None, "data", "column with the images (default: found by its type, then by its name)"
-    )
-    label_column: str | None = _flag(
-        None, "data", "column with the labels (default: found by its type, then by its name)"
-    )
-    reasoning_column: str | None = _flag(
-        None, "data", "column with a text about each image that the model learns to write (default: one text a class)"
-    )
-    class_names: list[str] | None = _flag(
-        None,
-        "data",
-        "names of the classes: several words, or one string separated by commas or spaces",
-        nargs="+",
-        metavar="NAME",
-    )
-    max_samples: int | None = _flag(None, "data", "at most this many images of each split, balanced over the classes")
-    shots: int | None = _flag(None, "data", "train on this many images of each class, drawn with the seed")
-    validation_ratio: float = _flag(
-        0.15, "data", "share of the train split for validation, if there is no validation split (default: 0.15)"
-    )
-    test_ratio: float = _flag(
-        0.15, "data", "share of the train split for the test, if there is no test split (default: 0.15)"
-    )
-
-    task_description: str = _flag(
+    task_description: str = flag(
         "image classification", "prompts", "what is classified (default: image classification)"
     )
-    class_descriptions: str | None = _flag(None, "prompts", "JSON file: class name -> description", metavar="FILE")
-    system_instructions: str | None = _flag(
+    class_descriptions: str | None = flag(None, "prompts", "JSON file: class name -> description", metavar="FILE")
+    system_instructions: str | None = flag(
         None, "prompts", "text before the image, or @FILE; {classes} and {task_description} are filled in"
     )
-    prompt_template: str | None = _flag(
+    prompt_template: str | None = flag(
         None, "prompts", "question after the image, or @FILE; {classes} and {task_description} are filled in"
     )
-    question_first: bool = _flag(
+    question_first: bool = flag(
         False,
         "prompts",
         "put the question before the image: it is computed once, with the instructions, which is faster",
     )
-    response_format: str = _flag(
+    response_format: str = flag(
         MISSING,
         "prompts",
         "order of reasoning and answer (default: the order in --prompt-template, if it states one, "
@@ -158,115 +60,113 @@ class Settings:
         choices=tuple(LAYOUTS),
     )
 
-    objective: str | None = _flag(
+    objective: str | None = flag(
         None,
         "training",
         "what is learned: response: to write the response; posterior: to choose among the classes; both "
         f"(default: both, or response if both would need more than {FEW_NODES} more tokens an image; demo: response)",
         choices=(RESPONSE, POSTERIOR, BOTH),
     )
-    label_smoothing: float = _flag(
+    label_smoothing: float = flag(
         0.0,
         "training",
         "with --objective posterior or both: share of the target spread evenly over all classes (default: 0)",
     )
-    class_balance: bool = _flag(
+    class_balance: bool = flag(
         False, "training", "give every class the same weight in the loss, however many images it has"
     )
-    batch_size: int | None = _flag(
+    batch_size: int | None = flag(
         None,
         "training",
         f"images in one forward pass (default: what fits into the free memory, up to {IMAGES_PER_STEP}; demo: 16)",
     )
-    gradient_accumulation_steps: int | None = _flag(
+    gradient_accumulation_steps: int | None = flag(
         None, "training", f"batches in one optimizer step (default: as many as make {IMAGES_PER_STEP} images)"
     )
-    epochs: int = _flag(
+    epochs: int = flag(
         MISSING, "training", "passes over the training images; 0 trains nothing (default: 3; connector: 5; demo: 16)"
     )
-    learning_rate: float = _flag(
+    learning_rate: float = flag(
         MISSING, "training", "peak learning rate (default: lora 2e-4, connector 5e-4, full 1e-5, demo 1.5e-3)"
     )
-    connector_learning_rate: float = _flag(
+    connector_learning_rate: float = flag(
         MISSING,
         "training",
         "peak learning rate of the connector; take a larger one for an untrained connector (default: --learning-rate)",
     )
-    align_connector: bool = _flag(
+    align_connector: bool = flag(
         False,
         "training",
         "for a model whose connector was never trained: it learns the names of the classes before the training",
     )
-    weight_decay: float = _flag(0.01, "training", "AdamW weight decay (default: 0.01; demo: 0.1)")
-    warmup_ratio: float = _flag(0.05, "training", "share of the steps with a rising learning rate (default: 0.05)")
-    max_grad_norm: float = _flag(1.0, "training", "gradients are clipped to this norm; 0: no clipping (default: 1.0)")
-    gradient_checkpointing: bool = _flag(
+    weight_decay: float = flag(0.01, "training", "AdamW weight decay (default: 0.01; demo: 0.1)")
+    warmup_ratio: float = flag(0.05, "training", "share of the steps with a rising learning rate (default: 0.05)")
+    max_grad_norm: float = flag(1.0, "training", "gradients are clipped to this norm; 0: no clipping (default: 1.0)")
+    gradient_checkpointing: bool = flag(
         False, "training", "recompute activations in the backward pass: less memory, slower"
     )
-    compile: bool = _flag(
+    compile: bool = flag(
         False, "training", "compile the language model with torch.compile; takes minutes at first, needs a C++ compiler"
     )
-    threads: int | None = _flag(None, "training", "threads of the CPU (default: its physical cores; demo: 1)")
-    eval_steps: int | None = _flag(
+    threads: int | None = flag(None, "training", "threads of the CPU (default: its physical cores; demo: 1)")
+    eval_steps: int | None = flag(
         None, "training", "optimizer steps between evaluations (default: at the end of each epoch)"
     )
-    eval_batch_size: int = _flag(
+    eval_batch_size: int = flag(
         MISSING, "training", "images in one batch of an evaluation (default: 8, or --batch-size if larger; demo: 64)"
     )
-    zero_shot: bool = _flag(False, "training", "test the model before the training too, for comparison")
-    workers: int | None = _flag(
+    zero_shot: bool = flag(False, "training", "test the model before the training too, for comparison")
+    workers: int | None = flag(
         None, "training", "processes that prepare images (default: 0 on the CPU, up to 8 on a GPU)"
     )
-    no_feature_cache: bool = _flag(
+    no_feature_cache: bool = flag(
         False, "training", "do not cache the features of a frozen vision encoder: compute them each time"
     )
-    cache_size: float = _flag(
-        20.0, "training", "largest size of the feature cache in ~/.cache/vlm, in GB (default: 20)"
-    )
-    cache_dtype: str = _flag(
+    cache_size: float = flag(20.0, "training", "largest size of the feature cache in ~/.cache/vlm, in GB (default: 20)")
+    cache_dtype: str = flag(
         "float32",
         "training",
         "number format of the feature cache: float16 halves its size, and results differ in the fourth digit "
         "(default: float32)",
         choices=("float32", "float16"),
     )
-    seed: int = _flag(42, "training", "seed of the order, the splits and all other randomness (default: 42)")
+    seed: int = flag(42, "training", "seed of the order, the splits and all other randomness (default: 42)")
 
-    calibration: str = _flag(
+    calibration: str = flag(
         "temperature",
         "evaluation",
         "how probabilities are calibrated on the validation split (default: temperature)",
         choices=("temperature", "bias", "none"),
     )
-    score: str = _flag(
+    score: str = flag(
         AUTO,
         "evaluation",
         "score of a class: sum: log-probability of its response; prior: the same minus that without an image "
         "(default: auto: sum, unless prior is better on the validation split)",
         choices=(AUTO, "sum", "prior"),
     )
-    abstain_below: float | None = _flag(
+    abstain_below: float | None = flag(
         None, "evaluation", "give no prediction if its confidence is below this, such as 0.5"
     )
-    target_precision: float | None = _flag(
+    target_precision: float | None = flag(
         None,
         "evaluation",
         "instead of --abstain-below: find the threshold on the validation split from which this share of the "
         "predictions is right, such as 0.95",
     )
-    probe: bool = _flag(
+    probe: bool = flag(
         False, "evaluation", "also train a linear classifier on the vision encoder's features, to compare (demo: yes)"
     )
 
-    output_dir: str = _flag("vlm_results", "output", "folder of the results (default: vlm_results)")
-    overwrite: bool = _flag(
+    output_dir: str = flag("vlm_results", "output", "folder of the results (default: vlm_results)")
+    overwrite: bool = flag(
         False, "output", "replace the run in the output folder; it is deleted when the new one has a model"
     )
-    resume: bool = _flag(False, "output", "continue the interrupted run in the output folder, with its settings")
-    save_minutes: float = _flag(
+    resume: bool = flag(False, "output", "continue the interrupted run in the output folder, with its settings")
+    save_minutes: float = flag(
         10.0, "output", "save a checkpoint for --resume at least this often, in minutes (default: 10)"
     )
-    metrics: list[str] | None = _flag(
+    metrics: list[str] | None = flag(
         None,
         "output",
         "your own metrics: FILE.py:FUNCTION(labels, predictions, probabilities, class_names); a resumed run has to be "
@@ -274,7 +174,7 @@ class Settings:
         nargs="+",
         metavar="FILE:FUNCTION",
     )
-    track: list[str] | None = _flag(
+    track: list[str] | None = flag(
         None,
         "output",
         f"trackers that get the figures of the run too: {', '.join(TRACKERS)}",
@@ -282,18 +182,18 @@ class Settings:
         nargs="+",
         metavar="NAME",
     )
-    use_wandb: bool = _flag(False, "output", "log to Weights & Biases too: the same as --track wandb")
-    wandb_project: str = _flag(
+    use_wandb: bool = flag(False, "output", "log to Weights & Biases too: the same as --track wandb")
+    wandb_project: str = flag(
         "vlm-classification", "output", "project of the run in all trackers (default: vlm-classification)"
     )
 
-    demo: bool = _flag(
+    demo: bool = flag(
         False, "help", "train the small built-in model on scikit-learn's handwritten digits; needs no hub"
     )
-    list_models: bool = _flag(
+    list_models: bool = flag(
         False, "help", "list the tested models, their sizes and the memory that each tuning mode needs, then stop"
     )
-    debug: bool = _flag(False, "help", "show the traceback of an error")
+    debug: bool = flag(False, "help", "show the traceback of an error")
 
     @property
     def bits(self) -> int | None:

@@ -1,0 +1,40 @@
+"""The settings of the data: where they are, which columns count, and how they are split."""
+
+from dataclasses import dataclass
+
+from vlm.config.declare import flag
+from vlm.config.defaults import DEFAULT_DATASET
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """See `Settings`."""
+
+    dataset: str | None = flag(
+        None, "data", f"hub id, image folder, CSV or JSONL file, or save_to_disk folder (default: {DEFAULT_DATASET})"
+    )
+    dataset_config: str | None = flag(None, "data", "configuration of a hub dataset, if it has several")
+    image_column: str | None = flag(
+        None, "data", "column with the images (default: found by its type, then by its name)"
+    )
+    label_column: str | None = flag(
+        None, "data", "column with the labels (default: found by its type, then by its name)"
+    )
+    reasoning_column: str | None = flag(
+        None, "data", "column with a text about each image that the model learns to write (default: one text a class)"
+    )
+    class_names: list[str] | None = flag(
+        None,
+        "data",
+        "names of the classes: several words, or one string separated by commas or spaces",
+        nargs="+",
+        metavar="NAME",
+    )
+    max_samples: int | None = flag(None, "data", "at most this many images of each split, balanced over the classes")
+    shots: int | None = flag(None, "data", "train on this many images of each class, drawn with the seed")
+    validation_ratio: float = flag(
+        0.15, "data", "share of the train split for validation, if there is no validation split (default: 0.15)"
+    )
+    test_ratio: float = flag(
+        0.15, "data", "share of the train split for the test, if there is no test split (default: 0.15)"
+    )
