@@ -8,7 +8,7 @@ import pytest
 from commands import classify, names_in, train
 from tiny import random_image
 
-from vlm.common import UsageError, write_folder
+from vlm.common import UsageError, files_of_others, write_folder
 from vlm.config import BEST_MODEL, METADATA, RESULTS, STATE, resolve
 from vlm.data import load_data
 from vlm.training.loop import Trainer
@@ -164,3 +164,12 @@ def test_metadata_without_a_response_for_each_class_are_damaged(run, capsys, res
     (folder / METADATA).write_text(json.dumps(metadata))
     assert classify("--model-dir", folder, run / "demo_images") == 2
     assert "its classes and prompts cannot be read" in capsys.readouterr().err
+
+
+def test_a_bit_that_flipped_in_a_name_makes_no_file_one_of_somebody_else(tmp_path):
+    write_folder(tmp_path / "model", lambda new: [(new / name).write_text(name) for name in ("a.txt", "b.txt")])
+    (tmp_path / "model" / "of_mine.txt").write_text("mine")
+    assert files_of_others(tmp_path / "model") == ["of_mine.txt"]
+    sums = tmp_path / "model" / "checksums.json"
+    sums.write_text(sums.read_text().replace("a.txt", "c.txt"))
+    assert files_of_others(tmp_path / "model") == []

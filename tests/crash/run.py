@@ -30,9 +30,10 @@ from damage import cut_short, delete, empty, flip_bit, make_file, make_folder  #
 from faults import OPERATIONS, Watch, kill_at_write, no_room  # noqa: E402
 from rig import Ended, Rig, phase, prepare_for_forks  # noqa: E402
 
-from vlm.config import LOCK  # noqa: E402
+from vlm.config import LOCK, MANIFEST, STATE  # noqa: E402
 
 KILLS = ("random time", *OPERATIONS)
+LEFT_AT_THE_END = (STATE, LOCK, f".{MANIFEST}.")
 DAMAGES = (flip_bit, cut_short, empty, delete, make_folder)
 
 
@@ -122,7 +123,7 @@ class Round:
     def finish(self) -> None:
         """Resume to the end, and compare."""
         kind = "to the end"
-        # Then its states and its lock may be there still, and nobody needs them.
+        # Then its states, its lock and a half written list of its files may be there still, and nobody needs them.
         was_finished = phase(self.output) == "the end"
         if not was_finished:
             ended = self.rig.start(self.output)
@@ -131,7 +132,7 @@ class Round:
                 return
         for loss in self.rig.losses(self.output, had_model=True):
             self.problem(kind, f"lost: {loss}")
-        for difference in self.rig.differences(self.output, allowed=("resume_state", LOCK) if was_finished else ()):
+        for difference in self.rig.differences(self.output, allowed=LEFT_AT_THE_END if was_finished else ()):
             self.problem(kind, difference)
         self.table.rounds += 1
         shutil.rmtree(self.output.parent)

@@ -65,15 +65,16 @@ def write_folder(
 
 
 def files_of_others(folder: Path) -> list[str]:
-    """The visible files in a folder that its `CHECKSUMS` do not name; none if it has no readable ones.
+    """The visible files in a folder that its `CHECKSUMS` do not name; none if that has none or is damaged.
 
-    Whoever wrote the folder has written the others, or they are of an earlier version.
+    Without them it is unknown who wrote a file. They are damaged, too, if they name a file that is not there: a bit
+    that flipped in a name must not make a file of our own one of somebody else's.
     """
     try:
         own = read_checksums(folder)
     except (UsageError, OSError):
         return []
-    if not own or not folder.is_dir():
+    if not own or not all((folder / name).exists() for name in own):
         return []
     names = (path.name for path in folder.iterdir())
     return sorted(name for name in names if name not in own and name != CHECKSUMS and not name.startswith("."))
