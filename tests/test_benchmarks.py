@@ -242,6 +242,20 @@ def test_objectives(benchmark, tmp_path):
     assert benchmark("objectives", *flags)["rows"] == [row] and (folder / "results.json").stat().st_mtime_ns == written
 
 
+@pytest.mark.slow
+def test_compare_flags(benchmark, tmp_path):
+    """Two cases of one small training each."""
+    cases = ["--case", "--augment none", "--case", "--augment light --augment-flips"]
+    flags = ["--", "--demo", "--epochs", "1", "--max-samples", "60", "--threads", "1"]
+    found = benchmark("compare_flags", *cases, "--seeds", "0", "--folder", str(tmp_path), *flags)["rows"]
+    assert [row["flags"] for row in found] == ["--augment none", "--augment light --augment-flips"]
+    settings = [json.loads((folder / "results.json").read_text())["settings"] for folder in tmp_path.iterdir()]
+    assert sorted((of["augment"], of["augment_flips"], of["epochs"]) for of in settings) == [
+        ("light", True, 1),
+        ("none", False, 1),
+    ]
+
+
 class TestParts:
     """What the figures are computed with."""
 
@@ -310,10 +324,10 @@ class TestParts:
         assert "\nthe true shape; medians of 1 round; a GPU, a chip, 2 cores" in rounds
 
     def test_runs_with_other_flags_have_other_folders(self):
-        import objectives
+        import runs
 
         rest = ["--dataset", "images/" * 30, "--seed", "1"]
-        names = {objectives.folder_name(["--model", model, *rest]) for model in ("a", "b")}
+        names = {runs.folder_name(["--model", model, *rest]) for model in ("a", "b")}
         assert len(names) == 2 and all("_seed_1_" in name and len(name) < 120 for name in names)
 
     def test_lora_alone_leaves_the_connector_frozen(self):

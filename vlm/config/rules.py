@@ -54,7 +54,7 @@ VALUES = (
     Values(
         (
             *("batch_size", "gradient_accumulation_steps", "eval_batch_size", "eval_steps", "max_samples", "shots"),
-            *("lora_rank", "min_pixels", "max_pixels", "num_crops"),
+            *("lora_rank", "min_pixels", "max_pixels", "num_crops", "augment_views"),
         ),
         lambda value: 1 <= value <= MOST,
         f"a whole number of at least 1, and at most {MOST:,}",
@@ -185,6 +185,11 @@ CONFLICTS = (
     Conflict(
         lambda s: s.align_connector and s.epochs == 0,
         "--align-connector and --epochs 0 exclude each other: with 0 epochs nothing is trained.",
+    ),
+    Conflict(
+        lambda s: s.augment_views and s.views == 1 and s.augment_views > 1,
+        "--augment-views {s.augment_views} says how many views there are, but not how they differ: "
+        "add --augment light, --augment-flips or --augment-turns.",
     ),
     Conflict(
         lambda s: s.resume and s.overwrite,

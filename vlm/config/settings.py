@@ -14,6 +14,7 @@ from vlm.config.defaults import (
     AUTO,
     BOTH,
     FEW_NODES,
+    FEW_VIEWS,
     IMAGES_PER_STEP,
     POSTERIOR,
     RESPONSE,
@@ -102,6 +103,25 @@ class Settings(DataSettings, ModelSettings):
     weight_decay: float = flag(0.01, "training", "AdamW weight decay (default: 0.01; demo: 0.1)")
     warmup_ratio: float = flag(0.05, "training", "share of the steps with a rising learning rate (default: 0.05)")
     max_grad_norm: float = flag(1.0, "training", "gradients are clipped to this norm; 0: no clipping (default: 1.0)")
+    augment: str = flag(
+        "none",
+        "training",
+        "train on changed views of the images: light: crops and colors; strong: more of both, turned by up to 10 "
+        "degrees, blurred (default: none)",
+        choices=("none", "light", "strong"),
+    )
+    augment_flips: bool = flag(
+        False, "training", "mirror half of the views left to right; not for texts, or where left and right differ"
+    )
+    augment_turns: bool = flag(
+        False, "training", "turn views by quarters; for images without an up, such as maps from above"
+    )
+    augment_views: int | None = flag(
+        None,
+        "training",
+        f"views of an image, with the image itself (default: {FEW_VIEWS}, so that their features can be cached; "
+        "--tune full: as many as epochs)",
+    )
     gradient_checkpointing: bool = flag(
         False, "training", "recompute activations in the backward pass: less memory, slower"
     )
@@ -204,6 +224,13 @@ class Settings(DataSettings, ModelSettings):
     def trackers(self) -> list[str]:
         """The trackers that --track and --use-wandb ask for, each once."""
         return list(dict.fromkeys([*(self.track or []), *(["wandb"] if self.use_wandb else [])]))
+
+    @property
+    def views(self) -> int:
+        """How many views of an image the training sees, with the image itself; 1 if nothing is augmented."""
+        if self.augment == "none" and not (self.augment_flips or self.augment_turns):
+            return 1
+        return self.augment_views or (max(1, self.epochs) if self.tune == "full" else FEW_VIEWS)
 
     def image_options(self, edge: int | None = None) -> dict[str, Any]:
         """The options of the model's image processing that were given; `load_family` refuses those of other families.

@@ -4,6 +4,7 @@ Reads folders, tables and the hub, numbers the classes, cuts missing splits and 
 hub and plans the order of an epoch. Importing it loads neither torch nor transformers nor datasets.
 """
 
+from vlm.data.augmentation import as_seen
 from vlm.data.cutting import balanced_positions
 from vlm.data.finding import find_images
 from vlm.data.hub import model_folder
@@ -24,6 +25,7 @@ __all__ = [
     "Split",
     "Step",
     "UnreadableImage",
+    "as_seen",
     "balanced_positions",
     "check_model_files",
     "epoch_plan",

@@ -178,7 +178,7 @@ class Trainer:
 
     def _epoch(self, epoch: int, bar: Bar) -> None:
         plan = self.plan(epoch)[self.progress.step_in_epoch :]
-        batches = self.batches(plan)
+        batches = self.batches(plan, epoch)
         for step in plan:
             started = time.monotonic()
             self.losses.append(self.run_step(step, batches))
@@ -214,11 +214,11 @@ class Trainer:
             p.epoch, p.step_in_epoch = epoch + 1, 0
         return end_of_epoch or bool(every and p.step % every == 0)
 
-    def batches(self, plan: list[Step]) -> Iterator[Batch]:
-        """This process's batches of the steps in `plan`, one after the other."""
+    def batches(self, plan: list[Step], epoch: int = 0) -> Iterator[Batch]:
+        """This process's batches of the steps in `plan` of an epoch, one after the other."""
         classifier = self.run.classifier
         loader: DataLoader[Sample] = DataLoader(
-            cast("Dataset[Sample]", self.run.data.train),
+            cast("Dataset[Sample]", self.run.train_in(epoch)),
             batch_sampler=[batch for step in plan for batch in step.batches],
             collate_fn=classifier.collate(classifier.objective.has_response, self.run.cache),
             num_workers=self.run.workers,

@@ -20,7 +20,7 @@ from vlm.classifier import Objective, VLMClassifier, balanced_weights, usual_obj
 from vlm.common import UsageError, doing, format_table, note, usual_modes, writing
 from vlm.config import RunSettings, Settings
 from vlm.conversation import Prompts, build_prompts, longest_reasoning
-from vlm.data import Data, leave_out_refused, load_data, model_folder
+from vlm.data import Data, Split, as_seen, leave_out_refused, load_data, model_folder
 from vlm.families import (
     DEMO_NAME,
     Family,
@@ -68,6 +68,10 @@ class Run:
     learned: dict[str, Tensor]
     metadata: dict[str, Any]
     workers: int
+
+    def train_in(self, epoch: int) -> Split:
+        """The training images as an epoch sees them."""
+        return as_seen(self.data.train, self.settings, epoch)
 
     @property
     def output(self) -> Path:
@@ -209,6 +213,10 @@ def _fill_cache(
     cache = None
     if not settings.no_feature_cache:
         splits = (data.train, data.validation, data.test) if settings.epochs else (data.validation, data.test)
+        if settings.views > 1:  # after train, since their keys follow from those of its images
+            splits += tuple(
+                as_seen(data.train, settings, epoch) for epoch in range(min(settings.views, settings.epochs))
+            )
         with accelerator.local_main_process_first():  # the others of this machine find what the first one has computed
             cache = fill_cache(family, splits, settings.cache_size, settings.cache_dtype, workers)
     if settings.align_connector and not least(accelerator, int(cache is not None)):
