@@ -30,7 +30,20 @@ class DataSettings:
         nargs="+",
         metavar="NAME",
     )
-    max_samples: int | None = flag(None, "data", "at most this many images of each split, balanced over the classes")
+    max_samples: int | None = flag(
+        None,
+        "data",
+        "at most this many images of each split, balanced over the classes (with --streaming: of "
+        "validation and test, by default 1000)",
+    )
+    streaming: bool = flag(
+        False,
+        "data",
+        "read the training images while training, for datasets larger than the disk; needs --max-steps",
+    )
+    shuffle_buffer: int = flag(
+        1000, "data", "with --streaming: images among which the next one is drawn (default: 1000)"
+    )
     shots: int | None = flag(None, "data", "train on this many images of each class, drawn with the seed")
     validation_ratio: float = flag(
         0.15, "data", "share of the train split for validation, if there is no validation split (default: 0.15)"

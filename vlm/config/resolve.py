@@ -75,6 +75,8 @@ def resolve(given: Mapping[str, Any], saved: RunSettings | None = None) -> Setti
     given = {name: _from_file(name, _expanded(name, value)) for name, value in given.items()}
     if saved is not None:
         _check_metrics(given, saved)
+    if given.get("streaming") and given.get("epochs") is not None:
+        raise UsageError("--streaming and --epochs exclude each other: give --max-steps, the optimizer steps in all.")
     if given.get("metrics") == NO_METRICS:
         given["metrics"] = None
     if saved is not None:
@@ -190,6 +192,8 @@ def _fill(given: Mapping[str, Any]) -> Settings:
     values = TUNING_DEFAULTS.get(said.get("tune", ""), TUNING_DEFAULTS[Settings.tune]) | said
     values.setdefault("connector_learning_rate", values["learning_rate"])
     values.setdefault("eval_batch_size", max(IMAGES_PER_STEP, said.get("batch_size", 1)))
+    if said.get("streaming"):  # the end is that of --max-steps
+        values["epochs"] = 1
     values["response_format"] = choose_format(said.get("response_format"), said.get("prompt_template"))
     if said.get("label_smoothing"):
         values.setdefault("objective", BOTH)

@@ -54,7 +54,7 @@ VALUES = (
     Values(
         (
             *("batch_size", "gradient_accumulation_steps", "eval_batch_size", "eval_steps", "max_samples", "shots"),
-            *("lora_rank", "min_pixels", "max_pixels", "num_crops", "augment_views"),
+            *("lora_rank", "min_pixels", "max_pixels", "num_crops", "augment_views", "max_steps", "shuffle_buffer"),
         ),
         lambda value: 1 <= value <= MOST,
         f"a whole number of at least 1, and at most {MOST:,}",
@@ -190,6 +190,23 @@ CONFLICTS = (
         lambda s: s.augment_views and s.views == 1 and s.augment_views > 1,
         "--augment-views {s.augment_views} says how many views there are, but not how they differ: "
         "add --augment light, --augment-flips or --augment-turns.",
+    ),
+    Conflict(
+        lambda s: s.streaming and s.max_steps is None,
+        "--streaming needs --max-steps N: how many images there are is not known before everything was read.",
+    ),
+    Conflict(
+        lambda s: s.max_steps is not None and not s.streaming,
+        "--max-steps is for --streaming: give --epochs instead.",
+    ),
+    Conflict(
+        lambda s: s.streaming and (s.shots or s.class_balance or s.align_connector or s.probe or s.views > 1),
+        "--streaming excludes --shots, --class-balance, --align-connector, --augment and --probe, which look at all training "
+        "images: leave these out.",
+    ),
+    Conflict(
+        lambda s: s.streaming and s.demo,
+        "--streaming and --demo exclude each other: the demo's images are on this machine already.",
     ),
     Conflict(
         lambda s: s.resume and s.overwrite,

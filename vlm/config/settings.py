@@ -87,6 +87,7 @@ class Settings(DataSettings, ModelSettings):
     epochs: int = flag(
         MISSING, "training", "passes over the training images; 0 trains nothing (default: 3; connector: 5; demo: 16)"
     )
+    max_steps: int | None = flag(None, "training", "with --streaming: optimizer steps of the training")
     learning_rate: float = flag(
         MISSING, "training", "peak learning rate (default: lora 2e-4, connector 5e-4, full 1e-5, demo 1.5e-3)"
     )

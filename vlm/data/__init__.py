@@ -15,15 +15,18 @@ from vlm.data.order import Step, epoch_plan
 from vlm.data.refused import leave_out_refused
 from vlm.data.sources import Rows
 from vlm.data.splits import ROLES, Data, Sample, Split
+from vlm.data.stream import Place, Stream
 
 __all__ = [
     "COPY_AGAIN",
     "ROLES",
     "Data",
+    "Place",
     "Rows",
     "Sample",
     "Split",
     "Step",
+    "Stream",
     "UnreadableImage",
     "as_seen",
     "balanced_positions",

@@ -1,18 +1,20 @@
 """Any labeled source of images -> a dataset that is ready for training, checked and split."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from vlm.common import UsageError, listed, note
 from vlm.config import Settings
-from vlm.data.classes import is_missing, number_labels
+from vlm.data.classes import Classes, is_missing, number_labels
 from vlm.data.cutting import check_enough, cut_from_train, limit_splits, take_shots
 from vlm.data.describe import data_metadata, detected_rows
 from vlm.data.duplicates import find_overlap, without_copies
 from vlm.data.readable import Readable, decode, keep_readable
 from vlm.data.sources import EXPECTED, Source, read_source
 from vlm.data.splits import ROLES, Data, Split
+from vlm.data.stream import label_key
 
 EDGE_PERCENTILE = 95  # a few large images among small ones should not slow down all
 
@@ -27,11 +29,12 @@ def load_data(settings: Settings) -> Data:
     _check_source(source, settings)
     hidden = _splits_without_labels(source)
     rows = {role: rows for role, rows in source.splits.items() if role not in hidden}
-    classes = number_labels({role: rows[role].labels for role in rows}, source.class_names, settings.class_names)
+    classes = _classes(source, {role: rows[role].labels for role in rows}, settings)
     names = classes.names
     splits = {role: Split(rows[role], range(len(rows[role].labels)), classes.numbers[role]) for role in rows}
     cut = [role for role in ROLES if role not in splits]
-    readable = _readable_splits(splits, cut, names, settings)
+    # The sample of a stream need not have all classes, and is as large as it is.
+    readable = keep_readable(splits, [], []) if source.stream else _readable_splits(splits, cut, names, settings)
     splits = without_copies(readable.splits, cut)
     splits["train"] = take_shots(splits["train"], names, settings)
     _check_reasonings(source, splits["train"])
@@ -46,11 +49,24 @@ def load_data(settings: Settings) -> Data:
         skipped=readable.skipped,
         overlap=overlap.counts,
         cut=cut,
+        stream=source.stream,
     )
     origins = {role: _origin(role, source, hidden, settings.shots) for role in ROLES}
     data.summary = detected_rows(settings, source, origins, classes.how, data, overlap.phrases)
     data.source = data_metadata(settings, source, origins, data)
     return data
+
+
+def _classes(source: Source, labels: dict[str, Sequence[object]], settings: Settings) -> Classes:
+    """The class names, and the labels as indices into them. Of a stream they are known before it is read."""
+    if source.stream is None:
+        return number_labels(labels, source.class_names, settings.class_names)
+    every: Sequence[object] = range(len(source.class_names)) if source.class_names else settings.class_names or []
+    found = number_labels(
+        {**labels, "sample": labels["train"], "train": every}, source.class_names, settings.class_names
+    )
+    source.stream.numbers = dict(zip(map(label_key, every), found.numbers["train"], strict=True))
+    return replace(found, numbers={**found.numbers, "train": found.numbers.pop("sample")})
 
 
 def _readable_splits(splits: dict[str, Split], cut: list[str], names: list[str], settings: Settings) -> Readable:

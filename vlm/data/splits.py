@@ -5,12 +5,15 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
 
 from vlm.data.images import image_key, open_image
 from vlm.data.sources.rows import Rows
+
+if TYPE_CHECKING:
+    from vlm.data.stream import Stream
 
 ROLES = ("train", "validation", "test")
 
@@ -125,7 +128,8 @@ class Data:
     edge: 95% of the training images have no edge longer than this, in pixels;
     summary: rows of the table "what was detected"; skipped: each unreadable image with the reason;
     source: what the metadata of the model say about the data, as JSON values; cut: the splits that were cut from train;
-    overlap: the numbers of equal images in and between the splits, as `results.json` has them.
+    overlap: the numbers of equal images in and between the splits, as `results.json` has them;
+    stream: the train split if it is read during the training: `train` is a sample of it then.
     """
 
     train: Split
@@ -138,6 +142,7 @@ class Data:
     source: dict[str, Any] = field(default_factory=dict)
     overlap: dict[str, int] = field(default_factory=dict)
     cut: list[str] = field(default_factory=list)
+    stream: "Stream | None" = None
 
     @property
     def fingerprint(self) -> dict[str, str]:

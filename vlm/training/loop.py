@@ -36,6 +36,7 @@ from vlm.training.trackers import check_trackers
 from vlm.training.validation import split_metrics, validation_losses
 
 STEPS_PER_LINE = 10  # optimizer steps between two lines of the log
+Factor = float | Tensor
 
 
 def fit(
@@ -61,7 +62,7 @@ def fit(
     with output_folder(settings):
         metrics = [load_metric(name) for name in settings.metrics or ()]  # a mistake here should not wait for the end
         run = set_up(settings)
-        trainer = Trainer(run, should_stop, enter)
+        trainer = _trainer_of(run)(run, should_stop, enter)
         if settings.resume:
             trainer.resume()
         trainer.train()
@@ -74,6 +75,12 @@ def fit(
                 f"{error.path} could not be written ({error.reason}). The training is done: make room, then continue "
                 f"with the test by --resume --output-dir {run.output}."
             ) from error
+
+
+def _trainer_of(run: Run) -> "type[Trainer]":
+    from vlm.training.streamed import StreamTrainer  # which is a Trainer itself
+
+    return StreamTrainer if run.data.stream else Trainer
 
 
 class Trainer:
@@ -91,8 +98,9 @@ class Trainer:
         self.should_stop, self.enter = should_stop, enter
         self.progress = Progress()
         self.response_lengths = response_lengths(run.data.train, run.classifier.family, run.classifier.rendered)
-        self.steps_per_epoch = len(self.plan(0))
+        self.steps_per_epoch = self.count_steps()
         self.total_steps = self.steps_per_epoch * self.settings.epochs
+        self.eval_every = self.settings.eval_steps
         self.log: RunLog | None = None
         self.losses: list[Tensor] = []  # (2,) each, as `run_step` returns them
         self.saver = Saver(run)
@@ -122,7 +130,7 @@ class Trainer:
 
     def train(self) -> None:
         """All epochs that are left, then the final model."""
-        settings, images = self.settings, len(self.run.data.train)
+        settings, images = self.settings, self.run.images_an_epoch
         self.run.model.train()
         done = self.progress.epoch * images + self.progress.step_in_epoch * self.images_per_step()
         total = settings.epochs * images
@@ -166,6 +174,10 @@ class Trainer:
         if self.accelerator.is_main_process:
             write_json(self.run.output / METADATA, self.run.metadata)  # from here on there is a run to resume
 
+    def count_steps(self) -> int:
+        """The optimizer steps of an epoch."""
+        return len(self.plan(0))
+
     def images_per_step(self) -> int:
         return self.settings.batch_size * self.settings.gradient_accumulation_steps * self.accelerator.num_processes
 
@@ -192,10 +204,14 @@ class Trainer:
                 if evaluate:
                     self._evaluate()
                 if save:
+                    self.note_places()
                     self.saver.state(self.progress, self._belonging())
             if stop:
                 self.accelerator.wait_for_everyone()
                 raise self._stopped()
+
+    def note_places(self) -> None:
+        """Put into the progress what a state needs besides the numbers of steps; here nothing."""
 
     def _stopped(self) -> Stopped:
         done = f"stopped after step {self.progress.step} of {self.total_steps}"
@@ -206,7 +222,7 @@ class Trainer:
 
     def _count_step(self, epoch: int) -> bool:
         """Count a step that was done; returns whether an evaluation follows it."""
-        p, every = self.progress, self.settings.eval_steps
+        p, every = self.progress, self.eval_every
         p.step += 1
         p.step_in_epoch += 1
         end_of_epoch = p.step_in_epoch == self.steps_per_epoch
@@ -233,17 +249,24 @@ class Trainer:
         Returns:
             (2,) this process's share of the mean loss of a response token, and of that of the class of an image.
         """
-        run, settings = self.run, self.settings
         counts = 1.0 if step.counts else 0.0
         per_token = counts / sum(self.response_lengths[index] for index in step.indices)
-        per_image = counts / len(step.indices)
+        return self.update(batches, len(step.batches), per_token, counts / len(step.indices))
+
+    def update(self, batches: Iterator[Batch], count: int, per_token: Factor, per_image: Factor) -> Tensor:
+        """One optimizer step on the next `count` batches; returns what `run_step` does.
+
+        Args:
+            per_token, per_image: what the summed losses are multiplied by, so that they are means over all processes.
+        """
+        run, settings = self.run, self.settings
         for group in run.optimizer.param_groups:
             group["lr"] = self._learning_rate(self.progress.step, group["peak_lr"])
         torch.manual_seed(step_seed(settings.seed, self.progress.step, self.accelerator.process_index))
         total = torch.zeros(2, device=self.accelerator.device)
-        for number, _ in enumerate(step.batches, start=1):
+        for number in range(1, count + 1):
             batch = next(batches).to(self.accelerator.device, non_blocking=True)
-            synchronize = number == len(step.batches)  # processes exchange gradients once a step
+            synchronize = number == count  # processes exchange gradients once a step
             with nullcontext() if synchronize else self.accelerator.no_sync(run.model):
                 found = run.model(batch, first=number == 1, last=synchronize)
                 losses = both_losses(found.loss * per_token, found.posterior, per_image)

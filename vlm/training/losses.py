@@ -17,7 +17,7 @@ from vlm.classifier import Objective
 LOSSES = {"response_loss": "response loss per token", "class_loss": "class loss per image"}
 
 
-def both_losses(response: Tensor, posterior: Tensor | None, per_image: float) -> Tensor:
+def both_losses(response: Tensor, posterior: Tensor | None, per_image: float | Tensor) -> Tensor:
     """(2,) the two losses; that of the class is 0 if it is not trained.
 
     Args:

@@ -183,11 +183,11 @@ def _explained_predictions(run: Run, tested: Tested) -> list[Prediction]:
 
 def _of_the_run(run: Run, progress: Progress, test_seconds: float) -> dict[str, Any]:
     """The figures that do not come from the test."""
-    data, images = run.data, len(run.data.train) * run.settings.epochs
+    data, images = run.data, run.images_an_epoch * run.settings.epochs
     return {
         "validation": {"accuracy": progress.best_accuracy, "loss": progress.best_loss, "step": progress.best_step},
         "pictures": {
-            "train": len(data.train),
+            "train": run.images_an_epoch,
             "validation": len(data.validation),
             "test": len(data.test),
             "skipped": len(data.skipped),

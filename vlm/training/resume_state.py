@@ -32,6 +32,7 @@ class Progress:
         zero_shot: test metrics of the untrained model, if they were asked for.
         alignment: what `align_connector` returned, if it was asked for.
         history: the logged figures, in their order.
+        places: how far each process has read the stream, as `Place`; empty without one.
     """
 
     epoch: int = 0
@@ -44,6 +45,7 @@ class Progress:
     zero_shot: dict[str, float] | None = None
     alignment: dict[str, Any] | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
+    places: list[list[int]] = field(default_factory=list)
 
 
 @dataclass

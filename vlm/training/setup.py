@@ -74,6 +74,15 @@ class Run:
         return as_seen(self.data.train, self.settings, epoch)
 
     @property
+    def images_an_epoch(self) -> int:
+        """How many images an epoch trains on; those of a stream are one epoch."""
+        settings = self.settings
+        if self.data.stream is None or settings.max_steps is None:
+            return len(self.data.train)
+        batches = settings.gradient_accumulation_steps * self.accelerator.num_processes
+        return settings.max_steps * settings.batch_size * batches
+
+    @property
     def output(self) -> Path:
         return Path(self.settings.output_dir)
 
@@ -212,7 +221,8 @@ def _fill_cache(
     """
     cache = None
     if not settings.no_feature_cache:
-        splits = (data.train, data.validation, data.test) if settings.epochs else (data.validation, data.test)
+        trained_on = settings.epochs and data.stream is None
+        splits = (data.train, data.validation, data.test) if trained_on else (data.validation, data.test)
         if settings.views > 1:  # after train, since their keys follow from those of its images
             splits += tuple(
                 as_seen(data.train, settings, epoch) for epoch in range(min(settings.views, settings.epochs))

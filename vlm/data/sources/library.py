@@ -15,7 +15,7 @@ from vlm.data.sources.rows import EXPECTED, Rows, Source, nothing_there, role_of
 from vlm.data.sources.split_column import use_split_column
 
 if TYPE_CHECKING:  # the library takes a second to import
-    from datasets import Dataset, DatasetDict
+    from datasets import Dataset, DatasetDict, IterableDatasetDict
 
 ENDINGS = (".parquet", ".arrow")
 FILES = ("metadata.csv", "metadata.jsonl")
@@ -50,7 +50,7 @@ def read_saved(folder: Path, settings: Settings) -> Source:
     for path in sorted(folder.rglob("*.json")):
         if not isinstance(read_json(path, AGAIN), dict):
             raise UsageError(f"{path}: not what save_to_disk writes. {AGAIN}")
-    with _errors_in_one_line(folder):
+    with errors_in_one_line(folder):
         data = datasets.load_from_disk(str(folder))
     splits = _by_name(data) if isinstance(data, datasets.DatasetDict) else {"train": data}
     return _to_source(splits, settings, "save_to_disk folder", folder)
@@ -67,9 +67,19 @@ def read_with_library(name: str, settings: Settings, kind: str, folder: Path = P
     Raises:
         UsageError: the dataset cannot be loaded, has several configurations and none was chosen, or has no such column.
     """
-    with _errors_in_one_line(name):
+    with errors_in_one_line(name):
         data = _load(name, settings.dataset_config)
     return _to_source(_by_name(data), settings, kind, folder)
+
+
+def open_streams(name: str, settings: Settings) -> "IterableDatasetDict":
+    """A dataset whose rows are read when they are asked for, with the types of its columns."""
+    import datasets
+
+    streams = datasets.load_dataset(name, settings.dataset_config, streaming=True)
+    return datasets.IterableDatasetDict(
+        {str(split): data if data.features else data._resolve_features() for split, data in streams.items()}
+    )
 
 
 def _load(name: str, config: str | None) -> "DatasetDict":
@@ -86,7 +96,7 @@ def _load(name: str, config: str | None) -> "DatasetDict":
 
 
 @contextmanager
-def _errors_in_one_line(name: str | Path) -> Iterator[None]:
+def errors_in_one_line(name: str | Path) -> Iterator[None]:
     """Loading fails in many ways; each becomes a UsageError of one line."""
     try:
         yield
@@ -114,7 +124,7 @@ def _to_source(data: "dict[str, Dataset]", settings: Settings, kind: str, folder
     if "train" not in roles:
         return Source(kind, {}, {}, others)
     features = data[roles["train"]].features
-    images = [name for name, feature in features.items() if _is_image(feature)]
+    images = [name for name, feature in features.items() if is_image_column(feature)]
     labels = {name: feature.names for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)}
     classes = [name for name, names in labels.items() if not all(map(role_of, names))]  # these are names of splits
     columns = choose_columns(
@@ -127,7 +137,7 @@ def _to_source(data: "dict[str, Dataset]", settings: Settings, kind: str, folder
     return use_split_column(source, {role: _unused(data[name], columns) for role, name in roles.items()})
 
 
-def _is_image(feature: object) -> bool:
+def is_image_column(feature: object) -> bool:
     """Whether a column has images, or lists of them."""
     import datasets
 
@@ -196,8 +206,8 @@ class ImageColumn:
 
     def __init__(self, data: "Dataset", column: str, folder: Path, split: str) -> None:
         self._data = data.select_columns([column])
-        if _is_image(data.features[column]):
-            self._data = self._data.cast_column(column, _not_decoded(data.features[column]))
+        if is_image_column(data.features[column]):
+            self._data = self._data.cast_column(column, not_decoded(data.features[column]))
         else:
             check_files(self._data[column][:CELLS_TRIED], folder, column, split)
         self._column, self._folder, self._split = column, folder, split
@@ -211,7 +221,7 @@ class ImageColumn:
         return image_of(value, self._folder, f"{self._split}[{row}], column {self._column}")
 
 
-def _not_decoded(feature: Any) -> Any:
+def not_decoded(feature: Any) -> Any:
     import datasets
 
     image = datasets.Image(decode=False)

@@ -13,6 +13,7 @@ from vlm.data.sources.folders import read_folder
 from vlm.data.sources.foreign import refuse_file
 from vlm.data.sources.library import read_with_library
 from vlm.data.sources.rows import EXPECTED, HUB, Rows, Source
+from vlm.data.sources.streamed import read_stream
 from vlm.data.sources.tables import is_table, read_tables
 
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -28,6 +29,8 @@ def read_source(settings: Settings) -> Source:
     if settings.demo or name is None:
         return _read_digits()
     path = find_file(Path(), str(Path(name).expanduser()))
+    if settings.streaming:
+        return _streamed(path, name, settings)
     if path.is_dir():
         return read_folder(path, settings)
     if path.is_file():
@@ -39,6 +42,18 @@ def read_source(settings: Settings) -> Source:
         raise UsageError(f"--dataset {name}: no such file or folder.{windows} {EXPECTED}")
     commit = check_dataset_reachable(name)
     source = read_with_library(name, settings, HUB)
+    source.commit = commit
+    return source
+
+
+def _streamed(path: Path, name: str, settings: Settings) -> Source:
+    if path.is_dir():
+        return read_stream(settings, str(path), "folder")
+    if path.exists() or looks_like_path(name):
+        found = "a file" if path.exists() else "no such folder"
+        raise UsageError(f"--dataset {name}: {found}. --streaming reads a dataset on the hub, or a folder of shards.")
+    commit = check_dataset_reachable(name)
+    source = read_stream(settings, name, HUB)
     source.commit = commit
     return source
 

@@ -2,11 +2,14 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from vlm.common import UsageError
 from vlm.data.images import ImageSource
 from vlm.data.sources.columns import Columns
+
+if TYPE_CHECKING:
+    from vlm.data.stream import Stream
 
 SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -70,7 +73,8 @@ class Source:
     kind: in words, for the user; splits: the rows by role (train, validation, test);
     split_names: what the dataset calls the split of each role; others: its splits that have no role;
     class_names: if there are any, the labels are indices into them;
-    columns: None if the kind has no columns; commit: of a dataset on the hub.
+    columns: None if the kind has no columns; commit: of a dataset on the hub;
+    stream: the train split if it is read during the training, of which `splits` has a sample then.
     """
 
     kind: str
@@ -80,6 +84,7 @@ class Source:
     class_names: list[str] | None = None
     columns: Columns | None = None
     commit: str | None = None
+    stream: "Stream | None" = None
 
 
 def role_of(name: object) -> str | None:

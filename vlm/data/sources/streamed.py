@@ -1,0 +1,143 @@
+"""A dataset that `datasets` reads while it is used (`--streaming`): only validation, test and a sample are kept."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm.common import Bar, UsageError, listed
+from vlm.config import Settings
+from vlm.data.sources.cells import image_of
+from vlm.data.sources.columns import Columns, choose_columns, reasoning_texts
+from vlm.data.sources.library import errors_in_one_line, is_image_column, not_decoded, open_streams
+from vlm.data.sources.rows import Rows, Source, sort_splits
+from vlm.data.stream import Row, Stream, digest
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+HELD_OUT = 1000  # images of validation, and of test
+SAMPLE = 256  # training images that are looked at before the first step
+LABEL_OF_WEBDATASET = "cls"
+
+
+def read_stream(settings: Settings, name: str, kind: str) -> Source:
+    """Open a dataset for streaming, and read the images that validation and test are made of.
+
+    A split for validation or test that is not there is made of the first images of the shuffled train split, which
+    the training then leaves out.
+
+    Raises:
+        UsageError: it cannot be read, has no train split, or its class names are unknown.
+    """
+    with errors_in_one_line(name):
+        streams = open_streams(name, settings)
+    roles, others = sort_splits(streams)
+    if "train" not in roles:
+        return Source(kind, {}, {}, others)
+    train = streams[roles["train"]]
+    columns = _columns(train, settings)
+    names = _class_names(train, columns, settings)
+    read = partial(_rows, columns=columns, settings=settings)
+    most = settings.max_samples or HELD_OUT
+    missing = [role for role in ("validation", "test") if role not in roles]
+    wanted = SAMPLE + most * len(missing)
+    with errors_in_one_line(name):
+        head = _take(read(train, roles["train"]), wanted, "reading train")
+        parts = {role: head[i * most : (i + 1) * most] for i, role in enumerate(missing)}
+        parts |= {
+            role: _take(read(streams[split], split), most, f"reading {split}")
+            for role, split in roles.items()
+            if role != "train"
+        }
+    parts["train"] = head[most * len(missing) :]
+    _check_sizes(parts, missing, most)
+    held_out = frozenset(digest(row.image) for role in ("validation", "test") for row in parts[role])
+    stream = Stream(partial(read, train, roles["train"]), {}, held_out)
+    split_names = {role: f"{roles[role]}, the first {len(parts[role]):,}" for role in roles}
+    split_names["train"] = f"a sample of {roles['train']}, which is streamed"
+    split_names |= {role: f"the first of {roles['train']}" for role in missing}
+    splits = {role: _kept(parts[role], columns) for role in ("train", "validation", "test")}
+    return Source(f"{kind}, streamed", splits, split_names, others, names, columns, stream=stream)
+
+
+def _columns(train: "IterableDataset", settings: Settings) -> Columns:
+    """The columns of a stream; `cls` is the label of WebDataset files."""
+    import datasets
+
+    features = train.features or {}
+    images = [name for name, feature in features.items() if is_image_column(feature)]
+    classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    if settings.label_column is None and LABEL_OF_WEBDATASET in features and not classes:
+        settings = replace(settings, label_column=LABEL_OF_WEBDATASET)
+    return choose_columns(settings, list(features), images, classes, values=lambda name: [])
+
+
+def _class_names(train: "IterableDataset", columns: Columns, settings: Settings) -> list[str] | None:
+    """The names of which labels are indices; None if labels are names themselves."""
+    feature = (train.features or {})[columns.label]
+    if names := getattr(feature, "names", None):
+        return list(names)
+    if not settings.class_names:
+        raise UsageError(
+            f"--streaming: the column {columns.label} does not say which classes there are, and they are not known "
+            "before everything was read. Name all of them with --class-names, for whole numbers in their order."
+        )
+    return None if "string" in str(getattr(feature, "dtype", "")) else settings.class_names
+
+
+def _rows(
+    data: "IterableDataset",
+    split: str,
+    epoch: int = 0,
+    start: int = 0,
+    process: int = 0,
+    processes: int = 1,
+    *,
+    columns: Columns,
+    settings: Settings,
+) -> Iterator[Row]:
+    """The rows of an epoch in its shuffled order, after the first `start` of this process."""
+    from datasets.distributed import split_dataset_by_node
+
+    wanted = [name for name in columns.used if name in (data.features or {})]
+    feature = (data.features or {})[columns.image]
+    data = data.select_columns(wanted)
+    if is_image_column(feature):
+        data = data.cast_column(columns.image, not_decoded(feature))
+    data = data.shuffle(seed=settings.seed, buffer_size=settings.shuffle_buffer)
+    data.set_epoch(epoch)
+    if processes > 1:
+        data = split_dataset_by_node(data, process, processes)
+    for number, row in enumerate(islice(data, start, None), start + 1):
+        name = f"{split}, image {number}"
+        text = row.get(columns.reasoning) if columns.reasoning else None
+        yield Row(_image(row[columns.image], name), row.get(columns.label), reasoning_texts([text], [name])[0], name)
+
+
+def _image(cell: Any, name: str) -> Any:
+    return image_of(cell, Path(), name)
+
+
+def _take(rows: Iterator[Row], most: int, description: str) -> list[Row]:
+    taken = []
+    with Bar(most, description) as bar:
+        for row in islice(rows, most):
+            taken.append(row)
+            bar.update(1)
+    return taken
+
+
+def _check_sizes(parts: dict[str, list[Row]], missing: Sequence[str], most: int) -> None:
+    if not parts["train"]:
+        raise UsageError(
+            f"--streaming: train has no more images than {listed(missing)} would take, {most:,} each. "
+            "Lower --max-samples, or leave out --streaming."
+        )
+
+
+def _kept(rows: list[Row], columns: Columns) -> Rows:
+    texts = [row.reasoning for row in rows] if columns.reasoning else None
+    return Rows([row.image for row in rows], [row.label for row in rows], [row.name for row in rows], texts)
