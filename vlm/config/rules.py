@@ -201,8 +201,8 @@ CONFLICTS = (
     ),
     Conflict(
         lambda s: s.streaming and (s.shots or s.class_balance or s.align_connector or s.probe or s.views > 1),
-        "--streaming excludes --shots, --class-balance, --align-connector, --augment and --probe, which look at all training "
-        "images: leave these out.",
+        "--streaming excludes --shots, --class-balance, --align-connector, --augment and --probe, which need to know "
+        "all training images: leave these out.",
     ),
     Conflict(
         lambda s: s.streaming and s.demo,

@@ -1,5 +1,6 @@
 """The seeded order of the training images, cut into steps, batches and processes."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ class Step(NamedTuple):
 
     batches: list[list[int]]
     counts: bool
-    indices: list[int]
+    indices: Sequence[int]
 
 
 def epoch_plan(

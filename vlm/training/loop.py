@@ -230,7 +230,7 @@ class Trainer:
             p.epoch, p.step_in_epoch = epoch + 1, 0
         return end_of_epoch or bool(every and p.step % every == 0)
 
-    def batches(self, plan: list[Step], epoch: int = 0) -> Iterator[Batch]:
+    def batches(self, plan: list[Step], epoch: int = 0) -> Iterator[Any]:
         """This process's batches of the steps in `plan` of an epoch, one after the other."""
         classifier = self.run.classifier
         loader: DataLoader[Sample] = DataLoader(

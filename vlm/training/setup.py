@@ -221,8 +221,9 @@ def _fill_cache(
     """
     cache = None
     if not settings.no_feature_cache:
-        trained_on = settings.epochs and data.stream is None
-        splits = (data.train, data.validation, data.test) if trained_on else (data.validation, data.test)
+        splits: tuple[Split, ...] = (data.validation, data.test)
+        if settings.epochs and data.stream is None:
+            splits = (data.train, *splits)
         if settings.views > 1:  # after train, since their keys follow from those of its images
             splits += tuple(
                 as_seen(data.train, settings, epoch) for epoch in range(min(settings.views, settings.epochs))

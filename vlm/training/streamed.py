@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from vlm.classifier import IGNORED, Batch
+from vlm.classifier import IGNORED
 from vlm.data import Place, Sample, Step
 from vlm.training.loop import Trainer
 
@@ -44,7 +44,7 @@ class StreamTrainer(Trainer):
         """Put into the progress how far each process has read."""
         self.progress.places = gather_object([list(self.place)])
 
-    def batches(self, plan: list[Step], epoch: int = 0) -> Iterator[tuple[list[Batch], Place]]:
+    def batches(self, plan: list[Step], epoch: int = 0) -> Iterator[Any]:
         """This process's batches of each step to come, with the place after them."""
         classifier, settings = self.run.classifier, self.settings
         collate = classifier.collate(classifier.objective.has_response, None)
