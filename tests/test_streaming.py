@@ -111,6 +111,7 @@ def test_missing_splits_are_the_first_of_train_and_are_left_out_of_the_training(
     held_out = {split[i].key for split in (data.validation, data.test) for i in range(6)}
     assert len(kept) == 48 and not held_out & {sample.key for sample in kept}
     assert stream.left_out == {"in validation or test, too": 12}
+    assert not {data.train[i].key for i in range(len(data.train))} & held_out
 
 
 def a_stream(rows):
@@ -180,7 +181,11 @@ def test_a_resumed_run_goes_on_at_the_same_place(tiny_model, shards, tmp_path):
     """18 steps of 4 images are more than one epoch of 60."""
     more = {"model": str(tiny_model), "max_steps": 18, "eval_steps": 7}
     results = fit(settings(shards, tmp_path / "unbroken", **more))
-    assert results["pictures"]["train"] == 72 and [e["step"] for e in results["history"] if e["kind"] == "validation"]
+    assert (
+        results["pictures"]["train"] == 72
+        and results["pictures"]["left_out"] == {}
+        and [e["step"] for e in results["history"] if e["kind"] == "validation"]
+    )
     for workers, stop in ((0, 5), (2, 16)):
         output = tmp_path / f"stopped_{stop}"
         answers = iter([False] * (stop - 1) + [True])

@@ -28,6 +28,7 @@ DEMO_DEFAULTS: dict[str, Any] = {
 }
 AUTO = "auto"
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")  # each writes to a folder of this name in the output folder
+EVALUATIONS = 10  # of a run on a stream, unless --eval-steps says otherwise
 IMAGES_PER_STEP = 8  # images of an optimizer step, unless flags say otherwise
 FEW_VIEWS = 4  # of an image, if it is augmented and the vision encoder is frozen: each view goes through it once
 # The objective is `both` by default if that adds at most so many tokens to each image: as many as an image of SmolVLM.

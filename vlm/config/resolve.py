@@ -16,6 +16,7 @@ from vlm.config.defaults import (
     DEFAULT_DATASET,
     DEFAULT_MODEL,
     DEMO_DEFAULTS,
+    EVALUATIONS,
     IMAGES_PER_STEP,
     RESPONSE,
     TUNING_DEFAULTS,
@@ -194,6 +195,7 @@ def _fill(given: Mapping[str, Any]) -> Settings:
     values.setdefault("eval_batch_size", max(IMAGES_PER_STEP, said.get("batch_size", 1)))
     if said.get("streaming"):  # the end is that of --max-steps
         values["epochs"] = 1
+        values.setdefault("eval_steps", max(1, said.get("max_steps", 1) // EVALUATIONS))
     values["response_format"] = choose_format(said.get("response_format"), said.get("prompt_template"))
     if said.get("label_smoothing"):
         values.setdefault("objective", BOTH)

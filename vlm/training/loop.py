@@ -100,7 +100,6 @@ class Trainer:
         self.response_lengths = response_lengths(run.data.train, run.classifier.family, run.classifier.rendered)
         self.steps_per_epoch = self.count_steps()
         self.total_steps = self.steps_per_epoch * self.settings.epochs
-        self.eval_every = self.settings.eval_steps
         self.log: RunLog | None = None
         self.losses: list[Tensor] = []  # (2,) each, as `run_step` returns them
         self.saver = Saver(run)
@@ -222,7 +221,7 @@ class Trainer:
 
     def _count_step(self, epoch: int) -> bool:
         """Count a step that was done; returns whether an evaluation follows it."""
-        p, every = self.progress, self.eval_every
+        p, every = self.progress, self.settings.eval_steps
         p.step += 1
         p.step_in_epoch += 1
         end_of_epoch = p.step_in_epoch == self.steps_per_epoch

@@ -43,6 +43,9 @@ def settings_rows(
         name: "each epoch" if getattr(settings, name) is None else str(getattr(settings, name))
         for name in SHOWN_SETTINGS
     }
+    if settings.streaming:
+        del shown["epochs"]
+        shown["steps"] = f"{settings.max_steps:,} (--max-steps)"
     if settings.connector_learning_rate == settings.learning_rate:  # so it is where the connector is frozen, too
         del shown["connector_learning_rate"]
     if settings.batch_size == 1:

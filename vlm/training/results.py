@@ -191,6 +191,7 @@ def _of_the_run(run: Run, progress: Progress, test_seconds: float) -> dict[str, 
             "validation": len(data.validation),
             "test": len(data.test),
             "skipped": len(data.skipped),
+            **({"left_out": data.stream.left_out} if data.stream else {}),
         },
         "overlap": data.overlap,
         "timings": {

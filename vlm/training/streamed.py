@@ -1,6 +1,6 @@
 """Training on a stream: batches without a plan, and the place that a resumed run goes on from."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -10,10 +10,10 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from vlm.classifier import IGNORED
+from vlm.common import listed, note
 from vlm.data import Place, Sample, Step
 from vlm.training.loop import Trainer
 
-EVALUATIONS = 10  # of a run, unless --eval-steps says otherwise
 IMAGES_AHEAD = 4  # for each thread that decodes
 
 
@@ -22,7 +22,6 @@ class StreamTrainer(Trainer):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.eval_every = self.settings.eval_steps or max(1, self.total_steps // EVALUATIONS)
         self.place = Place()
 
     def count_steps(self) -> int:
@@ -34,6 +33,17 @@ class StreamTrainer(Trainer):
         """As many steps as there are; which images each has is not known before."""
         step = Step([], counts=True, indices=range(self.images_per_step()))
         return [step] * self.steps_per_epoch
+
+    def train(self) -> None:
+        """All steps that are left, then the final model; says what was left out."""
+        super().train()
+        stream = self.run.data.stream
+        assert stream is not None, "only such runs are trained here"
+        counts: Counter[str] = sum(map(Counter, gather_object([stream.left_out])), Counter())
+        stream.left_out = dict(counts)
+        if counts:
+            parts = (f"{count:,} {reason}" for reason, count in counts.items())
+            note(f"images of the stream that were not trained on: {listed(parts)}")
 
     def resume(self) -> None:
         super().resume()

@@ -45,16 +45,16 @@ def read_stream(settings: Settings, name: str, kind: str) -> Source:
     missing = [role for role in ("validation", "test") if role not in roles]
     wanted = SAMPLE + most * len(missing)
     with errors_in_one_line(name):
-        head = _take(read(train, roles["train"]), wanted, "reading train")
+        head = _without_copies(_take(read(train, roles["train"]), wanted, "reading train"))
         parts = {role: head[i * most : (i + 1) * most] for i, role in enumerate(missing)}
         parts |= {
             role: _take(read(streams[split], split), most, f"reading {split}")
             for role, split in roles.items()
             if role != "train"
         }
-    parts["train"] = head[most * len(missing) :]
-    _check_sizes(parts, missing, most)
     held_out = frozenset(digest(row.image) for role in ("validation", "test") for row in parts[role])
+    parts["train"] = [row for row in head[most * len(missing) :] if digest(row.image) not in held_out]
+    _check_sizes(parts, missing, most)
     stream = Stream(partial(read, train, roles["train"]), {}, held_out)
     split_names = {role: f"{roles[role]}, the first {len(parts[role]):,}" for role in roles}
     split_names["train"] = f"a sample of {roles['train']}, which is streamed"
@@ -128,6 +128,10 @@ def _take(rows: Iterator[Row], most: int, description: str) -> list[Row]:
             taken.append(row)
             bar.update(1)
     return taken
+
+
+def _without_copies(rows: list[Row]) -> list[Row]:
+    return list({digest(row.image): row for row in rows}.values())
 
 
 def _check_sizes(parts: dict[str, list[Row]], missing: Sequence[str], most: int) -> None:
