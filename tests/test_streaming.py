@@ -30,7 +30,7 @@ def png(image):
 
 def colored(label, i):
     """An image that tells its class by its color."""
-    color = [40, 40, 40]
+    color = [i % 100, i // 100 % 100, 40]
     color[label] = 200 + i % 40
     return Image.new("RGB", (20, 14), tuple(color))
 
