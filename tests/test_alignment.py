@@ -16,7 +16,7 @@ from vlm.families import fill_cache
 from vlm.training import alignment, results
 from vlm.training import loop as training
 from vlm.training.alignment import align, nearest_name_accuracy
-from vlm.training.loop import fit
+from vlm.training.running import fit
 
 
 @pytest.mark.slow

@@ -14,7 +14,8 @@ from vlm.common import Stopped
 from vlm.config import read_settings, resolve
 from vlm.data import Rows, Split, as_seen
 from vlm.data.augmentation import STRENGTHS, Augmentation
-from vlm.training.loop import Trainer, fit
+from vlm.training.loop import Trainer
+from vlm.training.running import fit
 from vlm.training.setup import set_up
 
 TURNED_BY_QUARTERS = [Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270]

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from vlm.common.errors import Stopped, UsageError
 from vlm.config import STATE, read_settings, resolve
-from vlm.training.loop import fit
 from vlm.training.resume_state import read_state
+from vlm.training.running import fit
 
 # 40 images in steps of 8: 5 steps an epoch.
 FLAGS = {

@@ -133,7 +133,7 @@ def test_before_the_first_step_it_ends_at_once_and_leaves_no_run(tmp_path, monke
 @pytest.mark.slow
 def test_during_the_final_test_it_ends_at_once_and_can_be_tested_later(tmp_path, unbroken, monkeypatch, capsys):
     with monkeypatch.context() as patched:
-        send_from(patched, "vlm.training.loop.finish")
+        send_from(patched, "vlm.training.running.finish")
         assert train(*FLAGS, "--output-dir", tmp_path) == 130
     err = capsys.readouterr().err
     assert err.endswith(f"stopped after the training; continue with the test by --resume --output-dir {tmp_path}\n")

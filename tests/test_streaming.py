@@ -16,7 +16,7 @@ from vlm.common import Stopped, UsageError
 from vlm.config import METADATA, RESULTS, read_settings, resolve
 from vlm.data import Place, Stream, load_data
 from vlm.data.stream import Row
-from vlm.training.loop import fit
+from vlm.training.running import fit
 
 NAMES = ["cat", "dog", "owl"]
 BEGIN = Place()

@@ -113,7 +113,7 @@ def test_both_programs_work_in_a_thread_and_leave_no_switch_changed(tmp_path, mo
     assert codes == [0, 2, 0]
     assert switches() == before
     with monkeypatch.context() as patched:
-        patched.setattr("vlm.training.loop.set_up", lambda settings: 1 / 0)
+        patched.setattr("vlm.training.running.set_up", lambda settings: 1 / 0)
         assert train(*flags, "--output-dir", tmp_path / "broken") == 1
     assert switches() == before
 

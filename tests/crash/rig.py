@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 import train_vlm
 import vlm.report
-import vlm.training.loop  # all that a run imports, before the first fork
+import vlm.training.running  # all that a run imports, before the first fork
 from vlm.common import UsageError
 from vlm.common.checksums import check_checksums
 

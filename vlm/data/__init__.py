@@ -13,8 +13,9 @@ from vlm.data.load import load_data
 from vlm.data.model_files import COPY_AGAIN, check_model_files, read_object
 from vlm.data.order import Step, epoch_plan
 from vlm.data.refused import leave_out_refused
+from vlm.data.sample import Sample
 from vlm.data.sources import Rows
-from vlm.data.splits import ROLES, Data, Sample, Split
+from vlm.data.splits import ROLES, Data, Split
 from vlm.data.stream import Place, Stream
 
 __all__ = [

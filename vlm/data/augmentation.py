@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter
 
 from vlm.config import Settings
-from vlm.data.splits import Sample, Split
+from vlm.data.sample import Sample
+from vlm.data.splits import Split
 
 AUGMENT = 4  # after the user's seed, as the draws in cutting.py
 DRAWING = 1  # of views; to be raised if the same draw looks different, since features of views are kept

@@ -7,13 +7,11 @@ process has read is a `Place`, from which a resumed run goes on.
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from vlm.common import UsageError, brief, note
 from vlm.data.images import ImageSource, UnreadableImage, open_image
-
-if TYPE_CHECKING:
-    from vlm.data.splits import Sample
+from vlm.data.sample import Sample
 
 MOST_SHOWN = 3
 
@@ -66,14 +64,12 @@ class Stream:
                 raise UsageError("--streaming: the train split has no rows for this process. Use fewer processes.")
             epoch, row = epoch + 1, 0
 
-    def sample(self, row: Row) -> "Sample | None":
+    def sample(self, row: Row) -> Sample | None:
         """The decoded image of a row; None if it is not trained on, which is counted and, at first, noted.
 
         Raises:
             UsageError: the row has a label that is none of the classes.
         """
-        from vlm.data.splits import Sample  # which reads rows, too
-
         number = self.numbers.get(label_key(row.label))
         if number is None:
             if row.label is not None and row.label != -1 and str(row.label).strip():

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 from vlm.common import lazy_names
 
 if TYPE_CHECKING:
-    from vlm.training.loop import fit
     from vlm.training.output import check_output, check_resumable, clean_up
+    from vlm.training.running import fit
     from vlm.training.stopping import StopSignals
 
 __all__ = ["StopSignals", "check_output", "check_resumable", "clean_up", "fit"]
 
 __getattr__ = lazy_names(
     __name__,
-    {".loop": ("fit",), ".output": ("check_output", "check_resumable", "clean_up"), ".stopping": ("StopSignals",)},
+    {".running": ("fit",), ".output": ("check_output", "check_resumable", "clean_up"), ".stopping": ("StopSignals",)},
 )

@@ -1,4 +1,4 @@
-"""fit: set-up, epochs, steps, evaluation, saving. Our own loop on accelerate.
+"""Epochs, steps, evaluation, saving. Our own loop on accelerate.
 
 Order, dropout and learning rate are functions of (seed, epoch, step), so that a resumed run continues exactly where the
 other stopped, without saved generator states. The loss of a step is the mean over all its response tokens, and that of
@@ -17,70 +17,22 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vlm.classifier import Batch
-from vlm.common import Bar, RunError, Stopped, WriteError, note, write_json
-from vlm.config import BEST_MODEL, DEMO_MODEL, METADATA, STATE, Settings, read_run
+from vlm.common import Bar, RunError, Stopped, note, write_json
+from vlm.config import BEST_MODEL, DEMO_MODEL, METADATA, STATE, read_run
 from vlm.conversation import response_lengths
 from vlm.data import Sample, Step, epoch_plan
-from vlm.evaluation import load_metric
 from vlm.training.alignment import align_connector
 from vlm.training.losses import both_losses, losses_in_words, mean_since_evaluation, named_losses
-from vlm.training.output import output_folder
-from vlm.training.results import finish
 from vlm.training.resume_state import Belonging, Progress, check_belonging, load_state, read_state
 from vlm.training.run_files import begin, list_tracked
 from vlm.training.run_log import RunLog
 from vlm.training.saving import Saver
-from vlm.training.setup import Run, set_up
+from vlm.training.setup import Run
 from vlm.training.stopping import TESTING, TRAINING
-from vlm.training.trackers import check_trackers
 from vlm.training.validation import split_metrics, validation_losses
 
 STEPS_PER_LINE = 10  # optimizer steps between two lines of the log
 Factor = float | Tensor
-
-
-def fit(
-    settings: Settings,
-    should_stop: Callable[[], bool] = lambda: False,
-    enter: Callable[[str], None] = lambda phase: None,
-) -> dict[str, Any]:
-    """Train, evaluate, save.
-
-    Args:
-        should_stop: asked after every step; True saves a state and raises `Stopped`.
-        enter: told when the training begins, and when it is over (vlm/training/stopping.py).
-
-    Returns:
-        The content of `results.json`; empty on processes other than the main one.
-
-    Raises:
-        UsageError: settings or data with which the run cannot start.
-        RunError: it had to stop.
-        Stopped: it was asked to stop.
-    """
-    check_trackers(settings.trackers)
-    with output_folder(settings):
-        metrics = [load_metric(name) for name in settings.metrics or ()]  # a mistake here should not wait for the end
-        run = set_up(settings)
-        trainer = _trainer_of(run)(run, should_stop, enter)
-        if settings.resume:
-            trainer.resume()
-        trainer.train()
-        if not run.accelerator.is_main_process:
-            return {}
-        try:
-            return finish(run, trainer.progress, metrics)
-        except WriteError as error:
-            raise RunError(
-                f"{error.path} could not be written ({error.reason}). The training is done: make room, then continue "
-                f"with the test by --resume --output-dir {run.output}."
-            ) from error
-
-
-def _trainer_of(run: Run) -> "type[Trainer]":
-    from vlm.training.streamed import StreamTrainer  # which is a Trainer itself
-
-    return StreamTrainer if run.data.stream else Trainer
 
 
 class Trainer:

@@ -1,0 +1,34 @@
+"""A labeled image."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+from PIL import Image
+
+from vlm.data.images import image_key
+
+
+@dataclass
+class Sample:
+    """One labeled image, read and decoded only when `image` is asked for.
+
+    source: an RGB image that is loaded, or a function that opens it; label: index into the class names;
+    name: what messages call it; reasoning: a text about it; known_key: its `key`, if known.
+    """
+
+    source: Image.Image | Callable[[], Image.Image]
+    label: int
+    name: str
+    reasoning: str | None = None
+    known_key: str | None = None
+
+    @cached_property
+    def image(self) -> Image.Image:
+        """RGB, loaded. Raises UnreadableImage if it cannot be decoded."""
+        return self.source() if callable(self.source) else self.source
+
+    @cached_property
+    def key(self) -> str:
+        """The `image_key`; the image is opened only if its key is not known."""
+        return self.known_key or image_key(self.image)

@@ -1,0 +1,52 @@
+"""fit: a run from its settings to its results."""
+
+from collections.abc import Callable
+from typing import Any
+
+from vlm.common import RunError, WriteError
+from vlm.config import Settings
+from vlm.evaluation import load_metric
+from vlm.training.loop import Trainer
+from vlm.training.output import output_folder
+from vlm.training.results import finish
+from vlm.training.setup import set_up
+from vlm.training.streamed import StreamTrainer
+from vlm.training.trackers import check_trackers
+
+
+def fit(
+    settings: Settings,
+    should_stop: Callable[[], bool] = lambda: False,
+    enter: Callable[[str], None] = lambda phase: None,
+) -> dict[str, Any]:
+    """Train, evaluate, save.
+
+    Args:
+        should_stop: asked after every step; True saves a state and raises `Stopped`.
+        enter: told when the training begins, and when it is over (vlm/training/stopping.py).
+
+    Returns:
+        The content of `results.json`; empty on processes other than the main one.
+
+    Raises:
+        UsageError: settings or data with which the run cannot start.
+        RunError: it had to stop.
+        Stopped: it was asked to stop.
+    """
+    check_trackers(settings.trackers)
+    with output_folder(settings):
+        metrics = [load_metric(name) for name in settings.metrics or ()]  # a mistake here should not wait for the end
+        run = set_up(settings)
+        trainer = (StreamTrainer if run.data.stream else Trainer)(run, should_stop, enter)
+        if settings.resume:
+            trainer.resume()
+        trainer.train()
+        if not run.accelerator.is_main_process:
+            return {}
+        try:
+            return finish(run, trainer.progress, metrics)
+        except WriteError as error:
+            raise RunError(
+                f"{error.path} could not be written ({error.reason}). The training is done: make room, then continue "
+                f"with the test by --resume --output-dir {run.output}."
+            ) from error
