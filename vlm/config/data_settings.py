@@ -11,7 +11,9 @@ class DataSettings:
     """See `Settings`."""
 
     dataset: str | None = flag(
-        None, "data", f"hub id, image folder, CSV or JSONL file, or save_to_disk folder (default: {DEFAULT_DATASET})"
+        None,
+        "data",
+        f"hub id, image folder, CSV, JSONL or JSON file, or save_to_disk folder (default: {DEFAULT_DATASET})",
     )
     dataset_config: str | None = flag(None, "data", "configuration of a hub dataset, if it has several")
     image_column: str | None = flag(
@@ -19,6 +21,15 @@ class DataSettings:
     )
     label_column: str | None = flag(
         None, "data", "column with the labels (default: found by its type, then by its name)"
+    )
+    no_header: bool = flag(
+        False, "data", "the first line of a CSV file is data; its columns are called column1, column2, ..."
+    )
+    image_folder: str | None = flag(
+        None, "data", "folder that the paths in a table are relative to (default: the folder of the table)"
+    )
+    image_suffix: str | None = flag(
+        None, "data", "ending that is added to the paths or names in a table, such as .jpg", metavar="SUFFIX"
     )
     reasoning_column: str | None = flag(
         None, "data", "column with a text about each image that the model learns to write (default: one text a class)"

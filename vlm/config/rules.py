@@ -77,13 +77,13 @@ VALUES = (
         "a number of pixels, or auto",
     ),
     Values(
-        ("model", "dataset", "output_dir", "class_descriptions"),
+        ("model", "dataset", "output_dir", "class_descriptions", "image_folder"),
         lambda value: bool(value.strip()) and can_be_a_path(value),
         "a name that is not empty and not too long for a file or folder",
     ),
     Values(
         (
-            *("model_revision", "dataset_config", "image_column", "label_column", "reasoning_column"),
+            *("model_revision", "dataset_config", "image_column", "label_column", "reasoning_column", "image_suffix"),
             *("task_description", "system_instructions", "prompt_template", "wandb_project"),
         ),
         lambda value: bool(value.strip()),

@@ -9,8 +9,8 @@ from decimal import Decimal
 from typing import cast
 
 from vlm.common import UsageError, brief, listed
+from vlm.data.spellings import are_numbers, distinct_labels, merge_spellings, tidy
 
-WHOLE_NUMBER = re.compile(r"[+-]?[0-9]+(\.0*)?")
 NOT_PRINTED = ("Cc", "Cs", "Zl", "Zp")  # Unicode categories: control characters, line ends, halves of characters
 TURNS_WRITING = re.compile("[\u202a-\u202e\u2066-\u2069]")  # makes a terminal show later characters elsewhere
 MOST_RENAMES_SHOWN = 12
@@ -27,19 +27,27 @@ class Classes:
 
 
 def is_missing(label: object, indices: bool) -> bool:
-    """Whether a label says nothing: None, blank, not a number, or -1 if labels are indices into given names."""
-    blank = isinstance(label, str) and not label.strip()
-    return label is None or blank or label != label or (indices and label == -1)
+    """Whether a label says nothing: None, blank, an empty list, not a number (NaN, also as text), or -1 if labels are
+    indices into given names."""
+    if isinstance(label, str):
+        return not label or label in ("NaN", "nan") or label.isspace()
+    return label is None or label != label or (indices and label == -1) or label in ([], ())
 
 
-def number_labels(labels: Mapping[str, Sequence[object]], own: list[str] | None, given: list[str] | None) -> Classes:
+def number_labels(
+    labels: Mapping[str, Sequence[object]],
+    images: Mapping[str, Sequence[str]],
+    own: list[str] | None,
+    given: list[str] | None,
+) -> Classes:
     """Class names, and the labels of each split as indices into them.
 
-    Names that are whole numbers are in the order of the numbers. Names that differ only in white space around them or
+    Names that are whole numbers are in the order of the numbers. Names that differ only in white space, in capitals or
     in their Unicode normal form (as file names from macOS do) are one.
 
     Args:
         labels: by split, without missing ones; "train" must be there.
+        images: what messages call the images of each split.
         own: the dataset's names, into which the labels are indices; None: the labels themselves are the names, sorted.
         given: the user's names: the dataset's own in another order, or as many new ones, by index.
 
@@ -47,18 +55,19 @@ def number_labels(labels: Mapping[str, Sequence[object]], own: list[str] | None,
         UsageError: labels that cannot be classes, a label that train does not have, names that do not fit, less than
             two classes.
     """
+    given = given and list(map(tidy, given))
     if own is None:
-        names, numbers = _sorted_names(labels)
-        how = ["labels, sorted as numbers" if _are_numbers(names) else "sorted labels"]
+        names, numbers = distinct_labels(labels, images, given or ())
+        how = ["labels, sorted as numbers" if are_numbers(names) else "sorted labels"]
     else:
         names, numbers = list(own), _checked_indices(labels, own)
         how = ["names of the dataset"]
-    names, numbers = _in_order(names, numbers)
+    names, numbers, merged = merge_spellings(*_in_order(names, numbers), given or ())
     if given is not None:
-        given = list(map(_tidy, given))
         order, how = _match(names, given)
         names = given
         numbers = {split: [order[number] for number in values] for split, values in numbers.items()}
+    how += merged
     names, numbers, unused = _drop_unused(names, numbers)
     if unused:
         how.append(f"left out, as no image has them: {listed(unused)}")
@@ -83,44 +92,14 @@ def _check_names(names: list[str]) -> None:
         raise UsageError(f"--class-names: expected different names, but got several times: {listed(repeated)}.")
 
 
-def _sorted_names(labels: Mapping[str, Sequence[object]]) -> tuple[list[str], dict[str, list[int]]]:
-    """The distinct labels as text, sorted, and the labels as indices into them."""
-    values = {split: [_plain(value) for value in column] for split, column in labels.items()}
-    types = Counter(type(value) for column in values.values() for value in column)
-    if len(types) > 1:
-        counts = ", ".join(f"{n} {kind.__name__}" for kind, n in types.items())
-        raise UsageError(f"labels of several types: {counts}. Expected one type.")
-    if not set(types) <= {str, int, bool}:
-        raise UsageError(
-            f"labels of type {next(iter(types)).__name__}. Expected one name or whole number for each image."
-        )
-    distinct = sorted({str(value) for column in values.values() for value in column})
-    index = {name: number for number, name in enumerate(distinct)}
-    return distinct, {split: [index[str(value)] for value in column] for split, column in values.items()}
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, str):
-        return _tidy(value)
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _tidy(name: str) -> str:
-    return unicodedata.normalize("NFC", name.strip())
-
-
 def _in_order(names: list[str], numbers: dict[str, list[int]]) -> tuple[list[str], dict[str, list[int]]]:
     """Tidy names, equal ones as one and whole numbers in their order; the labels as indices into them."""
-    tidy = list(map(_tidy, names))
-    ordered = list(dict.fromkeys(tidy))
-    if _are_numbers(ordered):
+    spelled = list(map(tidy, names))
+    ordered = list(dict.fromkeys(spelled))
+    if are_numbers(ordered):
         ordered.sort(key=lambda name: (Decimal(name), name))
     index = {name: number for number, name in enumerate(ordered)}
-    return ordered, {split: [index[tidy[number]] for number in values] for split, values in numbers.items()}
-
-
-def _are_numbers(names: list[str]) -> bool:
-    return all(map(WHOLE_NUMBER.fullmatch, names))
+    return ordered, {split: [index[spelled[number]] for number in values] for split, values in numbers.items()}
 
 
 def _checked_indices(labels: Mapping[str, Sequence[object]], names: list[str]) -> dict[str, list[int]]:
@@ -163,7 +142,7 @@ def _match(own: list[str], given: list[str]) -> tuple[list[int], list[str]]:
 def _refuse_unclear_order(own: list[str], renamed: str) -> None:
     """Names that are sorted as text, although people order them otherwise: c2 before c10, Ape next to ant."""
     keys = list(map(_expected_place, own))
-    as_text = own == sorted(own) and not _are_numbers(own)
+    as_text = own == sorted(own) and not are_numbers(own)
     if len(set(keys)) == len(keys) and not (as_text and keys != sorted(keys)):
         return
     raise UsageError(

@@ -1,6 +1,6 @@
 """Any labeled source of images -> a dataset that is ready for training, checked and split."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +12,7 @@ from vlm.data.cutting import check_enough, cut_from_train, limit_splits, take_sh
 from vlm.data.describe import data_metadata, detected_rows
 from vlm.data.duplicates import find_overlap, without_copies
 from vlm.data.readable import Readable, decode, keep_readable
-from vlm.data.sources import EXPECTED, Source, read_source
+from vlm.data.sources import EXPECTED, Rows, Source, read_source
 from vlm.data.splits import ROLES, Data, Split
 from vlm.data.stream import label_key
 
@@ -27,9 +27,9 @@ def load_data(settings: Settings) -> Data:
     """
     source = read_source(settings)
     _check_source(source, settings)
-    hidden = _splits_without_labels(source)
+    hidden = _leave_out_unlabeled(source)
     rows = {role: rows for role, rows in source.splits.items() if role not in hidden}
-    classes = _classes(source, {role: rows[role].labels for role in rows}, settings)
+    classes = _classes(source, rows, settings)
     names = classes.names
     splits = {role: Split(rows[role], range(len(rows[role].labels)), classes.numbers[role]) for role in rows}
     cut = [role for role in ROLES if role not in splits]
@@ -57,14 +57,16 @@ def load_data(settings: Settings) -> Data:
     return data
 
 
-def _classes(source: Source, labels: dict[str, Sequence[object]], settings: Settings) -> Classes:
+def _classes(source: Source, rows: Mapping[str, Rows], settings: Settings) -> Classes:
     """The class names, and the labels as indices into them. Of a stream they are known before it is read."""
+    labels: dict[str, Sequence[object]] = {role: rows[role].labels for role in rows}
+    images: dict[str, Sequence[str]] = {role: rows[role].names for role in rows}
     if source.stream is None:
-        return number_labels(labels, source.class_names, settings.class_names)
+        return number_labels(labels, images, source.class_names, settings.class_names)
     every: Sequence[object] = range(len(source.class_names)) if source.class_names else settings.class_names or []
-    found = number_labels(
-        {**labels, "sample": labels["train"], "train": every}, source.class_names, settings.class_names
-    )
+    labels |= {"sample": labels["train"], "train": every}
+    images |= {"sample": images["train"], "train": list(map(str, every))}
+    found = number_labels(labels, images, source.class_names, settings.class_names)
     source.stream.numbers = dict(zip(map(label_key, every), found.numbers["train"], strict=True))
     return replace(found, numbers={**found.numbers, "train": found.numbers.pop("sample")})
 
@@ -88,21 +90,36 @@ def _check_source(source: Source, settings: Settings) -> None:
     if "train" not in source.splits:
         there = ", ".join(sorted([*source.split_names.values(), *source.others])) or "none"
         raise UsageError(f"--dataset {settings.dataset}: no split called train. Splits there: {there}. {EXPECTED}")
-    if source.columns is None and (settings.image_column or settings.label_column or settings.reasoning_column):
+    if source.columns is None and (given := [flag for flag, value in _table_flags(settings).items() if value]):
         raise UsageError(
-            "--image-column, --label-column and --reasoning-column: the dataset is of the kind "
-            f'"{source.kind}", which has no columns. Leave them out.'
+            f'{" and ".join(given)}: the dataset is of the kind "{source.kind}", which has no columns. Leave out '
+            f"{'it' if len(given) == 1 else 'them'}."
         )
+    if settings.no_header and source.kind != "CSV file":
+        raise UsageError(f"--no-header: the dataset is of the kind {source.kind}, not a CSV file. Leave it out.")
 
 
-def _splits_without_labels(source: Source) -> list[str]:
-    """The roles whose labels are all hidden, as in the test splits of competitions.
+def _table_flags(settings: Settings) -> dict[str, object]:
+    return {
+        "--image-column": settings.image_column,
+        "--label-column": settings.label_column,
+        "--reasoning-column": settings.reasoning_column,
+        "--image-folder": settings.image_folder,
+        "--image-suffix": settings.image_suffix,
+    }
+
+
+def _leave_out_unlabeled(source: Source) -> list[str]:
+    """Leave out the images that have no label, and count them in a note.
+
+    Returns:
+        The roles whose labels are all hidden, as in the test splits of competitions.
 
     Raises:
-        UsageError: a split is empty, or rows without a label are in a split that is needed.
+        UsageError: a split is empty, or no image of train has a label.
     """
     hidden = []
-    for role, rows in source.splits.items():
+    for role, rows in list(source.splits.items()):
         name = source.split_names[role]
         if not rows.labels:
             raise UsageError(
@@ -110,14 +127,21 @@ def _splits_without_labels(source: Source) -> list[str]:
                 "If you remove the split, it is cut from train."
             )
         missing = [i for i, label in enumerate(rows.labels) if is_missing(label, source.class_names is not None)]
-        if role != "train" and len(missing) == len(rows.labels):
-            hidden.append(role)
-        elif missing:
+        if not missing:
+            continue
+        if len(missing) < len(rows.labels):
             first = ", ".join(rows.names[i] for i in missing[:3])
+            count = f"{len(missing):,} of {len(rows.labels):,}"
+            note(f"note: {name}: {count} images have no label and are left out, first {first}.")
+            lost = set(missing)
+            source.splits[role] = rows.take([i for i in range(len(rows.labels)) if i not in lost])
+        elif role == "train":
             raise UsageError(
-                f"{name}: {len(missing)} of {len(rows.labels)} images have no label, first {first}. "
-                "Label or remove them."
+                f"{name}: none of the {len(missing):,} images has a label. "
+                "Label them, or name another column with --label-column."
             )
+        else:
+            hidden.append(role)
     return hidden
 
 

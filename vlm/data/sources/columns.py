@@ -2,9 +2,12 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from vlm.common import UsageError, did_you_mean, listed
 from vlm.config import Settings, reasoning_of
+from vlm.data.finding import is_image
+from vlm.data.sources.labels import one_hot_columns
 
 # Usual names, best first.
 IMAGE_COLUMNS = (
@@ -27,6 +30,9 @@ IMAGE_COLUMNS = (
     "image_id",
     "id_code",
     "filepaths",
+    "image_filename",
+    "img_path",
+    "filenames",
 )
 LABEL_COLUMNS = (
     "label",
@@ -39,22 +45,29 @@ LABEL_COLUMNS = (
     "label_name",
     "fine_label",
     "y",
+    "choice",
 )
-ZEROS_AND_ONES = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
+ROWS_LOOKED_AT = 1000  # of a column, to tell whether it has paths of images
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The names of the columns in use. split: the column that names the split of each row, if it was used."""
+    """The names of the columns in use.
+
+    label: in words, if it is spread over the columns `one_hot`, each of which has a 1 for the images of its class;
+    split: the column that names the split of each row, if it was used.
+    """
 
     image: str
     label: str
     reasoning: str | None
     split: str | None = None
+    one_hot: tuple[str, ...] = ()
 
     @property
     def used(self) -> list[str]:
-        return [name for name in (self.image, self.label, self.reasoning, self.split) if name is not None]
+        label = self.one_hot or (self.label,)
+        return [name for name in (self.image, *label, self.reasoning, self.split) if name is not None]
 
 
 def choose_columns(
@@ -71,49 +84,35 @@ def choose_columns(
         columns: all columns of the table.
         images: those whose type is image.
         classes: those whose type is class label.
-        values: the first values of a column, which tell why no label column was recognized.
+        values: the values of a column, for those that are found by their content: paths of images, and 0 and 1.
 
     Raises:
         UsageError: a named column is not there, or no column was recognized.
     """
-    image = _choose("--image-column", settings.image_column, columns, images, IMAGE_COLUMNS)
+    by_content = [] if images else [name for name in columns if _has_image_paths(values(name))]
+    image = _choose("--image-column", settings.image_column, columns, images, IMAGE_COLUMNS, only=by_content)
     rest = [column for column in columns if column != image]
     classes = [column for column in classes if column != image]
+    one_hot: tuple[str, ...] = ()
     try:
-        label = _choose("--label-column", settings.label_column, rest, classes, LABEL_COLUMNS, used=[image])
+        only = rest if len(rest) == 1 else ()
+        label = _choose("--label-column", settings.label_column, rest, classes, LABEL_COLUMNS, used=[image], only=only)
     except UsageError:
-        if settings.label_column is None:
-            _refuse_one_hot(f"--dataset {settings.dataset}", rest, values)
-        raise
+        one_hot = () if settings.label_column else tuple(one_hot_columns(rest, values))
+        if not one_hot:
+            raise
+        label = f"one-hot: {listed(one_hot)}"
     reasoning = settings.reasoning_column
     if reasoning is not None:
-        rest = [column for column in rest if column != label]
+        rest = [column for column in rest if column not in (label, *one_hot)]
         _check_given("--reasoning-column", reasoning, rest, used=[image, label])
-    return Columns(image, label, reasoning)
+    return Columns(image, label, reasoning, one_hot=one_hot)
 
 
-def _refuse_one_hot(dataset: str, columns: Sequence[str], values: Callable[[str], Sequence[object]]) -> None:
-    """Name the columns of a table that has a column of 0 and 1 for each class."""
-    found = {name: column for name in columns if (column := _zeros_and_ones(values(name))) is not None}
-    if len(found) < 2:
-        return
-    ones = {sum(row) for row in zip(*found.values(), strict=True)}
-    if ones == {1}:
-        raise UsageError(
-            f"{dataset}: the columns {listed(found)} have 0 and 1, with one 1 in each row (one-hot). "
-            "Make one column of it that has the name of the class, and call it label."
-        )
-    raise UsageError(
-        f"{dataset}: the columns {listed(found)} have 0 and 1, with {min(ones)} to {max(ones)} ones in a row. "
-        "Expected one column that has the one class of each image."
-    )
-
-
-def _zeros_and_ones(values: Sequence[object]) -> list[int] | None:
-    """The values as 0 and 1; None if they are others, or only zeros."""
-    numbers = [ZEROS_AND_ONES.get(str(value).lower()) for value in values]
-    found = [number for number in numbers if number is not None]
-    return found if len(found) == len(numbers) and any(found) else None
+def _has_image_paths(values: Sequence[object]) -> bool:
+    """Whether the first values of a column are paths of images by their endings."""
+    texts = [value for value in values[:ROWS_LOOKED_AT] if value is not None]
+    return bool(texts) and all(isinstance(text, str) and is_image(Path(text)) for text in texts)
 
 
 def missing_column(image: str, split: str, columns: Iterable[str]) -> UsageError:
@@ -146,8 +145,10 @@ def _choose(
     typed: Sequence[str],
     names: Sequence[str],
     used: Sequence[str] = (),
+    only: Sequence[str] = (),
 ) -> str:
-    """The column given, else of the columns of the right type (of all, if there are none) the best named one.
+    """The column given, else of the columns of the right type (of all, if there are none) the best named one, else the
+    one that nothing but its content speaks for.
 
     Args:
         flag: the setting that names the column, for messages.
@@ -155,6 +156,7 @@ def _choose(
         typed: those of them that have the right type.
         names: usual names, best first.
         used: columns that have another use already, for messages.
+        only: columns that could be the right one by their content.
     """
     if given is not None:
         _check_given(flag, given, columns, used)
@@ -163,8 +165,8 @@ def _choose(
         for column in typed or columns:
             if column.lower() == name:
                 return column
-    if typed:
-        return typed[0]
+    if typed or len(only) == 1:
+        return [*typed, *only][0]
     raise UsageError(
         f"{flag}: no column was recognized by its type or name. {_list(columns, used)} Name one with {flag}."
     )

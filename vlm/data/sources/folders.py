@@ -9,7 +9,7 @@ from vlm.data.sources.foreign import ARCHIVES, UNPACK, refuse_damaged
 from vlm.data.sources.image_folders import read_image_folders
 from vlm.data.sources.library import ENDINGS, FILES, is_saved, left_to_library, read_saved, read_with_library
 from vlm.data.sources.rows import Source, nothing_there, role_of, sort_splits
-from vlm.data.sources.tables import find_tables, is_table, read_tables
+from vlm.data.sources.tables import find_split_tables, find_tables, is_table, read_tables
 
 # Other files that the library may know how to read, if there is no image and no table of ours.
 OF_THE_LIBRARY = (*ENDINGS, ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".txt", ".tar", ".lance", ".h5", ".hdf5")
@@ -28,6 +28,9 @@ def read_folder(folder: Path, settings: Settings) -> Source:
     roles, others = sort_splits(tables)
     if "train" in roles:
         return read_tables({role: tables[name] for role, name in roles.items()}, others, settings)
+    of_splits, others = find_split_tables(folder)
+    if of_splits:
+        return read_tables(of_splits, others, settings)
     files = visible_files(folder)
     images = [file for file in files if is_image(file) and len(file.parts) > 1]
     folders_with_images = {image.parts[0] for image in images}

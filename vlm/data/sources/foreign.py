@@ -19,8 +19,11 @@ KINDS = (
     (ARCHIVES, "an archive", UNPACK),
     ((".xlsx", ".xls", ".ods", ".numbers"), "a spreadsheet", SAVE_AS_CSV),
     ((".parquet", ".arrow"), "a Parquet or Arrow file", "Put it into a folder of its own, and give the folder."),
-    ((".json",), "JSON", "Make a JSONL file of it, with one object in each line: one line for each image."),
-    ((".txt", ".dat"), "a text file", "If it is a table, let its name end in .csv."),
+    (
+        (".txt", ".dat", ".tab", ".psv"),
+        "a text file",
+        "A table has equally many fields in each line, and paths of images.",
+    ),
     ((".npy", ".npz", ".h5", ".hdf5", ".mat", ".pkl", ".pickle", ".tfrecord"), "a file of arrays", AS_FILES),
 )
 # First bytes of files that are no text, whatever their ending says.

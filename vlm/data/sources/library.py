@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 from vlm.common import UsageError, listed, one_line, read_json, shorten
 from vlm.config import Settings
 from vlm.data.images import ImageSource
-from vlm.data.sources.cells import CELLS_TRIED, check_files, image_of
+from vlm.data.sources.cells import find_images, image_of
 from vlm.data.sources.columns import Columns, choose_columns, missing_column, reasoning_texts
 from vlm.data.sources.foreign import AGAIN, refuse_damaged
+from vlm.data.sources.labels import one_hot_labels, text_column, use_names
+from vlm.data.sources.places import Place, asked_place
 from vlm.data.sources.rows import EXPECTED, Rows, Source, nothing_there, role_of, sort_splits
 from vlm.data.sources.split_column import use_split_column
 
@@ -20,7 +22,6 @@ if TYPE_CHECKING:  # the library takes a second to import
 ENDINGS = (".parquet", ".arrow")
 FILES = ("metadata.csv", "metadata.jsonl")
 LONGEST_REASON = 200  # characters of what the library says
-ROWS_LOOKED_AT = 1000  # of a column, to tell what it has
 
 
 def is_saved(folder: Path) -> bool:
@@ -128,12 +129,17 @@ def _to_source(data: "dict[str, Dataset]", settings: Settings, kind: str, folder
     labels = {name: feature.names for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)}
     classes = [name for name, names in labels.items() if not all(map(role_of, names))]  # these are names of splits
     columns = choose_columns(
-        settings, list(features), images, classes, values=lambda name: _first_values(data[roles["train"]], name)
+        settings, list(features), images, classes, values=lambda name: _values(data[roles["train"]], name)
     )
     for name in roles.values():
         _check_columns(data[name].features, name, columns, features)
-    splits = {role: _rows(data[name].with_format(None), name, columns, folder) for role, name in roles.items()}
+    place = asked_place(settings, folder)
+    splits = {role: _rows(data[name].with_format(None), name, columns, place) for role, name in roles.items()}
     source = Source(kind, splits, roles, others, labels.get(columns.label), columns)
+    text = text_column(columns.label, [name for name in features if name not in columns.used])
+    if text and source.class_names is None:
+        texts = {role: _values(data[name], text) for role, name in roles.items()}
+        source.name_labels(use_names({role: rows.labels for role, rows in splits.items()}, texts, columns.label, text))
     return use_split_column(source, {role: _unused(data[name], columns) for role, name in roles.items()})
 
 
@@ -144,11 +150,13 @@ def is_image_column(feature: object) -> bool:
     return isinstance(getattr(feature, "feature", feature), datasets.Image)
 
 
-def _first_values(data: "Dataset", column: str) -> Sequence[object]:
-    """The first values of a column of numbers or texts; of no other column, which may be large."""
+def _values(data: "Dataset", column: str) -> Sequence[Any]:
+    """The values of a column of numbers or texts, None without one; of no other column, which may be large."""
     import datasets
 
-    return data[column][:ROWS_LOOKED_AT] if isinstance(data.features[column], datasets.Value) else []
+    if column not in data.features:
+        return [None] * len(data)
+    return data[column][:] if isinstance(data.features[column], datasets.Value) else []
 
 
 def _unused(data: "Dataset", columns: Columns) -> dict[str, Sequence[object]]:
@@ -183,34 +191,37 @@ def _check_columns(there: Mapping[str, Any], split: str, columns: Columns, train
         )
 
 
-def _rows(data: "Dataset", split: str, columns: Columns, folder: Path) -> Rows:
+def _rows(data: "Dataset", split: str, columns: Columns, place: Place) -> Rows:
     """The rows of one split; without a label column, all labels are None."""
-    labels = data[columns.label][:] if columns.label in data.features else [None] * len(data)
     names = [f"{split}[{i}]" for i in range(len(data))]
+    if columns.one_hot:
+        labels: Sequence[Any] = one_hot_labels({name: _values(data, name) for name in columns.one_hot}, names, split)
+    else:
+        labels = data[columns.label][:] if columns.label in data.features else [None] * len(data)
     texts = None
     if columns.reasoning is not None and columns.reasoning in data.features:
         texts = reasoning_texts(data[columns.reasoning][:], names)
-    return Rows(ImageColumn(data, columns.image, folder, split), labels, names, texts)
+    return Rows(ImageColumn(data, columns.image, place, split), labels, names, texts)
 
 
 class ImageColumn:
     """The images of a column of a `datasets.Dataset`, read from disk only when asked for, not decoded. Can be pickled.
 
     Args:
-        folder: what paths in a column of texts are relative to.
+        place: where the files of a column of texts are looked for.
         split: the name of the split, for messages.
 
     Raises:
         UsageError: none of the first paths in a column of texts is there, and what is there says why.
     """
 
-    def __init__(self, data: "Dataset", column: str, folder: Path, split: str) -> None:
+    def __init__(self, data: "Dataset", column: str, place: Place, split: str) -> None:
         self._data = data.select_columns([column])
         if is_image_column(data.features[column]):
             self._data = self._data.cast_column(column, not_decoded(data.features[column]))
         else:
-            check_files(self._data[column][:CELLS_TRIED], folder, column, split)
-        self._column, self._folder, self._split = column, folder, split
+            place = find_images(place, self._data[column], column, split)
+        self._column, self._place, self._split = column, place, split
 
     def __len__(self) -> int:
         return len(self._data)
@@ -218,7 +229,7 @@ class ImageColumn:
     def __getitem__(self, row: int) -> ImageSource | None:
         """Raises UsageError if the cell has several images, or a text that is no path."""
         value: Any = self._data[int(row)][self._column]
-        return image_of(value, self._folder, f"{self._split}[{row}], column {self._column}")
+        return image_of(value, self._place, f"{self._split}[{row}], column {self._column}")
 
 
 def not_decoded(feature: Any) -> Any:

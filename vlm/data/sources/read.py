@@ -8,10 +8,10 @@ import numpy as np
 from vlm.common import UsageError
 from vlm.config import Settings
 from vlm.data.hub import check_dataset_reachable, looks_like_path
-from vlm.data.sources.cells import find_file
 from vlm.data.sources.folders import read_folder
 from vlm.data.sources.foreign import refuse_file
 from vlm.data.sources.library import read_with_library
+from vlm.data.sources.places import find_file
 from vlm.data.sources.rows import EXPECTED, HUB, Rows, Source
 from vlm.data.sources.streamed import read_stream
 from vlm.data.sources.tables import is_table, read_tables

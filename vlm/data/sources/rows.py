@@ -1,6 +1,6 @@
 """What every reader returns: the rows of each split, and what is known about the source."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,7 +17,7 @@ SPLIT_NAMES = {
     "test": ("test", "testing", "eval"),
 }
 EXPECTED = (
-    "Expected a hub id, a folder CLASS/IMAGE or SPLIT/CLASS/IMAGE, a CSV or JSONL file with paths and labels, "
+    "Expected a hub id, a folder CLASS/IMAGE or SPLIT/CLASS/IMAGE, a CSV, JSONL or JSON file with paths and labels, "
     "or a folder written by save_to_disk."
 )
 HUB = "hub"  # the kind of a dataset on the hub; all other kinds are local
@@ -85,6 +85,13 @@ class Source:
     columns: Columns | None = None
     commit: str | None = None
     stream: "Stream | None" = None
+
+    def name_labels(self, named: tuple[list[str], Mapping[str, Sequence[object]]] | None) -> None:
+        """Take class names and the labels of each split as indices into them, if there are any."""
+        if named is not None:
+            self.class_names = named[0]
+            for role, labels in named[1].items():
+                self.splits[role].labels = labels
 
 
 def role_of(name: object) -> str | None:

@@ -1,36 +1,88 @@
-"""CSV, TSV and JSONL files with the paths and labels of images. Paths are relative to the file."""
+"""Tables with the paths and labels of images: CSV and its like, JSONL, JSON. Paths are relative to the file.
 
-import csv
-import io
+A table is kept as columns: a text for each cell, and none that is kept twice in a row of cells.
+"""
+
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
-from vlm.common import UsageError, brief, first_line, printable
+from vlm.common import UsageError, first_line
 from vlm.config import Settings
 from vlm.data.finding import is_image
-from vlm.data.sources.cells import check_files, image_of, path_text
+from vlm.data.sources.cells import Cells, check_cells, find_images, names_of
 from vlm.data.sources.columns import Columns, choose_columns, missing_column, reasoning_texts
+from vlm.data.sources.delimited import is_text_table, read_delimited
+from vlm.data.sources.exports import (
+    ABOUT_ANNOTATIONS,
+    LABEL_STUDIO,
+    Export,
+    choices_of,
+    is_export,
+    read_export,
+)
 from vlm.data.sources.foreign import SAVE_AS_CSV, refuse_by_content
-from vlm.data.sources.rows import Rows, Source
+from vlm.data.sources.labels import one_hot_labels, text_column, use_names
+from vlm.data.sources.places import Place, asked_place, is_of_label_studio
+from vlm.data.sources.rows import Rows, Source, sort_splits
 from vlm.data.sources.split_column import use_split_column
 
 CSV = (".csv", ".tsv")
+TEXT = (".txt", ".dat", ".tab", ".psv")  # tables only if their content clearly is one
 JSONL = (".jsonl", ".ndjson")
-ROWS_WITH_COLUMNS = 1000  # the rows of a table in which columns are looked for
+JSON = (".json",)
+OF_THE_LIBRARY = ("metadata",)  # a table of this name belongs to an image folder
 ONE_OBJECT = 'Expected one object in each line, such as {"image": "a.png", "label": "cat"}.'
+ROWS_AT_ONCE = 10_000
 
-Table = list[dict[str, object]]
+
+@dataclass
+class Table:
+    """kind: in words; columns: the values of each row by the name of the column; label: the column of the labels, if
+    the layout of the file says which."""
+
+    kind: str
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+    label: str | None = None
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()), ()))
+
+    def values(self, column: str) -> Sequence[Any]:
+        """The values of a column; None for each row, if there is no such column."""
+        return self.columns[column] if column in self.columns else [None] * len(self)
 
 
 def is_table(path: Path) -> bool:
-    """Whether a file is a table by its ending."""
-    return path.suffix.lower() in CSV + JSONL
+    """Whether a file is a table by its ending, or a text file that clearly is one."""
+    ending = path.suffix.lower()
+    return ending in CSV + JSONL + JSON or (ending in TEXT and path.is_file() and is_text_table(path))
 
 
 def find_tables(folder: Path) -> dict[str, Path]:
-    """The tables directly in a folder, by name without ending. A table called metadata belongs to an image folder."""
-    return {path.stem: path for path in sorted(folder.iterdir()) if is_table(path) and path.stem != "metadata"}
+    """The tables directly in a folder, by name without ending: CSV and JSONL files or, if there are none, JSON files of
+    a layout that is read. A table called metadata belongs to an image folder."""
+    files = [path for path in sorted(folder.iterdir()) if path.stem not in OF_THE_LIBRARY]
+    found = [path for path in files if path.suffix.lower() in CSV + JSONL]
+    return {path.stem: path for path in found or filter(_is_export_file, files)}
+
+
+def find_split_tables(folder: Path) -> tuple[dict[str, Path], list[str]]:
+    """The tables of splits that have a folder each, such as train/labels.json or valid/_classes.csv.
+
+    Returns:
+        The tables by role; empty if the folder of train has not exactly one table, or has folders of classes.
+        The names of folders that have no role.
+    """
+    folders = {path.name: path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")}
+    roles, others = sort_splits(folders)
+    tables = {role: list(find_tables(folders[name]).values()) for role, name in roles.items()}
+    if len(tables.get("train", ())) != 1 or sum(path.is_dir() for path in folders[roles["train"]].iterdir()) > 1:
+        return {}, []
+    return {role: found[0] for role, found in tables.items() if len(found) == 1}, others
 
 
 def read_tables(paths: dict[str, Path], others: list[str], settings: Settings) -> Source:
@@ -43,49 +95,47 @@ def read_tables(paths: dict[str, Path], others: list[str], settings: Settings) -
     Raises:
         UsageError: a table is empty or damaged, or a column is missing.
     """
-    tables = {role: _read_table(path) for role, path in paths.items()}
+    tables = {role: _read_table(path, not settings.no_header) for role, path in paths.items()}
     for role, table in tables.items():
-        if not table:
+        if not len(table):
             raise UsageError(f"{paths[role]}: no rows. Expected a header (CSV) and one line for each image.")
-    names = _column_names(tables.values())
-    columns = choose_columns(settings, names, values=lambda name: _values(tables["train"][:ROWS_WITH_COLUMNS], name))
+    names = list(dict.fromkeys(name for table in tables.values() for name in table.columns))
+    train = tables["train"]
+    columns = choose_columns(settings, names, (), [train.label] if train.label else (), values=train.values)
     for role, table in tables.items():
-        if columns.image not in (there := _column_names([table])):
-            raise missing_column(columns.image, paths[role].name, there)
-    splits = {role: _rows(table, paths[role], columns) for role, table in tables.items()}
-    kind = "CSV file" if all(map(_is_csv, paths.values())) else "JSONL file"
-    split_names = {role: path.name for role, path in paths.items()}
+        if columns.image not in table.columns:
+            raise missing_column(columns.image, paths[role].name, table.columns)
+    splits = {
+        role: _rows(table, str(paths[role]), columns, asked_place(settings, paths[role].parent))
+        for role, table in tables.items()
+    }
+    # Two files of the same name in folders of splits are told apart by the folder.
+    same = len({path.name for path in paths.values()}) < len(paths)
+    split_names = {role: f"{path.parent.name}/{path.name}" if same else path.name for role, path in paths.items()}
     rest = [name for name in names if name not in columns.used]
-    unused = {role: {name: _values(table, name) for name in rest} for role, table in tables.items()}
-    return use_split_column(Source(kind, splits, split_names, others, columns=columns), unused)
+    unused = {role: {name: table.values(name) for name in rest} for role, table in tables.items()}
+    source = Source(train.kind, splits, split_names, others, columns=columns)
+    if text := text_column(columns.label, rest):
+        labels = {role: rows.labels for role, rows in splits.items()}
+        texts = {role: table.values(text) for role, table in tables.items()}
+        source.name_labels(use_names(labels, texts, columns.label, text))
+    return use_split_column(source, unused)
 
 
-def _is_csv(path: Path) -> bool:
-    return path.suffix.lower() in CSV
+def _rows(table: Table, path: str, columns: Columns, place: Place) -> Rows:
+    cells = table.values(columns.image)
+    place = find_images(place, cells, columns.image, path)
+    check_cells(cells, columns.image, path)
+    names = names_of(cells)
+    texts = reasoning_texts(table.values(columns.reasoning), names) if columns.reasoning else None
+    if columns.one_hot:
+        labels: Sequence[Any] = one_hot_labels({name: table.values(name) for name in columns.one_hot}, names, path)
+    else:
+        labels = table.values(columns.label)
+    return Rows(Cells(cells, place, path, columns.image), labels, names, texts)
 
 
-def _column_names(tables: Iterable[Table]) -> list[str]:
-    """The columns of all tables, in the order in which they are found."""
-    return list(dict.fromkeys(column for table in tables for row in table[:ROWS_WITH_COLUMNS] for column in row))
-
-
-def _values(table: Table, column: str) -> list[object]:
-    return [row.get(column) for row in table]
-
-
-def _rows(table: Table, path: Path, columns: Columns) -> Rows:
-    cells = _values(table, columns.image)
-    check_files(cells, path.parent, columns.image, str(path))
-    images = [
-        image_of(cell, path.parent, f"{path}: row {i + 1} of the column {columns.image}")
-        for i, cell in enumerate(cells)
-    ]
-    names = [printable(path_text(cell)) or f"row {i + 1}" for i, cell in enumerate(cells)]
-    texts = reasoning_texts(_values(table, columns.reasoning), names) if columns.reasoning else None
-    return Rows(images, _values(table, columns.label), names, texts)
-
-
-def _read_table(path: Path) -> Table:
+def _read_table(path: Path, header: bool) -> Table:
     refuse_by_content(path)
     content = path.read_bytes()
     try:
@@ -95,46 +145,73 @@ def _read_table(path: Path) -> Table:
         raise UsageError(f"{path}, line {line}: not a readable text file in UTF-8. {SAVE_AS_CSV}") from error
     if "\0" in text:
         raise UsageError(f"{path}: not a text file in UTF-8: it has characters of value 0. {SAVE_AS_CSV}")
-    return _read_csv(path, text) if _is_csv(path) else _read_jsonl(path, text)
+    ending = path.suffix.lower()
+    if ending in CSV + TEXT:
+        del text
+        return _of_label_studio(Table("CSV file", dict(read_delimited(path, content, header))))
+    if ending in JSON and (export := _read_json(path, text)):
+        return _of_label_studio(Table(export.kind, _to_columns(export.rows), export.label))
+    return Table("JSONL file", _to_columns(_json_lines(path, text)))
 
 
-def _read_csv(path: Path, text: str) -> Table:
-    """The rows of a table with a header, separated by commas, semicolons or tabs."""
-    header = text.split("\n", 1)[0]
-    separator = max(",;\t", key=header.count)
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
-    rows: Table = []
+def _of_label_studio(table: Table) -> Table:
+    """The table itself or, if it is one row for each annotation of Label Studio, with its choices as labels."""
+    if not {"annotation_id", "lead_time"} <= set(table.columns):
+        return table
+    table.kind = LABEL_STUDIO
+    answers = {name: values for name, values in table.columns.items() if name not in ABOUT_ANNOTATIONS}
+    answers = {name: list(map(choices_of, values)) for name, values in answers.items() if not _are_files(values)}
+    table.columns |= answers
+    table.label = next(iter(answers)) if len(answers) == 1 else None
+    return table
+
+
+def _are_files(values: Sequence[Any]) -> bool:
+    texts = [value for value in values[:ROWS_AT_ONCE] if isinstance(value, str)]
+    return bool(texts) and all(is_of_label_studio(text) or is_image(Path(text)) for text in texts)
+
+
+def _read_json(path: Path, text: str) -> Export | None:
+    """What a JSON file has; None if it has one object in each line."""
     try:
-        _check_header(path, [name.strip() for name in reader.fieldnames or []])
-        for row in reader:
-            if None in row:
-                raise UsageError(
-                    f"{path}, line {reader.line_num}: more fields than the header has. "
-                    "Put quotes around fields that contain separators."
-                )
-            rows.append({name.strip(): value.strip() if value else None for name, value in row.items()})
-    except csv.Error as error:
+        return read_export(json.loads(text), path)
+    except RecursionError as error:
+        raise UsageError(f"{path}: JSON that is nested too deep. {ONE_OBJECT}") from error
+    except ValueError as error:
+        if getattr(error, "msg", "") == "Extra data" and text.lstrip().startswith("{"):
+            return None
         raise UsageError(
-            f"{path}, line {reader.line_num}: not CSV ({error}). "
-            "Look for a quote that is not closed before it, or for images as base64 text, which are not read."
+            f"{path}: not JSON ({first_line(error)}). It may be cut off: copy or download it again."
         ) from error
-    return rows
 
 
-def _check_header(path: Path, names: list[str]) -> None:
-    """Refuse a first line that cannot be a header: two equal names, or the path of an image."""
-    if repeated := [name for name in names if name and names.count(name) > 1]:
-        raise UsageError(f"{path}: several columns are called {brief(repeated[0])}. Give each column its own name.")
-    if data := [name for name in names if is_image(Path(name))]:
-        raise UsageError(
-            f"{path}: the first line is data ({brief(data[0])}), not a header. "
-            "Add a first line with the names of the columns, such as image,label."
-        )
+def _is_export_file(path: Path) -> bool:
+    """Whether a file is JSON of a layout that is read."""
+    if path.suffix.lower() not in JSON or not path.is_file():
+        return False
+    try:
+        return is_export(json.loads(path.read_bytes()))
+    except (OSError, ValueError, RecursionError):
+        return False
 
 
-def _read_jsonl(path: Path, text: str) -> Table:
+def _to_columns(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Objects as columns by name; None where an object lacks one."""
+    columns: dict[str, list[Any]] = {}
+    count, rest = 0, iter(rows)
+    while batch := list(islice(rest, ROWS_AT_ONCE)):
+        same: dict[str, str] = {}  # equal texts are kept once
+        for name in dict.fromkeys(name for row in batch for name in row):
+            columns.setdefault(name, [None] * count)
+        for name, values in columns.items():
+            cells = (row.get(name) for row in batch)
+            values.extend(same.setdefault(cell, cell) if isinstance(cell, str) else cell for cell in cells)
+        count += len(batch)
+    return columns
+
+
+def _json_lines(path: Path, text: str) -> Iterator[dict[str, Any]]:
     """The objects of a file that has one in each line; empty lines are skipped."""
-    rows: Table = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -146,5 +223,4 @@ def _read_jsonl(path: Path, text: str) -> Table:
             raise UsageError(f"{path}, line {number}: not JSON ({first_line(error)}). {ONE_OBJECT}") from error
         if not isinstance(row, dict):
             raise UsageError(f"{path}, line {number}: no JSON object. {ONE_OBJECT}")
-        rows.append(row)
-    return rows
+        yield row

@@ -1,0 +1,163 @@
+"""Where the files are that a column of paths names: below a folder, above it, or under another beginning."""
+
+import os
+import re
+import shlex
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote
+
+from vlm.common import UsageError, brief, note, printable
+from vlm.config import Settings
+from vlm.data.finding import is_image
+
+MOST_FILES = 100_000  # that are looked through for files of other cells
+# How Label Studio writes paths: of files below its document root, and of uploaded files, which get a name of their own.
+LOCAL = "/data/local-files/?d="
+UPLOADED = re.compile(r".*/data/upload/(?:[0-9]+/)?(([0-9a-f]{8}-)?[^/]+)")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the files of a column of paths are.
+
+    folder: what the paths are relative to; cut: what each of them begins with that is left out; suffix: the ending that
+    is added to paths without it; given: whether the user named the folder.
+    """
+
+    folder: Path
+    cut: str = ""
+    suffix: str = ""
+    given: bool = False
+
+    def file(self, text: str) -> Path:
+        """The file that a text names, whether it is there or not."""
+        if is_of_label_studio(text):
+            text = _from_label_studio(text, self.folder)
+        if self.suffix and not text.lower().endswith(self.suffix.lower()):
+            text += self.suffix
+        if self.cut:
+            text = _slashed(text).removeprefix(self.cut)
+        return find_file(self.folder, text)
+
+    def has(self, text: str) -> bool:
+        """Whether the file that a text names is there."""
+        return os.path.exists(self.file(text))
+
+
+def asked_place(settings: Settings, folder: Path) -> Place:
+    """Where files are looked for first: in `--image-folder`, or in the folder of the table.
+
+    Raises:
+        UsageError: there is no such folder.
+    """
+    suffix = settings.image_suffix or ""
+    if suffix and not suffix.startswith("."):
+        suffix = f".{suffix}"
+    if settings.image_folder is None:
+        return Place(folder, suffix=suffix)
+    given = Path(settings.image_folder)
+    if not given.is_dir():
+        raise UsageError(f"--image-folder {given}: no such folder. Name the folder that the paths are relative to.")
+    return Place(given, suffix=suffix, given=True)
+
+
+def locate(place: Place, texts: Sequence[str], tried: Sequence[str], column: str, source: str) -> Place:
+    """Where the files of a column are. Only the files of some of its cells are looked for.
+
+    If no file is at the place, the paths may be relative to the folder above, or absolute paths of another machine,
+    whose last parts are there. What every path begins with is then left out, and a note says so.
+
+    Args:
+        place: where files are looked for first.
+        texts: the paths of the column.
+        tried: those whose files are looked for.
+        source: what the column belongs to, for messages.
+
+    Raises:
+        UsageError: none of the files is there, and it is clear why.
+    """
+    if not tried or any(map(place.has, tried)):
+        return place
+    found = next(_elsewhere(place, texts, tried), None)
+    if found is None:
+        _say_why(place, tried, f"{source}: no file {brief(tried[0])} of the column {column}")
+        return place
+    what = f"note: {source}: the paths of the column {column}"
+    if found.cut:
+        note(printable(f"{what} begin with {brief(found.cut)}, which is left out; the files are in {found.folder}."))
+    else:
+        note(printable(f"{what} are relative to {found.folder}."))
+    return found
+
+
+def find_file(folder: Path, text: str) -> Path:
+    """The file that a text names. If there is none: with / for \\, and in the other Unicode normal forms.
+
+    macOS writes accents of file names as characters of their own, and tables rarely do.
+    """
+    path = folder / text
+    if (text.isascii() and "\\" not in text) or os.path.exists(path):
+        return path
+    spelled = [unicodedata.normalize(form, other) for other in (text, _slashed(text)) for form in ("NFC", "NFD")]
+    return next((folder / other for other in spelled if os.path.exists(folder / other)), path)
+
+
+def is_of_label_studio(text: str) -> bool:
+    """Whether a text is a path, or the address of a local server, as Label Studio writes them."""
+    return "/data/" in text and (LOCAL in text or UPLOADED.fullmatch(text) is not None)
+
+
+def _slashed(text: str) -> str:
+    return text.replace("\\", "/")
+
+
+def _from_label_studio(text: str, folder: Path) -> str:
+    if LOCAL in text:
+        return unquote(text.split(LOCAL, 1)[1])
+    if match := UPLOADED.fullmatch(text):
+        name = unquote(match[1])
+        names = (text.lstrip("/"), name, name.removeprefix(match[2] or ""))
+        return next((name for name in names if os.path.exists(folder / name)), name)
+    return text
+
+
+def _elsewhere(place: Place, texts: Sequence[str], tried: Sequence[str]) -> Iterator[Place]:
+    """Other places where one of the files is, and that no path contradicts; the likely ones first."""
+    folders = [place.folder] if place.given else [place.folder, place.folder.resolve().parent]
+    for text in tried:
+        parts = _slashed(text).split("/")
+        for folder in folders:
+            shortest = 1 if folder == place.folder else 2  # parts of a path; a mere name is too little above the table
+            for left_out in range(len(parts) - shortest + 1):
+                cut = "".join(f"{part}/" for part in parts[:left_out])
+                found = replace(place, folder=folder, cut=cut)
+                if found.has(text) and all(_slashed(other).startswith(cut) for other in texts if other):
+                    yield found
+
+
+def _say_why(place: Place, tried: Sequence[str], what: str) -> None:
+    """Raise the UsageError that names the flags with which the files are found, if images of these names are there."""
+    what += f" in {place.folder or Path.cwd()}"
+    name = PurePosixPath(_slashed(tried[0])).name
+    for file in _image_files(place.folder):
+        if file.name != name and file.stem != name:
+            continue
+        suffix = "" if file.name == name else file.suffix
+        there = replace(place, folder=file.parent, suffix=suffix or place.suffix)
+        if len(tried) > 1 and not any(map(there.has, tried[1:])):
+            continue
+        flags = [] if file.parent == place.folder else ["--image-folder", shlex.quote(str(file.parent))]
+        flags += ["--image-suffix", suffix] if suffix else []
+        found = brief(file.relative_to(place.folder).as_posix())
+        raise UsageError(f"{what}, but there is {found}. Add: {' '.join(flags)}")
+    if "\\" in tried[0]:
+        raise UsageError(f"{what}: it is a Windows path. Name the folder that holds the images with --image-folder.")
+
+
+def _image_files(folder: Path) -> Iterator[Path]:
+    files = (Path(place, name) for place, _, names in os.walk(folder) for name in sorted(names))
+    return filter(is_image, islice(files, MOST_FILES))
