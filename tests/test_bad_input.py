@@ -105,7 +105,7 @@ def test_the_first_start_without_the_hub_names_the_demo(tmp_path):
 
 def test_columns_that_are_not_there(refused, tmp_path):
     draw(tmp_path / "a.png")
-    (tmp_path / "data.csv").write_text("file,kind\na.png,cat\n")
+    (tmp_path / "data.csv").write_text("file,kind,size\na.png,cat,big\n")
     message = refused("--dataset", tmp_path / "data.csv", "--image-column", "file", "--label-column", "kinds")
     assert message.startswith("--label-column kinds: ")
     assert refused("--dataset", tmp_path / "data.csv").startswith("--label-column: ")

@@ -11,10 +11,10 @@ from test_table_forms import check
 LABELS = ["ab"[i % 2] for i in range(8)]
 
 
-def export(path: Path, data: object, pattern: str = "pics/{}.png") -> Path:
-    """A JSON file, and eight images next to it."""
+def export(path: Path, data: object, pattern: str = "pics/{}.png", first: int = 0) -> Path:
+    """A JSON file, and eight images next to it, of the gray values from `first` on."""
     for i in range(8):
-        draw(path.parent / pattern.format(i), i)
+        draw(path.parent / pattern.format(i), first + i)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data))
     return path
@@ -123,6 +123,12 @@ def test_uploaded_files_are_found_under_both_names(tmp_path, own, folder):
     check(load(path, image_folder=str(tmp_path / folder) if folder else None))
 
 
+def test_local_files_are_found_below_another_root(tmp_path, capsys):
+    tasks = [task(f"/data/local-files/?d=home/me/pics/{i}.png", [label]) for i, label in enumerate(LABELS)]
+    check(load(export(tmp_path / "x.json", tasks)))
+    assert f"begin with home/me/, which is left out; the files are in {tmp_path}." in capsys.readouterr().err
+
+
 def test_the_csv_export_of_label_studio(tmp_path):
     path = export(tmp_path / "x.json", [])
     head = "image,id,choice,annotator,annotation_id,created_at,updated_at,lead_time\n"
@@ -171,9 +177,9 @@ def test_the_classification_export_of_fiftyone(tmp_path, named, splits):
         targets = {f"x{i}": i % 2 if named else LABELS[i] for i in numbers}
         return {"classes": ["a", "b"] if named else None, "labels": targets | {"x8": None}}
 
-    for split in ("train", "validation") if splits else ("",):
-        export(tmp_path / split / "labels.json", labels(list(range(8))), "data/x{}.png")
-        draw(tmp_path / split / "data/x8.png", 8)
+    for number, split in enumerate(("train", "validation") if splits else ("",)):
+        export(tmp_path / split / "labels.json", labels(list(range(8))), "data/x{}.png", 20 * number)
+        draw(tmp_path / split / "data/x8.png", 20 * number + 8)
     data = load(tmp_path)
     if splits:
         assert counts(data)[1] == 8 and dict(data.summary)["validation"] == "8 images (validation/labels.json)"

@@ -35,8 +35,7 @@ class Place:
 
     def file(self, text: str) -> Path:
         """The file that a text names, whether it is there or not."""
-        if is_of_label_studio(text):
-            text = _from_label_studio(text, self.folder)
+        text = _plain(text, self.folder)
         if self.suffix and not text.lower().endswith(self.suffix.lower()):
             text += self.suffix
         if self.cut:
@@ -82,7 +81,8 @@ def locate(place: Place, texts: Sequence[str], tried: Sequence[str], column: str
     """
     if not tried or any(map(place.has, tried)):
         return place
-    found = next(_elsewhere(place, texts, tried), None)
+    tried = [_plain(text, place.folder) for text in tried]
+    found = next(_elsewhere(place, [_plain(text, place.folder) for text in texts], tried), None)
     if found is None:
         _say_why(place, tried, f"{source}: no file {brief(tried[0])} of the column {column}")
         return place
@@ -115,7 +115,10 @@ def _slashed(text: str) -> str:
     return text.replace("\\", "/")
 
 
-def _from_label_studio(text: str, folder: Path) -> str:
+def _plain(text: str, folder: Path) -> str:
+    """A path as it is or, if Label Studio wrote it, that of the file."""
+    if not is_of_label_studio(text):
+        return text
     if LOCAL in text:
         return unquote(text.split(LOCAL, 1)[1])
     if match := UPLOADED.fullmatch(text):
