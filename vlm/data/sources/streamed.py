@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from vlm.common import Bar, UsageError, listed
 from vlm.config import Settings
+from vlm.data.images import UnreadableImage
 from vlm.data.sources.cells import image_of
 from vlm.data.sources.columns import Columns, choose_columns, reasoning_texts
 from vlm.data.sources.library import errors_in_one_line, is_image_column, not_decoded, open_streams
+from vlm.data.sources.places import Place
 from vlm.data.sources.rows import Rows, Source, sort_splits
 from vlm.data.stream import Row, Stream, digest
 
@@ -118,7 +120,11 @@ def _rows(
 
 
 def _image(cell: Any, name: str) -> Any:
-    return image_of(cell, Path(), name)
+    """What `open_image` takes; None, which cannot be read, for damaged base64 text."""
+    try:
+        return image_of(cell, Place(Path()), name)
+    except UnreadableImage:
+        return None
 
 
 def _take(rows: Iterator[Row], most: int, description: str) -> list[Row]:
