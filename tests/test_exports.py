@@ -166,8 +166,12 @@ def test_one_of_several_questions_is_named_by_its_column(tmp_path):
 def test_an_image_with_two_coco_categories_is_refused_and_one_without_left_out(tmp_path, capsys):
     path = export(tmp_path / "x.json", coco([1], [2], [1, 2], [1], [2]))
     refuse("train: 1 of 5 images have more than one label, first pics/2.png: a, b. This program learns one class", path)
-    load(export(tmp_path / "x.json", coco([1], [2], [], [1], [2], [1], [2])))
-    assert "1 of 7 images have no label" in capsys.readouterr().err
+    data = coco([1], [2], [], [1], [2], [1], [2])
+    data["annotations"].append({"id": 99, "image_id": 99, "category_id": 1})
+    load(export(path, data))
+    said = capsys.readouterr().err
+    assert "1 of 7 images have no label" in said
+    assert "not used: the annotations of 1 images that are not in its list of images" in said
 
 
 @pytest.mark.parametrize("named", [True, False])

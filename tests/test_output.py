@@ -82,8 +82,10 @@ def test_folders_that_hold_everything_else_are_refused(tmp_path, monkeypatch):
 
 def test_a_run_does_not_overwrite_what_it_starts_from(tmp_path):
     make_run(tmp_path)
-    with pytest.raises(UsageError, match=r"--model .*/best_model is part of the run that --overwrite deletes"):
-        check_output(settings(tmp_path, overwrite=True, demo=False, model=f"{tmp_path}/best_model", dataset="x"))
+    for flag, given in {"--model": {"dataset": "x"}, "--image-folder": {"dataset": "x.csv"}}.items():
+        given |= {flag[2:].replace("-", "_"): f"{tmp_path}/best_model"}
+        with pytest.raises(UsageError, match=rf"{flag} .*/best_model is part of the run that --overwrite deletes"):
+            check_output(settings(tmp_path, overwrite=True, demo=False, **given))
 
 
 @pytest.mark.parametrize("output", ["images", "images/results", "images/cat/../new"])

@@ -67,7 +67,8 @@ def number_labels(
         order, how = _match(names, given)
         names = given
         numbers = {split: [order[number] for number in values] for split, values in numbers.items()}
-    how += merged
+    if merged:
+        how.append(f"several spellings as one class: {listed(merged)}")
     names, numbers, unused = _drop_unused(names, numbers)
     if unused:
         how.append(f"left out, as no image has them: {listed(unused)}")

@@ -11,6 +11,7 @@ from vlm.common import UsageError, listed, note
 WHOLE_NUMBER = re.compile(r"[+-]?[0-9]+(\.0*)?")
 BETWEEN_LABELS = re.compile(r"[|;,]")
 SHORTEST_WORD = 3  # letters; shorter ones, such as A and a, may be told apart by their capitals
+MOST_SHOWN = 5
 Numbers = dict[str, list[int]]
 
 
@@ -73,7 +74,7 @@ def merge_spellings(names: list[str], numbers: Numbers, apart: Collection[str]) 
         apart: names that are kept if all spellings of a class are among them.
 
     Returns:
-        The names that are left, the labels as indices into them, and what was merged, in phrases.
+        The names that are left, the labels as indices into them, and the names that had several spellings.
     """
     groups: dict[str, list[int]] = {}
     for number, name in enumerate(names):
@@ -83,17 +84,19 @@ def merge_spellings(names: list[str], numbers: Numbers, apart: Collection[str]) 
         return names, numbers, []
     counts = Counter(number for values in numbers.values() for number in values)
     best = list(range(len(names)))
-    phrases = []
+    phrases, winners = [], []
     for group in several:
-        winner = max(group, key=lambda number: (counts[number], -number))
+        winner = max(group, key=lambda number: (counts[number], not names[number].isupper(), -number))
         for number in group:
             best[number] = winner
         phrases.append(f"{' and '.join(f'{names[i]} ({counts[i]:,})' for i in group)} are one class: {names[winner]}")
-    note(f"note: {listed(phrases)}. If they are different classes, give all their names with --class-names.")
+        winners.append(names[winner])
+    shown = [*phrases[:MOST_SHOWN], *([f"{len(phrases) - MOST_SHOWN:,} more"] if len(phrases) > MOST_SHOWN else [])]
+    note(f"note: {'; '.join(shown)}. If they are different classes, give all their names with --class-names.")
     kept = sorted(set(best))
     index = {number: i for i, number in enumerate(kept)}
     place = [index[number] for number in best]
-    return [names[i] for i in kept], {s: [place[n] for n in values] for s, values in numbers.items()}, phrases
+    return [names[i] for i in kept], {s: [place[n] for n in values] for s, values in numbers.items()}, winners
 
 
 def _meaning(name: str) -> str:

@@ -103,7 +103,8 @@ def without_metadata(output: Path) -> str:
 
 def _check_not_needed(output: Path, settings: Settings) -> None:
     """Check that the run does not start from what it overwrites."""
-    for flag, value in (("--model", settings.model), ("--dataset", settings.dataset)):
+    read = {"--model": settings.model, "--dataset": settings.dataset, "--image-folder": settings.image_folder}
+    for flag, value in read.items():
         needed = Path(value).resolve() if value else None
         if needed and any(needed.is_relative_to((output / name).resolve()) for name in files_of_run(output)):
             raise UsageError(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from vlm.common import UsageError
+from vlm.common import UsageError, note
 from vlm.data.finding import is_image
 from vlm.data.sources.rows import role_of
 
@@ -96,7 +96,7 @@ def _label_studio(data: list[Row], _: Path) -> Export:
     return Export(LABEL_STUDIO, rows, next(iter(questions)) if len(questions) == 1 else None)
 
 
-def _coco(data: Row, _: Path) -> Export:
+def _coco(data: Row, path: Path) -> Export:
     """Images and annotations, each of which gives its image a category."""
     names = {category["id"]: category["name"] for category in data["categories"]}
     labels: dict[Any, list[str]] = {}
@@ -105,6 +105,8 @@ def _coco(data: Row, _: Path) -> Export:
     rows = [
         {"file_name": image["file_name"], "category": _one_of(labels.get(image["id"], ()))} for image in data["images"]
     ]
+    if lost := len(set(labels) - {image["id"] for image in data["images"]}):
+        note(f"note: {path}: not used: the annotations of {lost:,} images that are not in its list of images.")
     return Export("COCO export", rows, "category")
 
 
@@ -118,7 +120,9 @@ def _fiftyone_labels(data: Row, path: Path) -> Export:
             target = target.get("label")
         if isinstance(target, list):
             return _one_of(map(label_of, target))
-        return names[target] if names and isinstance(target, int) else target
+        if names and isinstance(target, int):
+            return names[target] if target >= 0 else None
+        return target
 
     rows = [
         {"filepath": f"data/{files.get(name, name)}", "label": label_of(target)}

@@ -86,11 +86,11 @@ def locate(place: Place, texts: Sequence[str], tried: Sequence[str], column: str
     if found is None:
         _say_why(place, tried, f"{source}: no file {brief(tried[0])} of the column {column}")
         return place
-    what = f"note: {source}: the paths of the column {column}"
+    what, shown = f"note: {source}: the paths of the column {column}", _shown(found.folder)
     if found.cut:
-        note(printable(f"{what} begin with {brief(found.cut)}, which is left out; the files are in {found.folder}."))
+        note(printable(f"{what} begin with {brief(found.cut)}, which is left out; the files are in {shown}."))
     else:
-        note(printable(f"{what} are relative to {found.folder}."))
+        note(printable(f"{what} are relative to {shown}."))
     return found
 
 
@@ -109,6 +109,10 @@ def find_file(folder: Path, text: str) -> Path:
 def is_of_label_studio(text: str) -> bool:
     """Whether a text is a path, or the address of a local server, as Label Studio writes them."""
     return "/data/" in text and (LOCAL in text or UPLOADED.fullmatch(text) is not None)
+
+
+def _shown(folder: Path) -> Path:
+    return folder if folder.parts else Path.cwd()
 
 
 def _slashed(text: str) -> str:
@@ -144,7 +148,7 @@ def _elsewhere(place: Place, texts: Sequence[str], tried: Sequence[str]) -> Iter
 
 def _say_why(place: Place, tried: Sequence[str], what: str) -> None:
     """Raise the UsageError that names the flags with which the files are found, if images of these names are there."""
-    what += f" in {place.folder or Path.cwd()}"
+    what += f" in {_shown(place.folder)}"
     name = PurePosixPath(_slashed(tried[0])).name
     for file in _image_files(place.folder):
         if file.name != name and file.stem != name:

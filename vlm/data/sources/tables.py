@@ -4,6 +4,7 @@ A table is kept as columns: a text for each cell, and none that is kept twice in
 """
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -12,7 +13,7 @@ from typing import Any
 
 from vlm.common import UsageError, first_line
 from vlm.config import Settings
-from vlm.data.finding import is_image
+from vlm.data.finding import is_hidden, is_image
 from vlm.data.sources.cells import Cells, check_cells, find_images, names_of
 from vlm.data.sources.columns import Columns, choose_columns, missing_column, reasoning_texts
 from vlm.data.sources.delimited import is_text_table, read_delimited
@@ -77,12 +78,13 @@ def find_split_tables(folder: Path) -> tuple[dict[str, Path], list[str]]:
         The tables by role; empty if the folder of train has not exactly one table, or has folders of classes.
         The names of folders that have no role.
     """
-    folders = {path.name: path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")}
+    found = [path for path in sorted(folder.iterdir()) if path.is_dir() and not is_hidden(path.name)]
+    folders = {path.name: path for path in found if os.access(path, os.R_OK | os.X_OK)}
     roles, others = sort_splits(folders)
     tables = {role: list(find_tables(folders[name]).values()) for role, name in roles.items()}
     if len(tables.get("train", ())) != 1 or sum(path.is_dir() for path in folders[roles["train"]].iterdir()) > 1:
         return {}, []
-    return {role: found[0] for role, found in tables.items() if len(found) == 1}, others
+    return {role: paths[0] for role, paths in tables.items() if len(paths) == 1}, others
 
 
 def read_tables(paths: dict[str, Path], others: list[str], settings: Settings) -> Source:
