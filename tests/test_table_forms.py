@@ -39,6 +39,14 @@ def test_the_separator_is_found_by_the_fields_and_not_by_the_header(tmp_path, na
     check(load(text_table(tmp_path / name, lines)))
 
 
+def test_spaces_within_the_fields_of_a_text_file_do_not_divide_them(tmp_path):
+    lines = ["file name, label", *(f"pics/my {path[5:]}, {label}" for path, label in ROWS)]
+    path = text_table(tmp_path / "a.txt", lines)
+    for i in range(8):
+        draw(tmp_path / f"pics/my {i}.png", i)
+    check(load(path))
+
+
 def test_a_text_file_with_spaces_and_without_a_header_is_a_table(tmp_path):
     path = text_table(tmp_path / "train.txt", [f"{path}  {label}" for path, label in ROWS])
     refuse("the first line is data .pics/0.png., not a header. Add --no-header", path)

@@ -12,6 +12,7 @@ from vlm.data.finding import is_image
 
 CLOSE = "Close the quote there, or write quotes within a field twice."
 SEPARATORS = ",;\t|"
+SPACED = (".txt", ".dat")  # the files in which a space may be the separator
 ROWS_LOOKED_AT = 20  # in which the separator is found
 START = 65_536  # characters in which they are
 ROWS_AT_ONCE = 10_000
@@ -70,10 +71,12 @@ def _is_image(field: str) -> bool:
 
 def _separator(content: bytes, path: Path) -> str:
     """The separator with which most of the first lines have as many fields as the header, of these the one with most
-    fields; in a text file it may be a space."""
+    fields; a space in a text file that has no other."""
     found = ","
     best: tuple[float, int] = (0, 1)
-    for separator in SEPARATORS + " " * (path.suffix.lower() in (".txt", ".dat")):
+    for separator in SEPARATORS + " ":
+        if separator == " " and (best[1] > 1 or path.suffix.lower() not in SPACED):
+            continue
         widths = [len(row) for row in _first_rows(content[:START], separator)]
         if widths and widths[0] > 1 and (score := (widths.count(widths[0]) / len(widths), widths[0])) > best:
             best, found = score, separator
