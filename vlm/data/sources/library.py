@@ -151,12 +151,13 @@ def is_image_column(feature: object) -> bool:
 
 
 def _values(data: "Dataset", column: str) -> Sequence[Any]:
-    """The values of a column of numbers or texts, None without one; of no other column, which may be large."""
+    """The values of a column of numbers or texts, read when asked for; of no other column, which may be large. None for
+    each row, if there is no such column."""
     import datasets
 
     if column not in data.features:
         return [None] * len(data)
-    return data[column][:] if isinstance(data.features[column], datasets.Value) else []
+    return data[column] if isinstance(data.features[column], datasets.Value) else []
 
 
 def _unused(data: "Dataset", columns: Columns) -> dict[str, Sequence[object]]:
