@@ -5,14 +5,17 @@ python train_vlm.py --demo
 python train_vlm.py --model HuggingFaceTB/SmolVLM-256M-Instruct --dataset my_images/
 """
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm.common import CONTINUED, UsageError, command_of, exit_code, lazy_names, switches_as_before
 from vlm.config import (
+    IN_MEMORY,
     RESULTS,
     RunSettings,
     Settings,
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
     from vlm.classifier import vlm_collate_fn
     from vlm.evaluation import evaluate_vlm_model
 
-__all__ = ["evaluate_vlm_model", "main", "vlm_collate_fn"]
+__all__ = ["evaluate_vlm_model", "main", "train_on", "vlm_collate_fn"]
 
 
 # `from train_vlm import vlm_collate_fn` works, and `--help` does not load torch.
@@ -43,16 +46,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return exit_code(lambda: train(given), debug=given.get("debug", False))
 
 
-def train(given: dict[str, Any]) -> None:
+def train_on(dataset: Any, **settings: Any) -> dict[str, Any]:
+    """Train on a dataset that a program has made, as in a notebook.
+
+        results = train_on(my_dataset_dict, model="HuggingFaceTB/SmolVLM-256M-Instruct", epochs=3, output_dir="results")
+
+    Args:
+        dataset: a `Dataset` or `DatasetDict` of the datasets library, or the name of a dataset as in --dataset. Columns
+            and splits are found as in one that is loaded by its name.
+        settings: the flags by name: batch_size=4 is --batch-size 4.
+
+    Returns:
+        The content of `results.json`.
+
+    Raises:
+        UsageError: dataset or settings with which the run cannot start. A RunError is one that had to stop.
+        TypeError: there is no such flag.
+    """
+    if unknown := settings.keys() - {item.name for item in fields(Settings)}:
+        raise TypeError(f"train_on() has no setting {', '.join(sorted(unknown))}; see docs/options.md for all flags")
+    if "dataset" in settings:
+        raise TypeError("train_on() takes the dataset as its first argument")
+    named = isinstance(dataset, (str, os.PathLike))
+    if not named and settings.get("streaming"):
+        raise UsageError("--streaming reads a dataset by its name: give the name in the place of the dataset.")
+    given = settings | ({} if settings.get("resume") else {"dataset": str(dataset) if named else IN_MEMORY})
+    with switches_as_before():
+        return train(given, None if named else dataset)
+
+
+def train(given: dict[str, Any], dataset: object = None) -> dict[str, Any]:
     """Train with the flags that were given.
 
     Args:
         given: values by field name of `Settings`.
+        dataset: see `fit`.
+
+    Returns:
+        The content of `results.json`; empty if nothing was trained here.
     """
     if given.get("list_models"):
         from vlm.machine import list_models
 
-        return list_models(resolve(given))
+        list_models(resolve(given))
+        return {}
     from vlm.training import StopSignals, check_output, clean_up
 
     output = Path(user_path(given.get("output_dir", Settings.output_dir)))
@@ -65,7 +102,7 @@ def train(given: dict[str, Any]) -> None:
         from vlm.training import fit
 
         with switches_as_before():  # those of the libraries, which are imported now
-            fit(settings, signals.should_stop, signals.enter)
+            return fit(settings, signals.should_stop, signals.enter, dataset)
 
 
 def saved_settings(output: Path, epochs: int | None = None) -> RunSettings:

@@ -37,10 +37,7 @@ def message(dataset: Path, **settings) -> str:
 
 
 FILES = {
-    "a.zip": (b"PK\x03\x04", "an archive, not a folder or a table. Unpack it"),
-    "a.tar.gz": (b"\x1f\x8b", "an archive, not a folder or a table. Unpack it"),
     "a.xlsx": (b"PK\x03\x04", "a spreadsheet, not a folder or a table. Save it as CSV in UTF-8"),
-    "a.parquet": (b"PAR1PAR1", "a Parquet or Arrow file, not a folder or a table. Put it into a folder of its own"),
     "a.json": (b"[]", "JSON of a layout that is not read. Read are [{"),
     "cut.json": (b"[{", "cut.json: not JSON (Expecting property name"),
     "damaged.json": (
@@ -52,7 +49,7 @@ FILES = {
     "a.weird": (b"1", "files of this type are not read. Expected a hub id"),
     "pointer.parquet": (POINTER.encode(), "a Git LFS pointer, not the file itself. Get the file with: git lfs pull"),
     "pointer.csv": (POINTER.encode(), "a Git LFS pointer"),
-    "excel.csv": (b"PK\x03\x04", "a spreadsheet or a zip archive. Save it as CSV in UTF-8, or unpack it"),
+    "excel.csv": (b"PK\x03\x04", "a spreadsheet or a zip archive. Save it as CSV in UTF-8, or let its name"),
     "utf16.csv": ("image,label\n".encode("utf-16"), "text in UTF-16. Save it as CSV in UTF-8"),
     "utf16 without a mark.csv": ("image,label\n".encode("utf-16-le"), "it has characters of value 0"),
     "latin.csv": ("image,label\na.png,b\na.png,übel\n".encode("latin-1"), "line 3: not a readable text file in UTF-8"),

@@ -21,7 +21,7 @@ from vlm.common.errors import (
     reason,
     write_failure,
 )
-from vlm.common.files import read_json, replacing, write_json, writing
+from vlm.common.files import cache_folder, read_json, replacing, write_json, writing
 from vlm.common.folders import existing, files_of_others, read_folder, recover, remove, usual_modes, write_folder
 from vlm.common.lazy import lazy_names
 from vlm.common.modes import evaluation_mode
@@ -56,6 +56,7 @@ __all__ = [
     "WriteError",
     "any_text",
     "brief",
+    "cache_folder",
     "check_checksums",
     "command_of",
     "csv_cell",

@@ -99,7 +99,7 @@ OUT_OF_MEMORY = (
 )
 
 
-def exit_code(command: Callable[[], None], debug: bool = False) -> int:
+def exit_code(command: Callable[[], object], debug: bool = False) -> int:
     """Run a command and return its exit code. An error prints one or two lines instead of a traceback.
 
     Args:

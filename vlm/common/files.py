@@ -124,6 +124,12 @@ def read_json(path: Path, cure: str) -> Any:
     raise UsageError(f"{path} cannot be read ({problem}). {cure}")
 
 
+def cache_folder() -> Path:
+    """The folder of everything that is kept between runs: `VLM_CACHE`, or one in the user's cache folder."""
+    base = os.environ.get("VLM_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "vlm")
+    return Path(base).expanduser()
+
+
 def _finite(values: Any) -> Any:
     if isinstance(values, dict):
         return {key: _finite(value) for key, value in values.items()}

@@ -5,6 +5,8 @@ from typing import Any
 DEFAULT_MODEL = "HuggingFaceTB/SmolVLM-500M-Instruct"
 DEFAULT_DATASET = "Mirali33/mb-domars16k"
 
+IN_MEMORY = "(in memory)"  # the dataset of a run that a program has started with its own
+
 # Defaults that depend on --tune.
 TUNING_DEFAULTS: dict[str, dict[str, Any]] = {
     "lora": {"learning_rate": 2e-4, "epochs": 3},

@@ -19,13 +19,16 @@ from vlm.data.stream import label_key
 EDGE_PERCENTILE = 95  # a few large images among small ones should not slow down all
 
 
-def load_data(settings: Settings) -> Data:
+def load_data(settings: Settings, dataset: object = None) -> Data:
     """Read, check and split the dataset that the settings name. The same settings give the same splits.
+
+    Args:
+        dataset: a `Dataset` or `DatasetDict` in the place of the one that the settings name.
 
     Raises:
         UsageError: there is no such dataset, or it cannot be trained on; the message says what was expected.
     """
-    source = read_source(settings)
+    source = read_source(settings, dataset)
     _check_source(source, settings)
     hidden = _leave_out_unlabeled(source)
     rows = {role: rows for role, rows in source.splits.items() if role not in hidden}

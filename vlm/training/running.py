@@ -18,11 +18,13 @@ def fit(
     settings: Settings,
     should_stop: Callable[[], bool] = lambda: False,
     enter: Callable[[str], None] = lambda phase: None,
+    dataset: object = None,
 ) -> dict[str, Any]:
     """Train, evaluate, save.
 
     Args:
         should_stop: asked after every step; True saves a state and raises `Stopped`.
+        dataset: a `Dataset` or `DatasetDict` in the place of the one that the settings name.
         enter: told when the training begins, and when it is over (vlm/training/stopping.py).
 
     Returns:
@@ -36,7 +38,7 @@ def fit(
     check_trackers(settings.trackers)
     with output_folder(settings):
         metrics = [load_metric(name) for name in settings.metrics or ()]  # a mistake here should not wait for the end
-        run = set_up(settings)
+        run = set_up(settings, dataset)
         trainer = (StreamTrainer if run.data.stream else Trainer)(run, should_stop, enter)
         if settings.resume:
             trainer.resume()

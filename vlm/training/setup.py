@@ -87,8 +87,11 @@ class Run:
         return Path(self.settings.output_dir)
 
 
-def set_up(settings: Settings) -> Run:
+def set_up(settings: Settings, dataset: object = None) -> Run:
     """Load and print everything, in the order in which a mistake is cheapest to find: device, data, model, one sample.
+
+    Args:
+        dataset: see `load_data`.
 
     Raises:
         UsageError: anything in settings or data with which the run cannot start.
@@ -101,7 +104,7 @@ def set_up(settings: Settings) -> Run:
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=PRECISIONS[dtype], kwargs_handlers=[waiting])
 
     with doing("reading the dataset"):
-        data = load_data(settings)
+        data = load_data(settings, dataset)
     note("\n" + format_table(data.summary) + "\n")
     point_out_contradictions(settings)
     prompts = build_prompts(settings, data.class_names)

@@ -5,10 +5,12 @@ from pathlib import Path
 from vlm.common import UsageError, listed, note, reason
 from vlm.config import Settings
 from vlm.data.finding import count_by_ending, heic_hint, is_hidden, is_image, visible_files
+from vlm.data.sources.archives import is_archive, unpacked
 from vlm.data.sources.foreign import ARCHIVES, UNPACK, refuse_damaged
 from vlm.data.sources.image_folders import read_image_folders
 from vlm.data.sources.library import ENDINGS, FILES, is_saved, left_to_library, read_saved, read_with_library
 from vlm.data.sources.rows import Source, nothing_there, role_of, sort_splits
+from vlm.data.sources.shards import is_shard, read_shards
 from vlm.data.sources.tables import find_split_tables, find_tables, is_table, read_tables
 
 # Other files that the library may know how to read, if there is no image and no table of ours.
@@ -24,6 +26,8 @@ def read_folder(folder: Path, settings: Settings) -> Source:
     folder = _unwrapped(folder)
     if is_saved(folder):
         return read_saved(folder, settings)
+    if archives := _archives(folder):
+        return _read_archives(folder, archives, settings)
     tables = find_tables(folder)
     roles, others = sort_splits(tables)
     if "train" in roles:
@@ -42,6 +46,25 @@ def read_folder(folder: Path, settings: Settings) -> Source:
     source = read_with_library(str(folder), settings, "folder", folder)
     _note_without_rows(source, files)
     return source
+
+
+def _archives(folder: Path) -> list[Path]:
+    """The archives in a folder or in its folders of splits, if their content is the dataset."""
+    places = [folder, *(path for path in _entries(folder) if path.is_dir() and role_of(path.name))]
+    files = [path for place in places for path in sorted(_entries(place)) if path.is_file()]
+    if any(is_image(path) or path.suffix in ENDINGS for path in files) or any(
+        path.is_dir() and not role_of(path.name) for path in _entries(folder)
+    ):
+        return []
+    return [path for path in files if is_archive(path)]
+
+
+def _read_archives(folder: Path, archives: list[Path], settings: Settings) -> Source:
+    """Shards of WebDataset in place; other archives unpacked, with the tables that lie next to them."""
+    if all(map(is_shard, archives)):
+        return read_shards(archives, settings)
+    others = [path for path in sorted(_entries(folder)) if path.is_file() and path not in archives]
+    return read_folder(unpacked(archives, others), settings)
 
 
 def _note_without_rows(source: Source, files: list[Path]) -> None:
@@ -98,6 +121,6 @@ def _check_files(folder: Path, files: list[Path]) -> None:
     refuse_damaged(folder / file for file in files if file.suffix in ENDINGS or file.name in FILES)
     if any(file.suffix.lower() in OF_THE_LIBRARY or is_image(file) for file in files):
         return
-    if archives := [file for file in files if file.suffix.lower() in ARCHIVES]:
+    if archives := [file for file in files if file.suffix.lower() in ARCHIVES or is_archive(file)]:
         raise UsageError(f"--dataset {folder}: the files are in an archive ({listed(archives, 3)}). {UNPACK}")
     raise nothing_there(folder, f"Files there: {count_by_ending(files)}.{heic_hint(files)} " if files else "")

@@ -8,7 +8,7 @@ from typing import NoReturn
 from vlm.common import UsageError, reason
 from vlm.data.finding import is_image
 
-ARCHIVES = (".zip", ".rar", ".7z", ".tgz", ".gz", ".bz2", ".xz", ".tar")
+ARCHIVES = (".rar", ".7z", ".gz", ".bz2", ".xz", ".zst")  # that archives.py does not unpack
 AGAIN = "Copy or download it again."
 PARQUET = b"PAR1"  # at the begin and the end of such a file
 UNPACK = "Unpack it, and give the folder or the table in it."
@@ -18,7 +18,6 @@ AS_FILES = "Write its images into files, in one folder for each class."
 KINDS = (
     (ARCHIVES, "an archive", UNPACK),
     ((".xlsx", ".xls", ".ods", ".numbers"), "a spreadsheet", SAVE_AS_CSV),
-    ((".parquet", ".arrow"), "a Parquet or Arrow file", "Put it into a folder of its own, and give the folder."),
     (
         (".txt", ".dat", ".tab", ".psv"),
         "a text file",
@@ -29,9 +28,9 @@ KINDS = (
 # First bytes of files that are no text, whatever their ending says.
 STARTS = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "Get the file with: git lfs pull"),
-    (b"PK\x03\x04", "a spreadsheet or a zip archive", "Save it as CSV in UTF-8, or unpack it."),
+    (b"PK\x03\x04", "a spreadsheet or a zip archive", "Save it as CSV in UTF-8, or let its name end in .zip."),
     (b"\x1f\x8b", "a compressed file", "Unpack it."),
-    (PARQUET, "a Parquet file", "Let its name end in .parquet, put it into a folder of its own, and give the folder."),
+    (PARQUET, "a Parquet file", "Let its name end in .parquet."),
     (b"\xff\xfe", "text in UTF-16", SAVE_AS_CSV),
     (b"\xfe\xff", "text in UTF-16", SAVE_AS_CSV),
 )

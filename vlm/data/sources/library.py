@@ -73,6 +73,44 @@ def read_with_library(name: str, settings: Settings, kind: str, folder: Path = P
     return _to_source(_by_name(data), settings, kind, folder)
 
 
+def read_data_files(files: Mapping[str, Sequence[Path]], settings: Settings) -> Source:
+    """Read Parquet or Arrow files, some for each split.
+
+    Args:
+        files: by split.
+
+    Raises:
+        UsageError: a file is damaged, or a column is missing.
+    """
+    import datasets
+
+    first = next(iter(files.values()))[0]
+    refuse_damaged([path for some in files.values() for path in some])
+    kind = "parquet" if first.suffix.lower() == ".parquet" else "arrow"
+    with errors_in_one_line(first):
+        paths = {split: [str(path) for path in some] for split, some in files.items()}
+        data = datasets.load_dataset(kind, data_files=paths)
+    return _to_source(_by_name(data), settings, f"{kind.capitalize()} file", first.parent)
+
+
+def read_object(data: object, settings: Settings) -> Source:
+    """Read a `Dataset` or `DatasetDict` that a program has made.
+
+    Raises:
+        UsageError: it is none, or a column is missing.
+    """
+    import datasets
+
+    if isinstance(data, datasets.DatasetDict):
+        return _to_source(_by_name(data), settings, type(data).__name__, Path())
+    if isinstance(data, datasets.Dataset):
+        return _to_source({"train": data}, settings, type(data).__name__, Path())
+    raise UsageError(
+        f"the dataset is of the type {type(data).__name__}. Expected a Dataset or DatasetDict of the datasets library, "
+        "or the name of a dataset as text."
+    )
+
+
 def open_streams(name: str, settings: Settings) -> "IterableDatasetDict":
     """A dataset whose rows are read when they are asked for, with the types of its columns."""
     import datasets

@@ -6,26 +6,38 @@ from typing import Any
 import numpy as np
 
 from vlm.common import UsageError
-from vlm.config import Settings
+from vlm.config import IN_MEMORY, Settings
 from vlm.data.hub import check_dataset_reachable, looks_like_path
+from vlm.data.sources.archives import is_archive, unpacked
 from vlm.data.sources.folders import read_folder
 from vlm.data.sources.foreign import refuse_file
-from vlm.data.sources.library import read_with_library
+from vlm.data.sources.library import ENDINGS, read_data_files, read_object, read_with_library
 from vlm.data.sources.places import find_file
 from vlm.data.sources.rows import EXPECTED, HUB, Rows, Source
+from vlm.data.sources.shards import is_shard, read_shards
 from vlm.data.sources.streamed import read_stream
 from vlm.data.sources.tables import is_table, read_tables
 
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 
-def read_source(settings: Settings) -> Source:
+def read_source(settings: Settings, data: object = None) -> Source:
     """Read the dataset that the settings name.
+
+    Args:
+        data: the dataset itself, if a program has made it.
 
     Raises:
         UsageError: there is no such dataset, or its layout or columns are not understood.
     """
     name = settings.dataset
+    if data is not None:
+        return read_object(data, settings)
+    if name == IN_MEMORY:
+        raise UsageError(
+            f"--dataset {IN_MEMORY}: the run was started by a program with a dataset of its own. Continue it with "
+            "train_on(dataset, resume=True, output_dir=...)."
+        )
     if settings.demo or name is None:
         return _read_digits()
     path = find_file(Path(), str(Path(name).expanduser()))
@@ -34,9 +46,7 @@ def read_source(settings: Settings) -> Source:
     if path.is_dir():
         return read_folder(path, settings)
     if path.is_file():
-        if not is_table(path):
-            refuse_file(path, EXPECTED)
-        return read_tables({"train": path}, [], settings)
+        return _read_file(path, settings)
     if looks_like_path(name) or is_table(path):
         windows = " It is a Windows path; here / stands between folders." if "\\" in name else ""
         raise UsageError(f"--dataset {name}: no such file or folder.{windows} {EXPECTED}")
@@ -44,6 +54,18 @@ def read_source(settings: Settings) -> Source:
     source = read_with_library(name, settings, HUB)
     source.commit = commit
     return source
+
+
+def _read_file(path: Path, settings: Settings) -> Source:
+    if path.suffix.lower() in ENDINGS:
+        return read_data_files({"train": [path]}, settings)
+    if is_shard(path):
+        return read_shards([path], settings)
+    if is_archive(path):
+        return read_folder(unpacked([path]), settings)
+    if not is_table(path):
+        refuse_file(path, EXPECTED)
+    return read_tables({"train": path}, [], settings)
 
 
 def _streamed(path: Path, name: str, settings: Settings) -> Source:

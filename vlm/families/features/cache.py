@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vlm.common import WriteError, note, reason, remove, replacing
+from vlm.common import WriteError, cache_folder, note, reason, remove, replacing
 from vlm.data import Sample
 from vlm.families.base import Family
 from vlm.families.encoded import CONNECTED_FEATURES, ENCODER_FEATURES, EncodedImages, besides_pixels
@@ -30,9 +30,8 @@ HOUR = 3600.0
 
 
 def cache_root() -> Path:
-    """The folder of all features: in `VLM_CACHE`, or in the user's cache folder."""
-    base = os.environ.get("VLM_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "vlm")
-    return Path(base).expanduser() / "features"
+    """The folder of all features."""
+    return cache_folder() / "features"
 
 
 class FeatureCache:

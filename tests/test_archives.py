@@ -1,0 +1,275 @@
+"""Archives and data files: what is in them is read without unpacking by hand, and what is dangerous is not."""
+
+import io
+import os
+import tarfile
+import time
+import zipfile
+from pathlib import Path
+
+import datasets
+import pytest
+from tiny import random_image
+
+from vlm.common import UsageError
+from vlm.config import resolve
+from vlm.data import load_data
+from vlm.data.sources.archives import unpacked
+
+NAMES = ["cat", "dog"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    folder = tmp_path / "the_cache"
+    monkeypatch.setenv("VLM_CACHE", str(folder))
+    return folder
+
+
+def png(number):
+    content = io.BytesIO()
+    random_image(number, 20, 14).save(content, "PNG")
+    return content.getvalue()
+
+
+def image_files(prefix="", count=6, first=0):
+    """Images in folders of classes, by path."""
+    files = {}
+    for label, name in enumerate(NAMES):
+        files |= {f"{prefix}{name}/{i}.png": png(first + 100 * label + i) for i in range(count)}
+    return files
+
+
+def write_zip(path, files):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+def write_tar(path, files):
+    mode = {".gz": "w:gz", ".tgz": "w:gz", ".xz": "w:xz", ".bz2": "w:bz2"}.get(path.suffix, "w")
+    with tarfile.open(path, mode) as archive:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return path
+
+
+def load(path, **more):
+    return load_data(resolve({"model": "m", "dataset": str(path), **more}))
+
+
+def counts(data):
+    return {role: len(getattr(data, role)) for role in ("train", "validation", "test")}
+
+
+@pytest.mark.parametrize("name", ["pets.zip", "pets.tar", "pets.tar.gz", "pets.tgz", "pets.tar.xz", "pets.tar.bz2"])
+@pytest.mark.parametrize("wrapped", ["", "pets/"])
+def test_class_folders_in_an_archive(tmp_path, name, wrapped, capsys):
+    write = write_zip if name.endswith(".zip") else write_tar
+    files = image_files(wrapped) | {"__MACOSX/._x": b"", f"{wrapped}.DS_Store": b""}
+    data = load(write(tmp_path / name, files))
+    assert data.class_names == NAMES and sum(counts(data).values()) == 12
+    assert f"pets{name.removeprefix('pets')} is unpacked in " in capsys.readouterr().err
+
+
+def test_an_archive_is_unpacked_once_and_again_if_it_changed(tmp_path, capsys):
+    path = write_zip(tmp_path / "pets.zip", image_files())
+    folder = unpacked([path])
+    assert unpacked([path]) == folder and capsys.readouterr().err.count("is unpacked in") == 1
+    write_zip(path, image_files(count=7))
+    assert unpacked([path]) != folder
+
+
+def test_splits_as_archives_of_a_folder(tmp_path):
+    write_zip(tmp_path / "train.zip", image_files("train/", 8))
+    write_tar(tmp_path / "test.tar.gz", image_files("", 3, first=500))
+    data = load(tmp_path)
+    assert len(data.test) == 6 and counts(data)["train"] + counts(data)["validation"] == 16
+
+
+def test_classes_as_archives_of_a_folder(tmp_path):
+    for label, name in enumerate(NAMES):
+        write_zip(tmp_path / f"{name}.zip", {f"{i}.png": png(100 * label + i) for i in range(6)})
+    assert load(tmp_path).class_names == NAMES
+
+
+def test_a_table_next_to_an_archive_of_its_images(tmp_path):
+    write_zip(tmp_path / "images.zip", {f"images/{i}.png": png(i) for i in range(12)})
+    lines = [f"images/{i}.png,{NAMES[i % 2]}" for i in range(12)]
+    (tmp_path / "labels.csv").write_text("image,label\n" + "\n".join(lines))
+    data = load(tmp_path)
+    assert data.class_names == NAMES and sum(counts(data).values()) == 12
+
+
+def test_a_table_in_an_archive(tmp_path):
+    lines = [f"pics/{i}.png,{NAMES[i % 2]}" for i in range(12)]
+    files = {f"d/pics/{i}.png": png(i) for i in range(12)} | {"d/t.csv": ("image,label\n" + "\n".join(lines)).encode()}
+    assert sum(counts(load(write_zip(tmp_path / "d.zip", files))).values()) == 12
+
+
+def test_nothing_is_written_outside_and_links_are_left_out(tmp_path, cache, capsys):
+    path = tmp_path / "evil.tar"
+    with tarfile.open(path, "w") as archive:
+        for name, content in (image_files() | {"../outside.png": png(1), "/absolute.png": png(2)}).items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+        for name, kind, target in (
+            ("cat/link.png", tarfile.SYMTYPE, "/etc/passwd"),
+            ("dog/fifo.png", tarfile.FIFOTYPE, ""),
+        ):
+            entry = tarfile.TarInfo(name)
+            entry.type, entry.linkname = kind, target
+            archive.addfile(entry)
+    folder = unpacked([path])
+    assert {p.name for p in folder.iterdir()} == set(NAMES) and len(list(folder.rglob("*.png"))) == 12
+    assert {p.name for p in cache.parent.iterdir()} == {"the_cache", "evil.tar"}
+    assert "4 files are not unpacked: ../outside.png (outside of the archive)" in capsys.readouterr().err
+
+
+def test_a_zip_with_a_link_and_a_path_of_windows(tmp_path):
+    path = tmp_path / "evil.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in image_files().items():
+            archive.writestr(name.replace("/", "\\"), content)
+        link = zipfile.ZipInfo("cat/link.png")
+        link.external_attr = 0o120777 << 16
+        archive.writestr(link, "/etc/passwd")
+        archive.writestr("..\\up.png", png(1))
+    folder = unpacked([path])
+    assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.png")) == sorted(image_files())
+
+
+def test_of_two_members_with_one_name_the_last_counts(tmp_path):
+    path = tmp_path / "twice.tar"
+    with tarfile.open(path, "w") as archive:
+        for content in (b"old", b"newer"):
+            entry = tarfile.TarInfo("a/x.txt")
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    assert (unpacked([path]) / "a/x.txt").read_bytes() == b"newer"
+
+
+def test_a_bomb_is_not_unpacked(tmp_path, cache):
+    path = write_zip(tmp_path / "bomb.zip", {"a/x.png": bytes(200_000_000)})
+    with pytest.raises(UsageError, match=r"1 files of 0.2 GB, [\d,]+ times as large as the archive"):
+        unpacked([path])
+    assert not [p for p in (cache / "archives").rglob("*") if p.is_file() and p.suffix == ".png"]
+
+
+def test_a_full_disk_is_said_before_anything_is_unpacked(tmp_path, monkeypatch):
+    path = write_zip(tmp_path / "pets.zip", image_files())
+    usage = type("Usage", (), {"free": 500 * 10**6})
+    monkeypatch.setattr("shutil.disk_usage", lambda place: usage)
+    with pytest.raises(UsageError, match="has room for 0.0 GB. Make room, or set VLM_CACHE"):
+        unpacked([path])
+
+
+def encrypted(path):
+    """A zip file that says that its files are encrypted."""
+    content = bytearray(write_zip(path, image_files()).read_bytes())
+    at = -1
+    while (at := content.find(b"PK\x01\x02", at + 1)) >= 0:
+        content[at + 8] |= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("a.zip", encrypted, "a.zip is encrypted. Unpack it with its password"),
+        ("a.zip", lambda path: path.write_bytes(b"PK\x03\x04 no more"), "a.zip is damaged"),
+        ("a.tar.gz", lambda path: path.write_bytes(b"\x1f\x8b no more"), "a.tar.gz"),
+        ("a.tar", lambda path: path.write_bytes(b"no tar file"), "a.tar is damaged"),
+        ("a.zip", lambda path: write_zip(path, {}), "a.zip has no files"),
+        ("a.rar", lambda path: path.write_bytes(b"Rar!"), "an archive, not a folder or a table. Unpack it"),
+        ("a.7z", lambda path: path.write_bytes(b"7z"), "an archive, not a folder or a table. Unpack it"),
+    ],
+)
+def test_archives_that_cannot_be_unpacked(tmp_path, name, change, message):
+    change(tmp_path / name)
+    with pytest.raises(UsageError, match=message) as error:
+        load(tmp_path / name)
+    assert "\n" not in str(error.value).strip()
+
+
+@pytest.mark.parametrize("name", ["cut.zip", "cut.tar.gz", "cut.tar"])
+def test_an_archive_that_was_cut_short_leaves_nothing(tmp_path, cache, name):
+    files = {f"{path}": os.urandom(5000) for path in image_files()}
+    path = (write_zip if name.endswith(".zip") else write_tar)(tmp_path / name, files)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UsageError, match=f"{name}.*(damaged|cannot be unpacked)"):
+        unpacked([path])
+    write = write_zip if name.endswith(".zip") else write_tar
+    assert len(list(unpacked([write(path, image_files())]).rglob("*.png"))) == 12
+    assert not list((cache / "archives").glob("*.part"))
+
+
+def test_a_killed_run_leaves_nothing_for_long_and_old_folders_go(tmp_path, cache):
+    old = unpacked([write_zip(tmp_path / "old.zip", image_files())])
+    left = cache / "archives" / "0123.part"
+    left.mkdir()
+    long_ago = time.time() - 31 * 24 * 3600
+    os.utime(old, (long_ago, long_ago))
+    new = unpacked([write_zip(tmp_path / "new.zip", image_files())])
+    assert not old.exists() and not left.exists() and new.exists()
+
+
+@pytest.mark.parametrize("ending", ["parquet", "arrow"])
+def test_a_single_data_file(tmp_path, ending):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)})
+    rows = {"image": [{"bytes": png(i), "path": None} for i in range(12)], "label": [i % 2 for i in range(12)]}
+    data = datasets.Dataset.from_dict(rows, features=features)
+    path = tmp_path / f"pets.{ending}"
+    if ending == "parquet":
+        data.to_parquet(path)
+    else:
+        data.save_to_disk(tmp_path / "saved")
+        path.write_bytes(next((tmp_path / "saved").glob("*.arrow")).read_bytes())
+    loaded = load(path)
+    assert loaded.class_names == NAMES and sum(counts(loaded).values()) == 12
+    assert f"({ending.capitalize()} file)" in dict(loaded.summary)["dataset"]
+
+
+def test_a_parquet_file_of_bytes_or_paths_without_types(tmp_path):
+    (tmp_path / "p").mkdir()
+    for i in range(12):
+        (tmp_path / "p" / f"{i}.png").write_bytes(png(i))
+    labels = [NAMES[i % 2] for i in range(12)]
+    for column in ([png(i) for i in range(12)], [f"p/{i}.png" for i in range(12)]):
+        datasets.Dataset.from_dict({"image": column, "label": labels}).to_parquet(tmp_path / "t.parquet")
+        loaded = load(tmp_path / "t.parquet")
+        assert loaded.class_names == NAMES and not loaded.skipped and loaded.train[0].image.size == (20, 14)
+
+
+def a_dataset(count=12):
+    return datasets.Dataset.from_dict(
+        {"image": [random_image(i, 20, 14) for i in range(count)], "label": [0, 1] * (count // 2)}
+    )
+
+
+@pytest.mark.slow
+def test_a_dataset_of_a_program(tmp_path, tiny_model):
+    from train_vlm import train_on
+
+    data = datasets.DatasetDict(
+        train=a_dataset(), test=a_dataset(4).map(lambda row, i: {"label": i % 2}, with_indices=True)
+    )
+    flags = {"model": str(tiny_model), "device": "cpu", "class_names": ["cat", "dog"]}
+    results = train_on(data, epochs=1, output_dir=str(tmp_path / "out"), **flags)
+    assert results["pictures"]["test"] == 4 and Path(tmp_path / "out" / "best_model").is_dir()
+    with pytest.raises(TypeError, match="no setting epoch;"):
+        train_on(data, epoch=1)
+
+
+def test_other_objects_are_refused():
+    with pytest.raises(UsageError, match="of the type list. Expected a Dataset or DatasetDict"):
+        load_data(resolve({"model": "m", "dataset": "d"}), [1, 2])
+
+
+def test_a_run_of_a_program_cannot_be_continued_by_its_name():
+    with pytest.raises(UsageError, match=r"train_on\(dataset, resume=True, output_dir=...\)"):
+        load("(in memory)")

@@ -1,0 +1,138 @@
+"""Tar files of WebDataset: keys, labels and splits are found, and images are read in place."""
+
+import io
+import json
+import pickle
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from tiny import random_image
+
+from vlm.common import UsageError
+from vlm.config import resolve
+from vlm.data import UnreadableImage, load_data
+from vlm.data.sources import shards
+from vlm.data.sources.shards import Entry, ShardImages
+
+
+def encoded(number, form="PNG"):
+    content = io.BytesIO()
+    random_image(number, 20, 14).save(content, form)
+    return content.getvalue()
+
+
+def write(path, files):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    return path
+
+
+def samples(count, first=0, label=lambda i: {"cls": str(i % 3).encode()}, image="png"):
+    files = {}
+    for i in range(first, first + count):
+        files[f"{i:05}.{image}"] = encoded(i, {"jpg": "JPEG"}.get(image, "PNG"))
+        files |= {f"{i:05}.{ending}": content for ending, content in label(i).items()}
+    return files
+
+
+def load(path, **more):
+    return load_data(resolve({"model": "m", "dataset": str(path), **more}))
+
+
+def of_json(key):
+    return lambda i: {"json": json.dumps({"width": 20, key: ["ape", "bee", "cow"][i % 3]}).encode()}
+
+
+@pytest.mark.parametrize(
+    ("label", "image", "names", "flags"),
+    [
+        (lambda i: {"cls": f"{i % 3}\n".encode()}, "png", ["0", "1", "2"], {}),
+        (lambda i: {"cls": ["ape", "bee", "cow"][i % 3].encode()}, "png", ["ape", "bee", "cow"], {}),
+        (lambda i: {"txt": ["ape", "bee", "cow"][i % 3].encode()}, "jpg", ["ape", "bee", "cow"], {}),
+        (of_json("label"), "jpg", ["ape", "bee", "cow"], {}),
+        (of_json("animal"), "jpg", ["ape", "bee", "cow"], {"label_column": "animal"}),
+        (
+            lambda i: {"txt": b"a text", "kind.cls": str(i % 3).encode()},
+            "png",
+            ["0", "1", "2"],
+            {"label_column": "kind.cls"},
+        ),
+    ],
+)
+def test_images_and_labels_of_a_key(tmp_path, label, image, names, flags):
+    path = write(tmp_path / "d.tar", samples(18, label=label, image=image))
+    data = load(path, **flags)
+    assert data.class_names == names and dict(data.summary)["dataset"] == f"{path} (WebDataset)"
+    for split in (data.train, data.validation, data.test):
+        for i in range(len(split)):
+            number = int(split[i].name.split(":")[1].split(".")[0])
+            assert split.labels[i] == number % 3
+            if image == "png":
+                assert split[i].image.tobytes() == random_image(number, 20, 14).tobytes()
+
+
+def test_shards_of_splits_by_name_and_by_folder(tmp_path):
+    for place, name in (("a", "{}-00000{}.tar"), ("b", "{}/shard_{}.tar"), ("c", "{}-0000{}-of-00002.tar")):
+        for split, count, first in (("train", 12, 0), ("val", 6, 100), ("test", 6, 200)):
+            for shard in range(2):
+                write(tmp_path / place / name.format(split, shard), samples(count, first + 50 * shard))
+        data = load(tmp_path / place)
+        assert (len(data.train), len(data.validation), len(data.test)) == (24, 12, 12), place
+
+
+def test_keys_without_an_image_or_a_label_are_counted(tmp_path, capsys):
+    files = samples(18) | {"extra.json": b"{}", "nolabel.png": encoded(99), "__x/._a.png": b""}
+    data = load(write(tmp_path / "d.tar", files))
+    printed = capsys.readouterr().err
+    assert "not used: 1 keys of train without an image" in printed
+    assert len(data.train) + len(data.validation) + len(data.test) == 18
+
+
+def test_shards_without_labels_say_what_is_expected(tmp_path):
+    path = write(tmp_path / "d.tar", samples(6, label=lambda i: {"json": b'{"width": 3}'}))
+    with pytest.raises(UsageError, match="no image has a label. Expected 0001.cls or 0001.txt next to 0001.jpg"):
+        load(path)
+
+
+def test_a_tar_file_of_class_folders_is_no_shard(tmp_path):
+    path = write(
+        tmp_path / "d.tar", {f"{name}/{i}.png": encoded(i + 50 * (name == "b")) for name in "ab" for i in range(6)}
+    )
+    assert not shards.is_shard(path) and load(path).class_names == ["a", "b"]
+
+
+@pytest.mark.parametrize("change", [lambda c: c[: len(c) // 2 + 300], lambda c: c[:1024] + b"\xff" * 512 + c[1536:]])
+def test_a_damaged_shard_is_one_line_or_its_images_are_skipped(tmp_path, change):
+    path = write(tmp_path / "d.tar", samples(60))
+    path.write_bytes(change(path.read_bytes()))
+    try:
+        data = load(path)
+    except UsageError as error:
+        assert "\n" not in str(error).split("\n       ")[0] and "d.tar" in str(error)
+    else:
+        assert data.train[0].image.size == (20, 14)
+
+
+def test_images_are_read_by_threads_and_after_pickling_with_few_open_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "MOST_OPEN", 2)
+    paths = [tmp_path / f"{i}.bin" for i in range(6)]
+    for i, path in enumerate(paths):
+        path.write_bytes(bytes([i]) * 100)
+    images = ShardImages([str(path) for path in paths])
+    for i in range(600):
+        images.add(i % 6, Entry("", "", i // 6, 1))
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda row: images[row], range(600))) == [bytes([i % 6]) for i in range(600)]
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 2
+    again = pickle.loads(pickle.dumps(images))
+    assert len(again) == 600 and again[7] == images[7]
+    paths[3].unlink()
+    with pytest.raises(UnreadableImage, match="3.bin"):
+        pickle.loads(pickle.dumps(images))[3]
