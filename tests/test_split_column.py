@@ -108,7 +108,7 @@ def test_unused_columns_that_look_like_groups_or_splits_are_named(tmp_path, caps
         **{name: [i % 3 for i in range(36)] for name in columns},
     )
     load(tmp_path)
-    assert "not used: fold, patient_id, VideoID, is_valid, subset. A column called split" in capsys.readouterr().err
+    assert "not used: fold, patient_id, VideoID, is_valid, subset. --group-column keeps" in capsys.readouterr().err
     table(["a", "b"] * 5, patient=["x"] * 10, color=["y"] * 10).save_to_disk(tmp_path / "set")
     load(tmp_path / "set")
     assert "not used: patient. " in capsys.readouterr().err

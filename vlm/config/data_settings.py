@@ -41,6 +41,15 @@ class DataSettings:
         nargs="+",
         metavar="NAME",
     )
+    group_column: str | None = flag(
+        None, "data", "column with what belongs together, such as a patient or a place: never cut into two splits"
+    )
+    group_pattern: str | None = flag(
+        None,
+        "data",
+        "regular expression that finds the group in the name of an image, such as 'patient[0-9]+'",
+        metavar="REGEX",
+    )
     max_samples: int | None = flag(
         None,
         "data",

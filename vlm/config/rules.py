@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import math
 import os
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -40,6 +41,15 @@ def can_be_a_path(text: str) -> bool:
     return True
 
 
+def is_pattern(text: str) -> bool:
+    """Whether a text is a regular expression that is not too long."""
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return 0 < len(text) <= LONGEST_PATTERN
+
+
 def _has_control_characters(text: str) -> bool:
     """Whether a text has line ends, other control characters, or halves of characters (surrogates)."""
     return any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text)
@@ -48,6 +58,7 @@ def _has_control_characters(text: str) -> bool:
 OLD_SCORE = "mean"  # of earlier versions
 MOST = 10**9  # of anything that is counted; a larger number is a slip, and overflows somewhere later
 MOST_AT_ONCE = 1024  # threads and processes
+LONGEST_PATTERN = 200
 LONGEST_VALUE = 200  # characters of a value in a message
 
 VALUES = (
@@ -83,11 +94,24 @@ VALUES = (
     ),
     Values(
         (
-            *("model_revision", "dataset_config", "image_column", "label_column", "reasoning_column", "image_suffix"),
+            *(
+                "model_revision",
+                "dataset_config",
+                "image_column",
+                "label_column",
+                "reasoning_column",
+                "group_column",
+                "image_suffix",
+            ),
             *("task_description", "system_instructions", "prompt_template", "wandb_project"),
         ),
         lambda value: bool(value.strip()),
         "a text that is not empty (leave out the flag for its default)",
+    ),
+    Values(
+        ("group_pattern",),
+        is_pattern,
+        f"a regular expression of at most {LONGEST_PATTERN} characters",
     ),
     Values(
         ("learning_rate", "connector_learning_rate", "lora_alpha", "save_minutes", "cache_size"),
@@ -207,6 +231,14 @@ CONFLICTS = (
     Conflict(
         lambda s: s.streaming and s.demo,
         "--streaming and --demo exclude each other: the demo's images are on this machine already.",
+    ),
+    Conflict(
+        lambda s: s.group_column and s.group_pattern,
+        "--group-column and --group-pattern exclude each other: both say what belongs together.",
+    ),
+    Conflict(
+        lambda s: s.streaming and (s.group_column or s.group_pattern),
+        "--streaming and groups exclude each other: a stream is not cut.",
     ),
     Conflict(
         lambda s: s.resume and s.overwrite,

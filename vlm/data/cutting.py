@@ -1,9 +1,12 @@
 """Which samples a split gets: what is cut out of train, at most so many, or so many of each class.
 
-Every draw depends on the seed and the labels only, and the cut on which images are equal, so that these stay together.
+Every draw depends on the seed and the labels only, and the cut on which images are equal or of one group, so that these
+stay together. The draws are those of numpy's Generator.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -37,7 +40,7 @@ def cut_from_train(
     """Cut the missing splits out of train: the same share of each class, and at least one image of each.
 
     Of images whose keys are known, equal ones go to the same split. Those that are there once are drawn first; those
-    under two labels, and those that another split has, stay in train.
+    under two labels, and those that another split has, stay in train. If there are groups, none is cut apart.
 
     Args:
         splits: the splits that are there, with train, by role.
@@ -53,6 +56,8 @@ def cut_from_train(
     if not missing:
         return dict(splits)
     train = splits["train"]
+    if train.has_groups:
+        return _cut_groups(splits, missing, settings)
     elsewhere = {key for role, split in splits.items() if role != "train" for key in split.keys} - {None}
     groups = [
         group
@@ -78,6 +83,109 @@ def cut_from_train(
     taken = {i for positions in parts.values() for i in positions}
     parts["train"] = [i for i in range(len(train)) if i not in taken]
     return {**splits, **{role: train.take(sorted(positions)) for role, positions in parts.items()}}
+
+
+def _cut_groups(splits: Mapping[str, Split], missing: Sequence[str], settings: Settings) -> dict[str, Split]:
+    """Cut whole groups out of train, so that each class has about its share in each split."""
+    train = splits["train"]
+    others = [split for role, split in splits.items() if role != "train"]
+    elsewhere = {("key", key) for split in others for key in split.keys if key is not None}
+    elsewhere |= {("group", group) for split in others for group in split.groups if group is not None}
+    units = [unit for unit in units_of(train) if not elsewhere & {tie for i in unit for tie in _ties(train, i)}]
+    if len(units) <= len(missing):
+        raise UsageError(
+            f"train has {len(units)} groups that could be cut off, too few for {' and '.join(missing)}. Expected at "
+            "least one for each split: give a dataset with these splits, or other groups."
+        )
+    ratios = {"validation": settings.validation_ratio, "test": settings.test_ratio}
+    shares = [ratios[role] for role in missing]
+    parts = share_units(units, train.labels, [*shares, 1 - sum(shares)], [settings.seed, CUT])
+    taken = {i for part in parts[:-1] for i in part}
+    kept = [i for i in range(len(train)) if i not in taken]
+    return {
+        **splits,
+        **{role: train.take(part) for role, part in zip(missing, parts, strict=False)},
+        "train": train.take(kept),
+    }
+
+
+def units_of(split: Split) -> list[list[int]]:
+    """The positions that stay together, as their images are equal or of one group, in the order of the first ones."""
+    first: dict[tuple[str, str], int] = {}
+    root = list(range(len(split)))
+
+    def find(i: int) -> int:
+        while root[i] != i:
+            root[i] = i = root[root[i]]
+        return i
+
+    for i in range(len(split)):
+        for tie in _ties(split, i):
+            one, other = sorted((find(first.setdefault(tie, i)), find(i)))
+            root[other] = one
+    units: dict[int, list[int]] = {}
+    for i in range(len(split)):
+        units.setdefault(find(i), []).append(i)
+    return list(units.values())
+
+
+def _ties(split: Split, i: int) -> list[tuple[str, str]]:
+    """What ties an image to others: its key and its group, if they are known."""
+    found = (("key", split.keys[i]), ("group", split.groups_at(i)))
+    return [(kind, name) for kind, name in found if name is not None]
+
+
+def share_units(
+    units: Sequence[Sequence[int]], labels: Sequence[int], shares: Sequence[float], seed: Sequence[int]
+) -> list[list[int]]:
+    """Divide units of positions, none of which is cut apart, so that each class is divided by the shares.
+
+    First each share gets a unit of each class, if there are enough, those with the fewest units first. Then the units,
+    the largest first, each go where their classes lack most. What is equal is drawn by the seed.
+
+    Args:
+        units: positions that stay together.
+        labels: the class of each position.
+        shares: what part of the images each gets, of 1 in all.
+
+    Returns:
+        The positions of each share, sorted.
+    """
+    counts = [Counter(labels[i] for i in unit) for unit in units]
+    total = sum(counts, Counter())
+    drawn = np.random.default_rng(seed).permutation(len(units)).tolist()
+    order = sorted(drawn, key=lambda unit: -len(units[unit]))
+    filled: list[Counter[int]] = [Counter() for _ in shares]
+    place: dict[int, int] = {}
+
+    def put(unit: int, share: int) -> None:
+        place[unit] = share
+        filled[share].update(counts[unit])
+
+    having: dict[int, list[int]] = {}  # by class, the units that have it, the smallest first
+    for unit in reversed(order):
+        for label in counts[unit]:
+            having.setdefault(label, []).append(unit)
+    largest_last = sorted(range(len(shares)), key=lambda share: shares[share])
+    for label in sorted(having, key=lambda label: (len(having[label]), label)):
+        enough = len(having[label]) >= len(shares)
+        for share in largest_last if enough else largest_last[-1:]:
+            free = next((unit for unit in having[label] if unit not in place), None)
+            if not filled[share][label] and free is not None:
+                put(free, share)
+
+    def fullness(unit: int, share: int) -> float:
+        """How full a share would be of the unit's classes, as a part of what it is to get."""
+        of_unit = counts[unit].items()
+        return sum(n / total[c] * (filled[share][c] + n / 2) / total[c] for c, n in of_unit) / shares[share]
+
+    for unit in order:
+        if unit not in place:
+            put(unit, min(range(len(shares)), key=partial(fullness, unit)))
+    parts: list[list[int]] = [[] for _ in shares]
+    for unit, share in place.items():
+        parts[share] += units[unit]
+    return [sorted(part) for part in parts]
 
 
 def limit_splits(splits: dict[str, Split], most: int, names: Sequence[str], seed: int) -> dict[str, Split]:

@@ -24,6 +24,8 @@ def detected_rows(
     rows = [("dataset", source.kind if settings.demo else f"{settings.dataset} ({source.kind})")]
     if columns:
         rows += [("image column", columns.image), ("label column", columns.label)]
+    if groups := _groups(settings, data):
+        rows.append(("groups", groups))
     if columns and columns.split:
         rows.append(("split column", columns.split))
     rows += [("classes", f"{len(names)}: {listed(names)}"), ("class names", "; ".join(how))]
@@ -37,6 +39,14 @@ def detected_rows(
     if equal:
         rows.append(("equal images", "; ".join(equal)))
     return rows
+
+
+def _groups(settings: Settings, data: Data) -> str | None:
+    """What belongs together, and how many groups there are; None if nothing was said about it."""
+    if not data.train.has_groups:
+        return None
+    found = {group for role in ROLES for group in getattr(data, role).groups} - {None}
+    return f"{settings.group_column or settings.group_pattern}: {len(found):,} groups"
 
 
 def _reasoning_rows(column: str, texts: Sequence[str | None]) -> list[tuple[str, str]]:
@@ -81,6 +91,7 @@ def data_metadata(settings: Settings, source: Source, origins: dict[str, str], d
         "label_column": columns and columns.label,
         "reasoning_column": columns and columns.reasoning,
         "split_column": columns and columns.split,
+        "group_column": columns and columns.group,
         "splits": {role: {"from": origins[role], "pictures": len(getattr(data, role))} for role in ROLES},
         "left_alone": source.others,
         "unreadable": len(data.skipped),

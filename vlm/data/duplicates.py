@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from vlm.common import UsageError, brief, note
+from vlm.common import UsageError, brief, listed, note
 from vlm.data.splits import ROLES, Split
 
 MOST_SHOWN = 3
@@ -69,6 +69,10 @@ def find_overlap(splits: Mapping[str, Split], class_names: Sequence[str]) -> Ove
 
     Notes name the first ones.
     """
+    groups = {f"{role}_groups_in_{other}": _shared(splits[role], splits[other]) for role, other in LEAKS}
+    for kind, shared in groups.items():
+        if shared:
+            note(f"{_group_phrase(kind, shared)}: {listed(map(brief, shared), MOST_SHOWN)}")
     found = _pairs(splits)
     phrases = {kind: _phrase(kind, len(pairs), splits) for kind, pairs in found.items() if pairs}
     for kind, phrase in phrases.items():
@@ -78,7 +82,24 @@ def find_overlap(splits: Mapping[str, Split], class_names: Sequence[str]) -> Ove
         shown = [" = ".join(_show(place, kind, class_names) for place in pair) for pair in pairs[:MOST_SHOWN]]
         cure = ". Correct their labels" if kind == TWO_LABELS else ""
         note(f"{phrase}: {', '.join(shown)}{', ...' if len(pairs) > MOST_SHOWN else ''}{cure}")
-    return Overlap({kind: len(pairs) for kind, pairs in found.items()}, list(phrases.values()))
+    counts = {kind: len(pairs) for kind, pairs in found.items()}
+    if splits["train"].has_groups:
+        counts |= {kind: len(shared) for kind, shared in groups.items()}
+    of_groups = [_group_phrase(kind, shared) for kind, shared in groups.items() if shared]
+    return Overlap(counts, [*of_groups, *phrases.values()])
+
+
+def _shared(split: Split, other: Split) -> list[str]:
+    """The groups of which both splits have images, in their order."""
+    there = set(other.groups)
+    return [group for group in dict.fromkeys(split.groups) if group is not None and group in there]
+
+
+def _group_phrase(kind: str, shared: Sequence[str]) -> str:
+    what, _, where = kind.partition("_groups_in_")
+    return (
+        f"{len(shared):,} group{'s' * (len(shared) > 1)} of {what} {'are' if len(shared) > 1 else 'is'} in {where}, too"
+    )
 
 
 def _pairs(splits: Mapping[str, Split]) -> dict[str, list[tuple[Place, Place]]]:

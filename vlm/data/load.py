@@ -12,7 +12,7 @@ from vlm.data.cutting import check_enough, cut_from_train, limit_splits, take_sh
 from vlm.data.describe import data_metadata, detected_rows
 from vlm.data.duplicates import find_overlap, without_copies
 from vlm.data.readable import Readable, decode, keep_readable
-from vlm.data.sources import EXPECTED, Rows, Source, read_source
+from vlm.data.sources import EXPECTED, HUB, Rows, Source, groups_by_pattern, point_out_groups, read_source
 from vlm.data.splits import ROLES, Data, Split
 from vlm.data.stream import label_key
 
@@ -30,6 +30,7 @@ def load_data(settings: Settings, dataset: object = None) -> Data:
     """
     source = read_source(settings, dataset)
     _check_source(source, settings)
+    _find_groups(source, settings)
     hidden = _leave_out_unlabeled(source)
     rows = {role: rows for role, rows in source.splits.items() if role not in hidden}
     classes = _classes(source, rows, settings)
@@ -102,11 +103,21 @@ def _check_source(source: Source, settings: Settings) -> None:
         raise UsageError(f"--no-header: the dataset is of the kind {source.kind}, not a CSV file. Leave it out.")
 
 
+def _find_groups(source: Source, settings: Settings) -> None:
+    """Groups in the names of images, if a pattern was given; if nothing was said about groups, names that look so."""
+    if settings.group_pattern:
+        for role, rows in source.splits.items():
+            rows.groups = groups_by_pattern(rows.names, settings.group_pattern, source.split_names[role])
+    elif not settings.group_column and source.kind != HUB and not settings.demo and not source.stream:
+        point_out_groups(source.splits["train"].names)
+
+
 def _table_flags(settings: Settings) -> dict[str, object]:
     return {
         "--image-column": settings.image_column,
         "--label-column": settings.label_column,
         "--reasoning-column": settings.reasoning_column,
+        "--group-column": settings.group_column,
         "--image-folder": settings.image_folder,
         "--image-suffix": settings.image_suffix,
     }

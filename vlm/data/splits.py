@@ -86,6 +86,21 @@ class Split:
         """The texts about the images, in order; None if an image has none."""
         return [self._reasoning(row) for row in self._indices]
 
+    @property
+    def groups(self) -> list[str | None]:
+        """What the images belong to, in order; None if an image belongs to no group."""
+        groups = self._rows.groups
+        return [None] * len(self) if groups is None else [groups[row] for row in self._indices]
+
+    def groups_at(self, i: int) -> str | None:
+        """What the image at a position belongs to; None if it belongs to no group."""
+        return self._rows.groups[self._indices[i]] if self._rows.groups else None
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether a column or a pattern says what belongs together."""
+        return self._rows.groups is not None
+
     def take(self, positions: Sequence[int]) -> "Split":
         """The samples at these positions of the split, in the order of the positions."""
         return Split(

@@ -42,12 +42,18 @@ def warnings_of(results: dict[str, Any]) -> list[str]:
 
 def _leaks(results: dict[str, Any]) -> list[str]:
     """The test images that were trained on, if there are any."""
-    known = results.get("overlap", {}).get("test_in_train", 0)  # results of earlier versions do not have it
-    if not known:
-        return []
+    overlap = results.get("overlap", {})  # results of earlier versions do not have it
+    groups = overlap.get("test_groups_in_train", 0)
+    found = (
+        [f"{groups} groups of test are in train, too: the accuracy is that on groups the model has seen."]
+        if groups
+        else []
+    )
+    if not overlap.get("test_in_train", 0):
+        return found
     others = results["test"]["not_in_train"]
     rest = f"accuracy on the {others['pictures']} others {others['accuracy'][0]:.4f}" if others["pictures"] else "all"
-    return [f"{_in_train(results)}, too ({rest}): keep each in one split only."]
+    return [*found, f"{_in_train(results)}, too ({rest}): keep each in one split only."]
 
 
 def _in_train(results: dict[str, Any]) -> str:

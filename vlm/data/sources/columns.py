@@ -55,6 +55,7 @@ class Columns:
     """The names of the columns in use.
 
     label: in words, if it is spread over the columns `one_hot`, each of which has a 1 for the images of its class;
+    group: the column of what belongs together, if one was named;
     split: the column that names the split of each row, if it was used.
     """
 
@@ -63,11 +64,12 @@ class Columns:
     reasoning: str | None
     split: str | None = None
     one_hot: tuple[str, ...] = ()
+    group: str | None = None
 
     @property
     def used(self) -> list[str]:
         label = self.one_hot or (self.label,)
-        return [name for name in (self.image, *label, self.reasoning, self.split) if name is not None]
+        return [name for name in (self.image, *label, self.reasoning, self.split, self.group) if name is not None]
 
 
 def choose_columns(
@@ -106,7 +108,10 @@ def choose_columns(
     if reasoning is not None:
         rest = [column for column in rest if column not in (label, *one_hot)]
         _check_given("--reasoning-column", reasoning, rest, used=[image, label])
-    return Columns(image, label, reasoning, one_hot=one_hot)
+    if settings.group_column is not None:
+        rest = [column for column in columns if column not in (image, label, *one_hot)]
+        _check_given("--group-column", settings.group_column, rest, used=[image, label])
+    return Columns(image, label, reasoning, one_hot=one_hot, group=settings.group_column)
 
 
 def _has_image_paths(values: Sequence[object]) -> bool:

@@ -11,6 +11,7 @@ from vlm.data.images import ImageSource
 from vlm.data.sources.cells import find_images, image_of
 from vlm.data.sources.columns import Columns, choose_columns, missing_column, reasoning_texts
 from vlm.data.sources.foreign import AGAIN, refuse_damaged
+from vlm.data.sources.groups import group_names
 from vlm.data.sources.labels import one_hot_labels, text_column, use_names
 from vlm.data.sources.places import Place, asked_place
 from vlm.data.sources.rows import EXPECTED, Rows, Source, nothing_there, role_of, sort_splits
@@ -240,7 +241,8 @@ def _rows(data: "Dataset", split: str, columns: Columns, place: Place) -> Rows:
     texts = None
     if columns.reasoning is not None and columns.reasoning in data.features:
         texts = reasoning_texts(data[columns.reasoning][:], names)
-    return Rows(ImageColumn(data, columns.image, place, split), labels, names, texts)
+    groups = group_names(_values(data, columns.group)[:], split) if columns.group else None
+    return Rows(ImageColumn(data, columns.image, place, split), labels, names, texts, groups)
 
 
 class ImageColumn:

@@ -36,20 +36,22 @@ class Rows:
     """The rows of one split.
 
     images: what `open_image` takes; labels: as they are in the source, None if a row has none;
-    names: what messages call the images; reasonings: a text about each image or None, if a column of texts was named.
+    names: what messages call the images; reasonings: a text about each image or None, if a column of texts was named;
+    groups: what each image belongs to or None, if a column or a pattern says so.
     """
 
     images: Images
     labels: Sequence[object]
     names: list[str]
     reasonings: list[str | None] | None = None
+    groups: list[str | None] | None = None
 
     def take(self, rows: Sequence[int]) -> "Rows":
         """Some of the rows, in the order given."""
         texts = None if self.reasonings is None else [self.reasonings[row] for row in rows]
-        return Rows(
-            Picked(self.images, rows), [self.labels[row] for row in rows], [self.names[row] for row in rows], texts
-        )
+        groups = None if self.groups is None else [self.groups[row] for row in rows]
+        labels, names = [self.labels[row] for row in rows], [self.names[row] for row in rows]
+        return Rows(Picked(self.images, rows), labels, names, texts, groups)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,9 @@ def use_split_column(source: Source, unused: Mapping[str, Unused]) -> Source:
         for name in found:
             _note_contradictions(source, name, unused)
     if alike := [name for name in names if name not in found and _looks_like_groups(name)]:
-        hint = "" if found else " A column called split, with train, val or test in each row, would be used."
+        hint = " --group-column keeps the rows of a group in one split."
+        if not found:
+            hint += " A column called split, with train, val or test in each row, would be used."
         note(f"note: columns that look like groups or splits, but are not used: {listed(alike)}.{hint}")
     return source
 

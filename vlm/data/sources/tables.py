@@ -26,6 +26,7 @@ from vlm.data.sources.exports import (
     read_export,
 )
 from vlm.data.sources.foreign import SAVE_AS_CSV, refuse_by_content
+from vlm.data.sources.groups import group_names
 from vlm.data.sources.labels import one_hot_labels, text_column, use_names
 from vlm.data.sources.places import Place, asked_place, is_of_label_studio
 from vlm.data.sources.rows import Rows, Source, sort_splits
@@ -134,7 +135,8 @@ def _rows(table: Table, path: str, columns: Columns, place: Place) -> Rows:
         labels: Sequence[Any] = one_hot_labels({name: table.values(name) for name in columns.one_hot}, names, path)
     else:
         labels = table.values(columns.label)
-    return Rows(Cells(cells, place, path, columns.image), labels, names, texts)
+    groups = group_names(table.values(columns.group), path) if columns.group else None
+    return Rows(Cells(cells, place, path, columns.image), labels, names, texts, groups)
 
 
 def _read_table(path: Path, header: bool) -> Table:
