@@ -142,7 +142,8 @@ def predict(args: argparse.Namespace, switches: ExitStack) -> None:
         )
     options = {"exhaustive": args.exhaustive_scoring, "feature_cache": args.feature_cache}
     rows = predict_each(model, processor, paths, metadata, args.batch_size, args.explain, **options)
-    shown = PredictionFile(args.output, model.class_names) if args.output else PredictionTable(args.explain)
+    readable = bool(model.prompts.readable_names)
+    shown = PredictionFile(args.output, model.class_names, readable) if args.output else PredictionTable(args.explain)
     failed = []
     try:
         with shown, closing(rows):

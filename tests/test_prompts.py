@@ -49,7 +49,7 @@ def test_descriptions_go_into_system_text_and_responses(tmp_path):
     [
         ("{", "not a readable JSON file"),
         ('["cat"]', "expected a JSON object"),
-        ('{"dog": "x"}', "describes dog"),
+        ('{"dog": "x"}', "names dog, which is no class"),
         (None, r"JSON file \(no such file or directory\)"),
     ],
 )

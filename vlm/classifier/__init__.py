@@ -5,7 +5,7 @@ all classes, and reasoning.py puts reading, scoring and writing together.
 """
 
 from vlm.classifier.batching import IGNORED, Batch, batch_without_image, vlm_collate_fn
-from vlm.classifier.calibration import Calibration
+from vlm.classifier.calibration import Calibration, key_of
 from vlm.classifier.classifier import VLMClassifier
 from vlm.classifier.objective import Objective, balanced_weights, usual_objective
 from vlm.classifier.reasoning import classify, explain, names_class, write_freely
@@ -25,6 +25,7 @@ __all__ = [
     "batch_without_image",
     "classify",
     "explain",
+    "key_of",
     "names_class",
     "usual_objective",
     "vlm_collate_fn",

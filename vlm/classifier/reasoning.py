@@ -114,7 +114,7 @@ def explain(classifier: VLMClassifier, found: Classified, predictions: Sequence[
         answered = classifier.read(continue_rows(classifier, found.batch, begun))
         texts = classifier.write(answered, prompts.reasoning_tokens)
     return [
-        lay_out(prompts.response_format, reasoning_of(text), prompts.class_names[c])
+        lay_out(prompts.response_format, reasoning_of(text), prompts.shown_names[c])
         for text, c in zip(texts, predictions, strict=True)
     ]
 

@@ -42,6 +42,13 @@ class Settings(DataSettings, ModelSettings):
         "image classification", "prompts", "what is classified (default: image classification)"
     )
     class_descriptions: str | None = flag(None, "prompts", "JSON file: class name -> description", metavar="FILE")
+    class_map: str | None = flag(
+        None,
+        "prompts",
+        "JSON file: class name -> readable name that the model is shown instead, for names that are codes; results and "
+        "predictions keep the codes",
+        metavar="FILE",
+    )
     system_instructions: str | None = flag(
         None, "prompts", "text before the image, or @FILE; {classes} and {task_description} are filled in"
     )

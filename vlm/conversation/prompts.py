@@ -3,14 +3,13 @@
 Training and inference both come here, so that they cannot ask differently.
 """
 
-import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from vlm.common import UsageError, reason
 from vlm.config import DEFAULT_FORMAT, Settings, lay_out
+from vlm.conversation.class_files import read_class_map, read_descriptions
 
 SYSTEM = "You are an expert in {task_description}. Every image belongs to exactly one of these classes: {classes}"
 QUESTION = "Please classify this image for the {task_description} task. Strictly use this format:\n"
@@ -28,6 +27,8 @@ class Prompts:
         system: text before the image, equal for every sample.
         question: text after the image, equal for every sample.
         class_names, responses: one entry a class, in the order of the labels.
+        readable_names: what the model is shown in the place of the class names, one entry a class; empty if it is shown
+            the class names.
         response_format: the order of reasoning and answer (vlm/config/formats.py).
         reasoning_tokens: the most tokens that the model writes of a reasoning of its own, as it was trained on texts of
             the dataset; 0: each class has one response.
@@ -41,19 +42,24 @@ class Prompts:
     response_format: str = DEFAULT_FORMAT
     reasoning_tokens: int = 0
     question_first: bool = False
+    readable_names: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """All fields; `question_first` only if it is True, so that the digests of older conversations stay valid."""
-        values = asdict(self)
-        if not self.question_first:
-            del values["question_first"]
-        return values
+        """All fields; those of later versions only if they say something, so that the digests of older conversations
+        stay valid."""
+        later = {name for name in ("question_first", "readable_names") if not getattr(self, name)}
+        return {name: value for name, value in asdict(self).items() if name not in later}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Prompts":
         """The prompts from the JSON of this or an earlier version."""
-        texts = {name: tuple(values[name]) for name in ("class_names", "responses")}
+        texts = {name: tuple(values[name]) for name in ("class_names", "responses", "readable_names") if name in values}
         return cls(**values | texts)
+
+    @property
+    def shown_names(self) -> tuple[str, ...]:
+        """The name of each class in all that the model reads and writes."""
+        return self.readable_names or self.class_names
 
     @property
     def free(self) -> bool:
@@ -67,7 +73,7 @@ class Prompts:
 
     def response(self, label: int, reasoning: str | None = None) -> str:
         """The answer to an image of a class: its own reasoning laid out, or without one the response of the class."""
-        return lay_out(self.response_format, reasoning, self.class_names[label]) if reasoning else self.responses[label]
+        return lay_out(self.response_format, reasoning, self.shown_names[label]) if reasoning else self.responses[label]
 
     def messages(self) -> list[dict[str, Any]]:
         """The conversation up to the model's turn, with list content, which every chat template understands."""
@@ -84,17 +90,20 @@ def build_prompts(settings: Settings, class_names: list[str]) -> Prompts:
     """Render the conversation and the response of each class.
 
     Raises:
-        UsageError: the file of class descriptions is unreadable or names a class that is not there.
+        UsageError: the file of class descriptions, or of readable names, cannot be used.
     """
+    shown = read_class_map(settings.class_map, class_names) if settings.class_map else class_names
     template = lay_out(settings.response_format, REASONING, "{class}")
     question = settings.prompt_template or QUESTION + lay_out(settings.response_format, SHOWN_REASONING, SHOWN_ANSWER)
-    descriptions = read_descriptions(settings.class_descriptions, class_names) if settings.class_descriptions else {}
+    descriptions = (
+        read_descriptions(settings.class_descriptions, class_names, shown) if settings.class_descriptions else {}
+    )
     system = settings.system_instructions or SYSTEM
     if descriptions:  # the list begins on a line of its own: no blank is left before it
         system, question = (text.replace(" {classes}", "{classes}") for text in (system, question))
-    values = {"classes": _class_list(class_names, descriptions), "task_description": settings.task_description}
+    values = {"classes": _class_list(shown, descriptions), "task_description": settings.task_description}
     responses = []
-    for name in class_names:
+    for name in shown:
         description = descriptions.get(name) or fill(DESCRIPTION, {"class": name})
         responses.append(fill(template, {"description": description.rstrip(" ."), "class": name}))
     return Prompts(
@@ -104,6 +113,7 @@ def build_prompts(settings: Settings, class_names: list[str]) -> Prompts:
         responses=tuple(responses),
         response_format=settings.response_format,
         question_first=settings.question_first,
+        readable_names=tuple(shown) if settings.class_map else (),
     )
 
 
@@ -113,30 +123,10 @@ def fill(template: str, values: dict[str, str]) -> str:
     return re.sub(pattern, lambda found: values[found[0][1:-1]], template)
 
 
-def _class_list(class_names: list[str], descriptions: dict[str, str]) -> str:
+def _class_list(names: Sequence[str], descriptions: dict[str, str]) -> str:
     if not descriptions:
-        return ", ".join(class_names)
-    return "".join(
-        f"\n- {name}: {descriptions[name]}" if name in descriptions else f"\n- {name}" for name in class_names
-    )
-
-
-def read_descriptions(path: str, class_names: list[str]) -> dict[str, str]:
-    """Read a JSON file of class name -> description; classes may be left out."""
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--class-descriptions {path}: not a readable JSON file ({reason(error)}).") from error
-    if not isinstance(values, dict) or not all(isinstance(text, str) for text in values.values()):
-        raise UsageError(
-            f'--class-descriptions {path}: expected a JSON object of texts, such as {{"{class_names[0]}": "..."}}.'
-        )
-    unknown = sorted(set(values) - set(class_names))
-    if unknown:
-        raise UsageError(
-            f"--class-descriptions {path} describes {', '.join(unknown)}; the classes are {', '.join(class_names)}."
-        )
-    return values
+        return ", ".join(names)
+    return "".join(f"\n- {name}: {descriptions[name]}" if name in descriptions else f"\n- {name}" for name in names)
 
 
 def parse_answer(

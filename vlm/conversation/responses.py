@@ -50,11 +50,11 @@ def scored_texts(family: Texts, prompts: Prompts, response_ids: list[list[int]])
     """
     if not prompts.free:
         return response_ids
-    texts = [lay_out(prompts.response_format, ANY_REASONING, name) for name in prompts.class_names]
+    texts = [lay_out(prompts.response_format, ANY_REASONING, name) for name in prompts.shown_names]
     whole = [family.response_ids(prompts, text) for text in texts]
     if prompts.answer_first:
         return [_first_line(family, ids) for ids in whole]
-    up_to_answer = texts[0].removesuffix(prompts.class_names[0]).rstrip()  # it ends in "Answer:"
+    up_to_answer = texts[0].removesuffix(prompts.shown_names[0]).rstrip()  # it ends in "Answer:"
     opened = family.response_ids(prompts, up_to_answer)
     return [ids[common_start(opened, *whole) :] for ids in whole]
 
@@ -69,14 +69,14 @@ def before_answer(family: Texts, rendered: Rendered, reasoning: str) -> list[int
 
     A control token, such as a placeholder of an image, should a model have written one, is left out.
     """
-    text = lay_out(rendered.prompts.response_format, reasoning, rendered.prompts.class_names[0])
+    text = lay_out(rendered.prompts.response_format, reasoning, rendered.prompts.shown_names[0])
     ids = family.response_ids(rendered.prompts, text)
     return [token for token in ids[: len(ids) - len(rendered.scored_ids[0])] if token not in family.control_tokens]
 
 
 def before_reasoning(family: Texts, rendered: Rendered, label: int) -> list[int]:
     """The tokens of a response from its beginning to its reasoning, in a format that begins with the answer."""
-    name = rendered.prompts.class_names[label]
+    name = rendered.prompts.shown_names[label]
     texts = [lay_out(rendered.prompts.response_format, text, name) for text in (ANY_REASONING, "")]
     first, second = (family.response_ids(rendered.prompts, text.rstrip()) for text in texts)
     return first[: common_start(first, second)]

@@ -5,6 +5,7 @@ hub and plans the order of an epoch. Importing it loads neither torch nor transf
 """
 
 from vlm.data.augmentation import as_seen
+from vlm.data.classes import problem_of_name
 from vlm.data.cutting import balanced_positions
 from vlm.data.finding import find_images
 from vlm.data.hub import model_folder
@@ -15,6 +16,7 @@ from vlm.data.order import Step, epoch_plan
 from vlm.data.refused import leave_out_refused
 from vlm.data.sample import Sample
 from vlm.data.sources import Rows
+from vlm.data.spellings import tidy
 from vlm.data.splits import ROLES, Data, Split
 from vlm.data.stream import Place, Stream
 
@@ -38,5 +40,7 @@ __all__ = [
     "load_data",
     "model_folder",
     "open_image",
+    "problem_of_name",
     "read_object",
+    "tidy",
 ]

@@ -79,13 +79,19 @@ def number_labels(
     return Classes(names, numbers, how)
 
 
+def problem_of_name(name: str) -> str | None:
+    """Why a class name cannot be an answer of one line, in words; None if it can."""
+    if not name:
+        return "a class name is empty"
+    if any(unicodedata.category(character) in NOT_PRINTED for character in name) or TURNS_WRITING.search(name):
+        return f"the class name {brief(ascii(name))} has a line end, a control character or a byte outside UTF-8"
+    return None
+
+
 def _check_names(names: list[str]) -> None:
     """Refuse names that cannot be answers of one line, and less than two of them."""
     for name in names:
-        problem = "a class name is empty" if not name else ""
-        if any(unicodedata.category(character) in NOT_PRINTED for character in name) or TURNS_WRITING.search(name):
-            problem = f"the class name {brief(ascii(name))} has a line end, a control character or a byte outside UTF-8"
-        if problem:
+        if problem := problem_of_name(name):
             raise UsageError(f"{problem}, but an answer is one line of text. Give other names with --class-names.")
     if len(names) < 2:
         raise UsageError(f"the dataset has only one class ({listed(names)}). Expected images of at least two.")

@@ -159,9 +159,9 @@ def check_texts(
     for batch in _batches(classifier, _some(split, chosen), batch_size, "writing texts", cache=cache):
         found = classify(classifier, batch)
         best = classifier.calibration.log_probabilities(found.scores).argmax(-1).tolist()
-        predictions += [classifier.class_names[i] for i in best]
+        predictions += [prompts.shown_names[i] for i in best]
         texts += write_freely(classifier, found.reading) if found.texts is None else found.texts
-    answers = [parse_answer(text, prompts.class_names, prompts.response_format) for text in texts]
+    answers = [parse_answer(text, prompts.shown_names, prompts.response_format) for text in texts]
     return {
         "texts": len(texts),
         "invalid": answers.count(None),

@@ -38,7 +38,7 @@ def build_demo_model(folder: Path, settings: Settings, class_names: list[str]) -
     """Write a model of 0.4M parameters into a folder, laid out as on the hub. The same seed gives the same weights."""
     prompts = build_prompts(settings, class_names)
     corpus = [prompts.system, prompts.question, *prompts.responses]
-    processor = build_processor(IMAGE_SIZE, PATCH_SIZE, SCALE_FACTOR, corpus, class_names)
+    processor = build_processor(IMAGE_SIZE, PATCH_SIZE, SCALE_FACTOR, corpus, prompts.shown_names)
     torch.manual_seed(settings.seed)
     model = build_model(
         processor,

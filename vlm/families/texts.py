@@ -166,16 +166,18 @@ def check_rendering(family: Any, prompts: Prompts) -> None:
     if found != expected:
         raise UsageError(
             "your texts become control tokens of the model in its chat template: remove what looks like <...> from "
-            "--system-instructions, --prompt-template, --task-description, --class-descriptions and --class-names."
+            "--system-instructions, --prompt-template, --task-description, --class-descriptions, --class-map and "
+            "--class-names."
         )
 
 
 def _texts(prompts: Prompts) -> Iterator[tuple[str, str, str]]:
     """What each text is, the text, and the cure."""
-    for name in prompts.class_names:
-        yield f'the class name "{printable(name)}"', name, "Give another name with --class-names."
+    flag = "--class-map" if prompts.readable_names else "--class-names"
+    for name in prompts.shown_names:
+        yield f'the class name "{printable(name)}"', name, f"Give another name with {flag}."
     yield "the question", prompts.question, "Remove it from --prompt-template or --task-description."
-    for name, response in zip(prompts.class_names, prompts.responses, strict=True):
+    for name, response in zip(prompts.shown_names, prompts.responses, strict=True):
         yield f"the response of class {printable(name)}", response, "Remove it from --class-descriptions."
     flags = "--system-instructions, --task-description or --class-descriptions"
     yield "the text before the image", prompts.system, f"Remove it from {flags}."

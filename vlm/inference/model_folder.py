@@ -93,11 +93,12 @@ def read_prompts(folder: Path, metadata: dict[str, Any]) -> Prompts:
     """
     try:
         prompts = Prompts.from_json(metadata["prompts"])
-        texts = (prompts.system, prompts.question, prompts.response_format, *prompts.class_names, *prompts.responses)
-        whole = all(isinstance(text, str) for text in texts) and isinstance(prompts.reasoning_tokens, int)
+        texts = (prompts.system, prompts.question, prompts.response_format, *prompts.responses)
+        names = (*prompts.class_names, *prompts.readable_names)
+        whole = all(isinstance(text, str) for text in (*texts, *names)) and isinstance(prompts.reasoning_tokens, int)
     except (KeyError, TypeError, ValueError, AttributeError):
         whole = False
-    whole = whole and len(prompts.responses) == len(prompts.class_names) > 0
+    whole = whole and len(prompts.responses) == len(prompts.shown_names) == len(prompts.class_names) > 0
     if not whole or list(prompts.class_names) != metadata["class_names"]:
         raise UsageError(f"{_metadata_file(folder)} is damaged: its classes and prompts cannot be read. {WRITTEN_BY}")
     return prompts

@@ -1,6 +1,6 @@
 """A model folder -> predictions: one by one or in batches. B = images, C = classes."""
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -16,9 +16,11 @@ from vlm.classifier import TOLERANCE, Batch, Calibration, VLMClassifier, classif
 from vlm.classifier import explain as explain_predictions
 from vlm.common import Bar, RunError, UsageError, existing, read_folder
 from vlm.config import PREVIOUS_RUN, RunSettings, read_settings
+from vlm.conversation import Prompts
 from vlm.data import Sample, UnreadableImage, open_image
 from vlm.families import FeatureCache, load_family, open_cache
 from vlm.inference.model_folder import read_metadata, read_prompts
+from vlm.inference.writing import READABLE_NAME
 from vlm.machine import largest_batch, pick_device, pick_dtype
 
 Item = TypeVar("Item")
@@ -89,7 +91,8 @@ def predict_single_image(
     Returns:
         prediction: the most probable class, or None if the model abstains.
         confidence: the calibrated probability of the most probable class within the label set, 0 to 1.
-        full_response: a text whose answer is the prediction (see `vlm.classifier.explain`); empty if it abstains.
+        full_response: a text whose answer is the prediction (see `vlm.classifier.explain`); empty if it abstains. With
+            `--class-map` it has the readable name, and the prediction is the class.
 
     Raises:
         UnreadableImage: the image cannot be decoded, or the model's processor does not take it.
@@ -133,6 +136,7 @@ def predict_batch(
     Returns:
         For each path, in the order given:
         prediction: the class, or None if the model abstains or there is an error.
+        readable_name: what the model calls the class, only if it was trained with `--class-map` and gives a prediction.
         confidence: its probability within the label set, 0 to 1.
         probabilities: {class: probability}, calibrated; they add up to 1.
         error_bound: how much a probability can be wrong at most, 0 to 0.0001.
@@ -272,24 +276,26 @@ def _predict(model: VLMClassifier, batch: Batch, explain: bool, tolerance: float
     if explain and not all(abstained):
         texts = explain_predictions(model, found, predictions)
     rows = zip(probabilities, predictions, found.unexplored.tolist(), texts, abstained, strict=True)
-    return [_result(model.class_names, *row) for row in rows]
+    return [_result(model.prompts, *row) for row in rows]
 
 
 def _result(
-    class_names: Sequence[str], probabilities: Tensor, best: int, bound: float, text: str, abstained: bool
+    prompts: Prompts, probabilities: Tensor, best: int, bound: float, text: str, abstained: bool
 ) -> dict[str, Any]:
     """What `predict_batch` returns for one image, from its (C,) probabilities."""
     if probabilities.isnan().any():
         return {"prediction": None, "error": "the model's scores are not finite: try --dtype float32"}
     result = {
-        "prediction": class_names[best],
+        "prediction": prompts.class_names[best],
+        **({READABLE_NAME: prompts.readable_names[best]} if prompts.readable_names else {}),
         "confidence": float(probabilities[best]),
-        "probabilities": dict(zip(class_names, probabilities.tolist(), strict=True)),
+        "probabilities": dict(zip(prompts.class_names, probabilities.tolist(), strict=True)),
         "error_bound": bound,
         "full_response": text,
     }
     if abstained:  # no text answers if the prediction does not
         result |= {"prediction": None, "abstained": True, "full_response": ""}
+        result.pop(READABLE_NAME, None)
     return result
 
 

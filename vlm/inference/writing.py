@@ -13,6 +13,7 @@ from typing import Any
 from vlm.common import RunError, UsageError, csv_cell, format_table, printable, printable_lines, reason
 
 FIGURES = ("prediction", "confidence", "error_bound", "abstained", "error", "full_response")
+READABLE_NAME = "readable_name"  # of a model that was trained with --class-map
 PART = ".part"
 LONGEST_START = 1000  # bytes of a file that are looked at before it is replaced
 
@@ -47,13 +48,15 @@ class PredictionFile:
     Args:
         path: its ending, .csv or .jsonl, decides the format.
         class_names: C names, the columns of the probabilities.
+        readable: the results have readable names, which become a column of the CSV file.
 
     Raises:
         RunError: a row or the file cannot be written.
     """
 
-    def __init__(self, path: str | Path, class_names: Sequence[str]) -> None:
+    def __init__(self, path: str | Path, class_names: Sequence[str], readable: bool = False) -> None:
         self.path, self.class_names = Path(path), class_names
+        self._figures = (*FIGURES, READABLE_NAME) if readable else FIGURES
         self.rows = self._size = 0
         self._lines = self.path.suffix.lower() == ".jsonl"
 
@@ -69,7 +72,7 @@ class PredictionFile:
             except OSError as error:
                 raise self._refused(error) from error
         if not self._lines:
-            self._write(_csv_line(["path", *FIGURES, *(f"p({name})" for name in self.class_names)]))
+            self._write(_csv_line(["path", *self._figures, *(f"p({name})" for name in self.class_names)]))
         return self
 
     def add(self, path: str, result: dict[str, Any]) -> None:
@@ -82,7 +85,7 @@ class PredictionFile:
             row = json.dumps({"path": path, **result}, ensure_ascii=False) + "\n"
         else:
             probabilities = result.get("probabilities", {})
-            row = _csv_line([path, *map(result.get, FIGURES), *map(probabilities.get, self.class_names)])
+            row = _csv_line([path, *map(result.get, self._figures), *map(probabilities.get, self.class_names)])
         self._write(row)
         self.rows += 1
 
@@ -173,4 +176,5 @@ def _table_row(path: str, result: dict[str, Any]) -> tuple[str, str, str, str]:
     first, second = (f"{name} {probability:.4f}" for name, probability in best)
     if result.get("abstained"):
         return path, "(abstained)", f"{result['confidence']:.4f}", f"{first}, {second}"
-    return path, result["prediction"], f"{result['confidence']:.4f}", second
+    name = f" ({result[READABLE_NAME]})" if READABLE_NAME in result else ""
+    return path, result["prediction"] + name, f"{result['confidence']:.4f}", second

@@ -59,6 +59,11 @@ class Content:
         return self.data.class_names
 
     @property
+    def readable_names(self) -> dict[str, str]:
+        """Class name -> what the model was shown instead (`--class-map`)."""
+        return self.results.get("readable_names", {})
+
+    @property
     def title(self) -> str:
         task = self.results["settings"].get("task_description") or "Image classification"
         return task[:1].upper() + task[1:]

@@ -43,7 +43,7 @@ def align_connector(run: Run) -> dict[str, Any]:
     """
     assert run.cache is not None, "set_up has seen to it"
     started = time.monotonic()
-    family, names = run.classifier.family, run.classifier.class_names
+    family, names = run.classifier.family, run.classifier.prompts.shown_names
     note("aligning the connector with the names of the classes.")
     align(family, names, run.data.train, run.cache, run.settings.seed, run.accelerator.autocast)
     with torch.no_grad():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vlm.classifier import Batch
+from vlm.classifier import Batch, key_of
 from vlm.common import Bar, RunError, Stopped, note, write_json
 from vlm.config import BEST_MODEL, DEMO_MODEL, METADATA, STATE, read_run
 from vlm.conversation import response_lengths
@@ -55,7 +55,8 @@ class Trainer:
         self.log: RunLog | None = None
         self.losses: list[Tensor] = []  # (2,) each, as `run_step` returns them
         self.saver = Saver(run)
-        self.data_digests = run.data.fingerprint
+        texts = {"the texts of the conversation": key_of(run.classifier.prompts)}
+        self.data_digests = run.data.fingerprint | texts
 
     def resume(self) -> None:
         """Continue from the newest saved state; without one the run starts from the beginning."""

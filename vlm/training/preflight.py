@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 
 from vlm.classifier import IGNORED, VLMClassifier, vlm_collate_fn
-from vlm.common import UsageError, dtype_name, note
+from vlm.common import UsageError, dtype_name, listed, note
 from vlm.config import IMAGES_PER_STEP, RunSettings, Settings, stated_format
+from vlm.conversation import Prompts
 from vlm.data import Sample
 from vlm.families import cache_root
 
@@ -24,6 +25,7 @@ SHOWN_SETTINGS = (
     "seed",
     "output_dir",
 )
+MOST_RENAMES_SHOWN = 12
 
 
 def settings_rows(
@@ -66,6 +68,20 @@ def settings_rows(
 def _format_row(settings: Settings) -> str:
     stated = stated_format(settings.prompt_template) == settings.response_format
     return f"{settings.response_format}{', as --prompt-template states it' if stated else ''}"
+
+
+def point_out_names(prompts: Prompts) -> None:
+    """Print which names the model is shown in the place of the class names (`--class-map`)."""
+    pairs = list(zip(prompts.class_names, prompts.readable_names, strict=False))
+    if not pairs:
+        return
+    note(
+        "the model reads and writes readable names, and results keep the class names: "
+        f"{listed((f'{code} -> {name}' for code, name in pairs if code != name), MOST_RENAMES_SHOWN)}."
+    )
+    if kept := [code for code, name in pairs if code == name]:
+        note(f"--class-map has no other name for {listed(kept)}: the model is shown the class name.")
+    note("")
 
 
 def point_out_contradictions(settings: Settings) -> None:

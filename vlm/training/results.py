@@ -194,6 +194,7 @@ def _of_the_run(run: Run, progress: Progress, test_seconds: float) -> dict[str, 
             **({"left_out": data.stream.left_out} if data.stream else {}),
         },
         "overlap": data.overlap,
+        **({"readable_names": run.readable_names} if run.readable_names else {}),
         "timings": {
             "train_seconds": round(progress.seconds, 2),
             "train_pictures_per_second": round(images / progress.seconds, 2) if progress.seconds else None,

@@ -33,7 +33,7 @@ from vlm.families import (
     load_family,
 )
 from vlm.machine import Texts, check_compiler, fit_to_memory, pick_device, pick_dtype, pick_threads, share_of_cores
-from vlm.training.preflight import point_out_contradictions, preflight, settings_rows
+from vlm.training.preflight import point_out_contradictions, point_out_names, preflight, settings_rows
 from vlm.training.run_files import NEW_DEMO_MODEL
 from vlm.training.tuning import parameter_groups, prepare_tuning, trained_parameters
 
@@ -86,6 +86,12 @@ class Run:
     def output(self) -> Path:
         return Path(self.settings.output_dir)
 
+    @property
+    def readable_names(self) -> dict[str, str]:
+        """Class name -> what the model is shown instead (`--class-map`); empty if it is shown the class names."""
+        prompts = self.metadata["prompts"]
+        return dict(zip(prompts["class_names"], prompts.get("readable_names", ()), strict=False))
+
 
 def set_up(settings: Settings, dataset: object = None) -> Run:
     """Load and print everything, in the order in which a mistake is cheapest to find: device, data, model, one sample.
@@ -108,6 +114,7 @@ def set_up(settings: Settings, dataset: object = None) -> Run:
     note("\n" + format_table(data.summary) + "\n")
     point_out_contradictions(settings)
     prompts = build_prompts(settings, data.class_names)
+    point_out_names(prompts)
 
     with doing("loading the model"):
         folder, revision = _find_model(settings, data.class_names, accelerator)

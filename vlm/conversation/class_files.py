@@ -1,0 +1,83 @@
+"""The JSON files of users about their classes: descriptions, and readable names in the place of codes."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from vlm.common import UsageError, did_you_mean, listed, reason
+from vlm.data import problem_of_name, tidy
+
+
+def read_descriptions(path: str, class_names: Sequence[str], shown_names: Sequence[str]) -> dict[str, str]:
+    """Read `--class-descriptions`: class name -> description; classes may be left out.
+
+    Args:
+        shown_names: the name of each class that the model is shown; a key of the file may be this name or the class
+            name.
+
+    Returns:
+        Shown name -> description.
+
+    Raises:
+        UsageError: the file is not readable, names a class that is not there, or describes a class twice.
+    """
+    known = dict(zip(shown_names, shown_names, strict=True)) | dict(zip(class_names, shown_names, strict=True))
+    found: dict[str, str] = {}
+    for key, text in _read_texts("--class-descriptions", path, class_names):
+        if key not in known:
+            raise _unknown("--class-descriptions", path, key, class_names)
+        if known[key] in found:
+            raise UsageError(f"--class-descriptions {path} describes {listed([key])} twice. Remove one of the two.")
+        found[known[key]] = text
+    return found
+
+
+def read_class_map(path: str, class_names: Sequence[str]) -> list[str]:
+    """Read `--class-map`: class name -> readable name. Class names that it leaves out stay as they are.
+
+    Returns:
+        The readable name of each class.
+
+    Raises:
+        UsageError: the file is not readable, names a class that is not there, or gives a name that cannot be the answer
+            of one class.
+    """
+    names: dict[str, str] = {}
+    for key, text in _read_texts("--class-map", path, class_names):
+        code, name = tidy(key), tidy(text)
+        if code not in class_names:
+            raise _unknown("--class-map", path, key, class_names)
+        if problem := problem_of_name(name):
+            raise UsageError(f"--class-map {path}, {listed([code])}: {problem}, but an answer is one line of text.")
+        if code in names:
+            raise UsageError(f"--class-map {path} names {listed([code])} twice. Remove one of the two.")
+        names[code] = name
+    shown = [names.get(code, code) for code in class_names]
+    for name, count in Counter(shown).items():
+        if count > 1:
+            codes = [code for code, other in zip(class_names, shown, strict=True) if other == name]
+            raise UsageError(
+                f"--class-map {path} gives {listed(codes)} the same name, {listed([name])}: the model could not tell "
+                "them apart. Give each class a name of its own."
+            )
+    return shown
+
+
+def _read_texts(flag: str, path: str, class_names: Sequence[str]) -> list[tuple[str, str]]:
+    """The entries of a JSON object of texts, in order; a key that is there twice is two entries."""
+    try:
+        pairs = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=list)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{flag} {path}: not a readable JSON file ({reason(error)}).") from error
+    is_object = isinstance(pairs, list) and all(isinstance(pair, tuple) for pair in pairs)
+    if not is_object or not all(isinstance(text, str) for _, text in pairs):
+        raise UsageError(f'{flag} {path}: expected a JSON object of texts, such as {{"{class_names[0]}": "..."}}.')
+    return pairs
+
+
+def _unknown(flag: str, path: str, key: str, class_names: Sequence[str]) -> UsageError:
+    hint = did_you_mean(key, class_names)
+    return UsageError(
+        f"{flag} {path} names {listed([key])}, which is no class.{hint} The classes: {listed(class_names)}."
+    )
