@@ -90,6 +90,9 @@ def train(given: dict[str, Any], dataset: object = None) -> dict[str, Any]:
 
         list_models(resolve(given))
         return {}
+    if given.get("dry_run") or given.get("show_data"):
+        look(given, dataset)
+        return {}
     from vlm.training import StopSignals, check_output, clean_up
 
     output = Path(user_path(given.get("output_dir", Settings.output_dir)))
@@ -103,6 +106,18 @@ def train(given: dict[str, Any], dataset: object = None) -> dict[str, Any]:
 
         with switches_as_before():  # those of the libraries, which are imported now
             return fit(settings, signals.should_stop, signals.enter, dataset)
+
+
+def look(given: dict[str, Any], dataset: object = None) -> None:
+    """Look at the data (`--show-data`) or at the run (`--dry-run`) without training."""
+    settings = resolve(given)
+    wait_politely()
+    if settings.show_data:  # needs no torch
+        from vlm.training import look_at_data as look_at
+    else:
+        from vlm.training import look_at_run as look_at
+    with switches_as_before():
+        look_at(settings, dataset)
 
 
 def saved_settings(output: Path, epochs: int | None = None) -> RunSettings:

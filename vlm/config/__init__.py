@@ -20,6 +20,7 @@ from vlm.config.flags import Parser, build_parser, number, parse_arguments, whol
 from vlm.config.formats import DEFAULT_FORMAT, LAYOUTS, lay_out, reasoning_of, stated_format
 from vlm.config.names import (
     BEST_MODEL,
+    DATA_PAGE,
     DEMO_IMAGES,
     DEMO_MODEL,
     FINAL_MODEL,
@@ -44,6 +45,7 @@ __all__ = [
     "AUTO",
     "BEST_MODEL",
     "BOTH",
+    "DATA_PAGE",
     "DEFAULT_DATASET",
     "DEFAULT_FORMAT",
     "DEFAULT_MODEL",

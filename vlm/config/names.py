@@ -4,6 +4,7 @@ METADATA = "training_metadata.json"
 RESULTS = "results.json"
 LOG = "log.jsonl"
 PAGE = "report.html"
+DATA_PAGE = "data.html"  # of --show-data; not part of a run
 STATE = "resume_state"
 PREVIOUS_STATE = "resume_state_previous"
 BEST_MODEL = "best_model"

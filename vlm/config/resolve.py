@@ -49,10 +49,12 @@ NOT_PART_OF_THE_RUN = {
     "use_wandb",
     "wandb_project",
     "metrics",
+    "dry_run",
+    "show_data",
 }
 # Not taken over from the interrupted run. Its folder may have been moved, or be from somebody else: the run goes on in
 # the folder that is named now, and code (--metrics) runs only if this command names it.
-OF_ONE_START = {"resume", "overwrite", "debug", "output_dir", "metrics"}
+OF_ONE_START = {"resume", "overwrite", "debug", "output_dir", "metrics", "dry_run", "show_data"}
 NO_METRICS = ["none"]
 ABSTAINING = {"abstain_below", "target_precision"}  # only one of the two at a time
 TEXTS = ("system_instructions", "prompt_template")  # may come from a file

@@ -244,6 +244,14 @@ CONFLICTS = (
         lambda s: s.resume and s.overwrite,
         "--resume and --overwrite exclude each other: continue the earlier run, or delete it.",
     ),
+    Conflict(
+        lambda s: s.resume and (s.dry_run or s.show_data),
+        "--resume continues a run, and --dry-run and --show-data only look: leave out --resume.",
+    ),
+    Conflict(
+        lambda s: s.dry_run and s.show_data,
+        "--dry-run and --show-data exclude each other: look at the data first, then at the run.",
+    ),
 )
 
 

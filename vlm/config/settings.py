@@ -221,6 +221,18 @@ class Settings(DataSettings, ModelSettings):
     list_models: bool = flag(
         False, "help", "list the tested models, their sizes and the memory that each tuning mode needs, then stop"
     )
+    dry_run: bool = flag(
+        False,
+        "help",
+        "load data and model, show what the model would read, its memory and the time of the run from a few real "
+        "steps, then stop; nothing is written",
+    )
+    show_data: bool = flag(
+        False,
+        "help",
+        "write a page with images of each class and split, their sizes and copies into the output folder, then stop; "
+        "needs no model",
+    )
     debug: bool = flag(False, "help", "show the traceback of an error")
 
     @property

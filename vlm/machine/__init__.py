@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from vlm.common import lazy_names
 
 if TYPE_CHECKING:
-    from vlm.machine.batch_size import fit_to_memory, largest_batch
+    from vlm.machine.batch_size import fit_to_memory, free_memory, largest_batch
     from vlm.machine.device import DTYPES, check_compiler, pick_device, pick_dtype, pick_threads, share_of_cores
     from vlm.machine.doctor import CHECKS, examine_machine, trial_training
-    from vlm.machine.memory import Texts, estimate
+    from vlm.machine.memory import GIB, Texts, estimate
     from vlm.machine.registry import MODELS, list_models
     from vlm.machine.requirements import examine
     from vlm.machine.threads import wait_politely
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CHECKS",
     "DTYPES",
+    "GIB",
     "MODELS",
     "Texts",
     "check_compiler",
@@ -27,6 +28,7 @@ __all__ = [
     "examine",
     "examine_machine",
     "fit_to_memory",
+    "free_memory",
     "largest_batch",
     "list_models",
     "pick_device",
@@ -40,10 +42,10 @@ __all__ = [
 __getattr__ = lazy_names(
     __name__,
     {
-        ".batch_size": ("fit_to_memory", "largest_batch"),
+        ".batch_size": ("fit_to_memory", "free_memory", "largest_batch"),
         ".device": ("DTYPES", "check_compiler", "pick_device", "pick_dtype", "pick_threads", "share_of_cores"),
         ".doctor": ("CHECKS", "examine_machine", "trial_training"),
-        ".memory": ("Texts", "estimate"),
+        ".memory": ("GIB", "Texts", "estimate"),
         ".registry": ("MODELS", "list_models"),
         ".requirements": ("examine",),
         ".threads": ("wait_politely",),

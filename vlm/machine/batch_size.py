@@ -33,13 +33,7 @@ def largest_batch(classifier: VLMClassifier, settings: Settings) -> int:
     Args:
         settings: those of the classifier's training.
     """
-    rendered, free = classifier.rendered, free_memory(classifier.device)
-    texts = Texts(
-        prefix=len(rendered.prefix_ids),
-        question=len(rendered.question_ids),
-        response=max(map(len, rendered.response_ids)),
-        classes=len(rendered.response_ids),
-    )
+    texts, free = Texts.exactly(classifier.rendered), free_memory(classifier.device)
     size = classifier.model.dtype.itemsize
     most = BATCH_ON_GPU if classifier.device.type == "cuda" else BATCH_ON_CPU
     for batch in BATCHES:

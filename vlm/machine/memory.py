@@ -36,7 +36,7 @@ from torch import nn
 
 from vlm.classifier import LOGITS_AT_ONCE, NODES_AT_ONCE, NODES_KEPT
 from vlm.config import BOTH, POSTERIOR, RESPONSE, Settings
-from vlm.conversation import Prompts
+from vlm.conversation import Prompts, Rendered
 from vlm.families import Family
 
 GIB = 2**30
@@ -60,6 +60,12 @@ class Texts:
     response: int = 50
     classes: int = 10
     edge: int | None = None
+
+    @classmethod
+    def exactly(cls, rendered: Rendered, edge: int | None = None) -> "Texts":
+        """The lengths of a conversation whose tokens are known."""
+        longest = max(map(len, rendered.response_ids))
+        return cls(len(rendered.prefix_ids), len(rendered.question_ids), longest, len(rendered.response_ids), edge)
 
     @classmethod
     def of(cls, prompts: Prompts, reasonings: Sequence[str] = (), edge: int | None = None) -> "Texts":

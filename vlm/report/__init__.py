@@ -1,10 +1,37 @@
-"""A run, shown to people: the figures, the page report.html, and the tables at the end of a run.
+"""A run, shown to people: the figures, the page report.html, and the tables at the end of a run. And data.html.
 
-All of it is a function of what stands in `results.json`, the images and the predictions.
+All of a run's is a function of what stands in `results.json`, the images and the predictions. The page data.html needs
+only the images, and no torch: the names are imported when they are first used.
 """
 
-from vlm.report.cards import Prediction, shown_images
-from vlm.report.page import write_report
-from vlm.report.summary import per_class_table, summary_rows, warnings_of
+from typing import TYPE_CHECKING
 
-__all__ = ["Prediction", "per_class_table", "shown_images", "summary_rows", "warnings_of", "write_report"]
+from vlm.common import lazy_names
+
+if TYPE_CHECKING:
+    from vlm.report.cards import Prediction, shown_images
+    from vlm.report.data_page import DataContent, is_data_page, write_data_page
+    from vlm.report.page import write_report
+    from vlm.report.summary import per_class_table, summary_rows, warnings_of
+
+__all__ = [
+    "DataContent",
+    "Prediction",
+    "is_data_page",
+    "per_class_table",
+    "shown_images",
+    "summary_rows",
+    "warnings_of",
+    "write_data_page",
+    "write_report",
+]
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        ".cards": ("Prediction", "shown_images"),
+        ".data_page": ("DataContent", "is_data_page", "write_data_page"),
+        ".page": ("write_report",),
+        ".summary": ("per_class_table", "summary_rows", "warnings_of"),
+    },
+)

@@ -92,14 +92,14 @@ def card(prediction: Prediction, class_names: list[str], image: Thumbnail | None
     )
 
 
-def thumbnail(split: Split, position: int) -> Thumbnail | None:
-    """A small copy of an image of a split; None if it can no longer be read."""
+def thumbnail(split: Split, position: int, edge: int = THUMBNAIL) -> Thumbnail | None:
+    """A small copy of an image of a split, with a longest edge of `edge` pixels; None if it can no longer be read."""
     try:
         copy = split[position].image.copy()
     except UnreadableImage:  # it was there when the run began
         return None
     coarse = max(copy.size) <= SMALL
-    copy.thumbnail((THUMBNAIL, THUMBNAIL))
+    copy.thumbnail((edge, edge))
     return Thumbnail(_address(copy, "PNG") if coarse else _address(copy, "JPEG", quality=80), coarse)
 
 

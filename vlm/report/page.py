@@ -4,16 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from vlm.common import replacing, shorten
 from vlm.config import PAGE
 from vlm.data import Data
 from vlm.report.cards import Prediction
 from vlm.report.content import Content
 from vlm.report.figure_files import describe, save_png, to_svg
 from vlm.report.figures import MOST_CLASSES_WITH_COUNTS, draw, names_every
+from vlm.report.templates import render, write_page
 
 TEMPLATE = "page.html.jinja"
 MOST_CLASSES_ON_A_PHONE = 7  # a wider matrix is cut off there
@@ -33,29 +32,20 @@ def write_report(folder: Path, results: dict[str, Any], data: Data, predictions:
     for name, figure in figures.items():
         save_png(figure, folder / f"{name}.png")
     page = render_page(Content(results, data, predictions), figures)
-    with replacing(folder / PAGE) as temporary:
-        temporary.write_bytes(page.encode("utf-8", errors="replace"))  # a file name need not be valid text
+    write_page(folder / PAGE, page)
 
 
 def render_page(content: Content, figures: dict[str, Figure]) -> str:
     """The page as text. All that the template is given is escaped, other than the figures."""
-    room = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(
-        loader=room, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"shorten": shorten, "percent": _percent, "thousands": "{:,}".format}
     alts = {name: describe(figure) for name, figure in figures.items()}
     alts["confusion_matrix"] = "Confusion matrix: rows are the true classes, columns the predicted ones."
     svgs = {name: to_svg(figure, name, alts[name]) for name, figure in figures.items()}
     classes = len(content.names)
-    return environment.get_template(TEMPLATE).render(
+    return render(
+        TEMPLATE,
         page=content,
         figures=svgs,
         names_every=names_every(classes),
         has_counts=classes <= MOST_CLASSES_WITH_COUNTS,
         is_wide=classes > MOST_CLASSES_ON_A_PHONE,
     )
-
-
-def _percent(share: float, digits: int = 1) -> str:
-    return f"{share:.{digits}%}"

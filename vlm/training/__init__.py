@@ -1,6 +1,7 @@
 """From settings to a trained model: set-up, the loop, saving and resuming, and what is written at the end.
 
-The names are imported when they are first used: all but `fit` come before torch is imported.
+The names are imported when they are first used: those of the output folder and `StopSignals` come before torch is
+imported, and `look_at_data` needs no torch.
 """
 
 from typing import TYPE_CHECKING
@@ -8,13 +9,21 @@ from typing import TYPE_CHECKING
 from vlm.common import lazy_names
 
 if TYPE_CHECKING:
+    from vlm.training.dry_run import look_at_run
     from vlm.training.output import check_output, check_resumable, clean_up
     from vlm.training.running import fit
+    from vlm.training.show_data import look_at_data
     from vlm.training.stopping import StopSignals
 
-__all__ = ["StopSignals", "check_output", "check_resumable", "clean_up", "fit"]
+__all__ = ["StopSignals", "check_output", "check_resumable", "clean_up", "fit", "look_at_data", "look_at_run"]
 
 __getattr__ = lazy_names(
     __name__,
-    {".running": ("fit",), ".output": ("check_output", "check_resumable", "clean_up"), ".stopping": ("StopSignals",)},
+    {
+        ".dry_run": ("look_at_run",),
+        ".output": ("check_output", "check_resumable", "clean_up"),
+        ".running": ("fit",),
+        ".show_data": ("look_at_data",),
+        ".stopping": ("StopSignals",),
+    },
 )

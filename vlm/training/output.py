@@ -47,6 +47,28 @@ def check_output(settings: Settings) -> None:
     _check_content(output, settings)
 
 
+def check_place(settings: Settings) -> None:
+    """Check that no later run would take what is written for a class of images.
+
+    Raises:
+        UsageError: the folder lies in that of the images, is no folder for results, or cannot be written.
+    """
+    output = Path(settings.output_dir)
+    _check_place(output, settings)
+    there = next(folder for folder in (output, *output.absolute().parents) if os.path.lexists(folder))
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise UsageError(f"--output-dir {output} cannot be written: choose another folder.")
+
+
+def why_not_here(settings: Settings) -> str | None:
+    """Why a run could not begin in its output folder as that is now, in words; None if it could. Nothing is changed."""
+    try:
+        check_output(settings)
+    except UsageError as error:
+        return str(error)
+    return None
+
+
 def _check_place(output: Path, settings: Settings) -> None:
     place, here, home = output.resolve(), Path.cwd(), Path(user_path("~")).resolve()
     if place == home or place in here.parents:

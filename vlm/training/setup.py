@@ -93,11 +93,12 @@ class Run:
         return dict(zip(prompts["class_names"], prompts.get("readable_names", ()), strict=False))
 
 
-def set_up(settings: Settings, dataset: object = None) -> Run:
+def set_up(settings: Settings, dataset: object = None, draft: Path | None = None) -> Run:
     """Load and print everything, in the order in which a mistake is cheapest to find: device, data, model, one sample.
 
     Args:
         dataset: see `load_data`.
+        draft: only look: a folder that takes the place of the output folder. No vision features are computed.
 
     Raises:
         UsageError: anything in settings or data with which the run cannot start.
@@ -117,7 +118,7 @@ def set_up(settings: Settings, dataset: object = None) -> Run:
     point_out_names(prompts)
 
     with doing("loading the model"):
-        folder, revision = _find_model(settings, data.class_names, accelerator)
+        folder, revision = _find_model(settings, data.class_names, accelerator, draft)
         batch_size = _fit_batch(folder, settings, prompts, data, dtype, accelerator)
         family, image_size = _load_model(folder, settings, data, dtype, accelerator)
     classifier = _build_classifier(family, prompts, settings, data)
@@ -127,7 +128,7 @@ def set_up(settings: Settings, dataset: object = None) -> Run:
     preflight(classifier, data.train[0])
 
     workers = _loader_processes(settings, device)
-    cache = _fill_cache(family, settings, data, accelerator, workers)
+    cache = None if draft else _fill_cache(family, settings, data, accelerator, workers)
     learned: dict[str, Tensor] = dict(trained_parameters(classifier))
     if settings.freeze_connector:  # trainable until here if it is aligned, so that the cache holds what it reads
         family.connector.requires_grad_(False)
@@ -165,11 +166,13 @@ def build_objective(settings: Settings, classifier: VLMClassifier, labels: Seque
     return Objective(name, classifier.tree, opening, settings.label_smoothing, weights).to(classifier.device)
 
 
-def _find_model(settings: Settings, class_names: list[str], accelerator: Accelerator) -> tuple[Path, str | None]:
+def _find_model(
+    settings: Settings, class_names: list[str], accelerator: Accelerator, draft: Path | None
+) -> tuple[Path, str | None]:
     """The folder of the model, and its commit on the hub."""
     if settings.model is not None:  # it is None only in the demo
         return model_folder(settings.model, settings.model_revision)
-    folder = Path(settings.output_dir) / NEW_DEMO_MODEL
+    folder = (draft or Path(settings.output_dir)) / NEW_DEMO_MODEL
     if accelerator.is_main_process:
         with writing(folder):
             build_demo_model(folder, settings, class_names)
