@@ -14,12 +14,13 @@ import torch
 
 from vlm.common import UsageError, format_table, note
 from vlm.config import Settings
-from vlm.data import ROLES, Data, Split, Step
+from vlm.data import ROLES, Data, Rows, Sample, Split, Step
 from vlm.evaluation import load_metric
 from vlm.families import fill_cache, outline, read_config
 from vlm.machine import GIB, Texts, estimate, free_memory, pick_device
 from vlm.training.loop import Trainer
 from vlm.training.output import check_place, why_not_here
+from vlm.training.running import trainer_of
 from vlm.training.setup import Run, set_up
 from vlm.training.trackers import check_trackers
 from vlm.training.validation import split_metrics, validation_losses
@@ -59,7 +60,7 @@ def look_at_run(settings: Settings, dataset: object = None) -> None:
     free = free_memory(pick_device(settings.device)[0])
     with TemporaryDirectory(prefix="vlm_dry_run_") as folder:
         run = set_up(settings, dataset, draft=Path(folder))
-        trainer = Trainer(run)
+        trainer = trainer_of(run)
         with _features_in(Path(folder)):
             rows = _token_rows(trainer) + _memory_rows(run, free)
             seconds = _time(trainer)
@@ -93,7 +94,8 @@ def _time(trainer: Trainer) -> Seconds:
     steps = trainer.plan(0)[: WARM_UP + TIMED] if settings.epochs else []
     count = min(len(run.data.validation), max(EVALUATED, settings.eval_batch_size))
     validation = run.data.validation.take(np.linspace(0, len(run.data.validation) - 1, count).astype(int).tolist())
-    feature = _time_features(run, sorted({i for step in steps for i in step.indices}), validation)
+    trained = [] if run.data.stream else sorted({i for step in steps for i in step.indices})
+    feature = _time_features(run, trained, validation)
     step = _time_steps(trainer, steps)
     small = replace(run, data=replace(run.data, validation=validation))
     started = time.monotonic()
@@ -106,15 +108,27 @@ def _time_features(run: Run, trained: Sequence[int], validation: Split) -> float
     """Compute the features of some images, which the steps then read; seconds for one image, None if none are kept."""
     if run.settings.no_feature_cache:
         return None
+    options = run.settings.cache_size, run.settings.cache_dtype, run.workers
     train = run.data.train.take(trained)
     started = time.monotonic()
-    run.cache = fill_cache(
-        run.classifier.family, (train, validation), run.settings.cache_size, run.settings.cache_dtype, run.workers
-    )
-    for i, key in zip(trained, train.keys, strict=True):
+    run.cache = fill_cache(run.classifier.family, (train, validation), *options)
+    seconds = (time.monotonic() - started) / max(1, len({*train.keys, *validation.keys}))
+    for i, key in zip(trained, train.keys, strict=True):  # those of views follow from them
         run.data.train.keys[i] = key
-    known = len({*train.keys, *validation.keys})
-    return (time.monotonic() - started) / max(1, known) if run.cache else None
+    if run.settings.views > 1:
+        run.cache = fill_cache(run.classifier.family, (_Some(run.train_in(0), trained),), *options)
+    return seconds if run.cache else None
+
+
+class _Some(Split):
+    """Some samples of a split, as the split gives them."""
+
+    def __init__(self, split: Split, positions: Sequence[int]) -> None:
+        super().__init__(Rows([], [], []), positions, [split.labels[i] for i in positions])
+        self._split = split
+
+    def __getitem__(self, i: int) -> Sample:
+        return self._split[self._indices[i]]
 
 
 def _time_steps(trainer: Trainer, steps: list[Step]) -> float | None:
@@ -188,7 +202,8 @@ def time_rows(trainer: Trainer, seconds: Seconds) -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = []
     parts: list[float] = []
     if seconds.feature is not None:
-        images = sum(len(getattr(data, role)) for role in (ROLES if settings.epochs else ROLES[1:]))
+        views = min(settings.views, settings.epochs) if data.stream is None else 0
+        images = views * len(data.train) + len(data.validation) + len(data.test)
         parts.append(images * seconds.feature)
         rows.append(("vision features", f"{_time_of(parts[-1])} for {images:,} images, less if some are kept already"))
     if seconds.step is not None:

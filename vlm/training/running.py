@@ -9,9 +9,18 @@ from vlm.evaluation import load_metric
 from vlm.training.loop import Trainer
 from vlm.training.output import output_folder
 from vlm.training.results import finish
-from vlm.training.setup import set_up
+from vlm.training.setup import Run, set_up
 from vlm.training.streamed import StreamTrainer
 from vlm.training.trackers import check_trackers
+
+
+def trainer_of(
+    run: Run,
+    should_stop: Callable[[], bool] = lambda: False,
+    enter: Callable[[str], None] = lambda phase: None,
+) -> Trainer:
+    """What trains a run: on a stream, or on images at known places."""
+    return (StreamTrainer if run.data.stream else Trainer)(run, should_stop, enter)
 
 
 def fit(
@@ -39,7 +48,7 @@ def fit(
     with output_folder(settings):
         metrics = [load_metric(name) for name in settings.metrics or ()]  # a mistake here should not wait for the end
         run = set_up(settings, dataset)
-        trainer = (StreamTrainer if run.data.stream else Trainer)(run, should_stop, enter)
+        trainer = trainer_of(run, should_stop, enter)
         if settings.resume:
             trainer.resume()
         trainer.train()

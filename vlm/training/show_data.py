@@ -29,7 +29,7 @@ def look_at_data(settings: Settings, dataset: object = None) -> None:
     note("\n" + format_table(data.summary) + "\n")
     prompts = build_prompts(settings, data.class_names)  # finds mistakes in the files about the classes
     readable = dict(zip(prompts.class_names, prompts.readable_names, strict=False))
-    dataset = "the demo" if settings.demo else str(data.source["dataset"])
+    name = "the demo" if settings.demo else str(data.source["dataset"])
     page.parent.mkdir(parents=True, exist_ok=True)
-    write_data_page(page, DataContent(data, dataset, settings.seed, readable))
+    write_data_page(page, DataContent(data, name, settings.seed, readable))
     print(f"Look at {printable(str(page))}")
