@@ -56,7 +56,18 @@ def test_a_dry_run_of_a_published_kind_of_model_says_everything_and_leaves_nothi
 def test_views_of_images_are_counted_and_their_features_are_read_in_the_steps(
     elsewhere, tiny_model, color_folder, capsys
 ):
-    flags = ("--model", tiny_model, "--dataset", color_folder, "--epochs", 3, "--augment", "light", "--augment-views", 2)
+    flags = (
+        "--model",
+        tiny_model,
+        "--dataset",
+        color_folder,
+        "--epochs",
+        3,
+        "--augment",
+        "light",
+        "--augment-views",
+        2,
+    )
     assert train(*flags, "--dry-run") == 0
     assert "for 60 images" in rows_of(capsys.readouterr().out)["vision features"], "24 x 2 + 6 + 6"
     assert names_in(elsewhere) == {"here"}

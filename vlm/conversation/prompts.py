@@ -53,7 +53,8 @@ class Prompts:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Prompts":
         """The prompts from the JSON of this or an earlier version."""
-        texts = {name: tuple(values[name]) for name in ("class_names", "responses", "readable_names") if name in values}
+        names = ("class_names", "responses", *(["readable_names"] if "readable_names" in values else []))
+        texts: dict[str, Any] = {name: tuple(values[name]) for name in names}
         return cls(**values | texts)
 
     @property

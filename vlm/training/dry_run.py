@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -151,16 +152,19 @@ def _time_steps(trainer: Trainer, steps: list[Step]) -> float | None:
 # What is printed
 
 
-def class_rows(data: Data, readable_names: dict[str, str]) -> list[tuple[str, int | None, int | None, int | None]]:
-    """The images of each class in each split, then those of all; of many classes the first ones."""
+def class_rows(data: Data, readable_names: dict[str, str]) -> list[tuple[Any, ...]]:
+    """The images of each class in each split, then those of all; of many classes the first ones.
+
+    Returns:
+        For each row its name, and the number of images in train, validation and test.
+    """
     labels = [np.asarray(getattr(data, role).labels, dtype=np.int64) for role in ROLES]
-    counts = [np.bincount(numbers, minlength=len(data.class_names)) for numbers in labels]
+    counts = np.stack([np.bincount(numbers, minlength=len(data.class_names)) for numbers in labels], axis=1)
     shown = [f"{name} ({readable_names[name]})" if name in readable_names else name for name in data.class_names]
-    rows = [(name, *(int(count[i]) for count in counts)) for i, name in enumerate(shown[:MOST_CLASSES])]
+    rows = [(name, *count) for name, count in zip(shown[:MOST_CLASSES], counts.tolist(), strict=False)]
     if len(shown) > MOST_CLASSES:
-        rest = [int(count[MOST_CLASSES:].sum()) for count in counts]
-        rows.append((f"{len(shown) - MOST_CLASSES:,} more classes", *rest))
-    return [*rows, ("all", *(int(count.sum()) for count in counts))]
+        rows.append((f"{len(shown) - MOST_CLASSES:,} more classes", *counts[MOST_CLASSES:].sum(0).tolist()))
+    return [*rows, ("all", *counts.sum(0).tolist())]
 
 
 def _token_rows(trainer: Trainer) -> list[tuple[str, str]]:
