@@ -2,14 +2,18 @@
 
 import multiprocessing
 import pickle
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 import test_family_generic as generic
 import torch
 from commands import train
 from feature_checks import MODELS
+from PIL import Image
 from tiny import random_image, tiny_prompts
 
+from vlm.data import Sample
 from vlm.families import load_family
 
 # Beside the models of the feature cache: one with a processor of images and videos, and one without a chat template.
@@ -61,3 +65,16 @@ def test_a_training_runs_with_loader_processes_that_are_not_forked(color_folder,
     finally:
         multiprocessing.set_start_method(before, force=True)
     assert code == 0 and (tmp_path / "out" / "best_model" / "model.safetensors").is_file()
+
+
+def test_two_threads_open_two_images_at_once():
+    """In Python 3.11 a cached_property would let one wait for the other, and both would be refused by the barrier."""
+    together = Barrier(2, timeout=20)
+
+    def opened():
+        together.wait()
+        return Image.new("RGB", (4, 4))
+
+    with ThreadPoolExecutor(2) as pool:
+        sizes = list(pool.map(lambda sample: sample.image.size, [Sample(opened, 0, "a"), Sample(opened, 0, "b")]))
+    assert sizes == [(4, 4), (4, 4)]

@@ -4,14 +4,16 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
-from vlm.common import UsageError, listed, note, with_bar
+from vlm.common import Bar, UsageError, listed, note
 from vlm.data.images import UnreadableImage
 from vlm.data.splits import ROLES, Check, Split
 
 MOST_UNREADABLE = 0.05  # share of a split
 MOST_SHOWN = 5
+IMAGES_AT_ONCE = 1000
 
 
 class Unreadable(NamedTuple):
@@ -44,13 +46,16 @@ def decode(splits: Mapping[str, Split]) -> None:
         except UnreadableImage as error:
             split.checks[i] = Check(fault=str(error))
 
-    places = [(split, i) for split in splits.values() for i in range(len(split)) if split.checks[i] is None]
-    if not places:
+    count = sum(check is None for split in splits.values() for check in split.checks)
+    if not count:
         return
+    places = ((split, i) for split in splits.values() for i in range(len(split)) if split.checks[i] is None)
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
-        for _ in with_bar(pool.map(check, places), len(places), "checking images"):
-            pass
+        with Bar(count, "checking images") as bar:
+            while some := list(islice(places, IMAGES_AT_ONCE)):  # a future for each of a million would need gigabytes
+                for _ in pool.map(check, some):
+                    bar.update(1)
     finally:
         pool.shutdown(cancel_futures=True)  # otherwise Ctrl-C would wait for all images
 

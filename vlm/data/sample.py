@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 from PIL import Image
 
@@ -23,12 +22,17 @@ class Sample:
     reasoning: str | None = None
     known_key: str | None = None
 
-    @cached_property
+    @property
     def image(self) -> Image.Image:
         """RGB, loaded. Raises UnreadableImage if it cannot be decoded."""
-        return self.source() if callable(self.source) else self.source
+        # Not a cached_property: in Python 3.11 it has one lock for all samples, and threads would decode in turn.
+        if callable(self.source):
+            self.source = self.source()
+        return self.source
 
-    @cached_property
+    @property
     def key(self) -> str:
         """The `image_key`; the image is opened only if its key is not known."""
-        return self.known_key or image_key(self.image)
+        if self.known_key is None:
+            self.known_key = image_key(self.image)
+        return self.known_key
