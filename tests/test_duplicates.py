@@ -16,6 +16,7 @@ NOTHING = dict.fromkeys(
     [
         *("test_in_train", "validation_in_train", "test_in_validation"),
         *("twice_in_train", "twice_in_validation", "twice_in_test", "under_two_labels"),
+        *("test_near_train", "validation_near_train", "test_near_validation"),
     ],
     0,
 )

@@ -11,9 +11,10 @@ from tiny import random_image
 
 from vlm.common import shorten
 from vlm.data import Data, Rows, Split
+from vlm.data.splits import NearPair
 from vlm.evaluation.metrics import classification_metrics
 from vlm.report import Prediction, page, shown_images, write_report
-from vlm.report.cards import MOST_IMAGES
+from vlm.report.cards import MOST_IMAGES, MOST_PAIRS
 from vlm.report.content import MOST_ROWS, MOST_SAMPLES, Content, used_settings
 from vlm.report.figures import draw
 from vlm.report.page import render_page
@@ -184,6 +185,18 @@ def test_test_images_that_are_in_train_are_a_warning_with_the_accuracy_on_the_ot
     page = page_of(results, data, predictions)
     assert "This model, new images 7 that are not in train 57.1% 25.0% to 84.0%" in page.text_of["comparison"]
     assert "5 of 12 test images are in train" in page.text_of["top"]
+
+
+def test_near_duplicates_are_shown_side_by_side():
+    results, data, predictions = run_of()
+    data.near = [NearPair("test", 2, "train", i, 3) for i in range(MOST_PAIRS + 1)]
+    page = page_of(results, data, predictions)
+    assert page.sections == [*SECTIONS[:-1], "near", SECTIONS[-1]]
+    shown = page.text_of["near"]
+    assert f"{MOST_PAIRS} of {MOST_PAIRS + 1} images that look almost like one in another split" in shown
+    assert "test: 猫 folder <i>/2.jpg train: cat folder <i>/0.jpg" in shown
+    alone = page_of(*run_of())
+    assert len(page.all("img")) == len(alone.all("img")) + 2 * MOST_PAIRS
 
 
 def test_nothing_is_loaded_from_elsewhere_and_no_name_becomes_markup():

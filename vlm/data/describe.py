@@ -11,14 +11,19 @@ from vlm.data.splits import ROLES, Data, Split
 
 
 def detected_rows(
-    settings: Settings, source: Source, origins: dict[str, str], how: Sequence[str], data: Data, equal: Sequence[str]
+    settings: Settings,
+    source: Source,
+    origins: dict[str, str],
+    how: Sequence[str],
+    data: Data,
+    overlap: Sequence[tuple[str, str]],
 ) -> list[tuple[str, str]]:
     """The rows of the table "what was detected".
 
     Args:
         origins: where the images of each role are from, in words.
         how: how the class names were found, in phrases.
-        equal: which images are equal, in phrases.
+        overlap: the rows about equal images and near-duplicates.
     """
     columns, names = source.columns, data.class_names
     rows = [("dataset", source.kind if settings.demo else f"{settings.dataset} ({source.kind})")]
@@ -36,9 +41,7 @@ def detected_rows(
         rows.append(("unused splits", ", ".join(source.others)))
     if data.skipped:
         rows.append(("skipped", _skipped(data)))
-    if equal:
-        rows.append(("equal images", "; ".join(equal)))
-    return rows
+    return [*rows, *overlap]
 
 
 def _groups(settings: Settings, data: Data) -> str | None:

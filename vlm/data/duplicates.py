@@ -1,18 +1,19 @@
 """Equal images, by content: which are in several splits, more than once in one, or under two labels.
 
 Equal means the same size and the same pixels, as `image_key` has it. A crop, or a file that was compressed again, is
-another image. An image whose key is not known equals no other one.
+another image, and at most a near-duplicate. An image whose key is not known equals no other one.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from vlm.common import UsageError, brief, listed, note
-from vlm.data.splits import ROLES, Split
+from vlm.data.near_duplicates import find_near
+from vlm.data.splits import LEAKS, ROLES, NearPair, Split, near_kind
 
 MOST_SHOWN = 3
-LEAKS = (("test", "train"), ("validation", "train"), ("test", "validation"))
 TWO_LABELS = "under_two_labels"
 
 
@@ -26,11 +27,12 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Overlap:
-    """counts: the numbers of equal images, as `results.json` has them; phrases: what the table "what was detected" says
-    about them, empty if there are none."""
+    """counts: the numbers of equal images and near-duplicates, as `results.json` has them; rows: what the table "what
+    was detected" says about them, empty if there are none; near: the near-duplicates."""
 
     counts: dict[str, int]
-    phrases: list[str]
+    rows: list[tuple[str, str]]
+    near: list[NearPair]
 
 
 def equal_images(split: Split) -> list[list[int]]:
@@ -65,7 +67,8 @@ def without_copies(splits: Mapping[str, Split], cut: Sequence[str]) -> dict[str,
 
 
 def find_overlap(splits: Mapping[str, Split], class_names: Sequence[str]) -> Overlap:
-    """Count the images that another split has too, that a split has more than once, and that have two labels.
+    """Count the images that another split has too, that a split has more than once, that have two labels, and that look
+    almost like one in another split.
 
     Notes name the first ones.
     """
@@ -82,11 +85,13 @@ def find_overlap(splits: Mapping[str, Split], class_names: Sequence[str]) -> Ove
         shown = [" = ".join(_show(place, kind, class_names) for place in pair) for pair in pairs[:MOST_SHOWN]]
         cure = ". Correct their labels" if kind == TWO_LABELS else ""
         note(f"{phrase}: {', '.join(shown)}{', ...' if len(pairs) > MOST_SHOWN else ''}{cure}")
-    counts = {kind: len(pairs) for kind, pairs in found.items()}
+    near = find_near(splits)
+    counts = {kind: len(pairs) for kind, pairs in found.items()} | _count_near(near)
     if splits["train"].has_groups:
         counts |= {kind: len(shared) for kind, shared in groups.items()}
     of_groups = [_group_phrase(kind, shared) for kind, shared in groups.items() if shared]
-    return Overlap(counts, [*of_groups, *phrases.values()])
+    rows = [("equal images", [*of_groups, *phrases.values()]), ("near-duplicates", _note_near(near, splits))]
+    return Overlap(counts, [(name, "; ".join(said)) for name, said in rows if said], near)
 
 
 def _shared(split: Split, other: Split) -> list[str]:
@@ -100,6 +105,31 @@ def _group_phrase(kind: str, shared: Sequence[str]) -> str:
     return (
         f"{len(shared):,} group{'s' * (len(shared) > 1)} of {what} {'are' if len(shared) > 1 else 'is'} in {where}, too"
     )
+
+
+def _count_near(near: Sequence[NearPair]) -> dict[str, int]:
+    counted = Counter(pair.kind for pair in near)
+    return {kind: counted[kind] for role, other in LEAKS for kind in [near_kind(role, other)]}
+
+
+def _note_near(near: Sequence[NearPair], splits: Mapping[str, Split]) -> list[str]:
+    """Name the first near-duplicates of each kind in a note.
+
+    Returns:
+        What the table says of each kind.
+    """
+    phrases = []
+    for role, other in LEAKS:
+        pairs = [pair for pair in near if pair.kind == near_kind(role, other)]
+        if not pairs:
+            continue
+        looks = "looks" if len(pairs) == 1 else "look"
+        phrases.append(f"{len(pairs):,} of {len(splits[role]):,} images of {role} {looks} almost like one in {other}")
+        names, others = splits[role].names, splits[other].names
+        shown = [f"{brief(names[p.position])} ~ {brief(others[p.other_position])}" for p in pairs[:MOST_SHOWN]]
+        more = ", ..." if len(pairs) > MOST_SHOWN else ""
+        note(f"{phrases[-1]} (keep such images in one split, see --group-column): {', '.join(shown)}{more}")
+    return phrases
 
 
 def _pairs(splits: Mapping[str, Split]) -> dict[str, list[tuple[Place, Place]]]:

@@ -52,11 +52,12 @@ def load_data(settings: Settings, dataset: object = None) -> Data:
         edge=int(np.percentile(readable.edges, EDGE_PERCENTILE, method="higher")),
         skipped=readable.skipped,
         overlap=overlap.counts,
+        near=overlap.near,
         cut=cut,
         stream=source.stream,
     )
     origins = {role: _origin(role, source, hidden, settings.shots) for role in ROLES}
-    data.summary = detected_rows(settings, source, origins, classes.how, data, overlap.phrases)
+    data.summary = detected_rows(settings, source, origins, classes.how, data, overlap.rows)
     data.source = data_metadata(settings, source, origins, data)
     return data
 

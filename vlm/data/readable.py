@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from vlm.common import Bar, UsageError, listed, note
 from vlm.data.images import UnreadableImage
+from vlm.data.near_duplicates import perceptual_hash
 from vlm.data.splits import ROLES, Check, Split
 
 MOST_UNREADABLE = 0.05  # share of a split
@@ -42,7 +43,7 @@ def decode(splits: Mapping[str, Split]) -> None:
         try:
             sample = split[i]
             split.keys[i] = sample.key
-            split.checks[i] = Check(sample.image.size)
+            split.checks[i] = Check(sample.image.size, look=perceptual_hash(sample.image))
         except UnreadableImage as error:
             split.checks[i] = Check(fault=str(error))
 

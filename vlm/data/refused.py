@@ -33,7 +33,8 @@ def leave_out_refused(data: Data, refusal: Refusal) -> None:
     kept = keep_readable(splits, data.class_names, data.cut)
     data.train, data.validation, data.test = (kept.splits[role] for role in ROLES)
     data.skipped += kept.skipped
-    data.overlap = find_overlap(kept.splits, data.class_names).counts
+    overlap = find_overlap(kept.splits, data.class_names)
+    data.overlap, data.near = overlap.counts, overlap.near
     count_again(data)
 
 

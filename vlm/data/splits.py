@@ -17,18 +17,44 @@ if TYPE_CHECKING:
     from vlm.data.stream import Stream
 
 ROLES = ("train", "validation", "test")
+LEAKS = (("test", "train"), ("validation", "train"), ("test", "validation"))  # what would make an accuracy too high
 
 
 class Check(NamedTuple):
-    """What is known of an image that was decoded: width and height in pixels, or its name and why it cannot be read."""
+    """What is known of an image that was decoded: width and height in pixels, or its name and why it cannot be read;
+    look: its `perceptual_hash`, None if it has none."""
 
     size: tuple[int, int] = (0, 0)
     fault: str | None = None
+    look: bytes | None = None
 
     @property
     def edge(self) -> int:
         """The longest edge in pixels."""
         return max(self.size)
+
+
+class NearPair(NamedTuple):
+    """An image of the split `role` at `position`, and the one of the split `other` that it looks most like.
+
+    distance: the number of bits in which their hashes differ.
+    """
+
+    role: str
+    position: int
+    other: str
+    other_position: int
+    distance: int
+
+    @property
+    def kind(self) -> str:
+        """The key in `overlap` of `results.json`."""
+        return near_kind(self.role, self.other)
+
+
+def near_kind(role: str, other: str) -> str:
+    """What `overlap` of `results.json` calls the images of a split that look almost like one in another."""
+    return f"{role}_near_{other}"
 
 
 class Split:
@@ -119,7 +145,8 @@ class Data:
     edge: 95% of the training images have no edge longer than this, in pixels;
     summary: rows of the table "what was detected"; skipped: each unreadable image with the reason;
     source: what the metadata of the model say about the data, as JSON values; cut: the splits that were cut from train;
-    overlap: the numbers of equal images in and between the splits, as `results.json` has them;
+    overlap: the numbers of equal images in and between the splits, and of near-duplicates between them, as
+    `results.json` has them; near: the near-duplicates, as `find_near` has them;
     stream: the train split if it is read during the training: `train` is a sample of it then.
     """
 
@@ -132,6 +159,7 @@ class Data:
     skipped: list[str] = field(default_factory=list)
     source: dict[str, Any] = field(default_factory=dict)
     overlap: dict[str, int] = field(default_factory=dict)
+    near: list[NearPair] = field(default_factory=list)
     cut: list[str] = field(default_factory=list)
     stream: "Stream | None" = None
 

@@ -1,4 +1,4 @@
-"""Test images that the page shows one by one: which they are, and what is said of them. C = classes."""
+"""Images that the page shows one by one: which they are, and what is said of them. C = classes."""
 
 import base64
 import io
@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlm.data import Split, UnreadableImage
+from vlm.data import Data, Split, UnreadableImage
 
 MOST_IMAGES = 12  # mistakes, and as many uncertain images
+MOST_PAIRS = 12  # near-duplicates
 MOST_PROBABLE = 3  # classes of an image
 THUMBNAIL = 128  # pixels, the longer side
 SMALL = 64  # pixels; an image that is no larger is kept as it is, without loss
@@ -59,6 +60,16 @@ class Card:
     text: str
 
 
+@dataclass(frozen=True)
+class Place:
+    """An image of a split, next to one that it looks like."""
+
+    image: Thumbnail | None
+    name: str
+    split: str
+    truth: str
+
+
 def shown_images(predictions: Sequence[Prediction]) -> list[int]:
     """Positions of the images that the page shows one by one: those worth an explanation."""
     return confident_mistakes(predictions) + least_certain(predictions)
@@ -90,6 +101,18 @@ def card(prediction: Prediction, class_names: list[str], image: Thumbnail | None
         probabilities=[(class_names[i], float(prediction.probabilities[i]), i == prediction.label) for i in shown],
         text=(prediction.text or "").strip(),
     )
+
+
+def near_pairs(data: Data) -> list[tuple[Place, Place]]:
+    """The first near-duplicates, each with the image that it looks like."""
+
+    def place(role: str, position: int) -> Place:
+        split = getattr(data, role)
+        image, label = thumbnail(split, position), split.labels[position]
+        return Place(image, split.names[position], role, data.class_names[label])
+
+    pairs = data.near[:MOST_PAIRS]
+    return [(place(p.role, p.position), place(p.other, p.other_position)) for p in pairs]
 
 
 def thumbnail(split: Split, position: int, edge: int = THUMBNAIL) -> Thumbnail | None:

@@ -13,7 +13,17 @@ import numpy as np
 
 from vlm.data import Data
 from vlm.evaluation import is_calibrated, missed_target
-from vlm.report.cards import Card, Prediction, Thumbnail, card, confident_mistakes, least_certain, thumbnail
+from vlm.report.cards import (
+    Card,
+    Place,
+    Prediction,
+    Thumbnail,
+    card,
+    confident_mistakes,
+    least_certain,
+    near_pairs,
+    thumbnail,
+)
 from vlm.report.summary import MEANING, abstention_line, probed_encoder, uncalibrated_accuracy, warnings_of
 
 MOST_CONFUSIONS = 10
@@ -245,6 +255,10 @@ class Content:
             counts = [(split, int(counts[number])) for split, counts in self.split_counts.items()]
             samples.append(Sample(name, image, counts))
         return samples
+
+    @property
+    def near(self) -> list[tuple[Place, Place]]:
+        return near_pairs(self.data)
 
     @property
     def facts(self) -> list[tuple[str | None, dict[str, Any]]]:
