@@ -42,8 +42,9 @@ def perceptual_hash(image: Image.Image) -> bytes | None:
     if shortest >= 2 * ENOUGH:  # every k-th pixel is enough of a large image, and 30 times as fast
         image = image.resize((ENOUGH, ENOUGH), Image.Resampling.NEAREST)
     small = image.convert("L").resize((SIDE, SIDE), Image.Resampling.BICUBIC, reducing_gap=2.0)
+    pixels = np.frombuffer(small.tobytes(), dtype=np.uint8).reshape(SIDE, SIDE).astype(np.float32)
     # (SIDE, SIDE) -> (F, F) -> (90,)
-    found = (_DCT @ np.asarray(small, dtype=np.float32) @ _DCT.T)[_KEPT]
+    found = (_DCT @ pixels @ _DCT.T)[_KEPT]
     if np.count_nonzero(np.abs(found) >= FAINT) < found.size / 2:
         return None
     return np.packbits(found > 0).tobytes().ljust(HASH_BYTES, b"\0")
@@ -64,14 +65,16 @@ def _near(splits: Mapping[str, Split], role: str, other: str) -> list[NearPair]:
     if not asked or not there:
         return []
     first = [positions[0] for positions in there.values()]
-    low, high = np.frombuffer(b"".join(there), dtype=np.uint64).reshape(-1, 2).T.copy()  # (N,), (N,)
+    # (N, 2) -> (N,), (N,): a hash is two numbers; most pairs are too far apart in the first one already
+    lows, highs = np.frombuffer(b"".join(there), dtype=np.uint64).reshape(-1, 2).T.copy()
     found = []
-    for look, positions in with_bar(asked.items(), len(asked), f"looking for images of {role} that look like {other}"):
-        mine = np.frombuffer(look, dtype=np.uint64)
-        distances = np.bitwise_count(low ^ mine[0]) + np.bitwise_count(high ^ mine[1])
-        nearest = int(distances.argmin())
-        if (distance := int(distances[nearest])) <= FARTHEST:
-            found += [NearPair(role, i, other, first[nearest], distance) for i in positions]
+    for look, positions in with_bar(asked.items(), len(asked), f"looking for images of {role} in {other}"):
+        low, high = np.frombuffer(look, dtype=np.uint64)
+        close = np.flatnonzero(np.bitwise_count(lows ^ low) <= FARTHEST)
+        distances = np.bitwise_count(lows[close] ^ low) + np.bitwise_count(highs[close] ^ high)
+        if close.size and (distance := int(distances.min())) <= FARTHEST:
+            nearest = first[close[distances.argmin()]]
+            found += [NearPair(role, i, other, nearest, distance) for i in positions]
     return sorted(found, key=lambda pair: (pair.distance, pair.position))
 
 

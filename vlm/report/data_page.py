@@ -10,7 +10,7 @@ import numpy as np
 
 from vlm.common import with_bar
 from vlm.data import ROLES, Data, Split
-from vlm.report.cards import Thumbnail, thumbnail
+from vlm.report.cards import Place, Thumbnail, near_pairs, thumbnail
 from vlm.report.templates import render, write_page
 
 TEMPLATE = "data_page.html.jinja"
@@ -155,6 +155,10 @@ class DataContent:
         groups.sort(key=lambda group: -len({(role, self.splits[role].labels[i]) for role, i in group}))
         self.copied = len(groups)
         return [[self._picture(*place) for place in group[:2]] for group in groups[:MOST_COPIES]]
+
+    @property
+    def near(self) -> list[tuple[Place, Place]]:
+        return near_pairs(self.data)
 
     @property
     def left_out(self) -> list[str]:
