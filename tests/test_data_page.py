@@ -11,6 +11,7 @@ from test_page import EVIL, Page, split
 from tiny import random_image
 
 from vlm.data import Data, Rows, Split
+from vlm.data.splits import NearPair
 from vlm.report import DataContent, data_page, is_data_page, write_data_page
 
 
@@ -38,6 +39,12 @@ def test_each_class_and_split_is_shown_with_its_counts(tmp_path):
     assert page.sections == ["detected", "counts", "sheets"], "there are no sizes, copies or unreadable images"
     assert "dog shown to the model as a hound train 4 · validation 1 · test 1" in page.text_of["sheets"]
     assert len(page.all("img")) == 2 * (4 + 1 + 1)
+
+
+def test_near_duplicates_are_side_by_side(tmp_path):
+    page = page_of(tmp_path, data_of(["cat", "dog"], near=[NearPair("test", 1, "train", 2, 3)]))
+    assert "1 image that looks almost like one in another split." in page.text_of["near"]
+    assert "test: dog folder <i>/1.jpg train: cat folder <i>/2.jpg" in page.text_of["near"]
 
 
 def test_the_images_are_drawn_with_the_seed(tmp_path):

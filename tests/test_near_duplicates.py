@@ -126,6 +126,7 @@ def test_near_duplicates_are_counted_and_named_and_stay(tmp_path, capsys):
     )
     notes = capsys.readouterr().err
     pair = "val/b/one again.png ~ train/a/one.png"
-    assert f"of validation looks almost like one in train (keep such images in one split, see --group-column): {pair}\n" in notes
+    cure = "(keep such images in one split, see --group-column)"
+    assert f"1 of 8 images of validation looks almost like one in train {cure}: {pair}\n" in notes
     (first,) = [line for line in notes.splitlines() if "of test look almost like one in train (" in line]
     assert first.count(" ~ train/a/one.png") == 3 and first.endswith(", ...")
