@@ -16,7 +16,7 @@ FARTHEST = 12  # bits: half of the least distance of two different tiles of plan
 SIDE = 32  # pixels; an image with a shorter edge has no hash
 ENOUGH = 256  # pixels of an edge that are looked at
 FREQUENCIES = 13
-FAINT = 1.0  # gray levels (of 255, times SIDE / 32): what rounding to 8 bits can do to a coefficient
+FAINT = 1.0  # gray levels; a smaller coefficient may come from rounding the pixels to 8 bits
 HASH_BYTES = 16
 
 _waves = np.arange(FREQUENCIES)
@@ -39,7 +39,7 @@ def perceptual_hash(image: Image.Image) -> bytes | None:
     shortest = min(image.size)
     if shortest < SIDE:
         return None
-    if shortest >= 2 * ENOUGH:  # every k-th pixel is enough of a large image, and 30 times as fast
+    if shortest >= 2 * ENOUGH:  # every k-th pixel is enough of a large image, and much faster
         image = image.resize((ENOUGH, ENOUGH), Image.Resampling.NEAREST)
     small = image.convert("L").resize((SIDE, SIDE), Image.Resampling.BICUBIC, reducing_gap=2.0)
     pixels = np.frombuffer(small.tobytes(), dtype=np.uint8).reshape(SIDE, SIDE).astype(np.float32)
