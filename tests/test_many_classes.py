@@ -41,7 +41,7 @@ def passes(monkeypatch):
 
     def watched(self, nodes):
         result = run(self, nodes)
-        seen.append((sum(map(len, nodes)), self.nodes.size))
+        seen.append(((nodes >= 0).sum(), self.nodes.size))
         return result
 
     monkeypatch.setattr(scoring.TreeState, "run", watched)

@@ -147,8 +147,8 @@ class VLMClassifier(nn.Module):
         """Log-probabilities of the scored texts, the most probable branches of the label tree first.
 
         Args:
-            tolerance, proven: see `label_tree.Search`. The probabilities are those after `calibration`; if that is only
-                a temperature, those before it, too.
+            tolerance, proven: see `best_first.Searches`. The probabilities are those after `calibration`; if that is
+                only a temperature, those before it, too.
             labels: for each image a class whose log-probability has to be exact.
         """
         return self.strategy.search(reading, self.calibration, tolerance, labels, proven)

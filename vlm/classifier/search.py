@@ -5,7 +5,7 @@ tokens of prompt and opening, R = nodes of a pass over all images, D = width, V 
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from vlm.classifier.label_tree import LabelTree, Search
+from vlm.classifier.best_first import Searches
+from vlm.classifier.label_tree import LabelTree
 from vlm.classifier.prefix import change_layers, expand
 from vlm.families import Family
 
@@ -44,43 +45,37 @@ class Reading:
     next_position: Tensor
 
 
-def run_searches(family: Family, tree: LabelTree, reading: Reading, searches: Sequence[Search]) -> None:
+def run_searches(family: Family, tree: LabelTree, reading: Reading, searches: Searches) -> None:
     """Run all searches to their end.
 
     Args:
-        family: the model. tree: its label tree. reading: prompts that were read; left as they are. searches: one an
-            image.
+        family: the model. tree: its label tree. reading: prompts that were read; left as they are. searches: those of
+            its images.
     """
     _record_opening(family, tree, reading, searches)
     state = TreeState(family, tree, reading)
     for number in itertools.count(1):
         room = max(1, NODES_AT_ONCE // max(1, len(state.images)))
-        chosen = [searches[image].next(room) for image in state.images]
-        going_on = [i for i, segments in enumerate(chosen) if segments]
-        if not going_on:
+        chosen = searches.wanted(room)
+        going_on = chosen[state.images].any(1)
+        if not going_on.any():
             return
-        if len(going_on) < len(chosen):
-            state.keep_images(going_on)
-        active = [searches[image] for image in state.images]
-        segments = [chosen[i] for i in going_on]
-        if _all_at_once(active, segments, room, number * _pass_cost(reading.states.device)):
-            segments = [search.rest() for search in active]
-        nodes = [[node for segment in some for node in segment] for some in segments]
-        hidden = state.run(nodes)
-        _record(family, tree, active, nodes, hidden)
-        for search, some in zip(active, segments, strict=True):
-            for segment in some:
-                search.visited(segment)
-        state.drop_finished(active)
+        if not going_on.all():
+            state.keep_images(np.flatnonzero(going_on))
+        spare = number * _pass_cost(reading.states.device)
+        whole = _all_at_once(searches, state.images, chosen, room, spare)
+        images, nodes = searches.nodes(searches.open & chosen.any(1, keepdims=True) if whole else chosen, whole)
+        rows, columns, padded = _pad(np.searchsorted(state.images, images), nodes, len(state.images))
+        hidden = state.run(padded)
+        _record(family, tree, searches, images, nodes, hidden[_index(rows, hidden), _index(columns, hidden)])
+        state.drop_finished(searches)
 
 
 def _pass_cost(device: torch.device) -> int:
     return PASS_COST if device.type == "cpu" else NODES_AT_ONCE
 
 
-def _all_at_once(
-    searches: Sequence[Search], segments: Sequence[Sequence[Sequence[int]]], room: int, spare: int
-) -> bool:
+def _all_at_once(searches: Searches, images: np.ndarray, chosen: np.ndarray, room: int, spare: int) -> bool:
     """Whether to visit all that is left, in place of the segments that the searches want.
 
     Only afterwards is it known if the wanted segments were enough or if more passes follow. So a visit of all may run
@@ -88,53 +83,41 @@ def _all_at_once(
     one. Then at most about twice the cost of the better way is paid, whichever it is.
 
     Args:
-        room: nodes an image in one pass. spare: the fixed costs of these passes, in nodes.
+        images: those that go on. chosen: (B, H) bool, the segments wanted. room: nodes an image in one pass.
+        spare: the fixed costs of these passes, in nodes.
     """
-    whole = max(search.left for search in searches)
-    wanted = max(sum(map(len, some)) for some in segments)
-    certain = all(search.tolerance == 0 for search in searches)  # all will be visited in any case
-    return whole <= room and (certain or len(searches) * (whole - wanted) <= spare)
+    whole = searches.left[images].max()
+    wanted = (chosen[images] @ searches.tree.segment_lengths).max()
+    certain = searches.tolerance == 0  # all will be visited in any case
+    return bool(whole <= room and (certain or len(images) * (whole - wanted) <= spare))
 
 
-def _record_opening(family: Family, tree: LabelTree, reading: Reading, searches: Sequence[Search]) -> None:
+def _record_opening(family: Family, tree: LabelTree, reading: Reading, searches: Searches) -> None:
     """What the states of prompt and opening predict: the first nodes, then those after each node of the opening."""
-    opening = list(range(reading.states.shape[1] - 1))  # the first nodes of a tree with one beginning
-    predicting = [-1, *opening]
-    _record(family, tree, searches, [predicting] * len(searches), reading.states)
-    for search in searches:
-        search.begin(opening)
+    images, predicting = reading.states.shape[:2]  # the first nodes of a tree with one beginning, after ROOT
+    nodes = np.tile(np.arange(predicting) - 1, images)
+    # (B, 1 + O, D) -> (B * (1 + O), D): the states of all images, one after the other
+    _record(family, tree, searches, np.repeat(np.arange(images), predicting), nodes, reading.states.flatten(0, 1))
+    searches.begin(predicting - 1)
 
 
 def _record(
-    family: Family,
-    tree: LabelTree,
-    searches: Sequence[Search],
-    nodes: Sequence[Sequence[int]],
-    hidden: Tensor,
+    family: Family, tree: LabelTree, searches: Searches, images: np.ndarray, nodes: np.ndarray, states: Tensor
 ) -> None:
-    """Tell the searches the log-probabilities of all children of some nodes (-1: the prompt).
+    """Tell the searches the log-probabilities of all children of some nodes, or of ROOT.
 
     Args:
-        nodes: for each image. hidden: (B, N, D) their states, padded.
+        images: (R,) image of each node. nodes: (R,). states: (R, D) their hidden states.
     """
-    rows = [(i, n) for i, some in enumerate(nodes) for n in range(len(some))]
-    below = [tree.first if nodes[i][n] < 0 else tree.children[nodes[i][n]] for i, n in rows]
-    row_of = np.repeat(np.arange(len(rows)), [len(some) for some in below])
-    flat = np.concatenate(below).astype(int)
-    # (B, N, D) -> (R, D): the states of all nodes of all images, without padding
-    states = hidden[tuple(torch.tensor(rows, device=hidden.device).T)]
-    values = np.empty(len(flat))
-    for block in _blocks(len(rows), family.vocabulary):
-        here = np.flatnonzero((row_of >= block.start) & (row_of < block.stop))
+    parent, children = tree.below(nodes)
+    tokens = tree.tokens[children]
+    values = np.empty(len(children))
+    for block in _blocks(len(nodes), family.vocabulary):
+        here = slice(*np.searchsorted(parent, (block.start, block.stop)))
         logits = family.logits(states[block])  # (rows of the block, V)
-        row, token = (
-            torch.from_numpy(x).to(logits.device) for x in (row_of[here] - block.start, tree.tokens[flat[here]])
-        )
+        row, token = (_index(x, logits) for x in (parent[here] - block.start, tokens[here]))
         values[here] = (logits[row, token] - logits.logsumexp(-1)[row]).double().cpu().numpy()
-    image_of = np.array([i for i, _ in rows])[row_of]
-    for i, search in enumerate(searches):
-        own = image_of == i
-        search.record(flat[own], values[own])
+    searches.record(images, nodes, values)
 
 
 def _blocks(rows: int, vocabulary: int) -> Iterator[slice]:
@@ -154,45 +137,40 @@ class TreeState:
     def __init__(self, family: Family, tree: LabelTree, reading: Reading):
         self.family = family
         self.tree = tree
-        self.images = list(range(len(reading.states)))
+        self.images = np.arange(len(reading.states))
         self.cache = expand(reading.cache, len(self.images))
         self.seen = reading.seen_opening
         self.next_position = reading.next_position
         self.nodes = np.empty((len(self.images), 0), dtype=int)
 
-    def run(self, nodes: Sequence[Sequence[int]]) -> Tensor:
-        """(B, N, D) states of nodes of each image, whose ancestors are in the cache or among them."""
-        new = _pad(nodes)
+    def run(self, new: np.ndarray) -> Tensor:
+        """(B, N, D) states of nodes (B, N) of each image, -1 at padding, whose ancestors are in the cache or among
+        them."""
         tokens = np.where(new >= 0, self.tree.tokens[new], 0)
         depths = np.where(new >= 0, self.tree.depths[new], 0)
         self.nodes = np.concatenate([self.nodes, new], axis=1)
-        device = self.seen.device
-        tree_part = torch.from_numpy(self.tree.sees(new, self.nodes)).to(device)
+        tree_part = _index(self.tree.sees(new, self.nodes), self.seen)
         allowed = torch.cat([self.seen.unsqueeze(1).expand(-1, new.shape[1], -1), tree_part], dim=-1).unsqueeze(1)
-        positions = self.family.text_positions(self.next_position.unsqueeze(1) + torch.from_numpy(depths).to(device))
-        embeddings = self.family.embed(torch.from_numpy(tokens).to(device))
+        positions = self.family.text_positions(self.next_position.unsqueeze(1) + _index(depths, self.seen))
+        embeddings = self.family.embed(_index(tokens, self.seen))
         return self.family.run_language(embeddings, positions, self.cache, allowed)
 
-    def keep_images(self, which: Sequence[int]) -> None:
+    def keep_images(self, which: np.ndarray) -> None:
         """Continue with some of the images."""
-        index = torch.tensor(which, device=self.seen.device)
-        self.images = [self.images[i] for i in which]
-        self.nodes, self.seen, self.next_position = self.nodes[which], self.seen[index], self.next_position[index]
+        index = _index(which, self.seen)
+        self.images, self.nodes = self.images[which], self.nodes[which]
+        self.seen, self.next_position = self.seen[index], self.next_position[index]
         change_layers(self.cache, lambda tensor: tensor[index])
 
-    def drop_finished(self, searches: Sequence[Search]) -> None:
+    def drop_finished(self, searches: Searches) -> None:
         """Where the cache has grown large, keep only the nodes that an open branch goes through."""
         if self.nodes.size <= NODES_KEPT:
             return
-        places = []
-        for own, search in zip(self.nodes, searches, strict=True):
-            open_nodes = np.array(sorted(search.open), dtype=int)
-            needed = self.tree.sees(open_nodes, own).any(0) if len(open_nodes) else np.zeros(len(own), dtype=bool)
-            places.append(np.flatnonzero(needed).tolist())
-        kept = _pad(places)
+        rows, columns = np.nonzero(searches.needed(self.images, self.nodes))
+        _, _, places = _pad(rows, columns, len(self.images))
         prompt = self.seen.shape[1]
-        self.nodes = np.where(kept >= 0, np.take_along_axis(self.nodes, np.maximum(kept, 0), axis=1), -1)
-        index = torch.from_numpy(np.maximum(kept, 0)).to(self.seen.device)[:, None, :, None]
+        self.nodes = np.where(places >= 0, np.take_along_axis(self.nodes, np.maximum(places, 0), axis=1), -1)
+        index = _index(np.maximum(places, 0), self.seen)[:, None, :, None]
         change_layers(self.cache, lambda tensor: _gather(tensor, index, prompt))
 
 
@@ -203,9 +181,15 @@ def _gather(tensor: Tensor, index: Tensor, prompt: int) -> Tensor:
     return torch.cat([tensor[:, :, :prompt], kept], dim=2)
 
 
-def _pad(rows: Sequence[Sequence[int]]) -> np.ndarray:
-    """Rows of unequal length -> (B, longest), padded with -1."""
-    result = np.full((len(rows), max(map(len, rows))), -1)
-    for row, values in zip(result, rows, strict=True):
-        row[: len(values)] = values
-    return result
+def _index(values: np.ndarray, like: Tensor) -> Tensor:
+    return torch.from_numpy(values).to(like.device)
+
+
+def _pad(rows: np.ndarray, values: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Values of rows, in the order of the rows, side by side: (R,) row and (R,) column of each, and (count, longest)
+    the values there, padded with -1."""
+    lengths = np.bincount(rows, minlength=count)
+    columns = np.arange(len(rows)) - (np.cumsum(lengths) - lengths)[rows]
+    result = np.full((count, lengths.max()), -1)
+    result[rows, columns] = values
+    return rows, columns, result

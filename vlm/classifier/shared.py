@@ -11,15 +11,15 @@ label tree in a row, C = classes, D = width.
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from vlm.classifier.batching import Batch
+from vlm.classifier.best_first import Searches
 from vlm.classifier.calibration import Calibration
 from vlm.classifier.forward import Forward, LossOutput, Scored
-from vlm.classifier.label_tree import LabelTree, Search
+from vlm.classifier.label_tree import LabelTree
 from vlm.classifier.objective import Objective
 from vlm.classifier.prefix import KeysAndValues, Recorded, StepPrefix, expand, in_front, keys_and_values
 from vlm.classifier.search import Reading, run_searches
@@ -164,14 +164,11 @@ class SharedPrefix(Forward):
         proven: int,
     ) -> Scored:
         temperature, bias = calibration.weighting()
-        searches = [
-            Search(self.tree, tolerance, temperature, bias, label, proven)
-            for label in (labels if labels is not None else [None] * len(reading.states))
-        ]
+        searches = Searches(self.tree, len(reading.states), tolerance, temperature, bias, labels, proven)
         run_searches(self.family, self.tree, reading, searches)
-        scores = torch.from_numpy(np.stack([search.class_log_probabilities() for search in searches]))  # (B, C)
         dtype = torch.promote_types(reading.states.dtype, torch.float32)
-        return Scored(scores.to(dtype), torch.tensor([search.unexplored for search in searches]))
+        scores = torch.from_numpy(searches.class_log_probabilities())  # (B, C)
+        return Scored(scores.to(dtype), torch.from_numpy(searches.unexplored).float())
 
     @torch.no_grad()
     def write(self, reading: Reading, limit: int) -> list[str]:

@@ -112,9 +112,8 @@ def _predicted(family: Family, states: Tensor, rows: Tensor, tokens: Tensor) -> 
 
 def _nodes_to_run(tree: LabelTree, opening: int, whole: bool) -> np.ndarray:
     """(N,) inner nodes after the opening: all of them, or those that several classes go through."""
-    return np.array(
-        [node for node in tree.inner if node >= opening and (whole or len(tree.classes_below(node)) > 1)], dtype=int
-    )
+    run = tree.predicts if whole else tree.predicts & (tree.class_counts > 1)
+    return opening + np.flatnonzero(run[opening:])
 
 
 def _predicted_nodes(tree: LabelTree, opening: int, state_of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
