@@ -57,8 +57,10 @@ TEMPLATE = CHAT_TEMPLATE.replace(
 
 
 def class_names(count: int) -> list[str]:
-    """Up to 100 names of two words, of the same number of tokens each; neighbors share neither word."""
-    return [f"{ADJECTIVES[(i + i // 10) % 10]} {NOUNS[i % 10]}" for i in range(count)]
+    """Names of two words, of the same number of tokens each; neighbors share neither word. From the hundredth on they
+    end with a number."""
+    names = [f"{ADJECTIVES[(i + i // 10) % 10]} {NOUNS[i % 10]}" for i in range(count)]
+    return [name if i < 100 else f"{name} {i // 100}" for i, name in enumerate(names)]
 
 
 def system_text(size: str, tokens: int | None = None) -> str:

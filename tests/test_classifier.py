@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny import NAMES, batch_of, full_row_logits, random_image, samples, save_tiny_model, tiny_classifier
+from tiny import NAMES, batch_of, full_row_logits, random_image, samples, save_tiny_model, tiny_classifier, tiny_prompts
 
 from vlm.classifier import search as scoring
 from vlm.classifier.batching import IGNORED, vlm_collate_fn
@@ -209,8 +209,11 @@ def test_the_kept_prefix_is_forgotten_when_training(folder):
 def test_a_sample_that_is_too_long_is_refused_by_name(folder):
     classifier = tiny_classifier(folder)
     short = replace(classifier.rendered, max_length=20)
-    with pytest.raises(UsageError, match="image 0 has .* tokens"):
+    with pytest.raises(UsageError, match="image 0 has .* tokens.* at most 20: shorten --system-instructions"):
         vlm_collate_fn(samples([0]), classifier.family, short)
+    listed = replace(short, prompts=tiny_prompts(tuple(f"class number {i}" for i in range(50))))
+    with pytest.raises(UsageError, match="most of that is the list of the 50 classes"):
+        vlm_collate_fn(samples([0]), classifier.family, listed)
 
 
 def test_a_image_placeholder_in_a_text_is_refused(folder):

@@ -37,6 +37,10 @@ def test_underscores_are_accepted_in_flags_but_not_changed_in_values():
         (["ice cap, dune field"], ["ice cap", "dune field"]),
         (["ice cap", "dune field"], ["ice cap", "dune field"]),
         ([" ael\n", "\taec,", "cli"], ["ael", "aec", "cli"]),
+        (["tench, Tinca tinca; goldfish"], ["tench, Tinca tinca", "goldfish"]),
+        (['"tench, Tinca tinca", goldfish , "a; b"'], ["tench, Tinca tinca", "goldfish", "a; b"]),
+        (['5" disk, 3" disk'], ['5" disk', '3" disk']),
+        (['"ice cap" dune'], ["ice cap", "dune"]),
     ],
 )
 def test_class_names_as_words_or_as_one_string(words, names):

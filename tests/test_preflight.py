@@ -59,3 +59,16 @@ def test_the_settings_say_what_is_faster_how_many_work_and_where_features_are_ke
     )
     assert one["vision features"] == f"kept in {cache_root()}, all runs together at most 20 GB (--cache-size)"
     assert two["batch size"] == "8" and two["processes"].startswith("2, ") and "vision features" not in two
+
+
+def test_the_settings_say_that_the_class_list_is_left_out(classifier):
+    def rows(**more):
+        settings = resolve({"model": "x"} | more)
+        return dict(settings_rows(settings, classifier, "cpu", torch.float32, 1))
+
+    assert "class list" not in rows()
+    classifier.prompts = replace(classifier.prompts, class_names=tuple(f"a long name {i}" for i in range(600)))
+    assert rows()["class list"] == (
+        "not in the prompt: it has 10,088 characters, above 8,192 (--system-instructions with {classes} puts it there)"
+    )
+    assert "class list" not in rows(system_instructions="One of {classes}")

@@ -7,7 +7,7 @@ import pytest
 
 from vlm.common.errors import UsageError
 from vlm.config import LAYOUTS, reasoning_of, resolve, stated_format
-from vlm.conversation.prompts import Prompts, build_prompts, parse_answer
+from vlm.conversation.prompts import LONGEST_LIST, Prompts, build_prompts, parse_answer
 
 NAMES = ["cat", "catfish", "cat fish"]
 
@@ -23,6 +23,27 @@ def test_default_texts_hold_the_task_and_all_classes():
         "Reasoning: Looking at this image, I can see features of catfish. "
         "Based on the visual features, this appears to be catfish.\nAnswer: catfish"
     )
+
+
+def test_a_class_list_that_would_be_too_long_is_left_out_of_the_default_text(tmp_path):
+    room = LONGEST_LIST - len("cat, fish, ")
+    names = ["cat", "fish", "x" * room]
+    fits, longer = build_prompts(resolve({}), names), build_prompts(resolve({}), [*names[:2], "x" * (room + 1)])
+    assert fits.system.endswith("these classes: " + ", ".join(names))
+    assert longer.system.endswith("exactly one of 3 classes.") and len(longer.responses) == 3
+    own = build_prompts(resolve({"system_instructions": "One of {classes}."}), [*names, "y"])
+    assert own.system == f"One of {', '.join(names)}, y."
+    file = tmp_path / "descriptions.json"
+    file.write_text('{"cat": "fur"}', encoding="utf-8")
+    described = build_prompts(resolve({"class_descriptions": str(file)}), [*names, "y"])
+    assert "\n- cat: fur\n- fish\n" in described.system
+
+
+def test_names_with_commas_are_told_apart_and_are_answers():
+    names = ["tench, Tinca tinca", "goldfish", "crane", "crane, bird"]
+    prompts = build_prompts(resolve({}), names)
+    assert prompts.system.endswith("classes: tench, Tinca tinca; goldfish; crane; crane, bird")
+    assert [parse_answer(response, names) for response in prompts.responses] == names
 
 
 def test_only_the_two_known_fields_of_a_template_are_filled():

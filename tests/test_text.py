@@ -2,7 +2,7 @@
 
 import pytest
 
-from vlm.common import csv_cell, message_text, printable, printable_lines, shorten
+from vlm.common import csv_cell, listed, message_text, printable, printable_lines, shorten
 
 
 @pytest.mark.parametrize(
@@ -45,3 +45,8 @@ def test_other_cells_stay_as_they_are(value):
 def test_long_names_are_cut_in_the_middle():
     assert shorten("x" * 24, 24) == "x" * 24
     assert shorten("abcdefghijkl", 9) == "abcde…jkl"
+
+
+def test_names_with_commas_are_told_apart_in_a_list():
+    assert listed(["a", "b"]) == "a, b" and listed("abc", most=2) == "a, b, ..."
+    assert listed(["tench, Tinca tinca", "goldfish", "x"], most=2) == "tench, Tinca tinca; goldfish; ..."

@@ -93,7 +93,7 @@ def vlm_collate_fn(
         prompt = [*image_ids, *rendered.question_ids]
         response = response_of(sample, family, rendered) if with_response else []
         length = len(prompt) + len(response)
-        _check_length(sample, len(rendered.prefix_ids) + length, rendered.max_length)
+        _check_length(sample, len(rendered.prefix_ids) + length, rendered)
         lengths.append(length)
         rows.append(prompt + (response or rendered.opening_ids))
         targets.append([IGNORED] * len(prompt) + (response or [IGNORED] * len(rendered.opening_ids)))
@@ -114,11 +114,19 @@ def vlm_collate_fn(
     )
 
 
-def _check_length(sample: Sample, tokens: int, most: int) -> None:
-    if tokens > most:
+def _check_length(sample: Sample, tokens: int, rendered: Rendered) -> None:
+    if tokens > rendered.max_length:
+        said = rendered.prompts.system + rendered.prompts.question
+        names = rendered.prompts.shown_names
+        cure = "shorten --system-instructions, the class descriptions or its reasoning."
+        if all(name in said for name in names) and 2 * sum(map(len, names)) > len(said):
+            cure = (
+                f"most of that is the list of the {len(names):,} classes. "
+                "Give --system-instructions without {classes}, or a model that reads more."
+            )
         raise UsageError(
-            f"{sample.name} has {tokens} tokens with its texts, and the model reads at most {most}: "
-            "shorten --system-instructions, the class descriptions or its reasoning."
+            f"{sample.name} has {tokens} tokens with its texts, and the model reads at most {rendered.max_length}: "
+            f"{cure}"
         )
 
 

@@ -1,6 +1,6 @@
 """How things are written in messages, tables, pages and files that other programs read."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 CONTINUED = "\n       "  # the line break of a message: its next line is indented to stand below "error: "
@@ -54,10 +54,15 @@ def brief(text: object) -> str:
     return printable(shorten(str(text), BRIEF))
 
 
+def joined(names: Sequence[str]) -> str:
+    """Names in one line: with commas, or with semicolons if a name has a comma."""
+    return ("; " if any("," in name for name in names) else ", ").join(names)
+
+
 def listed(names: Iterable[object], most: int = 20) -> str:
     """The first ones of some names of the user's, for a message."""
     shown = list(map(brief, names))
-    return ", ".join(shown[:most]) + (", ..." if len(shown) > most else "")
+    return joined([*shown[:most], "..."] if len(shown) > most else shown)
 
 
 def dtype_name(dtype: object) -> str:

@@ -37,7 +37,7 @@ class DataSettings:
     class_names: list[str] | None = flag(
         None,
         "data",
-        "names of the classes: several words, or one string separated by commas or spaces",
+        "names of the classes: several words, or one string separated by semicolons, commas or spaces",
         nargs="+",
         metavar="NAME",
     )

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import re
 import string
 import sys
 import types
@@ -114,11 +115,14 @@ def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def split_names(words: list[str]) -> list[str]:
-    """Class names as typed: several words are taken as they are; one string is split at commas, else at spaces.
+    """Class names as typed: several words are taken as they are; one string is split at semicolons, else at commas,
+    else at spaces. A name in double quotes may have any of them.
 
     White space and commas around a word do not belong to it.
     """
     if len(words) > 1:
         return [word.strip("," + string.whitespace) for word in words]
-    separator = "," if "," in words[0] else None
-    return [name.strip() for name in words[0].split(separator) if name.strip()]
+    outside = re.sub(r'(?<![^;,\s])"[^"]*"', "", words[0])  # of names in quotes
+    separator = next((mark for mark in ";," if mark in outside), r"\s")
+    names = re.findall(rf'\s*"[^"]*"\s*(?=[{separator}]|$)|[^{separator}]+', words[0])
+    return [re.sub(r'^"(.*)"$', r"\1", name.strip()) for name in names if name.strip()]

@@ -4,7 +4,7 @@ From class names and instructions to messages (prompts.py), to token ids (render
 that are trained and scored (responses.py). Knows no architecture.
 """
 
-from vlm.conversation.prompts import Prompts, build_prompts, parse_answer
+from vlm.conversation.prompts import LONGEST_LIST, Prompts, build_prompts, leaves_list_out, parse_answer
 from vlm.conversation.rendered import Rendered
 from vlm.conversation.responses import (
     before_answer,
@@ -16,11 +16,13 @@ from vlm.conversation.responses import (
 )
 
 __all__ = [
+    "LONGEST_LIST",
     "Prompts",
     "Rendered",
     "before_answer",
     "before_reasoning",
     "build_prompts",
+    "leaves_list_out",
     "longest_reasoning",
     "parse_answer",
     "response_lengths",

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 
 from vlm.classifier import IGNORED, VLMClassifier, vlm_collate_fn
-from vlm.common import UsageError, dtype_name, listed, note
+from vlm.common import UsageError, dtype_name, joined, listed, note
 from vlm.config import IMAGES_PER_STEP, RunSettings, Settings, stated_format
-from vlm.conversation import Prompts
+from vlm.conversation import LONGEST_LIST, Prompts, leaves_list_out
 from vlm.data import Sample
 from vlm.families import cache_root
 
@@ -39,6 +39,7 @@ def settings_rows(
         ("device", device),
         ("number format", dtype_name(dtype) + quantized),
         ("response format", _format_row(settings)),
+        *_class_list_row(settings, classifier.prompts.shown_names),
         ("trained parameters", f"{trained:,} of {every:,} ({trained / every:.1%})"),
     ]
     shown = {
@@ -63,6 +64,14 @@ def settings_rows(
             )
         )
     return rows
+
+
+def _class_list_row(settings: Settings, shown_names: Sequence[str]) -> list[tuple[str, str]]:
+    if not leaves_list_out(settings, shown_names):
+        return []
+    length = len(joined(shown_names))
+    why = f"not in the prompt: it has {length:,} characters, above {LONGEST_LIST:,}"
+    return [("class list", f"{why} (--system-instructions with {{classes}} puts it there)")]
 
 
 def _format_row(settings: Settings) -> str:
