@@ -5,7 +5,8 @@ python benchmarks/all.py            (the true model: an hour or two on 2 cores, 
 python benchmarks/all.py --quick    (a sixth of the model, three benchmarks, 3 minutes; no tables without --report)
 python benchmarks/all.py --quick --only peak levers    (others)
 
-train_on_gpu.py and objectives.py are run by themselves: one needs a GPU, the other trains for hours.
+train_on_gpu.py, objectives.py and many_classes.py are run by themselves: the first needs a GPU, the others would take
+hours in the true shape.
 """
 
 import argparse

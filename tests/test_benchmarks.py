@@ -159,6 +159,14 @@ def test_train_vs_trl_in_several_batches_of_a_step(benchmark):
 
 
 @pytest.mark.slow
+def test_many_classes(benchmark):
+    rows = benchmark("many_classes", "--batch-size", "2")["rows"]
+    assert [(row["classes"], row["weights"]) for row in rows] == [
+        (classes, weights) for weights in ("peaked", "random") for classes in (5, 20)
+    ]
+    assert all(row["training images/s"] > 0 for row in rows)
+
+
 def test_classify_vs_generate(benchmark):
     rows = benchmark("classify_vs_generate", "--batch-size", "2")["rows"]
     assert {(row["weights"], row["image"]) for row in rows} >= {("peaked", "native"), ("random", "cached features")}
@@ -382,6 +390,7 @@ class TestParts:
             "train_vs_trl",
             "train_vs_plain",
             "classify_vs_generate",
+            "many_classes",
             "peak",
             "levers",
             "growth",

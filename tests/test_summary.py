@@ -111,6 +111,17 @@ def test_per_class_table_has_every_class_and_the_averages():
     assert len({len(line) for line in lines}) == 1
 
 
+def test_the_table_of_a_thousand_classes_has_those_with_the_lowest_f1():
+    names = [f"c{i}" for i in range(1000)]
+    labels = np.arange(990)  # the last ten classes have no image
+    metrics = classification_metrics(labels, np.eye(1000)[np.where(labels % 100, labels, labels + 1)], names)
+    lines = per_class_table(metrics).splitlines()
+    assert len(lines) < 120 and lines[2].split()[0] == "c0" and lines[2].split()[3] == "0.000"
+    more = next(line for line in lines if "more classes" in line)
+    assert more.split() == ["900", "more", "classes", "(results.json)", "890"]
+    assert lines[-1].split()[-1] == "990"
+
+
 def test_the_untrained_model_is_compared_without_calibration():
     zero_shot = {"accuracy": 0.05}
     assert table_of(zero_shot=zero_shot)["test accuracy before training"] == "0.0500", "a temperature changes no class"

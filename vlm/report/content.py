@@ -24,7 +24,14 @@ from vlm.report.cards import (
     near_pairs,
     thumbnail,
 )
-from vlm.report.summary import MEANING, abstention_line, probed_encoder, uncalibrated_accuracy, warnings_of
+from vlm.report.summary import (
+    MEANING,
+    abstention_line,
+    lowest_first,
+    probed_encoder,
+    uncalibrated_accuracy,
+    warnings_of,
+)
 
 MOST_CONFUSIONS = 10
 MOST_SAMPLES = 100  # classes with an image in the section on the data
@@ -180,9 +187,7 @@ class Content:
     @property
     def classes(self) -> list[tuple[str, dict[str, Any]]]:
         """The measures of each class, the lowest F1 first; classes without a test image are last."""
-        per_class = self.test["per_class"]
-        order = sorted(self.names, key=lambda name: (per_class[name]["support"] == 0, per_class[name]["f1"]))
-        return [(name, per_class[name]) for name in order[:MOST_ROWS]]
+        return lowest_first(self.test["per_class"])[:MOST_ROWS]
 
     @property
     def metrics(self) -> list[tuple[str, Measured, Measured | None]]:

@@ -4,6 +4,7 @@ in `results.json` only."""
 from typing import Any
 
 from vlm.common import format_table
+from vlm.config import RESULTS
 from vlm.evaluation import is_calibrated, missed_target
 
 MEANING = {
@@ -16,6 +17,8 @@ ENCODERS = {
     "before the training": "the vision encoder as it was before the training",
     "random weights": "the vision encoder before the training (random weights)",
 }
+
+MOST_LINES = 100  # classes in the table at the end
 
 Row = tuple[str, str]  # name and value
 
@@ -61,12 +64,23 @@ def _in_train(results: dict[str, Any]) -> str:
     return f"{count} of {results['pictures']['test']} test images {'is' if count == 1 else 'are'} in train"
 
 
+def lowest_first(per_class: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """The measures of each class, the lowest F1 first; classes without a test image are last."""
+    return sorted(per_class.items(), key=lambda item: (item[1]["support"] == 0, item[1]["f1"]))
+
+
 def per_class_table(metrics: dict[str, Any]) -> str:
-    """The table of what `classification_metrics` gives: one line a class, then the averages of F1 and the accuracy."""
+    """The table of what `classification_metrics` gives: one line a class, then the averages of F1 and the accuracy. Of
+    more than `MOST_LINES` classes only those with the lowest F1."""
+    per_class = metrics["per_class"]
+    left = len(per_class) - MOST_LINES
     rows: list[tuple[Any, ...]] = [
         (name, measures["precision"], measures["recall"], measures["f1"], measures["support"])
-        for name, measures in metrics["per_class"].items()
+        for name, measures in (lowest_first(per_class)[:MOST_LINES] if left > 0 else per_class.items())
     ]
+    if left > 0:
+        support = sum(measures["support"] for _, measures in lowest_first(per_class)[MOST_LINES:])
+        rows.append((f"{left:,} more classes ({RESULTS})", None, None, None, support))
     rows.append(("macro average", None, None, metrics["macro_f1"], metrics["samples"]))
     rows.append(("weighted average", None, None, metrics["weighted_f1"], metrics["samples"]))
     rows.append(("accuracy", None, metrics["accuracy"], None, metrics["samples"]))
