@@ -196,6 +196,32 @@ def test_archives_that_cannot_be_unpacked(tmp_path, name, change, message):
     assert "\n" not in str(error.value).strip()
 
 
+@pytest.mark.parametrize("end", [-2000, "header"])
+def test_a_tar_file_that_was_cut_off_is_not_taken_for_a_whole_one(tmp_path, end):
+    path = write_tar(tmp_path / "cut.tar", {name: bytes(1000) for name in image_files()})
+    content = path.read_bytes()
+    whole = 12 * (512 + 1024)  # headers and data in blocks
+    path.write_bytes(content[: whole - 1536 if end == "header" else whole + end])
+    with pytest.raises(UsageError, match="cut.tar is damaged .it ends too early"):
+        unpacked([path])
+
+
+@pytest.mark.parametrize("archives", [True, False])
+def test_a_table_next_to_several_archives_or_folders_has_the_labels(tmp_path, archives, capsys):
+    for part in (1, 2):
+        files = {f"{part}_{i}.png": png(100 * part + i) for i in range(8)}
+        if archives:
+            write_zip(tmp_path / f"images_{part}.zip", files)
+        else:
+            (tmp_path / f"images_{part}").mkdir()
+            for name, content in files.items():
+                (tmp_path / f"images_{part}" / name).write_bytes(content)
+    lines = [f"images_{part}/{part}_{i}.png,{NAMES[i % 2]}" for part in (1, 2) for i in range(8)]
+    (tmp_path / "labels.csv").write_text("image,label\n" + "\n".join(lines))
+    assert load(tmp_path).class_names == NAMES
+    assert "labels.csv, not the names of the folders next to it" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["cut.zip", "cut.tar.gz", "cut.tar"])
 def test_an_archive_that_was_cut_short_leaves_nothing(tmp_path, cache, name):
     files = {f"{path}": os.urandom(5000) for path in image_files()}
@@ -210,12 +236,15 @@ def test_an_archive_that_was_cut_short_leaves_nothing(tmp_path, cache, name):
 
 def test_a_killed_run_leaves_nothing_for_long_and_old_folders_go(tmp_path, cache):
     old = unpacked([write_zip(tmp_path / "old.zip", image_files())])
-    left = cache / "archives" / "0123.part"
+    left, of_another = cache / "archives" / "0123.part", cache / "archives" / "4567.part"
     left.mkdir()
+    of_another.mkdir()
     long_ago = time.time() - 31 * 24 * 3600
     os.utime(old, (long_ago, long_ago))
+    os.utime(left, (long_ago, long_ago))
     new = unpacked([write_zip(tmp_path / "new.zip", image_files())])
     assert not old.exists() and not left.exists() and new.exists()
+    assert of_another.exists(), "another process may work on it now"
 
 
 @pytest.mark.parametrize("ending", ["parquet", "arrow"])

@@ -8,6 +8,11 @@ from test_data import counts, draw, load, refuse
 from test_sources import own_cache  # noqa: F401
 from test_table_forms import check
 
+from vlm.common import UsageError
+from vlm.config import resolve
+from vlm.data import load_data
+from vlm.data.sources.exports import read_export
+
 LABELS = ["ab"[i % 2] for i in range(8)]
 
 
@@ -201,3 +206,34 @@ def test_several_fields_of_fiftyone_samples_and_the_one_that_is_true(tmp_path):
     guess = {"_cls": "Classification", "label": "x", "confidence": 0.1}
     samples = [sample(i, label, prediction=guess) for i, label in enumerate(LABELS)]
     check(load(export(tmp_path / "samples.json", {"samples": samples})))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a": ["0.png"], "b": ["1.png"], "a": ["2.png"]}', "the key a is there twice"),
+        ('{"train": ["0.png"], "test": ["1.png"]}', "its keys are names of splits, and its paths have no labels"),
+        (
+            '{"images": [{"id": 1, "file_name": "0.png"}, {"id": 1, "file_name": "1.png"}], "annotations": [], '
+            '"categories": []}',
+            "two of its images have the id 1",
+        ),
+        (
+            '{"images": [], "annotations": [], "categories": [{"id": 3, "name": "a"}, {"id": 3, "name": "b"}]}',
+            "two of its categories have the id 3",
+        ),
+    ],
+)
+def test_what_could_mix_up_labels_is_refused(tmp_path, text, message):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        load_data(resolve({"model": "m", "dataset": str(tmp_path / "x.json")}))
+
+
+def test_an_unanswered_task_has_no_label_although_it_had_a_value():
+    answer = {"from_name": "label", "type": "choices", "value": {"choices": ["cat"]}}
+    tasks = [
+        {"data": {"image": "0.png", "label": "old"}, "annotations": [{"result": [answer]}]},
+        {"data": {"image": "1.png", "label": "old"}, "annotations": []},
+    ]
+    assert [row["label"] for row in read_export(tasks, Path("x.json")).rows] == ["cat", None]

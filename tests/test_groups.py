@@ -9,7 +9,7 @@ from vlm.common import UsageError
 from vlm.config import resolve
 from vlm.data import load_data
 from vlm.data.cutting import share_units
-from vlm.data.sources.groups import point_out_groups
+from vlm.data.sources.groups import group_names, point_out_groups
 
 
 def write_table(folder, rows, header="image,label,patient"):
@@ -179,3 +179,8 @@ def test_a_folder_has_no_column_of_groups(color_folder):
 def test_a_column_that_is_not_there(tmp_path):
     with pytest.raises(UsageError, match="--group-column nothing: no such column"):
         load(write_table(tmp_path, rows_of_patients(4)), group_column="nothing")
+
+
+def test_spellings_of_a_group_are_one_and_texts_for_missing_are_none():
+    assert group_names(["2", "2.0", "002", 2, 2.0, "P1 ", "p1"], "x") == ["2", "2", "2", "2", "2", "p1", "p1"]
+    assert group_names(["NaN", "none", None, float("nan"), ""], "x") == [None] * 5

@@ -43,7 +43,7 @@ def test_a_class_that_would_disappear_is_an_error(tmp_path, split, no_heif):
     (tmp_path / split / "fish").mkdir()
     refuse(r"no file in these class folders counts as an image: fish \(empty\)\. Add images, or move", tmp_path)
     put(tmp_path, f"{split}bird/a.HEIC", f"{split}bird/b.HEIC", f"{split}bird/x.xml")
-    refuse(r"an image: bird \(2 .heic, 1 .xml\), fish \(empty\)\. HEIC images are read if pillow-heif", tmp_path)
+    refuse(r"an image: bird \(2 .heic, 1 .xml\); fish \(empty\)\. HEIC images are read if pillow-heif", tmp_path)
 
 
 def test_a_class_folder_that_is_a_link_without_images_of_its_own_is_an_error(tmp_path):

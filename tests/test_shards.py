@@ -136,3 +136,44 @@ def test_images_are_read_by_threads_and_after_pickling_with_few_open_files(tmp_p
     paths[3].unlink()
     with pytest.raises(UnreadableImage, match="3.bin"):
         pickle.loads(pickle.dumps(images))[3]
+
+
+def test_a_cut_off_shard_is_refused(tmp_path):
+    path = write(tmp_path / "d.tar", samples(20))
+    path.write_bytes(path.read_bytes()[:-12_000])
+    with pytest.raises(UsageError, match="d.tar is damaged .it ends too early"):
+        load(path)
+
+
+def test_a_named_label_is_not_replaced_by_another(tmp_path):
+    both = lambda i: {"cls": str(i % 3).encode(), "json": json.dumps({"breed": "ab"[i % 2]}).encode()}  # noqa: E731
+    path = write(tmp_path / "d.tar", samples(18, label=both))
+    assert load(path, label_column="breed").class_names == ["a", "b"]
+    with pytest.raises(UsageError, match="no image has a label"):
+        load(path, label_column="nonsense")
+
+
+def test_a_split_within_the_name_of_a_shard(tmp_path):
+    write(tmp_path / "cifar-train-000.tar", samples(18))
+    write(tmp_path / "cifar-test-000.tar", samples(9, first=100))
+    assert len(load(tmp_path).test) == 9
+
+
+def test_of_two_images_under_a_key_the_plain_one_is_taken(tmp_path):
+    files = {}
+    for i in range(12):
+        files |= {f"{i}.depth.png": encoded(500 + i), f"{i}.png": encoded(i), f"{i}.cls": str(i % 2).encode()}
+    data = load(write(tmp_path / "d.tar", files))
+    assert all(
+        split[i].name.endswith(".png") and ".depth" not in split[i].name for split in [data.train] for i in range(3)
+    )
+    files = {"a.png": encoded(1), "a.jpg": encoded(2, "JPEG"), "a.cls": b"0"}
+    with pytest.raises(UsageError, match="a has 2 images"):
+        load(write(tmp_path / "two.tar", files))
+
+
+def test_texts_about_boxes_in_class_folders_are_no_labels(tmp_path):
+    files = {}
+    for i in range(12):
+        files |= {f"{'ab'[i % 2]}/{i}.png": encoded(i), f"{'ab'[i % 2]}/{i}.txt": b"0 0.5 0.5"}
+    assert load(write(tmp_path / "d.tar", files)).class_names == ["a", "b"]

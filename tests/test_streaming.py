@@ -5,6 +5,7 @@ import json
 import tarfile
 from itertools import islice
 
+import datasets
 import pytest
 import torch
 from commands import ROOT, TRACEBACK, run, train
@@ -136,9 +137,35 @@ def test_rows_without_a_label_or_an_image_are_left_out_counted_and_noted(capsys)
     assert "left out of the training, unreadable: b: " in capsys.readouterr().err
 
 
-def test_a_label_that_is_no_class_stops_the_run():
-    with pytest.raises(UsageError, match="b: the label cow is none of the classes. Name all"):
-        a_stream([]).sample(Row(png(colored(0, 0)), "cow", None, "b"))
+def test_a_label_that_is_no_class_is_left_out_and_counted(capsys):
+    stream = a_stream([])
+    assert stream.sample(Row(png(colored(0, 0)), "cow", None, "b")) is None
+    assert stream.left_out == {"with a label that is none of the classes": 1}
+    assert "none of the classes: b: cow" in capsys.readouterr().err
+
+
+def parquet(folder, split, labels, first=0):
+    folder.mkdir(exist_ok=True)
+    rows = [{"image": {"bytes": png(random_image(first + i, 20, 14)), "path": None}} for i in range(len(labels))]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("float64")})
+    columns = {"image": [row["image"] for row in rows], "label": labels}
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(folder / f"{split}.parquet")
+
+
+def test_a_test_split_without_labels_is_replaced_and_float_labels_are_numbers(tmp_path):
+    parquet(tmp_path / "d", "train", [*([0.0, 1.0, 2.0] * 30), None])
+    parquet(tmp_path / "d", "test", [-1.0] * 12, first=500)
+    data = load_data(settings(tmp_path / "d"))
+    assert dict(data.summary)["test"].endswith("(the first of train, as test has no labels)")
+    kept = [data.stream.sample(row) for row, _ in islice(data.stream.read(Place()), 91)]
+    assert data.stream.left_out["without a label"] == 1 and {sample.label for sample in filter(None, kept)} == {0, 1, 2}
+
+
+@pytest.mark.slow
+def test_a_stream_of_which_nothing_can_be_trained_on_ends(tiny_model, shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(Stream, "sample", lambda self, row: None)
+    with pytest.raises(UsageError, match="none of the images can be trained on"):
+        fit(settings(shards, tmp_path, model=str(tiny_model)))
 
 
 def test_a_stream_without_rows_is_an_error_and_no_loop():

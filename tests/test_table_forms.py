@@ -10,6 +10,9 @@ from test_data import counts, draw, load, refuse
 from test_data_forms import write
 from test_sources import own_cache, png, table  # noqa: F401
 
+from vlm.common import UsageError
+from vlm.config import resolve
+from vlm.data import load_data
 from vlm.data.images import UnreadableImage
 
 ROWS = [(f"pics/{i}.png", "ab"[i % 2]) for i in range(8)]
@@ -214,3 +217,23 @@ def test_a_data_uri_that_is_not_base64_is_no_image(tmp_path):
     data = load(write(tmp_path / "a.csv", [f"pics/{i % 8}.png" for i in range(40)] + cells[-1:]), max_samples=None)
     assert "a data URI that is not in base64" in data.skipped[0]
     assert issubclass(UnreadableImage, ValueError)
+
+
+@pytest.mark.parametrize(
+    "header", ["image,breed,train,test", "image,diagnosis,benign,malignant", "image,is_train,is_sick"]
+)
+def test_other_columns_of_zeros_and_ones_are_not_taken_for_classes(tmp_path, header):
+    wide = header.count(",") == 3
+    rows = [
+        f"{i}.png,{'xy'[i % 2]},{i // 2 % 2},{1 - i // 2 % 2}" if wide else f"{i}.png,{i % 2},{1 - i % 2}"
+        for i in range(12)
+    ]
+    (tmp_path / "t.csv").write_text("\n".join([header, *rows]))
+    with pytest.raises(UsageError, match="--label-column: no column was recognized"):
+        load_data(resolve({"model": "m", "dataset": str(tmp_path / "t.csv")}))
+
+
+def test_a_line_end_within_a_path_is_an_unclosed_quote(tmp_path):
+    (tmp_path / "t.csv").write_text('image,label\n0.png,a\n"1.png,a\n2.png,b\n3.png",b\n')
+    with pytest.raises(UsageError, match="row 2 of the column image has a line end in it"):
+        load_data(resolve({"model": "m", "dataset": str(tmp_path / "t.csv")}))

@@ -65,19 +65,12 @@ class Stream:
             epoch, row = epoch + 1, 0
 
     def sample(self, row: Row) -> Sample | None:
-        """The decoded image of a row; None if it is not trained on, which is counted and, at first, noted.
-
-        Raises:
-            UsageError: the row has a label that is none of the classes.
-        """
+        """The decoded image of a row; None if it is not trained on, which is counted and, at first, noted."""
         number = self.numbers.get(label_key(row.label))
         if number is None:
-            if row.label is not None and row.label != -1 and str(row.label).strip():
-                raise UsageError(
-                    f"{row.name}: the label {brief(row.label)} is none of the classes. Name all of them with "
-                    "--class-names."
-                )
-            self._leave_out("without a label", row.name)
+            is_none = row.label is None or row.label == -1 or not str(row.label).strip()
+            reason = "without a label" if is_none else "with a label that is none of the classes"
+            self._leave_out(reason, row.name if is_none else f"{row.name}: {brief(row.label)}")
             return None
         if self.held_out and digest(row.image) in self.held_out:
             self._leave_out("in validation or test, too", None)

@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from vlm.classifier import IGNORED
-from vlm.common import listed, note
+from vlm.common import UsageError, listed, note
 from vlm.data import Place, Sample, Step
 from vlm.training.loop import Trainer
 
@@ -75,14 +75,37 @@ class StreamTrainer(Trainer):
         return self.update(iter(ours), len(ours), per_token, per_image)
 
     def _samples(self) -> Iterator[tuple[Sample, Place]]:
-        """The images after the place, decoded by as many threads as there are workers, in the order of the stream."""
+        """The images after the place; a pass without any is an error, as the next one would have none either.
+
+        Raises:
+            UsageError: no image can be trained on.
+        """
+        last = self.place.epoch
+        for sample, place in self._rows():
+            if sample is not None:
+                last = place.epoch
+                yield sample, place
+            elif place.epoch > last + 1:
+                raise UsageError(
+                    f"--streaming: none of the images can be trained on: {self._left_out()}. Check --class-names and "
+                    "the columns."
+                )
+
+    def _left_out(self) -> str:
+        stream = self.run.data.stream
+        return listed(f"{count:,} {reason}" for reason, count in (stream.left_out if stream else {}).items())
+
+    def _rows(self) -> Iterator[tuple[Sample | None, Place]]:
+        """The images after the place, in the order of the stream; None for those that are left out.
+
+        As many threads decode them as there are workers.
+        """
         stream, accelerator = self.run.data.stream, self.accelerator
         assert stream is not None, "only such runs are trained here"
         rows = stream.read(self.place, accelerator.process_index, accelerator.num_processes)
         if not self.run.workers:
             for row, place in rows:
-                if (sample := stream.sample(row)) is not None:
-                    yield sample, place
+                yield stream.sample(row), place
             return
         waiting: deque[tuple[Future[Sample | None], Place]] = deque()
         with ThreadPoolExecutor(self.run.workers) as pool:
@@ -91,8 +114,7 @@ class StreamTrainer(Trainer):
                     waiting.append((pool.submit(stream.sample, row), place))
                     if len(waiting) > IMAGES_AHEAD * self.run.workers:
                         future, place = waiting.popleft()
-                        if (sample := future.result()) is not None:
-                            yield sample, place
+                        yield future.result(), place
             finally:
                 for future, _ in waiting:
                     future.cancel()

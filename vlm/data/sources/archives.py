@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from filelock import FileLock
 
@@ -87,8 +87,9 @@ def _drop_unused(root: Path) -> None:
     """Delete what no run has used for long, and what killed runs have left."""
     for path in root.iterdir():
         with suppress(OSError):
-            old = time.time() - path.stat().st_mtime > 24 * 3600 * DAYS_KEPT
-            if path.name.endswith(".part") or (old and path.is_dir()):
+            # A half unpacked folder may be one that another process works on.
+            days = 1 if path.name.endswith(".part") else DAYS_KEPT
+            if time.time() - path.stat().st_mtime > 24 * 3600 * days and path.is_dir():
                 shutil.rmtree(path)
 
 
@@ -96,13 +97,21 @@ def _fill(folder: Path, archives: Sequence[Path], others: Sequence[Path]) -> Non
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
+    try:
+        _unpack_all(part, archives, others)
+        part.rename(folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    note(f"note: {listed((str(path) for path in archives), 3)} is unpacked in {folder}.")
+
+
+def _unpack_all(part: Path, archives: Sequence[Path], others: Sequence[Path]) -> None:
     for archive in archives:
         alone = len(archives) == 1 and not others and not role_of(_stem(archive))
         _unpack(archive, part if alone else part / _stem(archive), unwrap=not alone)
     for path in others:
         shutil.copy2(path, part / path.name)
-    part.rename(folder)
-    note(f"note: {listed((str(path) for path in archives), 3)} is unpacked in {folder}.")
 
 
 def _stem(archive: Path) -> str:
@@ -174,8 +183,9 @@ def _members(archive: Path) -> Iterator[list[Member]]:
             with zipfile.ZipFile(archive) as zipped:
                 yield _checked(archive, _of_zip(archive, zipped))
         else:
+            size = archive.stat().st_size if archive.name.lower().endswith(".tar") else None
             with tarfile.open(archive) as tar:
-                yield _checked(archive, _of_tar(tar))
+                yield _checked(archive, _of_tar(tar, size))
 
 
 def _of_zip(archive: Path, zipped: zipfile.ZipFile) -> Iterator[Found]:
@@ -188,14 +198,37 @@ def _of_zip(archive: Path, zipped: zipfile.ZipFile) -> Iterator[Found]:
             yield info.filename, what, info.file_size, partial(zipped.open, info)
 
 
+def whole_tar(tar: Any, size: int | None, keep: bool = True) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar file, which has to be whole: Python's reader takes one that was cut off for its end.
+
+    Args:
+        tar: opened for reading.
+        size: of the file in bytes; None if it is compressed, where a cut is found by itself.
+        keep: members for later reading.
+
+    Raises:
+        ReadError: it was cut off.
+    """
+    end = 0
+    while (info := tar.next()) is not None:
+        end = info.offset_data + (-(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE if info.isreg() else 0)
+        if size is not None and end > size:
+            break
+        if not keep:
+            tar.members = []
+        yield info
+    if size is not None and end + tarfile.BLOCKSIZE > size:
+        raise tarfile.ReadError("it ends too early, as if it was cut off")
+
+
 def _open_in_tar(tar: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
     file = tar.extractfile(info)
     assert file is not None, "it is a regular file"
     return file
 
 
-def _of_tar(tar: tarfile.TarFile) -> Iterator[Found]:
-    for info in tar:
+def _of_tar(tar: tarfile.TarFile, size: int | None) -> Iterator[Found]:
+    for info in whole_tar(tar, size):
         if not info.isdir():
             what = "file" if info.isreg() else "link or device"
             yield info.name, what, info.size, partial(_open_in_tar, tar, info)

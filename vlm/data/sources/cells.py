@@ -82,6 +82,11 @@ def check_cells(cells: Sequence[Any], column: str, source: str) -> None:
         UsageError: there is one.
     """
     for row, cell in enumerate(cells):
+        if isinstance(cell, str) and "\n" in cell and not _is_base64(cell):
+            raise UsageError(
+                f"{source}: row {row + 1} of the column {column} has a line end in it ({brief(cell)}). "
+                "Look for a quote in this row that should not be there."
+            )
         if not (isinstance(cell, str) and len(cell) <= SURELY_SHORT and ":" not in cell):
             name = f"{source}: row {row + 1} of the column {column}"
             cell = _only_one(cell, name)

@@ -101,7 +101,7 @@ def choose_columns(
         label = _choose("--label-column", settings.label_column, rest, classes, LABEL_COLUMNS, used=[image], only=only)
     except UsageError:
         one_hot = () if settings.label_column else tuple(one_hot_columns(rest, values))
-        if not one_hot:
+        if not one_hot or any(_could_be_labels(values(name)) for name in rest if name not in one_hot):
             raise
         label = f"one-hot: {listed(one_hot)}"
     reasoning = settings.reasoning_column
@@ -112,6 +112,12 @@ def choose_columns(
         rest = [column for column in columns if column not in (image, label, *one_hot)]
         _check_given("--group-column", settings.group_column, rest, used=[image, label])
     return Columns(image, label, reasoning, one_hot=one_hot, group=settings.group_column)
+
+
+def _could_be_labels(values: Sequence[object]) -> bool:
+    """Whether a column has texts that come again and again."""
+    texts = [value for value in values[:ROWS_LOOKED_AT] if isinstance(value, str)]
+    return len(texts) > 3 and 1 < len(set(texts)) <= len(texts) / 2
 
 
 def _has_image_paths(values: Sequence[object]) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from vlm.common import UsageError, note
+from vlm.common import UsageError, brief, note
 from vlm.data.finding import is_image
 from vlm.data.sources.rows import role_of
 
@@ -45,6 +45,24 @@ def read_export(data: Any, path: Path) -> Export:
             except (AttributeError, IndexError, KeyError, TypeError) as error:
                 raise UsageError(f"{path}: JSON of a layout that is read, but damaged ({error!r}). {READ}") from error
     raise UsageError(f"{path}: JSON of a layout that is not read. {READ}")
+
+
+def load_json(text: str | bytes) -> Any:
+    """JSON whose objects have each key once.
+
+    Raises:
+        ValueError: it is no JSON, or a key is there twice, of which Python would take the last.
+    """
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in found if keys.count(key) > 1)
+        raise ValueError(f"the key {brief(twice)} is there twice")
+    return found
 
 
 def is_export(data: Any) -> bool:
@@ -93,11 +111,19 @@ def _label_studio(data: list[Row], _: Path) -> Export:
             questions[name] = True
             row[name] = _one_of(c for r in results if r["from_name"] == name for c in r["value"]["choices"])
         rows.append(row)
+    for task, row in zip(data, rows, strict=True):  # an old value of the task is no answer to a question of its name
+        answered = {r["from_name"] for a in task["annotations"] for r in a.get("result", ()) if "from_name" in r}
+        row |= {name: None for name in questions if name not in answered}
     return Export(LABEL_STUDIO, rows, next(iter(questions)) if len(questions) == 1 else None)
 
 
 def _coco(data: Row, path: Path) -> Export:
     """Images and annotations, each of which gives its image a category."""
+    for kind in ("images", "categories"):
+        ids = [entry["id"] for entry in data[kind]]
+        if len(set(ids)) < len(ids):
+            twice = next(one for one in ids if ids.count(one) > 1)
+            raise UsageError(f"{path}: two of its {kind} have the id {twice}, so labels could be mixed up. Correct it.")
     names = {category["id"]: category["name"] for category in data["categories"]}
     labels: dict[Any, list[str]] = {}
     for annotation in data["annotations"]:
@@ -213,7 +239,9 @@ def _are_paths(values: Any) -> bool:
     return isinstance(values, list) and bool(values) and all(isinstance(v, str) and is_image(Path(v)) for v in values)
 
 
-def _paths_by_class(data: Mapping[str, Sequence[str]], _: Path) -> Export:
+def _paths_by_class(data: Mapping[str, Sequence[str]], path: Path) -> Export:
+    if all(map(role_of, data)):
+        raise UsageError(f"{path}: its keys are names of splits, and its paths have no labels. {READ}")
     return Export("JSON file", [{"path": path, "label": label} for label, paths in data.items() for path in paths])
 
 

@@ -1,5 +1,6 @@
 """A folder of any layout: written by save_to_disk, tables of splits, image folders, or read by `datasets`."""
 
+import os
 from pathlib import Path
 
 from vlm.common import UsageError, listed, note, reason
@@ -15,6 +16,9 @@ from vlm.data.sources.tables import find_split_tables, find_tables, is_table, re
 
 # Other files that the library may know how to read, if there is no image and no table of ours.
 OF_THE_LIBRARY = (*ENDINGS, ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".txt", ".tar", ".lance", ".h5", ".hdf5")
+
+
+ROWS_TRIED = 100  # of a table, to tell whether its images are there
 
 
 def read_folder(folder: Path, settings: Settings) -> Source:
@@ -40,12 +44,31 @@ def read_folder(folder: Path, settings: Settings) -> Source:
     folders_with_images = {image.parts[0] for image in images}
     if len(tables) == 1 and len(folders_with_images) < 2:
         return read_tables({"train": next(iter(tables.values()))}, [], settings)
+    if images and len(tables) == 1 and (source := _labeled_by_table(next(iter(tables.values())), settings)):
+        return source
     if images and not left_to_library(files):
         return read_image_folders(folder, files, [path.name for path in tables.values()])
     _check_files(folder, files)
     source = read_with_library(str(folder), settings, "folder", folder)
     _note_without_rows(source, files)
     return source
+
+
+def _labeled_by_table(table: Path, settings: Settings) -> Source | None:
+    """The images of a table that lies next to several folders of images; None if it has no labels of images there."""
+    try:
+        source = read_tables({"train": table}, [], settings)
+        images = source.splits["train"].images
+        there = any(os.path.exists(str(images[row])) for row in range(min(len(images), ROWS_TRIED)))
+    except (UsageError, KeyError):
+        there = False
+    if there:
+        note(f"note: the labels are those of {table}, not the names of the folders next to it.")
+        return source
+    note(
+        f"note: not used: {table}, as it does not say where images are and what they show. The folders are the classes."
+    )
+    return None
 
 
 def _archives(folder: Path) -> list[Path]:

@@ -9,6 +9,7 @@ from vlm.common import UsageError, brief, note
 LONGEST_NAME = 255  # characters of an image's name in which a group is looked for
 MOST_OF_A_GROUP = 0.5  # share of all images; what is in the names of more says nothing
 SMALLEST_SHARE = 0.9  # of the images must have such a name
+WHOLE = re.compile(r"([0-9]{1,18})(?:\.0*)?")
 FEWEST_OF_A_GROUP = 2  # images, on average
 # A word with a number, before another word with a number: patient12_slice3, video_03_frame_0012, subject-4 scan 7.
 GROUP_IN_NAME = re.compile(r"([A-Za-z]{2,})[-_ ]?([0-9]{1,9})[-_ .]+(?=[A-Za-z]{1,20}[-_ ]?[0-9]{1,9})")
@@ -63,8 +64,12 @@ def point_out_groups(names: Sequence[str]) -> None:
 
 
 def _is_missing(value: object) -> bool:
-    return value is None or value != value or (isinstance(value, str) and not value.strip())
+    text = value.strip().lower() if isinstance(value, str) else None
+    return value is None or value != value or text in ("", "nan", "none", "null")
 
 
 def _as_text(value: object) -> str:
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
+    """A group as text, the same for 2, 2.0 and 002: two spellings of one group must not be on two sides."""
+    text = str(value).strip().casefold()
+    whole = WHOLE.fullmatch(text)
+    return str(int(whole[1])) if whole else text

@@ -1,12 +1,13 @@
 """Folders of images: CLASS/IMAGE or SPLIT/CLASS/IMAGE. What is in them and is not used is said."""
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from vlm.common import UsageError, listed, note, printable
 from vlm.data.finding import count_by_ending, heic_hint, is_hidden, is_image
-from vlm.data.sources.rows import EXPECTED, Rows, Source, sort_splits
+from vlm.data.sources.rows import EXPECTED, Rows, Source, role_of, sort_splits
 
 
 def read_image_folders(folder: Path, files: Sequence[Path], tables: Sequence[str]) -> Source:
@@ -27,6 +28,7 @@ def read_image_folders(folder: Path, files: Sequence[Path], tables: Sequence[str
     direct = {image.parts[0] for image in images if len(image.parts) == 2}
     if not roles or direct - set(roles.values()):
         _check_classes(folder, "", files)
+        _refuse_splits(folder, direct)
         _note_unused(files)
         labels = [image.parts[0] for image in images]
         return Source("image folder", {"train": _rows(folder, images, labels)}, {"train": "the folder"})
@@ -45,6 +47,15 @@ def read_image_folders(folder: Path, files: Sequence[Path], tables: Sequence[str
     held_out = [name for role, name in roles.items() if role != "train"]
     _note_unused(files, [empty for name in held_out for empty in _empty(folder, name, files)])
     return Source("image folder", splits, roles, others)
+
+
+def _refuse_splits(folder: Path, names: Collection[str]) -> None:
+    """Refuse folders such as train_images and test_images, whose names would be learned as classes."""
+    if len(names) > 1 and all(any(map(role_of, re.split(r"[-_. ]", name))) for name in names):
+        raise UsageError(
+            f"--dataset {folder}: {listed(sorted(names))} look like splits, not like classes. Call them train, val and "
+            "test, with a folder for each class in them, or give the tables that have the labels."
+        )
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -6,13 +6,18 @@ from typing import Any
 from vlm.common import UsageError, listed, note
 
 ZEROS_AND_ONES = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
+# Columns of 0 and 1 that are about something else.
+NO_CLASSES = {"train", "training", "validation", "val", "valid", "dev", "test", "testing", "eval"}
 # What a column of names is called next to the column `label` of numbers; {} is the name of that column.
 TEXT_COLUMNS = ("{}_text", "{}_name", "text_{}", "label_text", "label_name", "class_name", "category_name")
 
 
 def one_hot_columns(columns: Sequence[str], values: Callable[[str], Sequence[object]]) -> list[str]:
     """The columns that have nothing but 0 and 1, if at least two of them have a 1."""
-    bits = {name: found for name in columns if (found := _bits(values(name))) is not None}
+    asked = [
+        name for name in columns if name.lower() not in NO_CLASSES and not name.lower().startswith(("is_", "has_"))
+    ]
+    bits = {name: found for name in asked if (found := _bits(values(name))) is not None}
     return list(bits) if sum(any(found) for found in bits.values()) > 1 else []
 
 

@@ -19,6 +19,7 @@ from vlm.common import UsageError, brief, listed, note, printable, reason, with_
 from vlm.config import Settings
 from vlm.data.finding import is_hidden, is_image
 from vlm.data.images import UnreadableImage
+from vlm.data.sources.archives import whole_tar
 from vlm.data.sources.columns import LABEL_COLUMNS, Columns
 from vlm.data.sources.rows import Rows, Source, role_of, sort_splits
 
@@ -48,7 +49,9 @@ def is_shard(path: Path) -> bool:
     except (OSError, tarfile.TarError):
         return False
     images = {entry.key for entry in entries if is_image(Path(f"x{entry.ending}"))}
-    return any(entry.key in images for entry in entries if entry.ending in LABELS)
+    labels = {entry.ending for entry in entries if entry.ending in LABELS and entry.key in images}
+    # Text files in folders of classes are about something else, such as boxes.
+    return ".cls" in labels or (bool(labels) and len({key.rpartition("/")[0] for key in images}) == 1)
 
 
 def read_shards(paths: Sequence[Path], settings: Settings) -> Source:
@@ -80,6 +83,9 @@ def read_shards(paths: Sequence[Path], settings: Settings) -> Source:
 def _split_of(path: Path) -> str:
     found = SHARD.match(path.stem)
     name = found["name"] if found else ""
+    words = [word for word in re.split(r"[-_. ]", name) if role_of(word)]
+    if not role_of(name) and len(words) == 1:  # imagenet-val-0001
+        return words[0]
     return name if role_of(name) or not role_of(path.parent.name) else path.parent.name
 
 
@@ -91,7 +97,7 @@ def _rows(paths: Sequence[Path], split: str, settings: Settings) -> Rows:
     unlabeled = without = 0
     for number, path in enumerate(with_bar(iter(paths), len(paths), f"listing {split}") if len(paths) > 1 else paths):
         for key, entries, file in _samples(path):
-            image = next((entry for entry in entries if is_image(Path(f"x{entry.ending}"))), None)
+            image = _image(path, key, entries)
             if image is None:
                 without += 1
                 continue
@@ -112,6 +118,16 @@ def _rows(paths: Sequence[Path], split: str, settings: Settings) -> Rows:
     return Rows(images, _whole_numbers(labels), names)
 
 
+def _image(path: Path, key: str, entries: Sequence[Entry]) -> Entry | None:
+    """The image of a sample, None if it has none: of 1.jpg and 1.depth.png the one with the shorter ending."""
+    images = [entry for entry in entries if is_image(Path(f"x{entry.ending}"))]
+    plain = [entry for entry in images if entry.ending.count(".") == 1] or images
+    if len(plain) > 1:
+        endings = listed(entry.ending for entry in plain)
+        raise UsageError(f"{path}: {brief(key)} has {len(plain)} images ({endings}). Expected one under each key.")
+    return next(iter(plain), None)
+
+
 def _samples(path: Path) -> Iterator[tuple[str, list[Entry], BinaryIO]]:
     """The files of a shard by their key, and the shard itself, opened; those of a key come one after the other."""
     try:
@@ -124,24 +140,28 @@ def _samples(path: Path) -> Iterator[tuple[str, list[Entry], BinaryIO]]:
         raise UsageError(f"{path} cannot be read ({reason(error)}). Allow to read it.") from error
 
 
-def _entries(file: Any) -> Iterator[Entry]:
-    """The regular files of an uncompressed tar file, in their order."""
-    opened: Any = tarfile.open
-    with opened(fileobj=file, mode="r:") as tar:
-        while (info := tar.next()) is not None:
-            tar.members = []  # else it would keep all of them
+def _entries(file: BinaryIO) -> Iterator[Entry]:
+    """The regular files of an uncompressed tar file, in their order.
+
+    Raises:
+        ReadError: it is damaged, or was cut off.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        for info in whole_tar(tar, size, keep=False):
             folder, _, name = info.name.rpartition("/")
             stem, dot, ending = name.partition(".")
             if info.isreg() and stem and not is_hidden(name):
-                yield Entry(
-                    f"{folder}/{stem}" if folder else stem, f"{dot}{ending}".lower(), info.offset_data, info.size
-                )
+                key = f"{folder}/{stem}" if folder else stem
+                yield Entry(key, f"{dot}{ending}".lower(), info.offset_data, info.size)
 
 
 def _label(path: Path, file: BinaryIO, entries: Sequence[Entry], column: str | None) -> object:
     """The label of a sample, None if it has none."""
     by_ending = {entry.ending: entry for entry in entries}
-    wanted = [f".{column.lower().lstrip('.')}"] if column and f".{column.lower().lstrip('.')}" in by_ending else LABELS
+    named = f".{column.lower().lstrip('.')}" if column else ""
+    wanted = LABELS if not column else [named] if named in by_ending else [".json"]
     for ending in wanted:
         entry = by_ending.get(ending)
         if entry is None or entry.size > LARGEST_LABEL:
@@ -149,7 +169,7 @@ def _label(path: Path, file: BinaryIO, entries: Sequence[Entry], column: str | N
         file.seek(entry.offset)
         try:
             text = file.read(entry.size).decode("utf-8-sig").strip()
-            if ending != ".json":
+            if ending != ".json" or named == ".json":
                 return text or None
             found = json.loads(text)
         except (ValueError, RecursionError) as error:

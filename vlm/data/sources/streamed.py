@@ -44,23 +44,26 @@ def read_stream(settings: Settings, name: str, kind: str) -> Source:
     names = _class_names(train, columns, settings)
     read = partial(_rows, columns=columns, settings=settings)
     most = settings.max_samples or HELD_OUT
-    missing = [role for role in ("validation", "test") if role not in roles]
-    wanted = SAMPLE + most * len(missing)
     with errors_in_one_line(name):
-        head = _without_copies(_take(read(train, roles["train"]), wanted, "reading train"))
-        parts = {role: head[i * most : (i + 1) * most] for i, role in enumerate(missing)}
-        parts |= {
+        parts = {
             role: _take(read(streams[split], split), most, f"reading {split}")
             for role, split in roles.items()
             if role != "train"
         }
+        hidden = [role for role, rows in parts.items() if all(row.label in (None, -1) for row in rows)]
+        missing = [role for role in ("validation", "test") if role not in roles or role in hidden]
+        wanted = SAMPLE + most * len(missing)
+        head = _without_copies(_take(read(train, roles["train"]), wanted, "reading train"))
+        parts |= {role: head[i * most : (i + 1) * most] for i, role in enumerate(missing)}
     held_out = frozenset(digest(row.image) for role in ("validation", "test") for row in parts[role])
     parts["train"] = [row for row in head[most * len(missing) :] if digest(row.image) not in held_out]
     _check_sizes(parts, missing, most)
     stream = Stream(partial(read, train, roles["train"]), {}, held_out)
     split_names = {role: f"{roles[role]}, the first {len(parts[role]):,}" for role in roles}
     split_names["train"] = f"a sample of {roles['train']}, which is streamed"
-    split_names |= {role: f"the first of {roles['train']}" for role in missing}
+    for role in missing:
+        why = f", as {roles[role]} has no labels" if role in hidden else ""
+        split_names[role] = f"the first of {roles['train']}{why}"
     splits = {role: _kept(parts[role], columns) for role in ("train", "validation", "test")}
     return Source(f"{kind}, streamed", splits, split_names, others, names, columns, stream=stream)
 
@@ -116,7 +119,20 @@ def _rows(
     for number, row in enumerate(islice(data, start, None), start + 1):
         name = f"{split}, image {number}"
         text = row.get(columns.reasoning) if columns.reasoning else None
-        yield Row(_image(row[columns.image], name), row.get(columns.label), reasoning_texts([text], [name])[0], name)
+        label = _label(row.get(columns.label))
+        yield Row(_image(row[columns.image], name), label, reasoning_texts([text], [name])[0], name)
+
+
+def _label(value: object) -> object:
+    """A label; whole numbers that became floats, as beside missing ones, are whole numbers again."""
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else None if value != value else value
+    if isinstance(value, dict | list):
+        raise UsageError(
+            "--streaming: the labels are lists or objects. Expected one name or whole number for each image: name "
+            "another column with --label-column, or leave out --streaming."
+        )
+    return value
 
 
 def _image(cell: Any, name: str) -> Any:

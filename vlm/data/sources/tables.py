@@ -23,6 +23,7 @@ from vlm.data.sources.exports import (
     Export,
     choices_of,
     is_export,
+    load_json,
     read_export,
 )
 from vlm.data.sources.foreign import SAVE_AS_CSV, refuse_by_content
@@ -178,7 +179,7 @@ def _are_files(values: Sequence[Any]) -> bool:
 def _read_json(path: Path, text: str) -> Export | None:
     """What a JSON file has; None if it has one object in each line."""
     try:
-        return read_export(json.loads(text), path)
+        return read_export(load_json(text), path)
     except RecursionError as error:
         raise UsageError(f"{path}: JSON that is nested too deep. {ONE_OBJECT}") from error
     except ValueError as error:
@@ -220,7 +221,7 @@ def _json_lines(path: Path, text: str) -> Iterator[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = load_json(line)
         except RecursionError as error:
             raise UsageError(f"{path}, line {number}: JSON that is nested too deep. {ONE_OBJECT}") from error
         except ValueError as error:
