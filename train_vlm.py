@@ -24,6 +24,7 @@ from vlm.config import (
     read_run,
     read_settings,
     resolve,
+    split_names,
     user_path,
 )
 from vlm.machine import wait_politely
@@ -67,6 +68,8 @@ def train_on(dataset: Any, **settings: Any) -> dict[str, Any]:
         raise TypeError(f"train_on() has no setting {', '.join(sorted(unknown))}; see docs/options.md for all flags")
     if "dataset" in settings:
         raise TypeError("train_on() takes the dataset as its first argument")
+    if isinstance(settings.get("class_names"), str):
+        settings["class_names"] = split_names([settings["class_names"]])
     named = isinstance(dataset, (str, os.PathLike))
     if not named and settings.get("streaming"):
         raise UsageError("--streaming reads a dataset by its name: give the name in the place of the dataset.")

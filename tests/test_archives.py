@@ -287,7 +287,7 @@ def test_a_dataset_of_a_program(tmp_path, tiny_model):
     data = datasets.DatasetDict(
         train=a_dataset(), test=a_dataset(4).map(lambda row, i: {"label": i % 2}, with_indices=True)
     )
-    flags = {"model": str(tiny_model), "device": "cpu", "class_names": ["cat", "dog"]}
+    flags = {"model": str(tiny_model), "device": "cpu", "class_names": "cat dog"}
     results = train_on(data, epochs=1, output_dir=str(tmp_path / "out"), **flags)
     assert results["pictures"]["test"] == 4 and Path(tmp_path / "out" / "best_model").is_dir()
     with pytest.raises(TypeError, match="no setting epoch;"):
@@ -297,6 +297,11 @@ def test_a_dataset_of_a_program(tmp_path, tiny_model):
 def test_other_objects_are_refused():
     with pytest.raises(UsageError, match="of the type list. Expected a Dataset or DatasetDict"):
         load_data(resolve({"model": "m", "dataset": "d"}), [1, 2])
+
+
+def test_the_splits_of_an_object_without_train_are_named():
+    with pytest.raises(UsageError, match="no split called train. Splits there: other, test"):
+        load_data(resolve({"model": "m", "dataset": "d"}), datasets.DatasetDict(test=a_dataset(), other=a_dataset()))
 
 
 def test_a_run_of_a_program_cannot_be_continued_by_its_name():

@@ -16,7 +16,7 @@ from vlm.config.defaults import (
     RESPONSE,
     TUNING_DEFAULTS,
 )
-from vlm.config.flags import Parser, build_parser, number, parse_arguments, whole_number
+from vlm.config.flags import Parser, build_parser, number, parse_arguments, split_names, whole_number
 from vlm.config.formats import DEFAULT_FORMAT, LAYOUTS, lay_out, reasoning_of, stated_format
 from vlm.config.names import (
     BEST_MODEL,
@@ -87,6 +87,7 @@ __all__ = [
     "read_settings",
     "reasoning_of",
     "resolve",
+    "split_names",
     "stated_format",
     "whole_number",
     "user_path",

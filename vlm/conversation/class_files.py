@@ -53,6 +53,10 @@ def read_class_map(path: str, class_names: Sequence[str]) -> list[str]:
         if code in names:
             raise UsageError(f"--class-map {path} names {listed([code])} twice. Remove one of the two.")
         names[code] = name
+    if not names:
+        raise UsageError(
+            f'--class-map {path} is empty. Expected names of classes, such as {{"{class_names[0]}": "..."}}.'
+        )
     shown = [names.get(code, code) for code in class_names]
     for name, count in Counter(shown).items():
         if count > 1:

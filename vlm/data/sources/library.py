@@ -162,7 +162,7 @@ def _to_source(data: "dict[str, Dataset]", settings: Settings, kind: str, folder
 
     roles, others = sort_splits(data)
     if "train" not in roles:
-        return Source(kind, {}, {}, others)
+        return Source(kind, {}, {}, sorted(data))
     features = data[roles["train"]].features
     images = [name for name, feature in features.items() if is_image_column(feature)]
     labels = {name: feature.names for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)}

@@ -38,7 +38,7 @@ def read_stream(settings: Settings, name: str, kind: str) -> Source:
         streams = open_streams(name, settings)
     roles, others = sort_splits(streams)
     if "train" not in roles:
-        return Source(kind, {}, {}, others)
+        return Source(kind, {}, {}, sorted(streams))
     train = streams[roles["train"]]
     columns = _columns(train, settings)
     names = _class_names(train, columns, settings)
