@@ -70,6 +70,7 @@ def test_classes_that_the_map_leaves_out_are_shown_as_they_are_with_a_note(promp
         ({"aec": "Dunes\nAnswer: tex"}, "a line end, a control character"),
         ({"aec": " "}, "aec: a class name is empty"),
         ("{", "not a readable JSON file"),
+        ({}, "is empty. Expected names of classes"),
     ],
 )
 def test_a_map_that_cannot_be_is_refused_with_its_name(prompts_of, content, message):
