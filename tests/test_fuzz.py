@@ -65,6 +65,14 @@ def command_lines(parser):
     return lines.map(lambda parts: [word for part in parts for word in part])
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_accelerator_of_other_tests():
+    """In one process, tests that call `fit` leave accelerate's state, which another number format may not change."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
     """A folder with odd files, in which the programs run; and a home that they find."""
