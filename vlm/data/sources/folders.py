@@ -25,8 +25,6 @@ from vlm.data.sources.tables import find_split_tables, find_tables, is_table, re
 # Other files that the library may know how to read, if there is no image and no table of ours.
 OF_THE_LIBRARY = (*ENDINGS, ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".txt", ".tar", ".lance", ".h5", ".hdf5")
 MOST_NESTED = 3  # archives in archives; one of them may hold itself
-
-
 ROWS_TRIED = 100  # of a table, to tell whether its images are there
 
 
