@@ -1,5 +1,6 @@
 """Archives and data files: what is in them is read without unpacking by hand, and what is dangerous is not."""
 
+import gzip
 import io
 import os
 import tarfile
@@ -14,6 +15,7 @@ from tiny import random_image
 from vlm.common import UsageError
 from vlm.config import resolve
 from vlm.data import load_data
+from vlm.data.sources import archives
 from vlm.data.sources.archives import unpacked
 
 NAMES = ["cat", "dog"]
@@ -72,15 +74,18 @@ def test_class_folders_in_an_archive(tmp_path, name, wrapped, capsys):
     files = image_files(wrapped) | {"__MACOSX/._x": b"", f"{wrapped}.DS_Store": b""}
     data = load(write(tmp_path / name, files))
     assert data.class_names == NAMES and sum(counts(data).values()) == 12
-    assert f"pets{name.removeprefix('pets')} is unpacked in " in capsys.readouterr().err
+    assert f"note: {name} is unpacked in " in capsys.readouterr().err
 
 
-def test_an_archive_is_unpacked_once_and_again_if_it_changed(tmp_path, capsys):
+def test_an_archive_is_unpacked_once_and_again_if_it_or_its_files_changed(tmp_path):
     path = write_zip(tmp_path / "pets.zip", image_files())
-    folder = unpacked([path])
-    assert unpacked([path]) == folder and capsys.readouterr().err.count("is unpacked in") == 1
+    folder = unpacked({path: Path()})
+    made = (folder / "cat").stat().st_mtime_ns
+    assert unpacked({path: Path()}) == folder and (folder / "cat").stat().st_mtime_ns == made
+    (folder / "cat" / "1.png").unlink()
+    assert unpacked({path: Path()}) == folder and (folder / "cat" / "1.png").is_file()
     write_zip(path, image_files(count=7))
-    assert unpacked([path]) != folder
+    assert unpacked({path: Path()}) != folder
 
 
 def test_splits_as_archives_of_a_folder(tmp_path):
@@ -94,6 +99,52 @@ def test_classes_as_archives_of_a_folder(tmp_path):
     for label, name in enumerate(NAMES):
         write_zip(tmp_path / f"{name}.zip", {f"{i}.png": png(100 * label + i) for i in range(6)})
     assert load(tmp_path).class_names == NAMES
+
+
+@pytest.mark.parametrize("names", [("images",), ("cat", "dog")])
+def test_archives_in_folders_of_splits(tmp_path, names):
+    for split, first in (("train", 0), ("test", 500)):
+        (tmp_path / split).mkdir()
+        files = image_files(first=first)
+        for name in names:
+            chosen = {path: content for path, content in files.items() if name == "images" or path.startswith(name)}
+            write_zip(tmp_path / split / f"{name}.zip", chosen)
+    data = load(tmp_path)
+    assert (
+        data.class_names == NAMES and len(data.test) == 12 and counts(data)["train"] + counts(data)["validation"] == 12
+    )
+
+
+def test_an_archive_next_to_its_unpacked_files_is_not_used_and_that_is_said(tmp_path, capsys):
+    for name, content in (image_files("train/") | image_files("test/", first=500)).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    write_zip(tmp_path / "pets.zip", image_files("x/", first=1000))
+    assert len(load(tmp_path).test) == 12
+    assert "archives that are not used, as there are unpacked files, too: pets.zip." in capsys.readouterr().err
+
+
+def test_archives_in_archives_end(tmp_path):
+    outer = {
+        f"{split}.zip": write_zip(tmp_path / "x.zip", image_files(first=first)).read_bytes()
+        for split, first in (("train", 0), ("test", 500))
+    }
+    assert len(load(write_zip(tmp_path / "outer.zip", outer)).test) == 12
+    path = write_zip(tmp_path / "a.zip", image_files())
+    for _ in range(4):
+        path = write_zip(tmp_path / "a.zip", {"a.zip": path.read_bytes()})
+    with pytest.raises(UsageError, match="archives in archives, 3 deep. Unpack it"):
+        load(path)
+
+
+def test_a_table_of_each_split_next_to_archives_of_their_images(tmp_path):
+    for split, first in (("train", 0), ("test", 500)):
+        write_zip(tmp_path / f"{split}.zip", {f"{i}.png": png(first + i) for i in range(8)})
+        (tmp_path / f"{split}.csv").write_text("id,label\n" + "".join(f"{i}.png,{NAMES[i % 2]}\n" for i in range(8)))
+    data = load(tmp_path, image_column="id")
+    assert len(data.test) == 8 and not data.skipped
+    pixels = {random_image(500 + i, 20, 14).tobytes() for i in range(8)}
+    assert {data.test[i].image.tobytes() for i in range(8)} == pixels
 
 
 def test_a_table_next_to_an_archive_of_its_images(tmp_path):
@@ -124,8 +175,8 @@ def test_nothing_is_written_outside_and_links_are_left_out(tmp_path, cache, caps
             entry = tarfile.TarInfo(name)
             entry.type, entry.linkname = kind, target
             archive.addfile(entry)
-    folder = unpacked([path])
-    assert {p.name for p in folder.iterdir()} == set(NAMES) and len(list(folder.rglob("*.png"))) == 12
+    folder = unpacked({path: Path()})
+    assert {p.name for p in folder.iterdir() if p.is_dir()} == set(NAMES) and len(list(folder.rglob("*.png"))) == 12
     assert {p.name for p in cache.parent.iterdir()} == {"the_cache", "evil.tar"}
     assert "4 files are not unpacked: ../outside.png (outside of the archive)" in capsys.readouterr().err
 
@@ -139,8 +190,18 @@ def test_a_zip_with_a_link_and_a_path_of_windows(tmp_path):
         link.external_attr = 0o120777 << 16
         archive.writestr(link, "/etc/passwd")
         archive.writestr("..\\up.png", png(1))
-    folder = unpacked([path])
+    folder = unpacked({path: Path()})
     assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.png")) == sorted(image_files())
+
+
+@pytest.mark.parametrize("coding", ["utf-8", "cp437"])
+def test_names_in_a_zip_without_the_flag_of_utf8(tmp_path, coding):
+    word = "Käse".encode(coding)
+    path = write_zip(
+        tmp_path / "names.zip", image_files("", 6) | {f"{'x' * len(word)}/{i}.png": png(i) for i in range(6)}
+    )
+    path.write_bytes(path.read_bytes().replace(b"x" * len(word), word))
+    assert (unpacked({path: Path()}) / "Käse" / "0.png").is_file()
 
 
 def test_of_two_members_with_one_name_the_last_counts(tmp_path):
@@ -150,13 +211,16 @@ def test_of_two_members_with_one_name_the_last_counts(tmp_path):
             entry = tarfile.TarInfo("a/x.txt")
             entry.size = len(content)
             archive.addfile(entry, io.BytesIO(content))
-    assert (unpacked([path]) / "a/x.txt").read_bytes() == b"newer"
+    assert (unpacked({path: Path()}) / "a/x.txt").read_bytes() == b"newer"
 
 
-def test_a_bomb_is_not_unpacked(tmp_path, cache):
-    path = write_zip(tmp_path / "bomb.zip", {"a/x.png": bytes(200_000_000)})
-    with pytest.raises(UsageError, match=r"1 files of 0.2 GB, [\d,]+ times as large as the archive"):
-        unpacked([path])
+@pytest.mark.parametrize("name", ["bomb.zip", "bomb.tgz"])
+def test_a_bomb_is_not_unpacked(tmp_path, cache, monkeypatch, name):
+    monkeypatch.setattr(archives, "SMALL", 10**6)
+    write = write_zip if name.endswith(".zip") else write_tar
+    path = write(tmp_path / name, {"a/x.png": bytes(2_000_000), "a/y.png": bytes(2_000_000)})
+    with pytest.raises(UsageError, match=r"at least 1 files of 0.0 GB, [\d,]+ times as large as the archive"):
+        unpacked({path: Path()})
     assert not [p for p in (cache / "archives").rglob("*") if p.is_file() and p.suffix == ".png"]
 
 
@@ -165,7 +229,27 @@ def test_a_full_disk_is_said_before_anything_is_unpacked(tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 500 * 10**6})
     monkeypatch.setattr("shutil.disk_usage", lambda place: usage)
     with pytest.raises(UsageError, match="has room for 0.0 GB. Make room, or set VLM_CACHE"):
-        unpacked([path])
+        unpacked({path: Path()})
+
+
+def with_a_method_that_is_not_read(path):
+    """A zip file whose files are compressed with Deflate64, as Windows does it for large ones."""
+    content = bytearray(write_zip(path, image_files()).read_bytes())
+    for start, place in ((b"PK\x03\x04", 8), (b"PK\x01\x02", 10)):
+        at = -1
+        while (at := content.find(start, at + 1)) >= 0:
+            content[at + place] = 9
+    path.write_bytes(content)
+
+
+def with_a_damaged_header(path):
+    """A tar file whose fourth header is damaged."""
+    write_tar(path.with_suffix(".tar"), image_files())
+    with tarfile.open(path.with_suffix(".tar")) as tar:
+        at = tar.getmembers()[3].offset
+    content = bytearray(path.with_suffix(".tar").read_bytes())
+    content[at : at + 512] = b"\xff" * 512
+    path.write_bytes(gzip.compress(content) if path.suffix == ".tgz" else content)
 
 
 def encrypted(path):
@@ -182,8 +266,16 @@ def encrypted(path):
     [
         ("a.zip", encrypted, "a.zip is encrypted. Unpack it with its password"),
         ("a.zip", lambda path: path.write_bytes(b"PK\x03\x04 no more"), "a.zip is damaged"),
-        ("a.tar.gz", lambda path: path.write_bytes(b"\x1f\x8b no more"), "a.tar.gz"),
-        ("a.tar", lambda path: path.write_bytes(b"no tar file"), "a.tar is damaged"),
+        ("a.zip", with_a_method_that_is_not_read, "a.zip is not read here .*method.* Unpack it, and give the folder"),
+        ("a.tar.gz", lambda path: path.write_bytes(b"\x1f\x8b no more"), r"a.tar.gz is damaged \(no tar file\)"),
+        ("a.tar", lambda path: path.write_bytes(b"a text"), r"a.tar is damaged \(no tar file\)"),
+        ("a.tar", with_a_damaged_header, r"a.tar is damaged \(no header at byte 4,608\)"),
+        ("a.tgz", with_a_damaged_header, r"a.tgz is damaged \(no header at byte 4,608\)"),
+        (
+            "a.tar",
+            lambda path: write_tar(path, {"cat": b"x"} | image_files()),
+            "a.tar has several files of one name, or",
+        ),
         ("a.zip", lambda path: write_zip(path, {}), "a.zip has no files"),
         ("a.rar", lambda path: path.write_bytes(b"Rar!"), "an archive, not a folder or a table. Unpack it"),
         ("a.7z", lambda path: path.write_bytes(b"7z"), "an archive, not a folder or a table. Unpack it"),
@@ -203,7 +295,7 @@ def test_a_tar_file_that_was_cut_off_is_not_taken_for_a_whole_one(tmp_path, end)
     whole = 12 * (512 + 1024)  # headers and data in blocks
     path.write_bytes(content[: whole - 1536 if end == "header" else whole + end])
     with pytest.raises(UsageError, match="cut.tar is damaged .it ends too early"):
-        unpacked([path])
+        unpacked({path: Path()})
 
 
 @pytest.mark.parametrize("archives", [True, False])
@@ -228,21 +320,21 @@ def test_an_archive_that_was_cut_short_leaves_nothing(tmp_path, cache, name):
     path = (write_zip if name.endswith(".zip") else write_tar)(tmp_path / name, files)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(UsageError, match=f"{name}.*(damaged|cannot be unpacked)"):
-        unpacked([path])
+        unpacked({path: Path()})
     write = write_zip if name.endswith(".zip") else write_tar
-    assert len(list(unpacked([write(path, image_files())]).rglob("*.png"))) == 12
+    assert len(list(unpacked({write(path, image_files()): Path()}).rglob("*.png"))) == 12
     assert not list((cache / "archives").glob("*.part"))
 
 
 def test_a_killed_run_leaves_nothing_for_long_and_old_folders_go(tmp_path, cache):
-    old = unpacked([write_zip(tmp_path / "old.zip", image_files())])
+    old = unpacked({write_zip(tmp_path / "old.zip", image_files()): Path()})
     left, of_another = cache / "archives" / "0123.part", cache / "archives" / "4567.part"
     left.mkdir()
     of_another.mkdir()
     long_ago = time.time() - 31 * 24 * 3600
     os.utime(old, (long_ago, long_ago))
     os.utime(left, (long_ago, long_ago))
-    new = unpacked([write_zip(tmp_path / "new.zip", image_files())])
+    new = unpacked({write_zip(tmp_path / "new.zip", image_files()): Path()})
     assert not old.exists() and not left.exists() and new.exists()
     assert of_another.exists(), "another process may work on it now"
 
@@ -261,6 +353,41 @@ def test_a_single_data_file(tmp_path, ending):
     loaded = load(path)
     assert loaded.class_names == NAMES and sum(counts(loaded).values()) == 12
     assert f"({ending.capitalize()} file)" in dict(loaded.summary)["dataset"]
+
+
+def test_data_files_of_a_folder_by_split(tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)})
+    names = {"train-00000-of-00002": 8, "train-00001-of-00002": 8, "validation-00000-of-00001": 6}
+    (tmp_path / "a" / "data").mkdir(parents=True)
+    (tmp_path / "a" / "README.md").write_text("# A dataset")
+    for first, (name, count) in enumerate(names.items()):
+        images = [{"bytes": png(100 * first + i), "path": None} for i in range(count)]
+        rows = datasets.Dataset.from_dict({"image": images, "label": [i % 2 for i in range(count)]}, features=features)
+        rows.to_parquet(tmp_path / "a" / "data" / f"{name}.parquet")
+    data = load(tmp_path / "a")
+    assert len(data.validation) == 6 and len(data.train) + len(data.test) == 16
+
+
+def test_data_files_next_to_the_images_that_they_name(tmp_path):
+    (tmp_path / "p").mkdir()
+    for split, first in (("train", 0), ("test", 50)):
+        for i in range(first, first + 12):
+            (tmp_path / "p" / f"{i}.png").write_bytes(png(i))
+        rows = {"file": [f"p/{i}.png" for i in range(first, first + 12)], "label": [NAMES[i % 2] for i in range(12)]}
+        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / f"{split}.parquet")
+    data = load(tmp_path)
+    assert data.class_names == NAMES and len(data.test) == 12 and not data.skipped
+    assert len(data.train) + len(data.validation) == 12
+
+
+@pytest.mark.parametrize("place", ["images/", ""])
+def test_a_spreadsheet_next_to_images(tmp_path, place):
+    (tmp_path / "images").mkdir()
+    for i in range(6):
+        (tmp_path / f"{place}{i}.png").write_bytes(png(i))
+    (tmp_path / "labels.xlsx").write_bytes(b"PK\x03\x04")
+    with pytest.raises(UsageError, match="no table but labels.xlsx, a spreadsheet. Save it as CSV"):
+        load(tmp_path)
 
 
 def test_a_parquet_file_of_bytes_or_paths_without_types(tmp_path):

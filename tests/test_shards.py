@@ -1,5 +1,6 @@
 """Tar files of WebDataset: keys, labels and splits are found, and images are read in place."""
 
+import gzip
 import io
 import json
 import pickle
@@ -96,7 +97,7 @@ def test_keys_without_an_image_or_a_label_are_counted(tmp_path, capsys):
 
 def test_shards_without_labels_say_what_is_expected(tmp_path):
     path = write(tmp_path / "d.tar", samples(6, label=lambda i: {"json": b'{"width": 3}'}))
-    with pytest.raises(UsageError, match="no image has a label. Expected 0001.cls or 0001.txt next to 0001.jpg"):
+    with pytest.raises(UsageError, match="no image has a label. Expected 0001.cls or 0001.txt right after or before"):
         load(path)
 
 
@@ -107,16 +108,52 @@ def test_a_tar_file_of_class_folders_is_no_shard(tmp_path):
     assert not shards.is_shard(path) and load(path).class_names == ["a", "b"]
 
 
-@pytest.mark.parametrize("change", [lambda c: c[: len(c) // 2 + 300], lambda c: c[:1024] + b"\xff" * 512 + c[1536:]])
-def test_a_damaged_shard_is_one_line_or_its_images_are_skipped(tmp_path, change):
+def test_shards_in_a_folder_called_data(tmp_path):
+    (tmp_path / "README.md").write_text("# A dataset")
+    write(tmp_path / "data" / "train-000.tar", samples(12))
+    write(tmp_path / "data" / "train-001.tar", samples(12, 50))
+    data = load(tmp_path)
+    assert len(data.train) + len(data.validation) + len(data.test) == 24
+
+
+def test_a_compressed_shard_says_what_to_do(tmp_path):
+    path = tmp_path / "d.tar.gz"
+    path.write_bytes(gzip.compress(write(tmp_path / "d.tar", samples(6)).read_bytes()))
+    with pytest.raises(UsageError, match="d.tar.gz: a tar file of WebDataset that is compressed.* Decompress it"):
+        load(path)
+
+
+def headers(path):
+    """Where the headers of a tar file are, in bytes."""
+    with tarfile.open(path) as tar:
+        return [member.offset for member in tar]
+
+
+@pytest.mark.parametrize("at", [0, 60, 119])
+@pytest.mark.parametrize("change", ["cut", "other bytes"])
+def test_a_damaged_shard_is_not_read_in_part(tmp_path, at, change):
     path = write(tmp_path / "d.tar", samples(60))
-    path.write_bytes(change(path.read_bytes()))
-    try:
-        data = load(path)
-    except UsageError as error:
-        assert "\n" not in str(error).split("\n       ")[0] and "d.tar" in str(error)
-    else:
-        assert data.train[0].image.size == (20, 14)
+    place = headers(path)[at] + 100
+    content = path.read_bytes()
+    path.write_bytes(content[:place] + (b"\xff" * 400 + content[place + 400 :] if change == "other bytes" else b""))
+    with pytest.raises(UsageError, match="d.tar.*damaged|damaged.*d.tar"):
+        load(path)
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_names_and_places_are_those_of_tarfile(tmp_path, form):
+    path = tmp_path / "d.tar"
+    names = ["a.png", "ä/b.png", f"{'long' * 20}/{'name' * 20}.png", "c.d.png"]
+    names += [f"{'x' * 200}/{'y' * 120}.png"] if form != tarfile.USTAR_FORMAT else []
+    with tarfile.open(path, "w", format=form) as tar:
+        for number, name in enumerate(names):
+            entry = tarfile.TarInfo(name)
+            entry.size = number * 300
+            tar.addfile(entry, io.BytesIO(bytes(entry.size)))
+    with tarfile.open(path) as tar, tarfile.open(path, tarinfo=shards.Header) as quick:
+        expected = [(member.name, member.size, member.offset_data, member.type) for member in tar]
+        assert [(member.name, member.size, member.offset_data, member.type) for member in quick] == expected
+    assert [name for name, *_ in expected] == names
 
 
 def test_images_are_read_by_threads_and_after_pickling_with_few_open_files(tmp_path, monkeypatch):
@@ -149,17 +186,20 @@ def test_a_named_label_is_not_replaced_by_another(tmp_path):
     both = lambda i: {"cls": str(i % 3).encode(), "json": json.dumps({"breed": "ab"[i % 2]}).encode()}  # noqa: E731
     path = write(tmp_path / "d.tar", samples(18, label=both))
     assert load(path, label_column="breed").class_names == ["a", "b"]
-    with pytest.raises(UsageError, match="no image has a label"):
-        load(path, label_column="nonsense")
+    with pytest.raises(UsageError, match="--label-column kind: no file of that ending lies next to an image of"):
+        load(path, label_column="kind")
 
 
 def test_a_split_within_the_name_of_a_shard(tmp_path):
     write(tmp_path / "cifar-train-000.tar", samples(18))
     write(tmp_path / "cifar-test-000.tar", samples(9, first=100))
-    assert len(load(tmp_path).test) == 9
+    write(tmp_path / "train_1_shot-000.tar", samples(3, first=200))
+    data = load(tmp_path)
+    assert len(data.test) == 9 and len(data.train) + len(data.validation) == 18
+    assert dict(data.summary)["unused splits"] == "train_1_shot"
 
 
-def test_of_two_images_under_a_key_the_plain_one_is_taken(tmp_path):
+def test_of_two_images_under_a_key_the_plain_one_is_taken(tmp_path, capsys):
     files = {}
     for i in range(12):
         files |= {f"{i}.depth.png": encoded(500 + i), f"{i}.png": encoded(i), f"{i}.cls": str(i % 2).encode()}
@@ -167,13 +207,18 @@ def test_of_two_images_under_a_key_the_plain_one_is_taken(tmp_path):
     assert all(
         split[i].name.endswith(".png") and ".depth" not in split[i].name for split in [data.train] for i in range(3)
     )
+    assert "not used: further images of 12 keys of train" in capsys.readouterr().err
     files = {"a.png": encoded(1), "a.jpg": encoded(2, "JPEG"), "a.cls": b"0"}
     with pytest.raises(UsageError, match="a has 2 images"):
         load(write(tmp_path / "two.tar", files))
 
 
-def test_texts_about_boxes_in_class_folders_are_no_labels(tmp_path):
+@pytest.mark.parametrize("ending", ["json", "txt"])
+def test_texts_about_boxes_in_class_folders_are_no_labels(tmp_path, ending):
     files = {}
-    for i in range(12):
-        files |= {f"{'ab'[i % 2]}/{i}.png": encoded(i), f"{'ab'[i % 2]}/{i}.txt": b"0 0.5 0.5"}
+    for name in "ab":
+        for i in range(30):  # more files than are looked at first
+            files |= {f"{name}/{i}.png": encoded(i + 50 * (name == "b")), f"{name}/{i}.{ending}": b"[0, 0.5, 0.5]"}
     assert load(write(tmp_path / "d.tar", files)).class_names == ["a", "b"]
+    in_one = {f"x/{name}": content for name, content in samples(18, label=of_json("label")).items()}
+    assert load(write(tmp_path / "e.tar", in_one)).class_names == ["ape", "bee", "cow"]

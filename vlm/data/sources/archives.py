@@ -11,7 +11,7 @@ import stat
 import tarfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -21,7 +21,7 @@ from filelock import FileLock
 
 from vlm.common import Bar, UsageError, brief, cache_folder, listed, note, printable, reason
 from vlm.data.finding import is_hidden
-from vlm.data.sources.rows import role_of
+from vlm.data.sources.foreign import AGAIN
 
 ZIP = (".zip",)
 TAR = (".tar", ".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz")
@@ -32,6 +32,9 @@ SMALL = 100 * 10**6  # bytes that are unpacked however much smaller the archive 
 ROOM_LEFT = 500 * 10**6  # bytes of the disk that stay free
 DAYS_KEPT = 30  # since an unpacked archive was last used
 CHUNK = 1 << 20
+PART = ".part"  # of the name of a folder that is being filled
+COUNT = ".count"  # how many files an unpacked folder has
+UTF8_NAME = 0x800  # the flag of names in UTF-8 in a zip file
 
 
 class Member(NamedTuple):
@@ -51,10 +54,19 @@ def is_archive(path: Path) -> bool:
     return path.name.lower().endswith(ZIP + TAR)
 
 
-def unpacked(archives: Sequence[Path], others: Sequence[Path] = ()) -> Path:
-    """The folder with the content of some archives: each in a folder of its name if there are several.
+def stem_of(archive: Path) -> str:
+    """The name of an archive without its ending."""
+    name = archive.name
+    ending = max((end for end in ZIP + TAR if name.lower().endswith(end)), key=len)
+    return name[: -len(ending)] or "archive"
+
+
+def unpacked(archives: Mapping[Path, Path], others: Sequence[Path] = ()) -> Path:
+    """The folder with the content of some archives.
 
     Args:
+        archives: the place of the content of each, relative to that folder. Not in the folder itself, what an archive
+            holds is without a folder of the archive's name around it.
         others: files next to them, such as tables, which are copied there.
 
     Raises:
@@ -65,7 +77,8 @@ def unpacked(archives: Sequence[Path], others: Sequence[Path] = ()) -> Path:
     try:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):  # one process unpacks, the others wait
-            if not folder.is_dir():
+            if not _is_whole(folder):
+                shutil.rmtree(folder, ignore_errors=True)
                 _drop_unused(root)
                 _fill(folder, archives, others)
             os.utime(folder)
@@ -74,6 +87,8 @@ def unpacked(archives: Sequence[Path], others: Sequence[Path] = ()) -> Path:
             f"{listed(map(str, archives), 3)} cannot be unpacked into {root} ({reason(error)}). Make room or set "
             "VLM_CACHE to another folder, or unpack it yourself and give the folder."
         ) from error
+    what = "is" if len(archives) == 1 else "are"
+    note(f"note: {listed((path.name for path in archives), 3)} {what} unpacked in {folder}.")
     return folder
 
 
@@ -88,45 +103,47 @@ def _drop_unused(root: Path) -> None:
     for path in root.iterdir():
         with suppress(OSError):
             # A half unpacked folder may be one that another process works on.
-            days = 1 if path.name.endswith(".part") else DAYS_KEPT
+            days = 1 if path.suffix == PART else DAYS_KEPT
             if time.time() - path.stat().st_mtime > 24 * 3600 * days and path.is_dir():
                 shutil.rmtree(path)
 
 
-def _fill(folder: Path, archives: Sequence[Path], others: Sequence[Path]) -> None:
-    part = folder.with_name(folder.name + ".part")
+def _is_whole(folder: Path) -> bool:
+    """Whether an archive is unpacked in a folder, and no file was deleted since."""
+    try:
+        return int((folder / COUNT).read_text()) == _count(folder) - 1
+    except (OSError, ValueError):
+        return False
+
+
+def _count(folder: Path) -> int:
+    return sum(len(names) for _, _, names in os.walk(folder))
+
+
+def _fill(folder: Path, archives: Mapping[Path, Path], others: Sequence[Path]) -> None:
+    part = folder.with_suffix(PART)
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     try:
-        _unpack_all(part, archives, others)
+        for archive, place in archives.items():
+            _unpack(archive, part / place, stem_of(archive) if place.parts else None)
+        for path in others:
+            shutil.copy2(path, part / path.name)
+        (part / COUNT).write_text(str(_count(part)))
         part.rename(folder)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    note(f"note: {listed((str(path) for path in archives), 3)} is unpacked in {folder}.")
 
 
-def _unpack_all(part: Path, archives: Sequence[Path], others: Sequence[Path]) -> None:
-    for archive in archives:
-        alone = len(archives) == 1 and not others and not role_of(_stem(archive))
-        _unpack(archive, part if alone else part / _stem(archive), unwrap=not alone)
-    for path in others:
-        shutil.copy2(path, part / path.name)
-
-
-def _stem(archive: Path) -> str:
-    name = archive.name
-    ending = max((end for end in ZIP + TAR if name.lower().endswith(end)), key=len)
-    return name[: -len(ending)] or "archive"
-
-
-def _unpack(archive: Path, folder: Path, unwrap: bool) -> None:
-    """Unpack an archive into a folder; without the only folder in it that holds everything, if `unwrap`."""
+def _unpack(archive: Path, folder: Path, wrapper: str | None) -> None:
+    """Unpack an archive into a folder; without the folder of this name that holds everything in it, if there is one."""
     with _members(archive) as members:
-        wrapper = _wrapper(members) if unwrap else None
         total = sum(member.size for member in members)
-        _check_size(archive, total, len(members), folder.parent)
-        with Bar(total, f"unpacking {printable(archive.name)}") as bar:
+        _check_room(archive, total)
+        if any(member.path.parts[0] != wrapper or len(member.path.parts) < 2 for member in members):
+            wrapper = None
+        with Bar(total, f"unpacking {printable(archive.name)}", unit="bytes") as bar:
             for member in members:
                 path = member.path.relative_to(wrapper) if wrapper else member.path
                 _write(member, folder.joinpath(*path.parts))
@@ -144,19 +161,18 @@ def _write(member: Member, target: Path) -> None:
             file.write(chunk)
 
 
-def _wrapper(members: Sequence[Member]) -> str | None:
-    """The only folder at the top of an archive, if all files are in it."""
-    tops = {member.path.parts[0] for member in members if len(member.path.parts) > 1}
-    return tops.pop() if len(tops) == 1 and all(len(member.path.parts) > 1 for member in members) else None
-
-
-def _check_size(archive: Path, total: int, count: int, place: Path) -> None:
-    if total > max(SMALL, MOST_TIMES_LARGER * archive.stat().st_size) or count > MOST_FILES:
+def _check_size(archive: Path, total: int, count: int) -> None:
+    size = archive.stat().st_size
+    if total > max(SMALL, MOST_TIMES_LARGER * size) or count > MOST_FILES:
         raise UsageError(
-            f"{archive}: {count:,} files of {total / 1e9:.1f} GB, {total / archive.stat().st_size:,.0f} times as large "
+            f"{archive}: at least {count:,} files of {total / 1e9:.1f} GB, {total / max(size, 1):,.0f} times as large "
             "as the archive, which images cannot be. Unpack it yourself if you trust it, and give the folder."
         )
-    free = shutil.disk_usage(place if place.exists() else place.parent).free - ROOM_LEFT
+
+
+def _check_room(archive: Path, total: int) -> None:
+    place = cache_folder()
+    free = shutil.disk_usage(place).free - ROOM_LEFT
     if total > free:
         raise UsageError(
             f"{archive}: {total / 1e9:.1f} GB unpacked, and {place} has room for {max(0, free) / 1e9:.1f} GB. "
@@ -169,10 +185,23 @@ def _damage_named(archive: Path) -> Iterator[None]:
     """Turn what damaged archives raise into one line."""
     try:
         yield
-    except (UsageError, OSError, MemoryError):
+    except (UsageError, MemoryError):
         raise
+    except NotImplementedError as error:
+        raise UsageError(f"{archive} is not read here ({reason(error)}). Unpack it, and give the folder.") from error
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UsageError(
+            f"{archive} has several files of one name, or a file and a folder. Unpack it, and give the folder."
+        ) from error
     except Exception as error:  # zipfile, tarfile and the decompressors each have their own
-        raise UsageError(f"{archive} is damaged ({reason(error)}). Copy or download it again.") from error
+        if isinstance(error, OSError) and error.errno:  # those of decompressors have no number
+            raise
+        raise UsageError(f"{archive} is damaged ({_fault(error)}). {AGAIN}") from error
+
+
+def _fault(error: Exception) -> str:
+    """What is wrong with an archive, in a few words. tarfile lists what each decompressor says to a file."""
+    return "no tar file" if "file could not be opened successfully" in str(error) else reason(error)
 
 
 @contextmanager
@@ -195,11 +224,19 @@ def _of_zip(archive: Path, zipped: zipfile.ZipFile) -> Iterator[Found]:
             raise UsageError(f"{archive} is encrypted. Unpack it with its password, and give the folder.")
         if not info.is_dir():
             what = "file" if kind in (0, stat.S_IFREG) else "link or device"
-            yield info.filename, what, info.file_size, partial(zipped.open, info)
+            yield _name_in_zip(info), what, info.file_size, partial(zipped.open, info)
+
+
+def _name_in_zip(info: zipfile.ZipInfo) -> str:
+    """The name of a file. macOS writes UTF-8 without saying so, which zipfile takes for the code page 437."""
+    with suppress(UnicodeError):
+        if not info.flag_bits & UTF8_NAME:
+            return info.filename.encode("cp437").decode()
+    return info.filename
 
 
 def whole_tar(tar: Any, size: int | None, keep: bool = True) -> Iterator[tarfile.TarInfo]:
-    """The members of a tar file, which has to be whole: Python's reader takes one that was cut off for its end.
+    """The members of a tar file, which has to be whole: Python's reader takes a cut or a damaged header for its end.
 
     Args:
         tar: opened for reading.
@@ -207,7 +244,7 @@ def whole_tar(tar: Any, size: int | None, keep: bool = True) -> Iterator[tarfile
         keep: members for later reading.
 
     Raises:
-        ReadError: it was cut off.
+        ReadError: it was cut off, or is damaged.
     """
     end = 0
     while (info := tar.next()) is not None:
@@ -219,6 +256,9 @@ def whole_tar(tar: Any, size: int | None, keep: bool = True) -> Iterator[tarfile
         yield info
     if size is not None and end + tarfile.BLOCKSIZE > size:
         raise tarfile.ReadError("it ends too early, as if it was cut off")
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
+        raise tarfile.ReadError(f"no header at byte {tar.offset:,}")
 
 
 def _open_in_tar(tar: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
@@ -237,7 +277,10 @@ def _of_tar(tar: tarfile.TarFile, size: int | None) -> Iterator[Found]:
 def _checked(archive: Path, found: Iterator[Found]) -> list[Member]:
     members: dict[PurePosixPath, Member] = {}
     left_out: list[str] = []
-    for name, what, size, read in found:
+    total = 0
+    for count, (name, what, size, read) in enumerate(found, 1):
+        total += size
+        _check_size(archive, total, count)
         path = PurePosixPath(name.replace("\\", "/"))
         parts = [part for part in path.parts if part != "."]
         outside = path.is_absolute() or ".." in parts or (":" in name and os.name == "nt") or "\0" in name

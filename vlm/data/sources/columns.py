@@ -46,6 +46,7 @@ LABEL_COLUMNS = (
     "fine_label",
     "y",
     "choice",
+    "cls",
 )
 ROWS_LOOKED_AT = 1000  # of a column, to tell whether it has paths of images
 

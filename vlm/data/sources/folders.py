@@ -6,23 +6,42 @@ from pathlib import Path
 from vlm.common import UsageError, listed, note, reason
 from vlm.config import Settings
 from vlm.data.finding import count_by_ending, heic_hint, is_hidden, is_image, visible_files
-from vlm.data.sources.archives import is_archive, unpacked
-from vlm.data.sources.foreign import ARCHIVES, UNPACK, refuse_damaged
+from vlm.data.sources.archives import is_archive, stem_of, unpacked
+from vlm.data.sources.foreign import ARCHIVES, SAVE_AS_CSV, SPREADSHEETS, UNPACK, refuse_damaged
 from vlm.data.sources.image_folders import read_image_folders
-from vlm.data.sources.library import ENDINGS, FILES, is_saved, left_to_library, read_saved, read_with_library
-from vlm.data.sources.rows import Source, nothing_there, role_of, sort_splits
+from vlm.data.sources.library import (
+    ENDINGS,
+    FILES,
+    is_saved,
+    left_to_library,
+    read_data_files,
+    read_saved,
+    read_with_library,
+)
+from vlm.data.sources.rows import Source, files_by_split, nothing_there, role_of, sort_splits
 from vlm.data.sources.shards import is_shard, read_shards
 from vlm.data.sources.tables import find_split_tables, find_tables, is_table, read_tables
 
 # Other files that the library may know how to read, if there is no image and no table of ours.
 OF_THE_LIBRARY = (*ENDINGS, ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".txt", ".tar", ".lance", ".h5", ".hdf5")
-
-
+MOST_NESTED = 3  # archives in archives; one of them may hold itself
 ROWS_TRIED = 100  # of a table, to tell whether its images are there
 
 
-def read_folder(folder: Path, settings: Settings) -> Source:
+def read_archive(path: Path, settings: Settings) -> Source:
+    """Read an archive as the folder that it holds.
+
+    Raises:
+        UsageError: it cannot be unpacked, or see `read_folder`.
+    """
+    return read_folder(unpacked({path: Path()}), settings, nested=1)
+
+
+def read_folder(folder: Path, settings: Settings, nested: int = 0) -> Source:
     """Read a folder of any layout.
+
+    Args:
+        nested: how many archives it was in.
 
     Raises:
         UsageError: the layout is not understood, or the files in it cannot be read.
@@ -31,7 +50,7 @@ def read_folder(folder: Path, settings: Settings) -> Source:
     if is_saved(folder):
         return read_saved(folder, settings)
     if archives := _archives(folder):
-        return _read_archives(folder, archives, settings)
+        return _read_archives(folder, archives, settings, nested)
     tables = find_tables(folder)
     roles, others = sort_splits(tables)
     if "train" in roles:
@@ -46,6 +65,11 @@ def read_folder(folder: Path, settings: Settings) -> Source:
         return read_tables({"train": next(iter(tables.values()))}, [], settings)
     if images and len(tables) == 1 and (source := _labeled_by_table(next(iter(tables.values())), settings)):
         return source
+    if not tables:
+        _refuse_spreadsheets(folder, files, folders_with_images)
+    data = [folder / file for file in files if file.suffix.lower() in ENDINGS and len(file.parts) == 1]
+    if data and any(map(is_image, files)):  # the library would read either the images or the data
+        return read_data_files(files_by_split(data), folder, settings)
     if images and not left_to_library(files):
         return read_image_folders(folder, files, [path.name for path in tables.values()])
     _check_files(folder, files)
@@ -72,22 +96,51 @@ def _labeled_by_table(table: Path, settings: Settings) -> Source | None:
 
 
 def _archives(folder: Path) -> list[Path]:
-    """The archives in a folder or in its folders of splits, if their content is the dataset."""
-    places = [folder, *(path for path in _entries(folder) if path.is_dir() and role_of(path.name))]
-    files = [path for place in places for path in sorted(_entries(place)) if path.is_file()]
-    if any(is_image(path) or path.suffix in ENDINGS for path in files) or any(
-        path.is_dir() and not role_of(path.name) for path in _entries(folder)
-    ):
+    """The archives in a folder, or in its folders of splits, if their content is the dataset."""
+    places = [folder, *(path for path in _entries(folder) if path.is_dir())]
+    if not all(role_of(path.name) or path.name == "data" for path in places[1:]):
         return []
-    return [path for path in files if is_archive(path)]
+    entries = [path for place in places for path in sorted(_entries(place)) if path not in places]
+    archives = [path for path in entries if is_archive(path)]
+    used = [path for path in entries if path.is_dir() or is_image(path) or path.suffix.lower() in ENDINGS]
+    if archives and used:
+        found = listed(path.relative_to(folder) for path in archives)
+        note(f"note: archives that are not used, as there are unpacked files, too: {found}.")
+    return [] if used else archives
 
 
-def _read_archives(folder: Path, archives: list[Path], settings: Settings) -> Source:
+def _read_archives(folder: Path, archives: list[Path], settings: Settings, nested: int) -> Source:
     """Shards of WebDataset in place; other archives unpacked, with the tables that lie next to them."""
     if all(map(is_shard, archives)):
         return read_shards(archives, settings)
-    others = [path for path in sorted(_entries(folder)) if path.is_file() and path not in archives]
-    return read_folder(unpacked(archives, others), settings)
+    if nested >= MOST_NESTED:
+        raise UsageError(f"--dataset {settings.dataset}: archives in archives, {nested} deep. {UNPACK}")
+    tables = [path for path in sorted(_entries(folder)) if is_table(path)]
+    places = {path: _place(path.relative_to(folder), archives, bool(tables)) for path in archives}
+    return read_folder(unpacked(places, tables), settings, nested + 1)
+
+
+def _place(archive: Path, archives: list[Path], tables: bool) -> Path:
+    """Where an archive is unpacked: into a folder of its name if that says something, as a split or one of several.
+
+    Args:
+        archive: its path in the folder that is read.
+        archives: all of them.
+        tables: whether tables lie next to them.
+    """
+    name = stem_of(archive)
+    beside = sum(path.parent.name == archive.parent.name for path in archives) if archive.parent.name else len(archives)
+    alone = beside == 1 and not tables and not role_of(name)
+    return archive.parent if alone else archive.parent / name
+
+
+def _refuse_spreadsheets(folder: Path, files: list[Path], with_images: set[str]) -> None:
+    """Refuse a folder with a spreadsheet, if the images are not in folders of classes or splits."""
+    sheets = [file for file in files if file.suffix.lower() in SPREADSHEETS and len(file.parts) == 1]
+    if sheets and len(with_images) < 2 and not any(map(role_of, with_images)):
+        raise UsageError(
+            f"--dataset {folder}: no folders of classes, and no table but {sheets[0]}, a spreadsheet. {SAVE_AS_CSV}"
+        )
 
 
 def _note_without_rows(source: Source, files: list[Path]) -> None:

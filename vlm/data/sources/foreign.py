@@ -9,6 +9,7 @@ from vlm.common import UsageError, reason
 from vlm.data.finding import is_image
 
 ARCHIVES = (".rar", ".7z", ".gz", ".bz2", ".xz", ".zst")  # that archives.py does not unpack
+SPREADSHEETS = (".xlsx", ".xls", ".xlsm", ".ods", ".numbers")
 AGAIN = "Copy or download it again."
 PARQUET = b"PAR1"  # at the begin and the end of such a file
 UNPACK = "Unpack it, and give the folder or the table in it."
@@ -17,7 +18,7 @@ AS_FILES = "Write its images into files, in one folder for each class."
 # Endings, what such files are, and the cure.
 KINDS = (
     (ARCHIVES, "an archive", UNPACK),
-    ((".xlsx", ".xls", ".ods", ".numbers"), "a spreadsheet", SAVE_AS_CSV),
+    (SPREADSHEETS, "a spreadsheet", SAVE_AS_CSV),
     (
         (".txt", ".dat", ".tab", ".psv"),
         "a text file",

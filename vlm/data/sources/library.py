@@ -74,11 +74,12 @@ def read_with_library(name: str, settings: Settings, kind: str, folder: Path = P
     return _to_source(_by_name(data), settings, kind, folder)
 
 
-def read_data_files(files: Mapping[str, Sequence[Path]], settings: Settings) -> Source:
+def read_data_files(files: Mapping[str, Sequence[Path]], folder: Path, settings: Settings) -> Source:
     """Read Parquet or Arrow files, some for each split.
 
     Args:
         files: by split.
+        folder: what paths in them are relative to.
 
     Raises:
         UsageError: a file is damaged, or a column is missing.
@@ -91,7 +92,7 @@ def read_data_files(files: Mapping[str, Sequence[Path]], settings: Settings) -> 
     with errors_in_one_line(first):
         paths = {split: [str(path) for path in some] for split, some in files.items()}
         data = datasets.load_dataset(kind, data_files=paths)
-    return _to_source(_by_name(data), settings, f"{kind.capitalize()} file", first.parent)
+    return _to_source(_by_name(data), settings, f"{kind.capitalize()} file", folder)
 
 
 def read_object(data: object, settings: Settings) -> Source:

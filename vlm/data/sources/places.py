@@ -67,8 +67,9 @@ def asked_place(settings: Settings, folder: Path) -> Place:
 def locate(place: Place, texts: Sequence[str], tried: Sequence[str], column: str, source: str) -> Place:
     """Where the files of a column are. Only the files of some of its cells are looked for.
 
-    If no file is at the place, the paths may be relative to the folder above, or absolute paths of another machine,
-    whose last parts are there. What every path begins with is then left out, and a note says so.
+    If no file is at the place, the paths may be relative to the folder above, or to one called like the table, or
+    absolute paths of another machine, whose last parts are there. What every path begins with is then left out, and a
+    note says so.
 
     Args:
         place: where files are looked for first.
@@ -82,7 +83,8 @@ def locate(place: Place, texts: Sequence[str], tried: Sequence[str], column: str
     if not tried or any(map(place.has, tried)):
         return place
     tried = [_plain(text, place.folder) for text in tried]
-    found = next(_elsewhere(place, [_plain(text, place.folder) for text in texts], tried), None)
+    folders = [place.folder] if place.given else [place.folder, place.folder / Path(source).stem]
+    found = next(_elsewhere(place, folders, [_plain(text, place.folder) for text in texts], tried), None)
     if found is None:
         _say_why(place, tried, f"{source}: no file {brief(tried[0])} of the column {column}")
         return place
@@ -132,13 +134,13 @@ def _plain(text: str, folder: Path) -> str:
     return text
 
 
-def _elsewhere(place: Place, texts: Sequence[str], tried: Sequence[str]) -> Iterator[Place]:
+def _elsewhere(place: Place, folders: Sequence[Path], texts: Sequence[str], tried: Sequence[str]) -> Iterator[Place]:
     """Other places where one of the files is, and that no path contradicts; the likely ones first."""
-    folders = [place.folder] if place.given else [place.folder, place.folder.resolve().parent]
+    above = [] if place.given else [place.folder.resolve().parent]
     for text in tried:
         parts = _slashed(text).split("/")
-        for folder in folders:
-            shortest = 1 if folder == place.folder else 2  # parts of a path; a mere name is too little above the table
+        for folder in [*folders, *above]:
+            shortest = 2 if folder in above else 1  # parts of a path; a mere name is too little above the table
             for left_out in range(len(parts) - shortest + 1):
                 cut = "".join(f"{part}/" for part in parts[:left_out])
                 found = replace(place, folder=folder, cut=cut)

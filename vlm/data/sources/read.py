@@ -8,8 +8,8 @@ import numpy as np
 from vlm.common import UsageError
 from vlm.config import IN_MEMORY, Settings
 from vlm.data.hub import check_dataset_reachable, looks_like_path
-from vlm.data.sources.archives import is_archive, unpacked
-from vlm.data.sources.folders import read_folder
+from vlm.data.sources.archives import is_archive
+from vlm.data.sources.folders import read_archive, read_folder
 from vlm.data.sources.foreign import refuse_file
 from vlm.data.sources.library import ENDINGS, read_data_files, read_object, read_with_library
 from vlm.data.sources.places import find_file
@@ -58,11 +58,11 @@ def read_source(settings: Settings, data: object = None) -> Source:
 
 def _read_file(path: Path, settings: Settings) -> Source:
     if path.suffix.lower() in ENDINGS:
-        return read_data_files({"train": [path]}, settings)
+        return read_data_files({"train": [path]}, path.parent, settings)
     if is_shard(path):
         return read_shards([path], settings)
     if is_archive(path):
-        return read_folder(unpacked([path]), settings)
+        return read_archive(path, settings)
     if not is_table(path):
         refuse_file(path, EXPECTED)
     return read_tables({"train": path}, [], settings)

@@ -1,7 +1,9 @@
 """What every reader returns: the rows of each split, and what is known about the source."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from vlm.common import UsageError
@@ -20,6 +22,7 @@ EXPECTED = (
     "Expected a hub id, a folder CLASS/IMAGE or SPLIT/CLASS/IMAGE, a CSV, JSONL or JSON file with paths and labels, "
     "or a folder written by save_to_disk."
 )
+NUMBERED = re.compile(r"[-_.]?\d+([-_]of[-_]\d+)?$")  # the end of the name of one of several files
 HUB = "hub"  # the kind of a dataset on the hub; all other kinds are local
 
 
@@ -116,6 +119,19 @@ def sort_splits(names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
         if found:
             roles[role] = found[0]
     return roles, sorted(set(names) - set(roles.values()))
+
+
+def files_by_split(files: Iterable[Path]) -> dict[str, list[Path]]:
+    """Data files by the split in their names, such as train-00001-of-00003.parquet or cifar-test-1.tar, else by folder.
+
+    If no name is that of a split, all files are of train.
+    """
+    found: dict[str, list[Path]] = {}
+    for path in sorted(files):
+        name = NUMBERED.sub("", path.stem)
+        names = (re.split(r"[-_. ]", name)[-1], path.parent.name, name)  # train_1_shot is not train
+        found.setdefault(next(filter(role_of, names), name), []).append(path)
+    return found if any(map(role_of, found)) else {"train": [path for some in found.values() for path in some]}
 
 
 def nothing_there(name: object, found: str = "") -> UsageError:

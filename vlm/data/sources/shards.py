@@ -5,7 +5,6 @@ The places of all images are found once, from the headers of the tar files; an i
 
 import json
 import os
-import re
 import tarfile
 from array import array
 from collections import OrderedDict
@@ -13,21 +12,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby, islice
 from pathlib import Path
 from threading import Lock
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple, Self
 
-from vlm.common import UsageError, brief, listed, note, printable, reason, with_bar
+from vlm.common import Bar, UsageError, brief, listed, note, printable, reason
 from vlm.config import Settings
-from vlm.data.finding import is_hidden, is_image
+from vlm.data.finding import is_hidden
+from vlm.data.formats import IMAGE_ENDINGS
 from vlm.data.images import UnreadableImage
-from vlm.data.sources.archives import whole_tar
+from vlm.data.sources.archives import TAR, whole_tar
 from vlm.data.sources.columns import LABEL_COLUMNS, Columns
-from vlm.data.sources.rows import Rows, Source, role_of, sort_splits
+from vlm.data.sources.foreign import AGAIN
+from vlm.data.sources.rows import Rows, Source, files_by_split, role_of, sort_splits
 
 LABELS = (".cls", ".txt", ".json")  # the best first
 LARGEST_LABEL = 1 << 20  # bytes
 LOOKED_AT = 50  # files of a tar file, to tell whether it is a shard
 MOST_OPEN = 32  # tar files at once
-SHARD = re.compile(r"^(?P<name>.*?)[-_.]?(?P<number>\d+([-_]of[-_]\d+)?)?$", re.IGNORECASE)
 
 
 class Entry(NamedTuple):
@@ -38,89 +38,128 @@ class Entry(NamedTuple):
     offset: int
     size: int
 
+    @property
+    def is_image(self) -> bool:
+        return f".{self.ending.rpartition('.')[2]}" in IMAGE_ENDINGS
+
+    @property
+    def folder(self) -> str:
+        return self.key.rpartition("/")[0]
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.size
+
+
+class Header(tarfile.TarInfo):
+    """The header of a file in a tar file; that of a usual file is read several times as fast as tarfile does it."""
+
+    @classmethod
+    def frombuf(cls, buf: Any, encoding: str, errors: str) -> Self:
+        name, prefix = buf[:100].partition(b"\0")[0], buf[345:500].partition(b"\0")[0]
+        try:
+            size, checksum = int(buf[124:136].strip(b" \0"), 8), int(buf[148:156].strip(b" \0"), 8)
+        except ValueError:
+            return super().frombuf(buf, encoding, errors)
+        usual = len(buf) == tarfile.BLOCKSIZE and buf[156:157] in (tarfile.REGTYPE, tarfile.AREGTYPE)
+        # The checksum counts its own eight bytes as blanks.
+        if not usual or name.endswith(b"/") or sum(buf) - sum(buf[148:156]) + 8 * ord(" ") != checksum:
+            return super().frombuf(buf, encoding, errors)
+        header = cls((prefix + b"/" + name if prefix else name).decode(encoding, errors))
+        header.size = size
+        return header
+
 
 def is_shard(path: Path) -> bool:
-    """Whether a file is a tar file of WebDataset: next to an image lies a label of the same key."""
-    if path.suffix.lower() != ".tar":
+    """Whether a file is a tar file of WebDataset: next to an image lies a label of the same key.
+
+    Texts and JSON next to images in folders of classes are no labels, but about something else, such as boxes.
+    """
+    if not path.name.lower().endswith(TAR):
         return False
     try:
         with path.open("rb") as file:
-            entries = list(islice(_entries(file), LOOKED_AT))
-    except (OSError, tarfile.TarError):
+            entries = _entries(file, "r:*")
+            first = list(islice(entries, LOOKED_AT))
+            images = {entry.key for entry in first if entry.is_image}
+            labels = {entry.ending for entry in first if entry.ending in LABELS and entry.key in images}
+            if ".cls" in labels or not labels:
+                return bool(labels)
+            folders = {entry.folder for entry in first if entry.is_image}
+            return folders == {""} or all(entry.folder in folders for entry in entries) and len(folders) == 1
+    except Exception:  # each decompressor has its own; what is wrong is said when the file is read
         return False
-    images = {entry.key for entry in entries if is_image(Path(f"x{entry.ending}"))}
-    labels = {entry.ending for entry in entries if entry.ending in LABELS and entry.key in images}
-    # Text files in folders of classes are about something else, such as boxes.
-    return ".cls" in labels or (bool(labels) and len({key.rpartition("/")[0] for key in images}) == 1)
 
 
 def read_shards(paths: Sequence[Path], settings: Settings) -> Source:
     """Read tar files of WebDataset. Their split is that in their names, as train-0001.tar, or of their folders.
 
     Raises:
-        UsageError: one is damaged, or has images without a label of the kind that the others have.
+        UsageError: one is compressed or damaged, or no image has a label.
     """
-    by_split: dict[str, list[Path]] = {}
-    for path in sorted(paths):
-        by_split.setdefault(_split_of(path), []).append(path)
-    roles, others = sort_splits(by_split)
-    if not roles:  # shards of one split, however it is called
-        by_split, roles, others = (
-            {"train": [path for some in by_split.values() for path in some]},
-            {"train": "train"},
-            [],
+    if packed := [path for path in paths if path.suffix.lower() != ".tar"]:
+        raise UsageError(
+            f"{packed[0]}: a tar file of WebDataset that is compressed, so its images cannot be read in place. "
+            "Decompress it (gunzip, bunzip2 or unxz), and give the .tar file."
         )
     if settings.image_column or settings.reasoning_column:
         raise UsageError(
             "--image-column and --reasoning-column: tar files of WebDataset have no such columns. Leave them out; "
             "--label-column may name an ending, such as cls, or a key of the JSON files."
         )
-    splits = {role: _rows(by_split[name], name, settings) for role, name in roles.items()}
+    by_split = files_by_split(paths)
+    roles, others = sort_splits(by_split)
+    splits = {role: _rows(by_split[name], name, settings.label_column) for role, name in roles.items()}
     columns = Columns("the images", settings.label_column or f"the labels ({listed(LABELS)})", None)
     return Source("WebDataset", splits, roles, others, columns=columns)
 
 
-def _split_of(path: Path) -> str:
-    found = SHARD.match(path.stem)
-    name = found["name"] if found else ""
-    words = [word for word in re.split(r"[-_. ]", name) if role_of(word)]
-    if not role_of(name) and len(words) == 1:  # imagenet-val-0001
-        return words[0]
-    return name if role_of(name) or not role_of(path.parent.name) else path.parent.name
-
-
-def _rows(paths: Sequence[Path], split: str, settings: Settings) -> Rows:
+def _rows(paths: Sequence[Path], split: str, column: str | None) -> Rows:
     """The images of some shards with their labels."""
     images = ShardImages([str(path) for path in paths])
     labels: list[object] = []
     names: list[str] = []
-    unlabeled = without = 0
-    for number, path in enumerate(with_bar(iter(paths), len(paths), f"listing {split}") if len(paths) > 1 else paths):
-        for key, entries, file in _samples(path):
-            image = _image(path, key, entries)
-            if image is None:
-                without += 1
-                continue
-            label = _label(path, file, entries, settings.label_column)
-            unlabeled += label is None
-            images.add(number, image)
-            labels.append(label)
-            names.append(printable(f"{path.name}:{key}{image.ending}"))
+    without = several = 0
+    with Bar(sum(path.stat().st_size for path in paths), f"listing {split}", unit="bytes") as bar:
+        for number, path in enumerate(paths):
+            start = 0
+            for key, entries, file in _samples(path):
+                image = _image(path, key, entries)
+                if image:
+                    images.add(number, image)
+                    labels.append(_label(path, file, entries, column))
+                    names.append(printable(f"{path.name}:{key}{image.ending}"))
+                without += image is None
+                several += sum(entry.is_image for entry in entries) > 1
+                bar.update(entries[-1].end - start)
+                start = entries[-1].end
+    _check_rows(paths, split, labels, column)
     if without:
         note(f"note: not used: {without:,} keys of {split} without an image.")
+    if several:
+        note(f"note: not used: further images of {several:,} keys of {split}, such as 1.mask.png of 1.jpg.")
+    return Rows(images, _whole_numbers(labels), names)
+
+
+def _check_rows(paths: Sequence[Path], split: str, labels: list[object], column: str | None) -> None:
     if not labels:
         raise UsageError(f"{listed(map(str, paths), 3)}: no image in these tar files. Expected files such as 0001.jpg.")
-    if unlabeled == len(labels) and split == "train":
+    if role_of(split) != "train" or any(label is not None for label in labels):
+        return
+    if column:
         raise UsageError(
-            f"{paths[0]}: no image has a label. Expected 0001.cls or 0001.txt next to 0001.jpg, or 0001.json with one "
-            f"of the keys {listed(LABEL_COLUMNS)} (or the one that --label-column names)."
+            f"--label-column {column}: no file of that ending lies next to an image of {paths[0]}, and no .json has "
+            "that key."
         )
-    return Rows(images, _whole_numbers(labels), names)
+    raise UsageError(
+        f"{paths[0]}: no image has a label. Expected 0001.cls or 0001.txt right after or before 0001.jpg, or 0001.json "
+        f"with one of the keys {listed(LABEL_COLUMNS)} (or the one that --label-column names)."
+    )
 
 
 def _image(path: Path, key: str, entries: Sequence[Entry]) -> Entry | None:
     """The image of a sample, None if it has none: of 1.jpg and 1.depth.png the one with the shorter ending."""
-    images = [entry for entry in entries if is_image(Path(f"x{entry.ending}"))]
+    images = [entry for entry in entries if entry.is_image]
     plain = [entry for entry in images if entry.ending.count(".") == 1] or images
     if len(plain) > 1:
         endings = listed(entry.ending for entry in plain)
@@ -135,20 +174,23 @@ def _samples(path: Path) -> Iterator[tuple[str, list[Entry], BinaryIO]]:
             for key, entries in groupby(_entries(file), lambda entry: entry.key):
                 yield key, list(entries), file
     except tarfile.TarError as error:
-        raise UsageError(f"{path} is damaged ({reason(error)}). Copy or download it again.") from error
+        raise UsageError(f"{path} is damaged ({reason(error)}). {AGAIN}") from error
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({reason(error)}). Allow to read it.") from error
 
 
-def _entries(file: BinaryIO) -> Iterator[Entry]:
-    """The regular files of an uncompressed tar file, in their order.
+def _entries(file: BinaryIO, mode: Literal["r:", "r:*"] = "r:") -> Iterator[Entry]:
+    """The regular files of a tar file, in their order.
+
+    Args:
+        mode: "r:" reads only one that is not compressed.
 
     Raises:
         ReadError: it is damaged, or was cut off.
     """
-    size = file.seek(0, os.SEEK_END)
+    size = file.seek(0, os.SEEK_END) if mode == "r:" else None
     file.seek(0)
-    with tarfile.open(fileobj=file, mode="r:") as tar:
+    with tarfile.open(fileobj=file, mode=mode, tarinfo=Header) as tar:
         for info in whole_tar(tar, size, keep=False):
             folder, _, name = info.name.rpartition("/")
             stem, dot, ending = name.partition(".")

@@ -1,7 +1,6 @@
 """A dataset that `datasets` reads while it is used (`--streaming`): only validation, test and a sample are kept."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
 HELD_OUT = 1000  # images of validation, and of test
 SAMPLE = 256  # training images that are looked at before the first step
-LABEL_OF_WEBDATASET = "cls"
 
 
 def read_stream(settings: Settings, name: str, kind: str) -> Source:
@@ -69,14 +67,12 @@ def read_stream(settings: Settings, name: str, kind: str) -> Source:
 
 
 def _columns(train: "IterableDataset", settings: Settings) -> Columns:
-    """The columns of a stream; `cls` is the label of WebDataset files."""
+    """The columns of a stream."""
     import datasets
 
     features = train.features or {}
     images = [name for name, feature in features.items() if is_image_column(feature)]
     classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    if settings.label_column is None and LABEL_OF_WEBDATASET in features and not classes:
-        settings = replace(settings, label_column=LABEL_OF_WEBDATASET)
     return choose_columns(settings, list(features), images, classes, values=lambda name: [])
 
 
