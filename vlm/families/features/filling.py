@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import islice
 from typing import Any
 
 import torch
@@ -63,10 +63,12 @@ def _fill(family: Family, cache: FeatureCache, missing: "_Places", workers: int)
     _say_size(cache, room, each, len(missing), fit)
     others = missing.take([i for i in range(len(missing)) if i not in tried][: max(0, fit - len(tried))])
     with Bar(fit, "vision features") as bar:
-        for entries in chain([first], (cache.compute(family, images) for images in _batches(family, others, workers))):
-            if not fit or not cache.keep(entries):
+        kept = cache.keep(dict(islice(first.items(), fit)))
+        bar.update(min(fit, len(first)))
+        for images in _batches(family, others, workers) if kept else ():
+            if not cache.add(family, images):
                 break
-            bar.update(len(entries))
+            bar.update(len(images))
         cache.flush()
 
 
@@ -87,7 +89,8 @@ def _say_size(cache: FeatureCache, room: Room, each: float, count: int, fit: int
 
 
 def _size_text(size: float) -> str:
-    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
+    unit, name = next(each for each in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if size >= each[0] / 10 or each[0] == 1e3)
+    return f"{size / unit:,.1f} {name}"
 
 
 def _missing(splits: Iterable[Split], cache: FeatureCache) -> "_Places":
