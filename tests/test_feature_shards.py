@@ -49,7 +49,9 @@ def test_a_shard_that_is_written_later_is_found_once_it_is_added(tmp_path):
     assert len(index) == 3
 
 
-@pytest.mark.parametrize("part", ["keys", "checksums", "values.features", "values.ids", "shapes.features", "shapes.ids"])
+@pytest.mark.parametrize(
+    "part", ["keys", "checksums", "values.features", "values.ids", "shapes.features", "shapes.ids"]
+)
 def test_a_changed_bit_in_any_part_is_noticed(tmp_path, part):
     (file,) = write(tmp_path, [3])
     content = bytearray(file.read_bytes())

@@ -8,8 +8,8 @@ from torch import Tensor
 
 # Names of cached features among the inputs of images: before and after the connector.
 ENCODER_FEATURES, CONNECTED_FEATURES = "encoder_features", "connected_features"
-# If the cache lacks some images of a batch: what their inputs begin with, and the row of each feature in a tensor of the
-# cached ones and, after them, those that are computed.
+# If the cache lacks some images of a batch: what the names of their inputs begin with, and for each feature its row in
+# a tensor of the cached ones and, after them, those that are computed.
 UNCACHED, FEATURE_ORDER = "uncached.", "feature_order"
 
 
@@ -36,9 +36,7 @@ def besides_pixels(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def all_features(
-    known: Tensor, inputs: dict[str, Tensor], compute: Callable[[dict[str, Tensor]], Tensor]
-) -> Tensor:
+def all_features(known: Tensor, inputs: dict[str, Tensor], compute: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
     """The features of all images of a batch, in their order.
 
     Args:

@@ -121,7 +121,9 @@ def similarities(images: Tensor, names: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def nearest_name_accuracy(family: Family, class_names: Sequence[str], split: Split, cache: FeatureCache | None) -> float:
+def nearest_name_accuracy(
+    family: Family, class_names: Sequence[str], split: Split, cache: FeatureCache | None
+) -> float:
     """Share of images, of up to 512 spread over the split, whose mean token is nearest to the name of their class."""
     names = name_embeddings(family, class_names)
     chosen = torch.linspace(0, len(split) - 1, min(MOST_CHECKED, len(split))).long().tolist()

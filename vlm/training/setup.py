@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import vlm
 from vlm.classifier import Objective, VLMClassifier, balanced_weights, usual_objective
-from vlm.common import UsageError, doing, format_table, note, usual_modes, writing
+from vlm.common import doing, format_table, note, usual_modes, writing
 from vlm.config import RunSettings, Settings
 from vlm.conversation import Prompts, build_prompts, longest_reasoning
 from vlm.data import Data, Split, as_seen, leave_out_refused, load_data, model_folder

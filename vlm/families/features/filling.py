@@ -89,7 +89,7 @@ def _say_size(cache: FeatureCache, room: Room, each: float, count: int, fit: int
 
 
 def _size_text(size: float) -> str:
-    unit, name = next(each for each in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if size >= each[0] / 10 or each[0] == 1e3)
+    unit, name = (1e9, "GB") if size >= 1e8 else (1e6, "MB") if size >= 1e5 else (1e3, "kB")
     return f"{size / unit:,.1f} {name}"
 
 

@@ -230,5 +230,3 @@ class Index:
             self._touched[number] = now
             with suppress(FileNotFoundError, PermissionError):  # gone, or another user's
                 os.utime(self._files[number])
-
-
