@@ -15,8 +15,7 @@ from safetensors.torch import load_file
 from vlm.common.errors import Stopped
 from vlm.families import cache_root, fill_cache
 from vlm.families.features.cache import nbytes
-from vlm.training import alignment, results
-from vlm.training import loop as training
+from vlm.training import alignment, results, running
 from vlm.training.alignment import align, nearest_name_accuracy
 from vlm.training.running import fit
 
@@ -151,5 +150,5 @@ def test_nothing_of_the_trained_model_is_left_while_the_best_one_is_tested(
         return results.finish(run, *rest)
 
     monkeypatch.setattr(results, "load_model_and_metadata", load_best)
-    monkeypatch.setattr(training, "finish", finish)
+    monkeypatch.setattr(running, "finish", finish)
     fit(settings(halves, color_folder, tmp_path / "out", **more))

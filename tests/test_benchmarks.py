@@ -232,6 +232,10 @@ def test_saving(benchmark):
     assert [row["step"].split(",")[0] for row in rows] == ["write", "read"]
 
 
+def test_shards(benchmark):
+    assert [row["step"].split()[0] for row in benchmark("shards")["rows"]] == ["look", "read"] * 3
+
+
 @pytest.mark.slow
 def test_startup(benchmark):
     assert len(benchmark("startup")["rows"]) == 5
@@ -396,6 +400,7 @@ class TestParts:
             "growth",
             "memory_vs_trl",
             "saving",
+            "shards",
         ]
         names += ["train_on_gpu", "objectives_digits", "objectives_planets"]
         page = (ROOT / "docs/performance.md").read_text(encoding="utf-8") + (ROOT / "docs/objectives.md").read_text(

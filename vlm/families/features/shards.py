@@ -117,9 +117,9 @@ class Shard:
         entry = {}
         try:
             for name, values in self.values.items():
-                shape = self.shapes[name][position].tolist()
-                end = int(self.ends[name][position])
-                entry[name] = values[end - int(np.prod(shape)) : end].view(shape)
+                ends = self.ends[name]
+                start = ends[position - 1] if position else 0
+                entry[name] = values[start : ends[position]].view(self.shapes[name][position].tolist())
         except RuntimeError as error:  # a shape that does not fit the values
             raise DamagedShard from error
         if _checksum(self.keys[position].tobytes(), entry) != int(self.checksums[position]):
@@ -212,15 +212,14 @@ class Index:
             rows = np.concatenate([self._rows, *self._new])
             self._rows, self._new = rows[rows["first"].argsort(kind="stable")], []
             self._firsts = self._rows["first"].copy()  # without gaps, or each search would copy it
-        if not len(self._rows):
-            return None
         first, second = np.frombuffer(_digest(key), np.uint64)
-        start, end = self._firsts.searchsorted(first), self._firsts.searchsorted(first, "right")
-        for row in self._rows[start:end]:
-            number = int(row["file"])
-            if row["second"] == second and number not in self._gone:
+        for i in range(int(self._firsts.searchsorted(first)), len(self._rows)):
+            found, other_half, number, position = self._rows[i].item()
+            if found != first:
+                break
+            if other_half == second and number not in self._gone:
                 self._touch(number)
-                return number, int(row["position"])
+                return number, position
         return None
 
     def _touch(self, number: int) -> None:
