@@ -12,6 +12,7 @@ import statistics
 import sys
 import zlib
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import common
@@ -43,17 +44,14 @@ def main() -> int:
         order = random.Random(0).sample(keys, min(count, 3200))
         index = Index(folder / "shards")
         sides: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
-            "look all up": (
-                lambda keys=keys: [(folder / "files" / key).stat() for key in keys],
-                lambda keys=keys: [key in opened for opened in [Index(folder / "shards")] for key in keys],
-            ),
+            "look all up": (partial(look_up_files, folder / "files", keys), partial(look_up, folder / "shards", keys)),
             "read in batches": (
-                lambda order=order: read(order, lambda key: read_file(folder / "files" / key)),
-                lambda order=order, index=index: read(order, index.entry),
+                partial(read, order, partial(read_file, folder / "files")),
+                partial(read, order, index.entry),
             ),
         }
         same = same and all(
-            torch.equal(read_file(folder / "files" / key)["features"], index.entry(key)["features"])
+            torch.equal(read_file(folder / "files", key)["features"], index.entry(key)["features"])
             for key in order[:100]
         )
         for step, (theirs, ours) in sides.items():
@@ -87,11 +85,22 @@ def write_in_shards(folder: Path, keys: list[str], whole: torch.Tensor) -> None:
         list(write_shards(folder, {keys[i]: {"features": whole[i]} for i in some}))
 
 
-def read_file(file: Path) -> Entry:
-    with safe_open(file, "pt") as content:
+def look_up_files(folder: Path, keys: list[str]) -> None:
+    for key in keys:
+        (folder / key).stat()
+
+
+def look_up(folder: Path, keys: list[str]) -> None:
+    index = Index(folder)
+    if not all(key in index for key in keys):
+        raise ValueError(f"{folder} lacks some")
+
+
+def read_file(folder: Path, key: str) -> Entry:
+    with safe_open(folder / key, "pt") as content:
         features = content.get_tensor("features")
         if str(zlib.crc32(features.numpy().data)) != content.metadata()["checksum"]:
-            raise ValueError(f"{file} is damaged")
+            raise ValueError(f"{key} is damaged")
     return {"features": features}
 
 
