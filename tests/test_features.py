@@ -157,6 +157,8 @@ def test_what_does_not_fit_is_computed_each_time(name, connected, tmp_path, monk
     samples = [images[i] for i in range(4)]
     batch = classifier.collate(True, cache)(samples)
     assert {cache.name, UNCACHED + "pixel_values"} <= batch.pixels.keys()
+    read_twice = classifier.family.with_features(batch.pixels)
+    assert CONNECTED_FEATURES in read_twice and not any("pixel" in each for each in read_twice)
     assert_equal(measure(classifier, samples, cache), expected)
 
 
