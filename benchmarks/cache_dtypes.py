@@ -16,7 +16,7 @@ from inference_vlm import load_model_and_metadata, predict_batch
 from vlm.data import find_images
 from vlm.families import cache_root
 
-FORMATS = ("float32", "float16", "int8")
+FORMATS = ("float32", "float16")
 
 
 def main() -> int:

@@ -241,10 +241,9 @@ def test_cache_dtypes(benchmark, demo_run):
     """The model was trained a little, and float16 changes little."""
     arguments = (str(demo_run / "best_model"), "--images", str(demo_run / "demo_images"))
     rows = {row["format"]: row for row in benchmark("cache_dtypes", *arguments)["rows"]}
-    assert rows["float32"]["kB an image"] > rows["float16"]["kB an image"] > rows["int8"]["kB an image"]
-    assert (
-        0 < rows["float16"]["largest change of a probability"] < rows["int8"]["largest change of a probability"] < 0.1
-    )
+    assert rows["float32"]["kB an image"] > rows["float16"]["kB an image"] > 0
+    assert rows["float32"]["largest change of a probability"] == 0
+    assert 0 < rows["float16"]["largest change of a probability"] < 0.01
 
 
 @pytest.mark.slow

@@ -115,7 +115,7 @@ def test_cached_features_give_the_same_loss(folder, tmp_path, monkeypatch):
     """`image_sizes` stays in a batch whose pixels are replaced by features: the newlines depend on it."""
     family = load(folder, {"num_crops": 4})
     monkeypatch.setenv("VLM_CACHE", str(tmp_path))
-    cache = FeatureCache(family, connected=False, cache_dtype="float32", limit_gb=1)
+    cache = FeatureCache(family, connected=False, halved=False, limit_gb=1)
     classifier = VLMClassifier(family, tiny_prompts())
     samples = [Sample(random_image(i, *size), i, f"image {i}") for i, size in enumerate([(40, 28), (20, 90)])]
     with torch.no_grad():

@@ -88,7 +88,7 @@ def test_features_that_turn_out_larger_than_the_first_ones_stay_within_the_limit
 def test_only_features_that_nobody_used_for_a_day_make_room(tmp_path, root):
     """Other encoders' and this one's alike, the longest unused first, and no more of them than need be."""
     classifier = classifier_of("idefics3", tmp_path / "model")
-    own = FeatureCache(classifier.family, False, "float32", 1).folder.name
+    own = FeatureCache(classifier.family, False, False, 1).folder.name
     oldest, older = put(root / "other" / "oldest", 3 * OLD), put(root / own / "older", 2 * OLD)
     old, new = put(root / "other" / "old", OLD), put(root / own / "new", NEW)
     assert fill_cache(classifier.family, [split()], limit_gb=1.5e-3) is not None
@@ -112,7 +112,7 @@ def test_what_a_run_looks_up_stays(tmp_path, root):
     files = list(cache.folder.iterdir())
     looks = (
         lambda: fill_cache(classifier.family, [images], limit_gb=1),
-        lambda: FeatureCache(classifier.family, False, "float32", 1).entry(images.keys[0]),
+        lambda: FeatureCache(classifier.family, False, False, 1).entry(images.keys[0]),
     )
     for look in looks:
         for file in files:
@@ -157,7 +157,7 @@ def test_two_runs_fill_the_same_cache_at_once(tmp_path, root):
     (folder,) = root.iterdir()
     first, second = folder.iterdir()
     assert all(load_file(file)["keys"].shape == (3, 16) for file in (first, second))
-    cache = FeatureCache(classifier.family, False, "float32", 1)
+    cache = FeatureCache(classifier.family, False, False, 1)
     first.unlink()
     assert found(cache, images), "what one has lost is in the other"
 
@@ -171,7 +171,7 @@ def test_a_damaged_shard_is_computed_again(tmp_path, capsys, damage):
     shards.open_shard.cache_clear()  # what is mapped must not be cut short
     (file,) = before.folder.iterdir()
     damage(file)
-    cache = FeatureCache(classifier.family, False, "float32", 1)
+    cache = FeatureCache(classifier.family, False, False, 1)
     for i in range(4):
         entry = cache.entry(images.keys[i]) or own[i]
         assert torch.equal(entry[cache.name], own[i][cache.name]), "what is damaged is never taken"
@@ -199,7 +199,7 @@ def test_a_run_that_is_killed_while_it_writes_loses_the_last_shard(tmp_path, roo
         run.join()
     assert run.exitcode == -signal.SIGKILL
     (left,) = root.glob("*/.*.tmp")
-    before = FeatureCache(classifier.family, False, "float32", 1)
+    before = FeatureCache(classifier.family, False, False, 1)
     assert sum(before.use(key) for key in [images[i].key for i in range(3)]) == 1
     cache = fill_cache(classifier.family, [images], limit_gb=1)
     assert found(cache, images) and len(list(cache.folder.glob("*.safetensors"))) == 2

@@ -23,7 +23,6 @@ from vlm.families.features import cache as cache_file
 from vlm.families.features import room, shards
 from vlm.families.features.cache import nbytes
 from vlm.families.features.fingerprint import fingerprint
-from vlm.families.features.formats import restored, shrink
 
 
 @pytest.fixture(autouse=True)
@@ -174,7 +173,7 @@ def test_the_message_says_how_much_fits_and_what_would_hold_all(tmp_path, monkey
     assert capsys.readouterr().err.splitlines() == [
         *said,
         f"2 of them fit into --cache-size {limit:g}; the others are computed each time. --cache-size 1 has room for "
-        "all. What makes them smaller: --cache-dtype int8, a smaller --image-size, --freeze-connector.",
+        "all. What makes them smaller: --cache-dtype float16, a smaller --image-size, --freeze-connector.",
     ]
 
 
@@ -287,57 +286,32 @@ def test_a_model_in_bfloat16_keeps_its_features_as_they_are(tmp_path):
     assert cache.entry(split()[0].key)[ENCODER_FEATURES].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_int8_has_a_byte_for_each_number_and_255_steps_for_each_vector(tmp_path, dtype):
-    MODELS["idefics3"][0](tmp_path / "model")
-    classifier = load(tmp_path / "model", dtype=dtype)
-    images = split()
-    whole, small = (fill_cache(classifier.family, [images], limit_gb=1, cache_dtype=d) for d in ("float32", "int8"))
-    exact, rounded = (cache.entry(images.keys[0])[ENCODER_FEATURES] for cache in (whole, small))
-    assert exact.dtype == rounded.dtype == dtype
-    step = exact.float().abs().amax(-1, keepdim=True) / 127
-    precision = torch.finfo(dtype).eps * exact.float().abs().amax()
-    assert (rounded.float() - exact.float()).abs().max() > 0
-    assert ((rounded.float() - exact.float()).abs() <= 0.5 * step + precision).all()
-    (file,) = small.folder.iterdir()
-    content = load_file(file)
-    assert content[f"values.{ENCODER_FEATURES}"].dtype == torch.int8
-    assert content["values.scales"].numel() * exact.shape[-1] == content[f"values.{ENCODER_FEATURES}"].numel()
-
-
-def test_features_that_int8_cannot_hold_are_kept_and_zeros_stay_zeros():
-    kept = shrink("features", torch.tensor([[1.0, float("inf")]]), "int8")
-    assert kept.keys() == {"features"} and kept["features"].isinf().any()
-    zeros = shrink("features", torch.zeros(2, 3), "int8")
-    assert torch.equal(restored("features", zeros, torch.float32)["features"], torch.zeros(2, 3))
-
-
 # What features belong to
 
 
 def test_other_weights_or_image_processing_have_features_of_their_own(tmp_path):
     classifier = classifier_of("idefics3", tmp_path / "model")
     family = classifier.family
-    seen = {fingerprint(family, connected, kept) for connected in (False, True) for kept in ("float32", "float16")}
-    before = fingerprint(family, False, "float32")
+    seen = {fingerprint(family, connected, halved) for connected in (False, True) for halved in (False, True)}
+    before = fingerprint(family, False, False)
     with torch.no_grad():
         next(family.connector.parameters()).add_(1e-3)
-    assert fingerprint(family, False, "float32") == before, "the connector does not matter before it"
-    seen.add(fingerprint(family, True, "float32"))
+    assert fingerprint(family, False, False) == before, "the connector does not matter before it"
+    seen.add(fingerprint(family, True, False))
     with torch.no_grad():
         next(family.vision.parameters()).add_(1e-3)
-    seen.add(fingerprint(family, False, "float32"))
+    seen.add(fingerprint(family, False, False))
     family.processor.image_processor.image_mean = [0.4, 0.5, 0.5]
-    seen.add(fingerprint(family, False, "float32"))
-    seen.add(fingerprint(load(tmp_path / "model", {}, torch.bfloat16).family, False, "float32"))
+    seen.add(fingerprint(family, False, False))
+    seen.add(fingerprint(load(tmp_path / "model", {}, torch.bfloat16).family, False, False))
     assert len(seen) == 8
 
 
 def test_another_layer_of_the_encoder_has_features_of_its_own(tmp_path):
     classifier = classifier_of("llava", tmp_path / "model")
-    before = fingerprint(classifier.family, False, "float32")
+    before = fingerprint(classifier.family, False, False)
     classifier.family.model.config.vision_feature_layer = -1
-    assert fingerprint(classifier.family, False, "float32") != before
+    assert fingerprint(classifier.family, False, False) != before
 
 
 @pytest.mark.slow
@@ -352,6 +326,15 @@ def test_a_model_that_was_saved_after_training_uses_the_features_of_its_training
     assert not any(cache.fits(load(tmp_path / "rounded", None).family) for cache in caches), (
         "rounded weights have others"
     )
+
+
+@pytest.mark.parametrize("difference, cached", [(1e-7, True), (1e-2, False)])
+def test_a_connector_that_adds_in_another_order_is_cached_and_one_that_takes_more_is_not(tmp_path, difference, cached):
+    family = classifier_of("llava", tmp_path / "model").family
+    connect = family.connect
+    family.connect = lambda hidden, inputs: connect(hidden, inputs) * (1 + difference)
+    vars(family).pop("can_cache", None)
+    assert family.can_cache == cached
 
 
 def test_a_trained_encoder_and_one_that_packs_its_features_are_not_cached(tmp_path):

@@ -154,9 +154,9 @@ class Settings(DataSettings, ModelSettings):
     cache_dtype: str = flag(
         "float32",
         "training",
-        "number format of the feature cache: float16 halves its size, and results differ in the fourth digit; int8 "
-        "quarters it, and probabilities differ by up to 0.01 (default: float32)",
-        choices=("float32", "float16", "int8"),
+        "number format of the feature cache: float16 halves its size, and results differ in the fourth digit "
+        "(default: float32)",
+        choices=("float32", "float16"),
     )
     seed: int = flag(42, "training", "seed of the order, the splits and all other randomness (default: 42)")
 

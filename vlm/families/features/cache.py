@@ -16,7 +16,6 @@ from vlm.data import Sample
 from vlm.families.base import Family
 from vlm.families.encoded import CONNECTED_FEATURES, ENCODER_FEATURES, EncodedImages, besides_pixels
 from vlm.families.features.fingerprint import fingerprint
-from vlm.families.features.formats import restored, shrink
 from vlm.families.features.room import Room, make_room
 from vlm.families.features.shards import SHARD_BYTES, SHARD_IMAGES, Entry, Index, write_shards
 
@@ -34,16 +33,15 @@ class FeatureCache:
 
     Args:
         connected: features after the connector, else before it.
-        cache_dtype: the number format in which features are kept (formats.py). They come back in the one in which they
-            were computed.
+        halved: float32 features are kept as float16, half the size. They come back as float32, with a relative
+            difference of at most 2^-11. An image with a feature that float16 cannot hold is kept as it is.
         limit_gb: the largest size of all that is kept, in 10^9 bytes.
     """
 
-    def __init__(self, family: Family, connected: bool, cache_dtype: str, limit_gb: float):
+    def __init__(self, family: Family, connected: bool, halved: bool, limit_gb: float):
         self.connected = connected
-        self.cache_dtype = cache_dtype
-        self.dtype = next(family.vision.parameters()).dtype
-        self.folder = cache_root() / fingerprint(family, connected, cache_dtype)
+        self.halved = halved
+        self.folder = cache_root() / fingerprint(family, connected, halved)
         self.limit_gb = limit_gb
         self.room = 0.0  # bytes that may be kept before all files are looked at again
         self.full = False  # nothing more is kept
@@ -61,7 +59,7 @@ class FeatureCache:
 
     def fits(self, family: Family) -> bool:
         """Whether the features are those of this model too."""
-        return fingerprint(family, self.connected, self.cache_dtype) == self.folder.name
+        return fingerprint(family, self.connected, self.halved) == self.folder.name
 
     # Reading
 
@@ -73,7 +71,9 @@ class FeatureCache:
         """Features, inputs other than pixels and token ids of an image; None if they are not there, or damaged."""
         entry = self._waiting.get(key) or self._index.entry(key)
         self._delete_damaged()
-        return entry and restored(self.name, entry, self.dtype)
+        if entry is None or not self.halved:
+            return entry
+        return entry | {self.name: entry[self.name].float()}
 
     def _delete_damaged(self) -> None:
         """Delete damaged shards, so that their features are computed again. Of many, the first is named."""
@@ -105,7 +105,8 @@ class FeatureCache:
         features = family.features_of_each(list(images.values()), self.connected)
         entries = {}
         for (key, one), tensor in zip(images.items(), features, strict=True):
-            own = shrink(self.name, tensor, self.cache_dtype)
+            half = tensor.half() if self.halved else tensor
+            own = {self.name: half if half.isfinite().all() else tensor}
             ids = {TOKEN_IDS: torch.tensor(one.token_ids[0], dtype=torch.int32)}
             entry = besides_pixels(one.inputs) | own | ids
             # a copy of its own, because features of one pass share their memory
@@ -175,11 +176,9 @@ def open_cache(family: Family, connected: bool, cache_dtype: str, limit_gb: floa
     """The cache for a model; None if its features cannot be told apart by image.
 
     Args:
-        cache_dtype: float32 keeps features as they are computed, float16 halves those of a model in float32, int8 keeps
-            a byte for each number.
+        cache_dtype: float32 keeps features as they are computed, float16 halves those of a model in float32.
     """
     if not family.can_cache:
         return None
-    if cache_dtype == "float16" and next(family.vision.parameters()).dtype != torch.float32:
-        cache_dtype = "float32"  # float16 would not be smaller, or not hold them
-    return FeatureCache(family, connected, cache_dtype, limit_gb)
+    computed = next(family.vision.parameters()).dtype
+    return FeatureCache(family, connected, cache_dtype == "float16" and computed == torch.float32, limit_gb)

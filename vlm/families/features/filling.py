@@ -83,7 +83,7 @@ def _say_size(cache: FeatureCache, room: Room, each: float, count: int, fit: int
         cure = "Make room there, or set VLM_CACHE to a folder on another disk"
     else:
         where, cure = f"into --cache-size {cache.limit_gb:g}", f"--cache-size {room.all_gb} has room for all"
-    smaller = "" if cache.cache_dtype == "int8" else "--cache-dtype int8, "
+    smaller = "" if cache.halved else "--cache-dtype float16, "
     smaller += "a smaller --image-size" + ("" if cache.connected else ", --freeze-connector")
     note(f"{fit:,} of them fit {where}; the others are computed each time. {cure}. What makes them smaller: {smaller}.")
 

@@ -15,14 +15,14 @@ FORMAT = 5  # of the files; with another one the features are computed again
 CHANGES_NOTHING = ("dtype", "torch_dtype", "transformers_version", "_name_or_path", "architectures")
 
 
-def fingerprint(family: Family, connected: bool, cache_dtype: str) -> str:
+def fingerprint(family: Family, connected: bool, halved: bool) -> str:
     """A name for what the features depend on besides the image: weights, image processing, number format, program.
 
     Args:
-        connected, cache_dtype: as in `FeatureCache`.
+        connected, halved: as in `FeatureCache`.
     """
     content = hashlib.sha256(
-        f"{FORMAT} {transformers.__version__} {type(family).__name__} {connected} {cache_dtype}".encode()
+        f"{FORMAT} {transformers.__version__} {type(family).__name__} {connected} {halved}".encode()
     )
     _add_weights(content, family.vision.state_dict())
     if connected:
