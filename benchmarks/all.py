@@ -26,6 +26,7 @@ NAMES = (
     "growth",
     "memory_vs_trl",
     "saving",
+    "shards",
 )
 EVERYDAY = ("startup", "train_vs_trl", "classify_vs_generate")
 

@@ -232,6 +232,20 @@ def test_saving(benchmark):
     assert [row["step"].split(",")[0] for row in rows] == ["write", "read"]
 
 
+def test_shards(benchmark):
+    assert [row["step"].split()[0] for row in benchmark("shards")["rows"]] == ["look", "read"] * 3
+
+
+@pytest.mark.slow
+def test_cache_dtypes(benchmark, demo_run):
+    """The model was trained a little, and float16 changes little."""
+    arguments = (str(demo_run / "best_model"), "--images", str(demo_run / "demo_images"))
+    rows = {row["format"]: row for row in benchmark("cache_dtypes", *arguments)["rows"]}
+    assert rows["float32"]["kB an image"] > rows["float16"]["kB an image"] > 0
+    assert rows["float32"]["largest change of a probability"] == 0
+    assert 0 < rows["float16"]["largest change of a probability"] < 0.01
+
+
 @pytest.mark.slow
 def test_startup(benchmark):
     assert len(benchmark("startup")["rows"]) == 5
@@ -396,6 +410,7 @@ class TestParts:
             "growth",
             "memory_vs_trl",
             "saving",
+            "shards",
         ]
         names += ["train_on_gpu", "objectives_digits", "objectives_planets"]
         page = (ROOT / "docs/performance.md").read_text(encoding="utf-8") + (ROOT / "docs/objectives.md").read_text(

@@ -1,21 +1,27 @@
 """The cache of vision features: the same numbers as from pixels, in every family, without opening an image."""
 
 import pickle
+import shutil
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import test_family_generic
 import torch
 from feature_checks import LABELS, MODELS, classifier_of, load, split
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny import save_classifier
 from torch.utils.data import DataLoader
 
 from vlm.data import Split
 from vlm.evaluation.evaluate import score_split
-from vlm.families import CONNECTED_FEATURES, ENCODER_FEATURES, cache_root, fill_cache, open_cache
+from vlm.families import CONNECTED_FEATURES, ENCODER_FEATURES, cache_root, encode, fill_cache, open_cache
+from vlm.families.encoded import UNCACHED
+from vlm.families.features import cache as cache_file
+from vlm.families.features import room, shards
+from vlm.families.features.cache import nbytes
 from vlm.families.features.fingerprint import fingerprint
 
 
@@ -70,7 +76,8 @@ def test_cached_features_give_the_same_loss_gradients_and_scores_as_pixels(name,
     frozen = "freeze_connector" in settings
     assert not frozen or all(".lora_" in key for key in expected[1]), "nothing but LoRA is trained"
     cache = fill_cache(classifier.family, [images], limit_gb=1)
-    assert len(list(root.glob("*/*.safetensors"))) == 3, "the image that is there twice is computed once"
+    (shard,) = root.glob("*/*.safetensors")
+    assert len(load_file(shard)["keys"]) == 3, "the image that is there twice is computed once"
     opens_no_image(monkeypatch)
     classifier.family.vision_features = None  # it must not be needed any more
     samples = [images[i] for i in range(4)]
@@ -131,21 +138,43 @@ def test_loader_processes_open_no_image(workers, tmp_path, monkeypatch):
     assert ENCODER_FEATURES in batch.pixels and batch.labels.tolist() == LABELS
 
 
-def test_a_file_that_is_gone_or_damaged_is_made_up_for_by_the_pixels(tmp_path):
-    classifier = classifier_of("idefics3", tmp_path / "model").eval()
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("connected", [False, True])
+def test_what_does_not_fit_is_computed_each_time(name, connected, tmp_path, monkeypatch, capsys):
+    """A batch of features and pixels gives the loss, gradients and scores of pixels."""
+    settings = {"tune": "lora", "freeze_connector": True, "lora_dropout": 0.0} if connected else {"tune": "connector"}
+    classifier = classifier_of(name, tmp_path / "model", dtype=torch.float64, **settings)
     images = split()
-    cache = fill_cache(classifier.family, [images], limit_gb=1)
-    expected = score_split(classifier, images, batch_size=4)
-    first, second, third = sorted(cache.folder.iterdir())
-    first.write_bytes(b"")
-    second.unlink()
-    save_file({"other_features": torch.zeros(1)}, third)
-    assert all(cache.encode([images[i].key]) is None for i in range(3))
-    torch.testing.assert_close(
-        score_split(classifier, images, batch_size=4, cache=cache), expected, rtol=1e-6, atol=1e-4
-    )
-    assert not first.exists() and not third.exists(), "what cannot be used is computed again the next time"
-    assert fill_cache(classifier.family, [images], limit_gb=1).encode([images[i].key for i in range(4)]) is not None
+    expected = measure(classifier, [images[i] for i in range(4)])
+    whole = fill_cache(classifier.family, [images], limit_gb=1)
+    size = sum(nbytes(whole.entry(key)) for key in set(images.keys))
+    largest = max(nbytes(whole.entry(key)) for key in images.keys)
+    shutil.rmtree(whole.folder)
+    cache = fill_cache(classifier.family, [images], limit_gb=(size - 0.5 * largest) / 1e9)
+    kept = [cache.use(key) for key in images.keys]
+    assert 0 < sum(kept) < 4 and "computed each time" in capsys.readouterr().err
+    samples = [images[i] for i in range(4)]
+    batch = classifier.collate(True, cache)(samples)
+    assert {cache.name, UNCACHED + "pixel_values"} <= batch.pixels.keys()
+    read_twice = classifier.family.with_features(batch.pixels)
+    assert CONNECTED_FEATURES in read_twice and not any("pixel" in each for each in read_twice)
+    assert_equal(measure(classifier, samples, cache), expected)
+
+
+def test_the_message_says_how_much_fits_and_what_would_hold_all(tmp_path, monkeypatch, capsys):
+    classifier = classifier_of("idefics3", tmp_path / "model")
+    each = nbytes(fill_cache(classifier.family, [split()], limit_gb=1).entry(split()[0].key))
+    shutil.rmtree(cache_root())
+    said = [f"vision features to compute: 3 images, {3 * each / 1e3:.1f} kB."]
+    assert capsys.readouterr().err.splitlines()[-1:] == said
+    limit = 2.5 * each / 1e9
+    cache = fill_cache(classifier.family, [split()], limit_gb=limit)
+    assert sum(cache.use(split()[i].key) for i in range(3)) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        *said,
+        f"2 of them fit into --cache-size {limit:g}; the others are computed each time. --cache-size 1 has room for "
+        "all. What makes them smaller: --cache-dtype float16, a smaller --image-size, --freeze-connector.",
+    ]
 
 
 def test_filling_the_cache_keeps_no_image_in_memory(tmp_path, monkeypatch):
@@ -178,17 +207,39 @@ def test_a_full_disk_is_no_end_of_the_run(tmp_path, monkeypatch, capsys, error):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr("vlm.families.features.cache.save_file", fail)
-    assert fill_cache(classifier.family, [split()], limit_gb=1) is None
+    save, written = shards.save_file, []
+
+    def save_first(*arguments):
+        if written:
+            raise error
+        written.append(save(*arguments))
+
+    monkeypatch.setattr(shards, "save_file", save_first)
+    monkeypatch.setattr(cache_file, "SHARD_IMAGES", 1)
+    images = split()
+    cache = fill_cache(classifier.family, [images], limit_gb=1)
+    assert [cache.use(key) for key in images.keys] == [True, False, False, True]
     err = capsys.readouterr().err
-    assert "cannot be kept" in err and err.endswith("(no space left on device).\n")
+    assert err.count("cannot be kept") == 1
+    assert err.endswith("(no space left on device): others are computed each time.\n")
+    monkeypatch.setattr(shards, "save_file", fail)
+    shutil.rmtree(cache.folder)
+    assert fill_cache(classifier.family, [images], limit_gb=1) is None
+
+
+def test_a_disk_without_room_is_said_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    classifier = classifier_of("idefics3", tmp_path / "model")
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda _: SimpleNamespace(total=1e12, used=994e9, free=6e9))
+    assert fill_cache(classifier.family, [split()], limit_gb=1) is None
+    assert f"0 of them fit on the disk, which has 6.0 GB free ({cache_root()})" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux shows what is mapped")
 def test_a_file_is_mapped_into_memory_and_not_copied(tmp_path):
     classifier = classifier_of("idefics3", tmp_path / "model")
-    file = next(fill_cache(classifier.family, [split()], limit_gb=1).folder.iterdir())
-    entry = load_file(file)
+    cache = fill_cache(classifier.family, [split()], limit_gb=1)
+    entry = cache.entry(split()[0].key)
+    (file,) = cache.folder.iterdir()
     (line,) = (line for line in Path("/proc/self/maps").read_text().splitlines() if file.name in line)
     first, last = (int(end, 16) for end in line.split()[0].split("-"))
     assert all(first <= tensor.data_ptr() < last for tensor in entry.values())
@@ -205,8 +256,8 @@ def test_float16_halves_the_features_and_stays_within_its_tolerance(tmp_path):
         fill_cache(classifier.family, [images], limit_gb=1, cache_dtype=dtype) for dtype in ("float32", "float16")
     )
     assert whole.folder != halved.folder
-    keys = [images[i].key for i in range(4)]
-    exact, rounded = (cache.encode(keys).inputs[ENCODER_FEATURES] for cache in (whole, halved))
+    samples = [images[i] for i in range(4)]
+    exact, rounded = (encode(samples, classifier.family, each).inputs[ENCODER_FEATURES] for each in (whole, halved))
     assert exact.dtype == rounded.dtype == torch.float32
     assert 0 < ((rounded - exact).abs() / (exact.abs() + 1e-4)).max() <= 2**-11
     size, half = (next(cache.folder.iterdir()).stat().st_size for cache in (whole, halved))
@@ -224,14 +275,15 @@ def test_a_feature_that_float16_cannot_hold_is_kept_in_float32(tmp_path):
     cache = fill_cache(classifier.family, [images], limit_gb=1, cache_dtype="float16")
     expected = classifier.family.features_of_each([classifier.family.encode_images([images[1].image])], False)[0]
     assert expected.abs().max() > 65504
-    torch.testing.assert_close(cache.encode([images[1].key]).inputs[ENCODER_FEATURES], expected)
+    torch.testing.assert_close(cache.entry(images[1].key)[ENCODER_FEATURES], expected)
+    assert cache.entry(images[1].key)[ENCODER_FEATURES].dtype == torch.float32
 
 
 def test_a_model_in_bfloat16_keeps_its_features_as_they_are(tmp_path):
     MODELS["idefics3"][0](tmp_path / "model")
     classifier = load(tmp_path / "model", dtype=torch.bfloat16)
     cache = fill_cache(classifier.family, [split()], limit_gb=1, cache_dtype="float16")
-    assert load_file(next(cache.folder.iterdir()))[ENCODER_FEATURES].dtype == torch.bfloat16
+    assert cache.entry(split()[0].key)[ENCODER_FEATURES].dtype == torch.bfloat16
 
 
 # What features belong to
@@ -274,6 +326,15 @@ def test_a_model_that_was_saved_after_training_uses_the_features_of_its_training
     assert not any(cache.fits(load(tmp_path / "rounded", None).family) for cache in caches), (
         "rounded weights have others"
     )
+
+
+@pytest.mark.parametrize("difference, cached", [(1e-7, True), (1e-2, False)])
+def test_a_connector_that_adds_in_another_order_is_cached_and_one_that_takes_more_is_not(tmp_path, difference, cached):
+    family = classifier_of("llava", tmp_path / "model").family
+    connect = family.connect
+    family.connect = lambda hidden, inputs: connect(hidden, inputs) * (1 + difference)
+    vars(family).pop("can_cache", None)
+    assert family.can_cache == cached
 
 
 def test_a_trained_encoder_and_one_that_packs_its_features_are_not_cached(tmp_path):

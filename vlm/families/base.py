@@ -19,7 +19,7 @@ from vlm.common import RunError, is_out_of_memory
 from vlm.config import ImageSize
 from vlm.data import COPY_AGAIN, Sample, UnreadableImage
 from vlm.families.configuration import build_config, read_config
-from vlm.families.encoded import CONNECTED_FEATURES, ENCODER_FEATURES, EncodedImages, besides_pixels
+from vlm.families.encoded import CONNECTED_FEATURES, ENCODER_FEATURES, EncodedImages, all_features, besides_pixels
 from vlm.families.images.sizes import size_text
 from vlm.families.pretrained import blaming, brief
 from vlm.families.texts import FamilyTexts
@@ -212,7 +212,7 @@ class Family(FamilyTexts):
     def image_features(self, inputs: dict[str, Tensor]) -> Tensor:
         """(number of placeholders of all images, D) features in the order of the placeholders."""
         if CONNECTED_FEATURES in inputs:
-            return inputs[CONNECTED_FEATURES]
+            return all_features(inputs[CONNECTED_FEATURES], inputs, self.image_features)
         return self.connect(self.encoder_features(inputs), inputs)
 
     def with_features(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -220,9 +220,9 @@ class Family(FamilyTexts):
         return besides_pixels(inputs) | {CONNECTED_FEATURES: self.image_features(inputs)}
 
     def encoder_features(self, inputs: dict[str, Tensor]) -> Tensor:
-        """`vision_features`, or the cached ones if the batch was made from the feature cache."""
+        """`vision_features`, or the cached ones of the images that the feature cache has."""
         if ENCODER_FEATURES in inputs:
-            return inputs[ENCODER_FEATURES]
+            return all_features(inputs[ENCODER_FEATURES], inputs, self.encoder_features)
         frozen = not any(p.requires_grad for p in self.vision.parameters())
         with torch.no_grad() if frozen else nullcontext():  # a frozen vision encoder would keep a graph otherwise
             return self.vision_features(inputs)

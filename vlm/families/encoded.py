@@ -1,11 +1,16 @@
 """Images as a model takes them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 # Names of cached features among the inputs of images: before and after the connector.
 ENCODER_FEATURES, CONNECTED_FEATURES = "encoder_features", "connected_features"
+# If the cache lacks some images of a batch: what the names of their inputs begin with, and for each feature its row in
+# a tensor of the cached ones and, after them, those that are computed.
+UNCACHED, FEATURE_ORDER = "uncached.", "feature_order"
 
 
 @dataclass(frozen=True)
@@ -23,5 +28,22 @@ class EncodedImages:
 
 def besides_pixels(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """The inputs that are neither pixels nor features, such as the sizes of images."""
-    features = (ENCODER_FEATURES, CONNECTED_FEATURES)
-    return {name: tensor for name, tensor in inputs.items() if not name.startswith("pixel") and name not in features}
+    features = (ENCODER_FEATURES, CONNECTED_FEATURES, FEATURE_ORDER)
+    return {
+        name: tensor
+        for name, tensor in inputs.items()
+        if not name.startswith(("pixel", UNCACHED)) and name not in features
+    }
+
+
+def all_features(known: Tensor, inputs: dict[str, Tensor], compute: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
+    """The features of all images of a batch, in their order.
+
+    Args:
+        known: the cached ones.
+        compute: inputs of the other images -> their features.
+    """
+    if FEATURE_ORDER not in inputs:
+        return known
+    others = {name.removeprefix(UNCACHED): tensor for name, tensor in inputs.items() if name.startswith(UNCACHED)}
+    return torch.cat([known, compute(others).to(known.dtype)])[inputs[FEATURE_ORDER]]

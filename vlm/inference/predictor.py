@@ -190,12 +190,16 @@ def predict_each(
     # With a cache, preparing runs the vision encoder, which only one thread at a time may do.
     prepared = map(prepare, chunks) if feature_cache else _ahead(prepare, chunks)
     tolerance = 0.0 if exhaustive else TOLERANCE
-    with Bar(len(paths), "classifying", enabled=show_progress) as bar:
-        for chunk, (batch, errors) in zip(chunks, prepared, strict=True):
-            predictions = iter(_predict(model, batch, explain, tolerance) if batch else ())
-            for path in chunk:
-                yield path, errors.get(path) or next(predictions)
-            bar.update(len(chunk))
+    try:
+        with Bar(len(paths), "classifying", enabled=show_progress) as bar:
+            for chunk, (batch, errors) in zip(chunks, prepared, strict=True):
+                predictions = iter(_predict(model, batch, explain, tolerance) if batch else ())
+                for path in chunk:
+                    yield path, errors.get(path) or next(predictions)
+                bar.update(len(chunk))
+    finally:
+        if cache:
+            cache.flush()
 
 
 def _settings_of(metadata: dict[str, Any]) -> RunSettings:

@@ -41,7 +41,6 @@ def align_connector(run: Run) -> dict[str, Any]:
         seconds: how long it took.
         validation_accuracy: the share of validation images (of up to 512) that are nearest to the name of their class.
     """
-    assert run.cache is not None, "set_up has seen to it"
     started = time.monotonic()
     family, names = run.classifier.family, run.classifier.prompts.shown_names
     note("aligning the connector with the names of the classes.")
@@ -59,14 +58,14 @@ def align(
     family: Family,
     class_names: Sequence[str],
     train: Split,
-    cache: FeatureCache,
+    cache: FeatureCache | None,
     seed: int = 0,
     autocast: Autocast = nullcontext,
 ) -> None:
     """Train only the connector, on the names of the classes. The same arguments give the same weights.
 
     Args:
-        cache: the features of all images before the connector.
+        cache: features of images before the connector. Those of other images are computed each time.
         autocast: makes the context of one forward pass; a new one each time, because autocast keeps converted weights.
     """
     names = name_embeddings(family, class_names)
@@ -103,7 +102,7 @@ def name_embeddings(family: Family, class_names: Sequence[str]) -> Tensor:
     return names * (words.float().norm(dim=-1).mean() / names.norm(dim=-1, keepdim=True).clamp_min(1e-12))
 
 
-def pooled(family: Family, split: Split, positions: Sequence[int], cache: FeatureCache) -> Tensor:
+def pooled(family: Family, split: Split, positions: Sequence[int], cache: FeatureCache | None) -> Tensor:
     """(B, D) the mean of each image's tokens after the connector."""
     encoded = encode([split[i] for i in positions], family, cache)
     features = family.image_features({name: tensor.to(family.device) for name, tensor in encoded.inputs.items()})
@@ -122,7 +121,9 @@ def similarities(images: Tensor, names: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def nearest_name_accuracy(family: Family, class_names: Sequence[str], split: Split, cache: FeatureCache) -> float:
+def nearest_name_accuracy(
+    family: Family, class_names: Sequence[str], split: Split, cache: FeatureCache | None
+) -> float:
     """Share of images, of up to 512 spread over the split, whose mean token is nearest to the name of their class."""
     names = name_embeddings(family, class_names)
     chosen = torch.linspace(0, len(split) - 1, min(MOST_CHECKED, len(split))).long().tolist()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import vlm
 from vlm.classifier import Objective, VLMClassifier, balanced_weights, usual_objective
-from vlm.common import UsageError, doing, format_table, note, usual_modes, writing
+from vlm.common import doing, format_table, note, usual_modes, writing
 from vlm.config import RunSettings, Settings
 from vlm.conversation import Prompts, build_prompts, longest_reasoning
 from vlm.data import Data, Split, as_seen, leave_out_refused, load_data, model_folder
@@ -227,28 +227,16 @@ def _loader_processes(settings: Settings, device: torch.device) -> int:
 def _fill_cache(
     family: Family, settings: Settings, data: Data, accelerator: Accelerator, workers: int
 ) -> FeatureCache | None:
-    """The vision features of all images, or None if they are not kept.
-
-    Raises:
-        UsageError: they are not kept, and the connector is to be aligned on them.
-    """
-    cache = None
-    if not settings.no_feature_cache:
-        splits: tuple[Split, ...] = (data.validation, data.test)
-        if settings.epochs and data.stream is None:
-            splits = (data.train, *splits)
-        if settings.views > 1:  # after train, since their keys follow from those of its images
-            splits += tuple(
-                as_seen(data.train, settings, epoch) for epoch in range(min(settings.views, settings.epochs))
-            )
-        with accelerator.local_main_process_first():  # the others of this machine find what the first one has computed
-            cache = fill_cache(family, splits, settings.cache_size, settings.cache_dtype, workers)
-    if settings.align_connector and not least(accelerator, int(cache is not None)):
-        raise UsageError(
-            "--align-connector needs the feature cache, which is off, full, or not possible for this model: "
-            "make room, give a larger --cache-size, or leave out --align-connector."
-        )
-    return cache
+    """The vision features of the images, of as many as fit; None if none are kept."""
+    if settings.no_feature_cache:
+        return None
+    splits: tuple[Split, ...] = (data.validation, data.test)
+    if settings.epochs and data.stream is None:
+        splits = (data.train, *splits)
+    if settings.views > 1:  # after train, since their keys follow from those of its images
+        splits += tuple(as_seen(data.train, settings, epoch) for epoch in range(min(settings.views, settings.epochs)))
+    with accelerator.local_main_process_first():  # the others of this machine find what the first one has computed
+        return fill_cache(family, splits, settings.cache_size, settings.cache_dtype, workers)
 
 
 def _metadata(

@@ -1,32 +1,26 @@
-"""The cache: one safetensors file for each image, named by the image's content.
+"""The cache of one model's features: what is in its shards (shards.py), and what waits to be written into one.
 
-Files are mapped into memory, so that reading one copies nothing until a batch is made. A file is written whole or not
-at all, so runs that share the cache, or are killed, do it no harm. It carries a checksum, which is compared whenever it
-is read; so nothing waits for the disk when it is written.
+What does not fit is not kept: `encode` (encoding.py) gives features of the images that have some, and pixels of the
+others.
 """
 
-import os
 import time
-import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
-from vlm.common import WriteError, cache_folder, note, reason, remove, replacing
+from vlm.common import WriteError, cache_folder, note, reason, remove
 from vlm.data import Sample
 from vlm.families.base import Family
 from vlm.families.encoded import CONNECTED_FEATURES, ENCODER_FEATURES, EncodedImages, besides_pixels
 from vlm.families.features.fingerprint import fingerprint
-from vlm.families.features.room import make_room
+from vlm.families.features.room import Room, make_room
+from vlm.families.features.shards import SHARD_BYTES, SHARD_IMAGES, Entry, Index, write_shards
 
 TOKEN_IDS = "token_ids"
-CHECKSUM = "checksum"  # in the metadata of a file
-HOUR = 3600.0
+SECONDS_AT_RISK = 60.0  # of computing that a killed run loses at most, if a shard takes longer to become full
 
 
 def cache_root() -> Path:
@@ -49,9 +43,19 @@ class FeatureCache:
         self.halved = halved
         self.folder = cache_root() / fingerprint(family, connected, halved)
         self.limit_gb = limit_gb
-        self.room = 0.0  # bytes that may be written before all files are looked at again
-        self.full = False
-        self.damaged = 0  # files that were found damaged
+        self.room = 0.0  # bytes that may be kept before all files are looked at again
+        self.full = False  # nothing more is kept
+        self._index = Index(self.folder)
+        self._waiting: dict[str, Entry] = {}  # computed, and not yet in a shard
+        self._waiting_bytes = 0
+        self._since = 0.0  # when the first of them came
+        self._said_damaged = False
+        self._delete_damaged()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is kept yet."""
+        return not self._waiting and not len(self._index)
 
     def fits(self, family: Family) -> bool:
         """Whether the features are those of this model too."""
@@ -60,94 +64,95 @@ class FeatureCache:
     # Reading
 
     def use(self, key: str) -> bool:
-        """Whether the features of an image are there and whole. Marks them as used, so that they stay for a day."""
-        return self._read(key) is not None
+        """Whether the features of an image are there. Marks them as used, so that they stay for a day."""
+        return key in self._waiting or key in self._index
 
-    def encode(self, keys: Sequence[str]) -> EncodedImages | None:
-        """What `Family.encode_images` gives, with features instead of pixels; None if an image has no features here."""
-        entries = []
-        for key in keys:
-            entry = self._read(key)
-            if entry is None:
-                return None
-            entries.append(entry)
-        token_ids = [entry.pop(TOKEN_IDS).tolist() for entry in entries]
-        inputs = {name: torch.cat([entry[name] for entry in entries]) for name in entries[0]}
-        if self.halved:
-            inputs[self._name] = inputs[self._name].float()
-        return EncodedImages(inputs, token_ids)
-
-    def _read(self, key: str) -> dict[str, Tensor] | None:
-        """The content of a file, or None. A damaged one is deleted, so that it is computed again."""
-        file = self._file(key)
-        try:
-            if time.time() - file.stat().st_mtime > HOUR:
-                with suppress(PermissionError):  # another user's
-                    os.utime(file)
-            with safe_open(file, "pt") as content:
-                names = content.keys()
-                entry = {name: content.get_tensor(name) for name in names}
-                whole = {self._name, TOKEN_IDS} <= entry.keys() and (content.metadata() or {}).get(CHECKSUM)
-        except (FileNotFoundError, NotADirectoryError, PermissionError):
-            return None
-        except (OSError, SafetensorError):  # cut short, or a folder
-            entry, whole = {}, None
-        if whole is not None and whole == _checksum(entry):
+    def entry(self, key: str) -> Entry | None:
+        """Features, inputs other than pixels and token ids of an image; None if they are not there, or damaged."""
+        entry = self._waiting.get(key) or self._index.entry(key)
+        self._delete_damaged()
+        if entry is None or not self.halved:
             return entry
-        self._drop(file)
-        return None
+        return entry | {self.name: entry[self.name].float()}
 
-    def _drop(self, file: Path) -> None:
-        """Delete a damaged file. Of many, the first is named."""
-        if not self.damaged:
-            note(f"{file} is damaged: it is deleted, and the vision features of its image are computed again.")
-        self.damaged += 1
-        with suppress(OSError):
-            remove(file)
+    def _delete_damaged(self) -> None:
+        """Delete damaged shards, so that their features are computed again. Of many, the first is named."""
+        for file in self._index.damaged:
+            if not self._said_damaged:
+                note(f"{file} is damaged: it is deleted, and the vision features in it are computed again.")
+            self._said_damaged = True
+            with suppress(OSError):
+                remove(file)
+        self._index.damaged.clear()
 
     # Writing
 
-    @torch.no_grad()
-    def add(self, family: Family, images: dict[str, EncodedImages], to_come: int = 0) -> bool:
-        """Compute the features of some images together, and write them.
+    def add(self, family: Family, images: dict[str, EncodedImages]) -> bool:
+        """Compute the features of some images together, and keep those that fit. `flush` writes the last of them.
 
         Args:
             family: in evaluation mode.
             images: each encoded by itself, by its key.
-            to_come: how many more images will follow, for which room is made too.
 
         Returns:
-            False if they cannot be kept. A note says why, and nothing is tried from then on.
+            False if one of them does not fit, or cannot be written. Nothing more is kept from then on.
         """
-        if self.full or not images:
-            return not self.full
-        entries = self._compute(family, images)
-        size = sum(tensor.nbytes for entry in entries.values() for tensor in entry.values())
-        try:
-            if not self._has_room(size, len(images), to_come):
-                return False
-            for key, entry in entries.items():
-                with replacing(self._file(key), durable=False) as new:
-                    save_file(entry, new, {CHECKSUM: _checksum(entry)})
-        except (OSError, WriteError) as error:
-            note(f"vision features cannot be kept in {self.folder} ({reason(error)}).")
-            self.full = True
-        self.room -= size
+        return self.keep(self.compute(family, images)) if images and not self.full else not self.full
+
+    @torch.no_grad()
+    def compute(self, family: Family, images: dict[str, EncodedImages]) -> dict[str, Entry]:
+        """The entry of each image: features, inputs other than pixels, and the image's tokens."""
+        features = family.features_of_each(list(images.values()), self.connected)
+        entries = {}
+        for (key, one), tensor in zip(images.items(), features, strict=True):
+            half = tensor.half() if self.halved else tensor
+            own = {self.name: half if half.isfinite().all() else tensor}
+            ids = {TOKEN_IDS: torch.tensor(one.token_ids[0], dtype=torch.int32)}
+            entry = besides_pixels(one.inputs) | own | ids
+            # a copy of its own, because features of one pass share their memory
+            entries[key] = {name: kept.detach().cpu().contiguous().clone() for name, kept in entry.items()}
+        return entries
+
+    def keep(self, entries: dict[str, Entry]) -> bool:
+        """Keep computed features; see `add`."""
+        for key, entry in entries.items():
+            size = nbytes(entry)
+            if size > self.room and not self.full and self.plan(size) and size > self.room:
+                note(f"--cache-size {self.limit_gb:g} is reached: other vision features are computed each time.")
+                self.full = True
+            if self.full:
+                break
+            self.room -= size
+            self._since = self._since if self._waiting else time.monotonic()
+            self._waiting[key] = entry
+            self._waiting_bytes += size
+            enough = self._waiting_bytes >= SHARD_BYTES or len(self._waiting) >= SHARD_IMAGES
+            if enough or time.monotonic() - self._since >= SECONDS_AT_RISK:
+                self.flush()
         return not self.full
 
-    def _has_room(self, size: int, count: int, to_come: int) -> bool:
-        """Make room for `count` images of `size` bytes together and for those to come; if there is none, say so."""
-        wanted = size * (1 + to_come / count)
-        if size > self.room:
-            self.room = make_room(self.folder, wanted, self.limit_gb)
-            self.full = self.room < wanted
-        if self.full:
-            smaller = "--image-size, --cache-dtype float16" + ("" if self.connected else ", --freeze-connector")
-            note(
-                f"vision features would take {wanted / 1e9:.1f} GB for {count + to_come} images, more than "
-                f"--cache-size {self.limit_gb:g}, so they are not kept. Smaller: a smaller {smaller}."
-            )
-        return not self.full
+    def plan(self, wanted: float) -> Room | None:
+        """Make room for so many more bytes, as far as that is possible; None if the folder cannot be used."""
+        try:
+            room = make_room(self.folder, wanted + self._waiting_bytes, self.limit_gb)
+        except OSError as error:
+            self._give_up(error)
+            return None
+        self.room = room.free - self._waiting_bytes
+        return room
+
+    def flush(self) -> None:
+        """Write what waits. If that fails, a note says so, and nothing more is kept."""
+        waiting, self._waiting, self._waiting_bytes = self._waiting, {}, 0
+        try:
+            for file, keys in write_shards(self.folder, waiting):
+                self._index.add(file, keys)
+        except (OSError, WriteError) as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        note(f"vision features cannot be kept in {self.folder} ({reason(error)}): others are computed each time.")
+        self.full = True
 
     def add_missing(self, family: Family, samples: Iterable[Sample]) -> bool:
         """`add` the features that are missing of a few samples."""
@@ -156,38 +161,15 @@ class FeatureCache:
         missing = {sample.key: sample for sample in samples if not self.use(sample.key)}
         return self.add(family, {key: family.encode_samples([sample]) for key, sample in missing.items()})
 
-    def _compute(self, family: Family, images: dict[str, EncodedImages]) -> dict[str, dict[str, Tensor]]:
-        """The content of each image's file: features, inputs other than pixels, and the image's tokens."""
-        features = family.features_of_each(list(images.values()), self.connected)
-        entries = {}
-        for (key, one), tensor in zip(images.items(), features, strict=True):
-            half = tensor.half() if self.halved else tensor
-            own = {self._name: half if half.isfinite().all() else tensor, TOKEN_IDS: torch.tensor(one.token_ids[0])}
-            entry = besides_pixels(one.inputs) | own
-            entries[key] = {name: kept.detach().cpu().contiguous() for name, kept in entry.items()}
-        return entries
-
     @property
-    def _name(self) -> str:
+    def name(self) -> str:
+        """What the features are called among the inputs of images."""
         return CONNECTED_FEATURES if self.connected else ENCODER_FEATURES
 
-    def _file(self, key: str) -> Path:
-        return self.folder / f"{key}.safetensors"
 
-
-def _checksum(entry: dict[str, Tensor]) -> str:
-    """The CRC-32 of names, number formats, shapes and values."""
-    value = 0
-    for name, tensor in sorted(entry.items()):
-        value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)
-        value = zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data, value)
-    return f"{value:08x}"
-
-
-def encode(samples: Sequence[Sample], family: Family, cache: FeatureCache | None = None) -> EncodedImages:
-    """The images of some samples as the model takes them: features if the cache has all of them, else pixels."""
-    known = cache.encode([sample.key for sample in samples]) if cache else None
-    return known or family.encode_samples(samples)
+def nbytes(entry: Entry) -> int:
+    """The size of an entry in bytes."""
+    return sum(tensor.nbytes for tensor in entry.values())
 
 
 def open_cache(family: Family, connected: bool, cache_dtype: str, limit_gb: float) -> FeatureCache | None:

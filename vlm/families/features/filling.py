@@ -1,21 +1,25 @@
 """Filling the cache before a run: the images of its splits that have no features yet."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from vlm.common import Bar, evaluation_mode
+from vlm.common import Bar, evaluation_mode, note
 from vlm.data import Sample, Split
 from vlm.families.base import Family
 from vlm.families.encoded import EncodedImages
-from vlm.families.features.cache import FeatureCache, open_cache
+from vlm.families.features.cache import FeatureCache, nbytes, open_cache
+from vlm.families.features.room import Room
+from vlm.families.features.shards import Entry
 
 # A batch for the vision encoder: 32 small images, or eight of 512 x 512.
 IMAGES_AT_ONCE, VALUES_AT_ONCE = 32, 8 * 3 * 512 * 512
+TRIED = 4  # images that tell how large the features of all are
 
 
 def fill_cache(
@@ -30,8 +34,8 @@ def fill_cache(
         workers: processes that prepare the images.
 
     Returns:
-        the cache with the features of every image; None if they cannot be kept, because the vision encoder is trained,
-        the family cannot cache, or the features are too large.
+        the cache with the features that fit; None if there are none, because the vision encoder is trained, the family
+        cannot cache, or the disk cannot be written.
     """
     if _is_trained(family.vision):
         return None
@@ -39,14 +43,54 @@ def fill_cache(
     if cache is None:
         return None
     missing = _missing(splits, cache)
-    left = len(missing)
-    with evaluation_mode(family.model), Bar(left, "vision features") as bar:
-        for images in _batches(family, missing, workers):
-            left -= len(images)
-            if not cache.add(family, images, left):
-                return None
+    if len(missing):
+        with evaluation_mode(family.model):
+            _fill(family, cache, missing, workers)
+    return None if cache.is_empty else cache
+
+
+def _fill(family: Family, cache: FeatureCache, missing: "_Places", workers: int) -> None:
+    """Compute and keep the features of as many images as fit. A few of them tell first how large all are."""
+    tried = sorted({i * len(missing) // TRIED for i in range(TRIED)})
+    first: dict[str, Entry] = {}
+    for images in _batches(family, missing.take(tried), workers=0):
+        first |= cache.compute(family, images)
+    each = sum(map(nbytes, first.values())) / len(first)
+    room = cache.plan(each * len(missing))
+    if room is None:
+        return
+    fit = min(len(missing), int(room.free / each))
+    _say_size(cache, room, each, len(missing), fit)
+    others = missing.take([i for i in range(len(missing)) if i not in tried][: max(0, fit - len(tried))])
+    with Bar(fit, "vision features") as bar:
+        kept = cache.keep(dict(islice(first.items(), fit)))
+        bar.update(min(fit, len(first)))
+        for images in _batches(family, others, workers) if kept else ():
+            if not cache.add(family, images):
+                break
             bar.update(len(images))
-    return cache
+        cache.flush()
+
+
+def _say_size(cache: FeatureCache, room: Room, each: float, count: int, fit: int) -> None:
+    """Say how large the features of `count` images are, and what to do if only `fit` of them fit."""
+    size = each * count
+    note(f"vision features to compute: {count:,} images, {_size_text(size)}.")
+    if fit == count:
+        return
+    if room.disk_gb is not None:
+        where = f"on the disk, which has {room.disk_gb:.1f} GB free ({cache.folder.parent})"
+        cure = "Make room there, or set VLM_CACHE to a folder on another disk"
+    else:
+        where, cure = f"into --cache-size {cache.limit_gb:g}", f"--cache-size {room.all_gb} has room for all"
+    smaller = "" if cache.halved else "--cache-dtype float16, "
+    smaller += "a smaller --image-size" + ("" if cache.connected else ", --freeze-connector")
+    note(f"{fit:,} of them fit {where}; the others are computed each time. {cure}. What makes them smaller: {smaller}.")
+
+
+def _size_text(size: float) -> str:
+    unit, name = (1e9, "GB") if size >= 1e8 else (1e6, "MB") if size >= 1e5 else (1e3, "kB")
+    return f"{size / unit:,.1f} {name}"
 
 
 def _missing(splits: Iterable[Split], cache: FeatureCache) -> "_Places":
@@ -76,6 +120,10 @@ class _Places(Dataset[Sample]):
     def __getitem__(self, i: int) -> Sample:
         split, position = self.places[i]
         return split[position]
+
+    def take(self, chosen: Sequence[int]) -> "_Places":
+        """Some of them."""
+        return _Places([self.places[i] for i in chosen])
 
 
 class _Encode:
