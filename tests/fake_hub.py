@@ -2,13 +2,12 @@
 
 import hashlib
 import json
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "0123456789abcdef" * 2 + "01234567"
@@ -88,7 +87,7 @@ class _Handler(BaseHTTPRequestHandler):
         parts = path.strip("/").split("/")
         length = int(self.headers.get("Content-Length") or 0)
         sent = self.rfile.read(length)
-        time.sleep(self.hub.delay)
+        Event().wait(self.hub.delay)
         if failure := next((one for one in self.hub.failures if one.part in path and one.times), None):
             failure.times -= 1
             if failure.after is None:

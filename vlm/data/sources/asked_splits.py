@@ -74,16 +74,20 @@ def take_parts(source: Source, settings: Settings) -> Source:
     asked = asked_splits(settings)
     if not asked:
         return source
-    rows = {name: source.splits[role] for role, name in source.split_names.items() if role in source.splits}
+    named = {name: source.splits[role] for role, name in source.split_names.items() if role in source.splits}
+    rows = source.splits | named  # a folder without folders of splits is train, whatever it is called in messages
     if missing := [one.split for one in asked if one.split not in rows]:
-        raise _no_split(settings, missing, [*rows, *source.others])
+        raise _no_split(settings, missing, [*named, *source.others])
     splits, names = {}, {}
     for one in asked:
         taken = rows[one.split]
         if one.part:
             taken = taken.take(_positions(one, len(taken.labels), settings))
         splits[one.role], names[one.role] = taken, one.split + one.part
-    source.others = sorted({*source.others, *rows} - {one.split for one in asked})
+    used = {one.split for one in asked}
+    source.others = sorted(
+        {*source.others, *(name for role, name in source.split_names.items() if role not in used)} - used
+    )
     source.splits = {role: splits[role] for role in SPLIT_NAMES if role in splits}
     source.split_names = names
     return source

@@ -20,6 +20,7 @@ from vlm.data.sources.columns import Columns, choose_columns
 from vlm.data.sources.folders import read_folder
 from vlm.data.sources.library import (
     ENDINGS,
+    FILES,
     class_columns,
     errors_in_one_line,
     image_columns,
@@ -28,7 +29,7 @@ from vlm.data.sources.library import (
     to_source,
 )
 from vlm.data.sources.remote import fetch_sample, hidden_rows, read_schema
-from vlm.data.sources.rows import HUB, Rows, Source, nothing_there
+from vlm.data.sources.rows import HUB, Rows, Source, nothing_there, role_of
 from vlm.data.sources.streamed import read_stream
 from vlm.data.sources.tables import is_table
 
@@ -74,7 +75,7 @@ def _hub_errors(found: HubDataset) -> Iterator[None]:
 def _is_of_columns(found: HubDataset) -> bool:
     """Whether the `datasets` library reads it as columns, rather than that it is a folder as any other one."""
     files = found.data_files()
-    if any(PurePosixPath(file).suffix in ENDINGS for file in files):
+    if any(PurePosixPath(file).suffix in ENDINGS for file in files) or _tables_apart(files):
         return True
     card = found.folder / CARD_FILES[0] if found.folder else None
     if card is None or not card.exists() or any(is_archive(Path(file)) for file in files):
@@ -83,6 +84,13 @@ def _is_of_columns(found: HubDataset) -> bool:
 
     with errors_in_one_line(found.name):
         return bool(DatasetCard.load(card).data.get("configs"))
+
+
+def _tables_apart(files: Sequence[str]) -> list[str]:
+    """The tables, if all of them are in folders that are not called like a split, with images elsewhere."""
+    tables = [file for file in files if is_table(Path(file)) and PurePosixPath(file).name not in FILES]
+    folders = {PurePosixPath(file).parts[0] if "/" in file else "train" for file in tables}
+    return [] if any(map(role_of, folders)) or any(is_archive(Path(file)) for file in files) else tables
 
 
 def _read_stream(found: HubDataset, settings: Settings) -> Source:
@@ -265,9 +273,8 @@ def _layout(found: HubDataset, settings: Settings) -> _Layout:
 def _names_that_count(found: HubDataset) -> list[str]:
     """The files of columns, and images only if the library is to read folders of them."""
     files = found.data_files()
-    if any(PurePosixPath(file).suffix in ENDINGS for file in files):
-        return [file for file in files if PurePosixPath(file).suffix in OF_THE_LIBRARY]
-    return files
+    columns = [file for file in files if PurePosixPath(file).suffix in ENDINGS] or _tables_apart(files)
+    return columns or files
 
 
 def _builder(folder: Path, name: str, config: str | None) -> "DatasetBuilder":

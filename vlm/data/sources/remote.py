@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -158,14 +159,15 @@ def _copy(found: HubDataset, picked: Sequence[RowGroup], path: Path, description
 
     tables = []
     with Bar(len(picked), description, "groups of rows") as bar:
-        for group in picked:
+        for file, of_file in groupby(picked, lambda group: group.file):
+            numbers = [group.number for group in of_file]
 
-            def read(group: RowGroup = group) -> pa.Table:
-                with _opened(found, group.file) as parquet:
-                    return parquet.read_row_group(group.number)
+            def read(file: str = file, numbers: list[int] = numbers) -> pa.Table:
+                with _opened(found, file) as parquet:
+                    return parquet.read_row_groups(numbers)
 
             tables.append(again(read))
-            bar.update()
+            bar.update(len(numbers))
     pq.write_table(pa.concat_tables(tables), path)
 
 
