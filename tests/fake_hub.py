@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -98,7 +98,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             kind = "datasets" if parts[0] == "datasets" else "models"
             parts = parts[kind == "datasets" :]
-        words = 1 if len(parts) == 1 or parts[1] in ("revision", "tree", "paths-info", "resolve") else 2
+        words = 1 if len(parts) < 2 or parts[1] in ("revision", "tree", "paths-info", "resolve") else 2
         name, rest = "/".join(parts[:words]), parts[words:]
         if name in self.hub.renamed:
             return self._answer(307, headers={"Location": self.path.replace(name, self.hub.renamed[name], 1)})
@@ -167,7 +167,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.hub.sent += len(body) if commit else 0
-            self.wfile.write(body[: self.break_after])
+            with suppress(ConnectionError):  # whoever asked did not wait
+                self.wfile.write(body[: self.break_after])
 
     def log_message(self, *_: object) -> None:
         pass

@@ -1,11 +1,13 @@
 """Datasets of a hub on this machine, through the real client: the four of the README, renamed ones, parts of them, and
 only the files that are needed."""
 
+import json
 from pathlib import Path
 
 import datasets
 import huggingface_hub.constants
 import pytest
+from commands import TRACEBACK, run
 from fake_hub import COMMIT, TOKEN
 from published import (
     CIFAR,
@@ -21,6 +23,8 @@ from published import (
 )
 from test_data import counts, draw, load, refuse
 from test_hub import hub, switch_off  # noqa: F401
+
+from vlm.config import METADATA
 
 
 @pytest.fixture(autouse=True)
@@ -248,3 +252,34 @@ def test_folders_of_classes(hub, monkeypatch, tmp_path):  # noqa: F811
     data = load("me/folders")
     assert dict(data.summary)["dataset"].startswith("me/folders (hub, image folder")
     again_without_the_hub(monkeypatch, "me/folders", data)
+
+
+def test_what_the_library_hides_is_said(hub):  # noqa: F811
+    publish(hub, "me/damaged", {"train": split_of([0, 1] * 10, ["a", "b"])})
+    hub.add("datasets", "me/damaged", {"data/train-00000-of-00001.parquet": b"PAR1 and nothing else PAR1"})
+    refuse(r"--dataset me/damaged: cannot be loaded \(ArrowInvalid: ", "me/damaged")
+
+
+def test_a_stream_of_a_renamed_dataset(hub, monkeypatch):  # noqa: F811
+    publish_cifar10(hub)
+    streamed = {"streaming": True, "max_steps": 2, "max_samples": 5, "model": "m"}
+    data = load("cifar10", **streamed)
+    assert (data.class_names, counts(data)[1:]) == (CIFAR, [5, 5])
+    assert (data.source["dataset"], data.source["commit"]) == ("uoft-cs/cifar10", COMMIT)
+    refuse("no revision v9 on the hub", "cifar10@v9", **streamed)
+    load("cifar10")  # into the cache
+    switch_off(monkeypatch)
+    assert load("cifar10", **streamed).test.keys == data.test.keys
+
+
+@pytest.mark.slow
+def test_a_run_in_a_process_of_its_own(hub, tiny_model, tmp_path):  # noqa: F811
+    publish_cifar10(hub)
+    folders = {"HF_HOME": tmp_path / "home", "HF_HUB_OFFLINE": None, "VLM_CACHE": tmp_path / "vlm"}
+    flags = ["--model", tiny_model, "--dataset", "cifar10", "--dataset-split", "train[:50%],test"]
+    flags += ["--epochs", 1, "--device", "cpu", "--output-dir", tmp_path / "out"]
+    result = run("train_vlm.py", *flags, HF_ENDPOINT=hub.url, **folders)
+    assert result.returncode == 0 and TRACEBACK not in result.stderr, result.stderr
+    metadata = json.loads((tmp_path / "out" / METADATA).read_text())
+    assert (metadata["dataset"]["dataset"], metadata["dataset"]["commit"]) == ("uoft-cs/cifar10", COMMIT)
+    assert metadata["dataset"]["splits"]["train"]["from"] == "train[:50%]"

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from vlm.common import RunError, UsageError, listed, one_line, read_json, shorten
 from vlm.config import Settings
-from vlm.data.hub_errors import causes
 from vlm.data.images import ImageSource
 from vlm.data.sources.asked_splits import choose_splits
 from vlm.data.sources.cells import find_images, image_of
@@ -173,11 +172,11 @@ def errors_in_one_line(name: str | Path) -> Iterator[None]:
     except Exception as error:
         if type(error).__name__ == "EmptyDatasetError":
             raise nothing_there(name) from error
-        # What the library hides: the error that all others were raised from.
-        cause = [one for one in causes(error) if isinstance(one, Exception) and str(one)][-1:] or [error]
+        cause: BaseException = error  # what the library hides: the error that all others were raised from
+        while isinstance(cause.__cause__, Exception):
+            cause = cause.__cause__
         raise UsageError(
-            f"--dataset {name}: cannot be loaded "
-            f"({type(cause[0]).__name__}: {shorten(one_line(cause[0]), LONGEST_REASON)}). "
+            f"--dataset {name}: cannot be loaded ({type(cause).__name__}: {shorten(one_line(cause), LONGEST_REASON)}). "
             f"If a file is damaged, copy or download it again. {EXPECTED}"
         ) from error
 
