@@ -15,9 +15,8 @@ def without_synonyms(names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         names: of all classes.
 
     Returns:
-        The names in the same order.
-        Those that are not the first synonym, each by the whole name; both empty-handed (the names as they are, and no
-        exceptions) if commas do not seem to separate synonyms.
+        The names in the same order; as they are, if commas do not seem to separate synonyms.
+        Those that are not the first synonym, by their whole names.
     """
     lists = [name.split(SEPARATOR) for name in names]
     several = [words for words in lists if len(words) > 1]
