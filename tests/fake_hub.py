@@ -3,24 +3,57 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "0123456789abcdef" * 2 + "01234567"
+TOKEN = "hf_good"
+
+
+@dataclass
+class Failure:
+    """An answer in the place of the right one. part: what the path has; times: how often; headers: of the answer;
+    after: bytes of the right answer before the connection ends, instead of the status."""
+
+    part: str
+    status: int = 500
+    times: int = 1000
+    headers: dict[str, str] = field(default_factory=dict)
+    after: int | None = None
 
 
 class FakeHub:
-    """The files of `root/models/OWNER/NAME` and `root/datasets/OWNER/NAME`; `refusals` maps an id to an X-Error-Code
-    for its files."""
+    """The files of `root/models/OWNER/NAME` and `root/datasets/OWNER/NAME`.
+
+    refusals: maps an id to an X-Error-Code for its files; gated: ids whose files need the token `TOKEN`;
+    renamed: old ids and the new ones; failures: the first that fits and is left is the answer;
+    delay: seconds before an answer; requests: those that came; sent: bytes of files that were sent.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.refusals: dict[str, str] = {}
+        self.gated: set[str] = set()
+        self.renamed: dict[str, str] = {}
+        self.failures: list[Failure] = []
+        self.delay = 0.0
         self.requests: list[str] = []
+        self.sent = 0
         self.url = ""
+
+    def files_sent(self) -> list[str]:
+        """The paths of the files of which at least a part was asked for."""
+        return sorted(
+            {
+                line.split("/resolve/")[1].split("/", 1)[1]
+                for line in self.requests
+                if line[:3] == "GET" and "/resolve/" in line
+            }
+        )
 
     def add(self, kind: str, name: str, files: dict[str, str | bytes]) -> None:
         """Put a repository there. kind: models or datasets."""
@@ -46,6 +79,7 @@ def serving(hub: FakeHub) -> Iterator[FakeHub]:
 
 class _Handler(BaseHTTPRequestHandler):
     hub: FakeHub
+    break_after: int | None = None
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
@@ -53,12 +87,25 @@ class _Handler(BaseHTTPRequestHandler):
         parts = path.strip("/").split("/")
         length = int(self.headers.get("Content-Length") or 0)
         sent = self.rfile.read(length)
-        if parts[0] == "api" and len(parts) >= 4:
-            self._api(parts[1], "/".join(parts[2:4]), parts[4:], sent)
+        Event().wait(self.hub.delay)
+        if failure := next((one for one in self.hub.failures if one.part in path and one.times), None):
+            failure.times -= 1
+            if failure.after is None:
+                return self._answer(failure.status, headers=failure.headers)
+            self.break_after = failure.after
+        if parts[0] == "api":
+            kind, parts = parts[1], parts[2:]
         else:
             kind = "datasets" if parts[0] == "datasets" else "models"
             parts = parts[kind == "datasets" :]
-            self._file(kind, "/".join(parts[:2]), parts[3:])
+        words = 1 if len(parts) < 2 or parts[1] in ("revision", "tree", "paths-info", "resolve") else 2
+        name, rest = "/".join(parts[:words]), parts[words:]
+        if name in self.hub.renamed:
+            return self._answer(307, headers={"Location": self.path.replace(name, self.hub.renamed[name], 1)})
+        if path.startswith("/api"):
+            self._api(kind, name, rest, sent)
+        else:
+            self._file(kind, name, rest[1:])
 
     do_HEAD = do_POST = do_GET
 
@@ -93,31 +140,35 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _file(self, kind: str, name: str, rest: list[str]) -> None:
         path = self.hub.root / kind / name / "/".join(rest[1:])
-        if name in self.hub.refusals:
+        if name in self.hub.gated and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            self._answer(403 if self.headers.get("Authorization") else 401, error="GatedRepo")
+        elif name in self.hub.refusals:
             self._answer(403, error=self.hub.refusals[name])
         elif not path.is_file():
             self._answer(404, error="EntryNotFound")
         else:
             self._answer(200, path.read_bytes(), commit=COMMIT)
 
-    def _answer(self, status: int, body: str | bytes = b"", error: str = "", commit: str = "") -> None:
+    def _answer(
+        self, status: int, body: str | bytes = b"", error: str = "", commit: str = "", headers: dict | None = None
+    ) -> None:
         body = body.encode() if isinstance(body, str) else body
+        given = {"X-Error-Code": error, "X-Repo-Commit": commit, **(headers or {})}
+        if commit:
+            given |= {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "Accept-Ranges": "bytes"}
         if status == 200 and (wanted := self.headers.get("Range")):
             first, _, last = wanted.removeprefix("bytes=").partition("-")
+            given["Content-Range"] = f"bytes {first}-{last or len(body) - 1}/{len(body)}"
             body, status = body[int(first) : int(last) + 1 if last else None], 206
         self.send_response(status)
-        headers = {
-            "Content-Length": len(body),
-            "X-Error-Code": error,
-            "X-Repo-Commit": commit,
-            "ETag": f'"{hash(body)}"' if commit else "",
-        }
-        for name, value in headers.items():
+        for name, value in {"Content-Length": str(len(body)), **given}.items():
             if value != "":
-                self.send_header(name, str(value))
+                self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            self.hub.sent += len(body) if commit else 0
+            with suppress(ConnectionError):  # whoever asked did not wait
+                self.wfile.write(body[: self.break_after])
 
     def log_message(self, *_: object) -> None:
         pass

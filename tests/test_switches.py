@@ -10,8 +10,7 @@ import warnings
 from threading import Thread
 
 import accelerate.state
-import datasets.config
-import huggingface_hub.constants
+import datasets
 import matplotlib
 import numpy as np
 import pytest
@@ -45,7 +44,6 @@ def switches():
         "generators": (torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()),
         "transformers": (LOUD.get_verbosity(), LOUD.is_progress_bar_enabled()),
         "datasets": (datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()),
-        "offline": (huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE),
         "images": (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES),
         "figures": dict(matplotlib.rcParams),
         "accelerate": dict(accelerate.state.AcceleratorState._shared_state),
@@ -73,7 +71,6 @@ def change_all(folder):
     LOUD.disable_progress_bar()
     datasets.logging.set_verbosity_debug()
     datasets.disable_progress_bars()
-    huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = "changed"
     Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = 7, True
     accelerate.state.AcceleratorState._shared_state["new"] = 1
 

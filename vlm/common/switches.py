@@ -11,8 +11,6 @@ from typing import Any
 
 # Attributes of modules.
 ATTRIBUTES = (
-    ("huggingface_hub.constants", "HF_HUB_OFFLINE"),
-    ("datasets.config", "HF_HUB_OFFLINE"),
     ("PIL.Image", "MAX_IMAGE_PIXELS"),
     ("PIL.ImageFile", "LOAD_TRUNCATED_IMAGES"),
     ("torch.backends.cudnn", "benchmark"),

@@ -13,9 +13,17 @@ class DataSettings:
     dataset: str | None = flag(
         None,
         "data",
-        f"hub id, image folder, CSV, JSONL or JSON file, or save_to_disk folder (default: {DEFAULT_DATASET})",
+        "hub id (owner/name or owner/name@revision), image folder, CSV, JSONL or JSON file, or save_to_disk folder "
+        f"(default: {DEFAULT_DATASET})",
     )
     dataset_config: str | None = flag(None, "data", "configuration of a hub dataset, if it has several")
+    dataset_split: str | None = flag(
+        None,
+        "data",
+        "splits to read, or parts of them, such as 'train[:1000],test'; a single one is for training, and the others "
+        "are cut from it (default: those called train, validation and test)",
+        metavar="SPLITS",
+    )
     image_column: str | None = flag(
         None, "data", "column with the images (default: found by its type, then by its name)"
     )

@@ -97,6 +97,7 @@ VALUES = (
             *(
                 "model_revision",
                 "dataset_config",
+                "dataset_split",
                 "image_column",
                 "label_column",
                 "reasoning_column",
@@ -227,6 +228,14 @@ CONFLICTS = (
         lambda s: s.streaming and (s.shots or s.class_balance or s.align_connector or s.probe or s.views > 1),
         "--streaming excludes --shots, --class-balance, --align-connector, --augment and --probe, which need to know "
         "all training images: leave these out.",
+    ),
+    Conflict(
+        lambda s: s.streaming and s.dataset_split,
+        "--streaming and --dataset-split exclude each other: a stream has no parts.",
+    ),
+    Conflict(
+        lambda s: s.demo and s.dataset_split,
+        "--demo and --dataset-split exclude each other: the demo's splits are always the same.",
     ),
     Conflict(
         lambda s: s.streaming and s.demo,

@@ -10,6 +10,7 @@ from typing import cast
 
 from vlm.common import UsageError, brief, listed
 from vlm.data.spellings import are_numbers, distinct_labels, merge_spellings, tidy
+from vlm.data.synonyms import without_synonyms
 
 NOT_PRINTED = ("Cc", "Cs", "Zl", "Zp")  # Unicode categories: control characters, line ends, halves of characters
 TURNS_WRITING = re.compile("[\u202a-\u202e\u2066-\u2069]")  # makes a terminal show later characters elsewhere
@@ -32,6 +33,12 @@ def is_missing(label: object, indices: bool) -> bool:
     if isinstance(label, str):
         return not label or label in ("NaN", "nan") or label.isspace()
     return label is None or label != label or (indices and label == -1) or label in ([], ())
+
+
+def check_max_samples(most: int, classes: int) -> None:
+    """Refuse `--max-samples` if there are more classes."""
+    if most < classes:
+        raise UsageError(f"--max-samples {most}: expected at least one for each of the {classes:,} classes.")
 
 
 def number_labels(
@@ -62,6 +69,8 @@ def number_labels(
     else:
         names, numbers = list(own), _checked_indices(labels, own)
         how = ["names of the dataset"]
+        if given is None:
+            names, how = _short_names(names, how)
     names, numbers, merged = merge_spellings(*_in_order(names, numbers), given or ())
     if given is not None:
         order, how = _match(names, given)
@@ -77,6 +86,19 @@ def number_labels(
     if alike := [name for name in names if folded[name.casefold()] > 1]:
         how.append(f"classes that differ in capitals only: {listed(alike)}")
     return Classes(names, numbers, how)
+
+
+def _short_names(names: list[str], how: list[str]) -> tuple[list[str], list[str]]:
+    """One of several synonyms for each class, and the phrases that say so."""
+    short, longer = without_synonyms(names)
+    shortened = sum(one != other for one, other in zip(short, names, strict=True))
+    if not shortened:
+        return names, how
+    how = [*how, f"the first of the synonyms of {shortened:,} classes"]
+    if longer:
+        shown = listed((f"{name} -> {new}" for name, new in longer.items()), MOST_RENAMES_SHOWN)
+        how.append(f"a later one where two classes share it: {shown}")
+    return short, how
 
 
 def problem_of_name(name: str) -> str | None:

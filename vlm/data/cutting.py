@@ -12,6 +12,7 @@ import numpy as np
 
 from vlm.common import UsageError, brief, listed
 from vlm.config import Settings
+from vlm.data.classes import check_max_samples
 from vlm.data.duplicates import equal_images
 from vlm.data.splits import ROLES, Split
 
@@ -194,8 +195,7 @@ def limit_splits(splits: dict[str, Split], most: int, names: Sequence[str], seed
     Raises:
         UsageError: fewer samples than classes.
     """
-    if most < len(names):
-        raise UsageError(f"--max-samples {most}: expected at least one for each of the {len(names)} classes.")
+    check_max_samples(most, len(names))
     return {
         role: split.take(balanced_positions(split.labels, most, [seed, MAX_SAMPLES, ROLES.index(role)]))
         for role, split in splits.items()

@@ -6,7 +6,7 @@ from typing import Any
 
 from vlm.common import listed
 from vlm.config import Settings
-from vlm.data.sources.rows import HUB, Source
+from vlm.data.sources.rows import Source
 from vlm.data.splits import ROLES, Data, Split
 
 
@@ -26,7 +26,8 @@ def detected_rows(
         overlap: the rows about equal images and near-duplicates.
     """
     columns, names = source.columns, data.class_names
-    rows = [("dataset", source.kind if settings.demo else f"{settings.dataset} ({source.kind})")]
+    name = source.hub_id or settings.dataset
+    rows = [("dataset", source.kind if settings.demo else f"{name} ({source.kind})")]
     if columns:
         rows += [("image column", columns.image), ("label column", columns.label)]
     if groups := _groups(settings, data):
@@ -105,4 +106,4 @@ def _public_name(settings: Settings, source: Source) -> str:
     name = settings.dataset
     if settings.demo or name is None:
         return source.kind
-    return name if source.kind == HUB else Path(name).resolve().name
+    return source.hub_id or Path(name).resolve().name

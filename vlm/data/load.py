@@ -94,7 +94,8 @@ def _readable_splits(splits: dict[str, Split], cut: list[str], names: list[str],
 def _check_source(source: Source, settings: Settings) -> None:
     if "train" not in source.splits:
         there = ", ".join(sorted([*source.split_names.values(), *source.others])) or "none"
-        raise UsageError(f"--dataset {settings.dataset}: no split called train. Splits there: {there}. {EXPECTED}")
+        cure = EXPECTED if there == "none" else "Name one with --dataset-split."
+        raise UsageError(f"--dataset {settings.dataset}: no split called train. Splits there: {there}. {cure}")
     if source.columns is None and (given := [flag for flag, value in _table_flags(settings).items() if value]):
         raise UsageError(
             f'{" and ".join(given)}: the dataset is of the kind "{source.kind}", which has no columns. Leave out '

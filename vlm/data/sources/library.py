@@ -1,20 +1,21 @@
-"""What the `datasets` library reads: the hub, folders with Parquet or metadata files, folders by save_to_disk."""
+"""What the `datasets` library reads: Parquet files, folders with Parquet or metadata files, folders by save_to_disk."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm.common import UsageError, listed, one_line, read_json, shorten
+from vlm.common import RunError, UsageError, listed, one_line, read_json, shorten
 from vlm.config import Settings
 from vlm.data.images import ImageSource
+from vlm.data.sources.asked_splits import choose_splits
 from vlm.data.sources.cells import find_images, image_of
 from vlm.data.sources.columns import Columns, choose_columns, missing_column, reasoning_texts
 from vlm.data.sources.foreign import AGAIN, refuse_damaged
 from vlm.data.sources.groups import group_names
 from vlm.data.sources.labels import one_hot_labels, text_column, use_names
 from vlm.data.sources.places import Place, asked_place
-from vlm.data.sources.rows import EXPECTED, Rows, Source, nothing_there, role_of, sort_splits
+from vlm.data.sources.rows import EXPECTED, Rows, Source, nothing_there, role_of
 from vlm.data.sources.split_column import use_split_column
 
 if TYPE_CHECKING:  # the library takes a second to import
@@ -55,14 +56,14 @@ def read_saved(folder: Path, settings: Settings) -> Source:
     with errors_in_one_line(folder):
         data = datasets.load_from_disk(str(folder))
     splits = _by_name(data) if isinstance(data, datasets.DatasetDict) else {"train": data}
-    return _to_source(splits, settings, "save_to_disk folder", folder)
+    return to_source(splits, settings, "save_to_disk folder", folder)
 
 
 def read_with_library(name: str, settings: Settings, kind: str, folder: Path = Path()) -> Source:
     """Read whatever `datasets.load_dataset` understands.
 
     Args:
-        name: a hub id, or the path of a folder such as a clone of one.
+        name: the path of a folder, such as a clone of a dataset on the hub.
         kind: what to call the source.
         folder: what paths in a column of texts are relative to.
 
@@ -71,7 +72,7 @@ def read_with_library(name: str, settings: Settings, kind: str, folder: Path = P
     """
     with errors_in_one_line(name):
         data = _load(name, settings.dataset_config)
-    return _to_source(_by_name(data), settings, kind, folder)
+    return to_source(_by_name(data), settings, kind, folder)
 
 
 def read_data_files(files: Mapping[str, Sequence[Path]], folder: Path, settings: Settings) -> Source:
@@ -92,7 +93,7 @@ def read_data_files(files: Mapping[str, Sequence[Path]], folder: Path, settings:
     with errors_in_one_line(first):
         paths = {split: [str(path) for path in some] for split, some in files.items()}
         data = datasets.load_dataset(kind, data_files=paths)
-    return _to_source(_by_name(data), settings, f"{kind.capitalize()} file", folder)
+    return to_source(_by_name(data), settings, f"{kind.capitalize()} file", folder)
 
 
 def read_object(data: object, settings: Settings) -> Source:
@@ -104,23 +105,53 @@ def read_object(data: object, settings: Settings) -> Source:
     import datasets
 
     if isinstance(data, datasets.DatasetDict):
-        return _to_source(_by_name(data), settings, type(data).__name__, Path())
+        return to_source(_by_name(data), settings, type(data).__name__, Path())
     if isinstance(data, datasets.Dataset):
-        return _to_source({"train": data}, settings, type(data).__name__, Path())
+        return to_source({"train": data}, settings, type(data).__name__, Path())
     raise UsageError(
         f"the dataset is of the type {type(data).__name__}. Expected a Dataset or DatasetDict of the datasets library, "
         "or the name of a dataset as text."
     )
 
 
-def open_streams(name: str, settings: Settings) -> "IterableDatasetDict":
+def open_streams(name: str, settings: Settings, revision: str | None) -> "IterableDatasetDict":
     """A dataset whose rows are read when they are asked for, with the types of its columns."""
     import datasets
 
-    streams = datasets.load_dataset(name, settings.dataset_config, streaming=True)
+    streams = datasets.load_dataset(name, settings.dataset_config, streaming=True, revision=revision)
     return datasets.IterableDatasetDict(
         {str(split): data if data.features else data._resolve_features() for split, data in streams.items()}
     )
+
+
+def load_files(
+    name: str, folder: Path, module: str, config: str, paths: Mapping[str, Sequence[str]], features: Any
+) -> "dict[str, Dataset]":
+    """Load some files of a folder.
+
+    Args:
+        name: what messages call the dataset.
+        module: what of the library reads them, such as parquet.
+        config: the configuration in the card of the folder.
+        paths: by split.
+        features: the types of the columns; None: as the files say.
+    """
+    import datasets
+
+    with errors_in_one_line(name):
+        files = {split: list(some) for split, some in paths.items()}
+        if module in ("parquet", "arrow"):
+            return _by_name(datasets.load_dataset(module, data_files=files, features=features))
+        no_counts = {"verification_mode": "no_checks"}  # other splits than those in the card
+        return _by_name(datasets.load_dataset(str(folder), config, data_files=files, features=features, **no_counts))
+
+
+def refuse_configuration(name: str, config: str | None, there: Sequence[str]) -> UsageError | None:
+    """The error for a configuration that is not there, or was not chosen; None if that is not the problem."""
+    if config in there or len(there) < 2:
+        return None
+    found = f"no configuration {config}" if config else "there are several configurations"
+    return UsageError(f"--dataset {name}: {found}. Choose one with --dataset-config: {', '.join(there)}.")
 
 
 def _load(name: str, config: str | None) -> "DatasetDict":
@@ -129,11 +160,7 @@ def _load(name: str, config: str | None) -> "DatasetDict":
     try:
         return datasets.load_dataset(name, config)
     except ValueError as error:
-        names = datasets.get_dataset_config_names(name)
-        if config in names or len(names) < 2:
-            raise
-        found = f"no configuration {config}" if config else "there are several configurations"
-        raise UsageError(f"--dataset {name}: {found}. Choose one with --dataset-config: {', '.join(names)}.") from error
+        raise refuse_configuration(name, config, datasets.get_dataset_config_names(name)) or error from error
 
 
 @contextmanager
@@ -141,12 +168,14 @@ def errors_in_one_line(name: str | Path) -> Iterator[None]:
     """Loading fails in many ways; each becomes a UsageError of one line."""
     try:
         yield
-    except (MemoryError, UsageError):
+    except (MemoryError, UsageError, RunError):
         raise
     except Exception as error:
         if type(error).__name__ == "EmptyDatasetError":
             raise nothing_there(name) from error
-        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error  # what the library hides
+        cause: BaseException = error  # what the library hides: the error that all others were raised from
+        while isinstance(cause.__cause__, Exception):
+            cause = cause.__cause__
         raise UsageError(
             f"--dataset {name}: cannot be loaded ({type(cause).__name__}: {shorten(one_line(cause), LONGEST_REASON)}). "
             f"If a file is damaged, copy or download it again. {EXPECTED}"
@@ -157,30 +186,52 @@ def _by_name(data: "DatasetDict") -> "dict[str, Dataset]":
     return {str(name): split for name, split in data.items()}
 
 
-def _to_source(data: "dict[str, Dataset]", settings: Settings, kind: str, folder: Path) -> Source:
-    """The splits of a `DatasetDict` as rows. The train split decides the columns and the class names."""
-    import datasets
+def to_source(
+    data: "dict[str, Dataset]", settings: Settings, kind: str, folder: Path, roles: Mapping[str, str] | None = None
+) -> Source:
+    """The splits of a `DatasetDict` as rows. The train split decides the columns and the class names.
 
-    roles, others = sort_splits(data)
+    Args:
+        folder: what paths in a column of texts are relative to.
+        roles: the split of each role; None: those that the settings or the names of the splits say.
+
+    Raises:
+        UsageError: a column or a split is missing.
+    """
+    chosen, others = choose_splits(data, settings) if roles is None else (dict(roles), [])
+    roles = chosen
     if "train" not in roles:
         return Source(kind, {}, {}, sorted(data))
     features = data[roles["train"]].features
-    images = [name for name, feature in features.items() if is_image_column(feature)]
-    labels = {name: feature.names for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)}
-    classes = [name for name, names in labels.items() if not all(map(role_of, names))]  # these are names of splits
+    names = {name: feature.names for name, feature in features.items() if hasattr(feature, "names")}
     columns = choose_columns(
-        settings, list(features), images, classes, values=lambda name: _values(data[roles["train"]], name)
+        settings,
+        list(features),
+        image_columns(features),
+        class_columns(features),
+        values=lambda name: _values(data[roles["train"]], name),
     )
     for name in roles.values():
         _check_columns(data[name].features, name, columns, features)
     place = asked_place(settings, folder)
     splits = {role: _rows(data[name].with_format(None), name, columns, place) for role, name in roles.items()}
-    source = Source(kind, splits, roles, others, labels.get(columns.label), columns)
+    source = Source(kind, splits, roles, others, names.get(columns.label), columns)
     text = text_column(columns.label, [name for name in features if name not in columns.used])
     if text and source.class_names is None:
         texts = {role: _values(data[name], text) for role, name in roles.items()}
         source.name_labels(use_names({role: rows.labels for role, rows in splits.items()}, texts, columns.label, text))
     return use_split_column(source, {role: _unused(data[name], columns) for role, name in roles.items()})
+
+
+def image_columns(features: Mapping[str, Any]) -> list[str]:
+    """The columns whose type is image."""
+    return [name for name, feature in features.items() if is_image_column(feature)]
+
+
+def class_columns(features: Mapping[str, Any]) -> list[str]:
+    """The columns whose type is class label, unless their classes are names of splits."""
+    names = {name: feature.names for name, feature in features.items() if hasattr(feature, "names")}
+    return [name for name, words in names.items() if not all(map(role_of, words))]
 
 
 def is_image_column(feature: object) -> bool:

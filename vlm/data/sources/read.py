@@ -7,13 +7,15 @@ import numpy as np
 
 from vlm.common import UsageError
 from vlm.config import IN_MEMORY, Settings
-from vlm.data.hub import check_dataset_reachable, looks_like_path
+from vlm.data.hub import looks_like_path
 from vlm.data.sources.archives import is_archive
+from vlm.data.sources.asked_splits import take_parts
 from vlm.data.sources.folders import read_archive, read_folder
 from vlm.data.sources.foreign import refuse_file
-from vlm.data.sources.library import ENDINGS, read_data_files, read_object, read_with_library
+from vlm.data.sources.hub import read_hub
+from vlm.data.sources.library import ENDINGS, read_data_files, read_object
 from vlm.data.sources.places import find_file
-from vlm.data.sources.rows import EXPECTED, HUB, Rows, Source
+from vlm.data.sources.rows import EXPECTED, Rows, Source
 from vlm.data.sources.shards import is_shard, read_shards
 from vlm.data.sources.streamed import read_stream
 from vlm.data.sources.tables import is_table, read_tables
@@ -22,14 +24,19 @@ DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 
 
 def read_source(settings: Settings, data: object = None) -> Source:
-    """Read the dataset that the settings name.
+    """Read the dataset that the settings name, or the splits of it that they ask for.
 
     Args:
         data: the dataset itself, if a program has made it.
 
     Raises:
         UsageError: there is no such dataset, or its layout or columns are not understood.
+        RunError: the hub fails, or a download broke off.
     """
+    return take_parts(_read(settings, data), settings)
+
+
+def _read(settings: Settings, data: object) -> Source:
     name = settings.dataset
     if data is not None:
         return read_object(data, settings)
@@ -50,10 +57,7 @@ def read_source(settings: Settings, data: object = None) -> Source:
     if looks_like_path(name) or is_table(path):
         windows = " It is a Windows path; here / stands between folders." if "\\" in name else ""
         raise UsageError(f"--dataset {name}: no such file or folder.{windows} {EXPECTED}")
-    commit = check_dataset_reachable(name)
-    source = read_with_library(name, settings, HUB)
-    source.commit = commit
-    return source
+    return read_hub(name, settings)
 
 
 def _read_file(path: Path, settings: Settings) -> Source:
@@ -74,10 +78,7 @@ def _streamed(path: Path, name: str, settings: Settings) -> Source:
     if path.exists() or looks_like_path(name):
         found = "a file" if path.exists() else "no such folder"
         raise UsageError(f"--dataset {name}: {found}. --streaming reads a dataset on the hub, or a folder of shards.")
-    commit = check_dataset_reachable(name)
-    source = read_stream(settings, name, HUB)
-    source.commit = commit
-    return source
+    return read_hub(name, settings)
 
 
 def _read_digits() -> Source:

@@ -78,7 +78,7 @@ class Source:
     kind: in words, for the user; splits: the rows by role (train, validation, test);
     split_names: what the dataset calls the split of each role; others: its splits that have no role;
     class_names: if there are any, the labels are indices into them;
-    columns: None if the kind has no columns; commit: of a dataset on the hub;
+    columns: None if the kind has no columns; hub_id, commit: of a dataset on the hub;
     stream: the train split if it is read during the training, of which `splits` has a sample then.
     """
 
@@ -88,6 +88,7 @@ class Source:
     others: list[str] = field(default_factory=list)
     class_names: list[str] | None = None
     columns: Columns | None = None
+    hub_id: str | None = None
     commit: str | None = None
     stream: "Stream | None" = None
 

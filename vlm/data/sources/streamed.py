@@ -23,7 +23,7 @@ HELD_OUT = 1000  # images of validation, and of test
 SAMPLE = 256  # training images that are looked at before the first step
 
 
-def read_stream(settings: Settings, name: str, kind: str) -> Source:
+def read_stream(settings: Settings, name: str, kind: str, revision: str | None = None) -> Source:
     """Open a dataset for streaming, and read the images that validation and test are made of.
 
     A split for validation or test that is not there is made of the first images of the shuffled train split, which
@@ -33,7 +33,7 @@ def read_stream(settings: Settings, name: str, kind: str) -> Source:
         UsageError: it cannot be read, has no train split, or its class names are unknown.
     """
     with errors_in_one_line(name):
-        streams = open_streams(name, settings)
+        streams = open_streams(name, settings, revision)
     roles, others = sort_splits(streams)
     if "train" not in roles:
         return Source(kind, {}, {}, sorted(streams))

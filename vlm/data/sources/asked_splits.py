@@ -1,0 +1,110 @@
+"""--dataset-split: which splits are read, which part of each, and what they are for."""
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from vlm.common import UsageError, listed
+from vlm.config import Settings
+from vlm.data.sources.rows import SPLIT_NAMES, Source, role_of, sort_splits
+
+PART = re.compile(r"\s*(?:(?P<role>train|validation|test)\s*=)?\s*(?P<split>\w[\w.-]*)\s*(?P<part>\[[^\]]*\])?\s*")
+EXPECTED = (
+    "Expected names of splits with or without a part, separated by commas, such as train[:10%],test or "
+    "train=full[:80%],test=full[80%:]."
+)
+
+
+class AskedSplit(NamedTuple):
+    """role: train, validation or test; split: its name in the dataset; part: such as [:10%], or nothing."""
+
+    role: str
+    split: str
+    part: str
+
+
+def asked_splits(settings: Settings) -> list[AskedSplit]:
+    """What `--dataset-split` asks for; nothing without it. A single split is for training, however it is called.
+
+    Raises:
+        UsageError: it cannot be understood, or leaves open what is trained on.
+    """
+    text = settings.dataset_split
+    if text is None:
+        return []
+    found = [PART.fullmatch(part) for part in text.split(",")]
+    given = [AskedSplit(match["role"] or "", match["split"], match["part"] or "") for match in found if match]
+    if len(given) < len(found):
+        raise UsageError(f"--dataset-split {text}: not understood. {EXPECTED}")
+    if len(given) == 1 and not given[0].role:
+        return [given[0]._replace(role="train")]
+    asked = [one if one.role else one._replace(role=role_of(one.split) or "") for one in given]
+    if unclear := [one.split for one in asked if not one.role]:
+        raise UsageError(
+            f"--dataset-split {text}: what {listed(unclear)} is for is not clear. Write train={unclear[0]}, "
+            f"validation={unclear[0]} or test={unclear[0]}."
+        )
+    roles = [one.role for one in asked]
+    if "train" not in roles or len(set(roles)) < len(roles):
+        raise UsageError(f"--dataset-split {text}: expected one split for train, and at most one for each other use.")
+    return asked
+
+
+def choose_splits(names: Iterable[str], settings: Settings) -> tuple[dict[str, str], list[str]]:
+    """As `sort_splits`, but what `--dataset-split` asks for, if it was given.
+
+    Raises:
+        UsageError: the dataset has no such split.
+    """
+    asked, names = asked_splits(settings), list(names)
+    if not asked:
+        return sort_splits(names)
+    if missing := [one.split for one in asked if one.split not in names]:
+        raise _no_split(settings, missing, names)
+    roles = {one.role: one.split for one in asked}
+    return roles, sorted(set(names) - set(roles.values()))
+
+
+def take_parts(source: Source, settings: Settings) -> Source:
+    """The splits, and the parts of them, that `--dataset-split` asks for. Without it the source as it is.
+
+    Raises:
+        UsageError: the dataset has no such split, or a part cannot be understood.
+    """
+    asked = asked_splits(settings)
+    if not asked:
+        return source
+    named = {name: source.splits[role] for role, name in source.split_names.items() if role in source.splits}
+    rows = source.splits | named  # a folder without folders of splits is train, whatever it is called in messages
+    if missing := [one.split for one in asked if one.split not in rows]:
+        raise _no_split(settings, missing, [*named, *source.others])
+    splits, names = {}, {}
+    for one in asked:
+        taken = rows[one.split]
+        if one.part:
+            taken = taken.take(_positions(one, len(taken.labels), settings))
+        splits[one.role], names[one.role] = taken, one.split + one.part
+    used = {one.split for one in asked}
+    source.others = sorted(
+        {*source.others, *(name for role, name in source.split_names.items() if role not in used)} - used
+    )
+    source.splits = {role: splits[role] for role in SPLIT_NAMES if role in splits}
+    source.split_names = names
+    return source
+
+
+def _positions(one: AskedSplit, count: int, settings: Settings) -> range:
+    """The rows of a part, as the `datasets` library counts them."""
+    import datasets
+
+    try:
+        (place,) = datasets.ReadInstruction.from_spec(f"rows{one.part}").to_absolute({"rows": count})
+        return range(count)[place.from_ : place.to]
+    except (ValueError, AssertionError) as error:
+        what = f"--dataset-split {settings.dataset_split}: {one.part} is not understood."
+        raise UsageError(f"{what} {EXPECTED}") from error
+
+
+def _no_split(settings: Settings, missing: list[str], names: Iterable[str]) -> UsageError:
+    there = listed(sorted(set(names))) or "none"
+    return UsageError(f"--dataset-split: the dataset has no split {listed(missing)}. Splits there: {there}.")
