@@ -1,12 +1,13 @@
-"""`--folds`: every image is tested once, by a model that was not trained on it, and a run can be stopped and resumed."""
+"""`--folds`: every image is tested once, by a model that was not trained on it; a run can be stopped and resumed."""
 
 import csv
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from commands import names_in, train
+from commands import classify, names_in, train
 from test_groups import rows_of_patients, write_table
 from test_output import everything
 from tiny import random_image
@@ -16,7 +17,7 @@ from vlm.config import METADATA, PREDICTIONS, PREVIOUS_RUN, RESULTS, fold_folder
 from vlm.data import load_data
 from vlm.training import check_output, fit_folds
 from vlm.training.out_of_fold import mean_figures
-from vlm.training.run_files import begin, files_of_run, foreign_files, settle
+from vlm.training.run_files import begin, claim_results, files_of_run, foreign_files, settle
 
 
 def write_images(folder, counts, split=""):
@@ -148,8 +149,8 @@ def make_folds(output, count=2, finished=True):
         (fold / "best_model" / "model.safetensors").write_text("old")
     (output / METADATA).write_text("{}")
     if finished:
+        claim_results(output, written_by(count))
         (output / RESULTS).write_text("{}")
-        begin(output, True, False, written_by(count))
     return everything(output)
 
 
@@ -161,9 +162,7 @@ def settings(output, **more):
 @pytest.mark.parametrize(("finished", "said"), [(True, "holds a finished run"), (False, "holds an interrupted run")])
 def test_neither_kind_of_run_begins_in_the_folder_of_a_cross_validation(tmp_path, folds, finished, said):
     before = make_folds(tmp_path, finished=finished)
-    if finished:
-        before = everything(tmp_path)
-    with pytest.raises(UsageError, match=said if not finished else "holds a finished run|which no run"):
+    with pytest.raises(UsageError, match=said):
         check_output(settings(tmp_path, folds=folds))
     assert everything(tmp_path) == before
 
@@ -201,7 +200,7 @@ def test_a_cross_validation_is_put_back_unless_the_next_run_has_a_model(tmp_path
 # Whole commands
 
 
-FLAGS = ("--epochs", 2, "--batch-size", 4, "--gradient-accumulation-steps", 1, "--folds", 3)
+FLAGS = ("--epochs", 1, "--batch-size", 4, "--gradient-accumulation-steps", 1, "--folds", 3)
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +221,7 @@ def test_every_image_is_predicted_once_and_the_figures_are_those_of_the_folds(wh
     rows, results = table(whole), json.loads((whole / RESULTS).read_text())
     assert names_in(whole) == {".run_files.json", "fold_1", "fold_2", "fold_3", METADATA, PREDICTIONS, RESULTS}
     assert len({row["path"] for row in rows}) == len(rows) == 36 == results["out_of_fold"]["samples"]
-    assert all(row["label"] in row["path"] and row["label"] in row["full_response"] + row["path"] for row in rows)
+    assert all(row["label"] in row["path"] and row["prediction"] in row["full_response"] for row in rows)
     for number, fold in enumerate(results["folds"], 1):
         mine = [row for row in rows if row["fold"] == str(number)]
         own = json.loads((whole / fold_folder(number) / RESULTS).read_text())
@@ -237,15 +236,20 @@ def test_every_image_is_predicted_once_and_the_figures_are_those_of_the_folds(wh
 
 
 @pytest.mark.slow
+def test_a_fold_has_a_model_and_the_whole_says_that_it_has_none(whole, color_folder, capsys):
+    assert classify("--model-dir", whole / "fold_2" / "best_model", color_folder) == 0
+    assert classify("--model-dir", whole, color_folder) == 2
+    assert f"take that of a fold, such as {whole / 'fold_1' / 'best_model'}" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_a_stopped_cross_validation_goes_on_at_its_fold_and_ends_with_the_same_predictions(
     whole, tmp_path, tiny_model, color_folder, capsys
 ):
-    given = {"model": str(tiny_model), "dataset": str(color_folder), "epochs": 2, "batch_size": 4, "folds": 3}
+    given = {"model": str(tiny_model), "dataset": str(color_folder), "epochs": 1, "batch_size": 4, "folds": 3}
     given |= {"gradient_accumulation_steps": 1, "output_dir": str(tmp_path / "out")}
-    steps = []
 
     def in_the_second_fold():
-        steps.append(1)
         return (tmp_path / "out" / "fold_2").exists()
 
     with pytest.raises(Stopped, match=r"fold 2 of 3 stopped after step 1 of \d+. Continue with --resume --output-dir"):
@@ -272,8 +276,6 @@ def test_folds_of_other_images_are_not_mixed(whole, tmp_path, tiny_model, color_
     saved = read_settings(json.loads((output / METADATA).read_text())["settings"])
     next(images.rglob("*.png")).unlink()
     again = resolve({"resume": True, "output_dir": str(output)}, saved)
-    from dataclasses import replace
-
     with pytest.raises(UsageError, match="the images or labels are not those that the other folds were trained on"):
         fit_folds(replace(again, dataset=str(images)))
     assert (output / "fold_2" / RESULTS).exists()
