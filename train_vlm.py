@@ -20,6 +20,7 @@ from vlm.config import (
     RunSettings,
     Settings,
     flags_to_train_further,
+    flags_to_train_once,
     parse_arguments,
     read_run,
     read_settings,
@@ -105,10 +106,10 @@ def train(given: dict[str, Any], dataset: object = None) -> dict[str, Any]:
     signals = StopSignals(settings.output_dir)
     with signals.listening():  # before the heavy imports, which take seconds
         wait_politely()
-        from vlm.training import fit
+        from vlm.training import fit, fit_folds
 
         with switches_as_before():  # those of the libraries, which are imported now
-            return fit(settings, signals.should_stop, signals.enter, dataset)
+            return (fit_folds if settings.trains_folds else fit)(settings, signals.should_stop, signals.enter, dataset)
 
 
 def look(given: dict[str, Any], dataset: object = None) -> None:
@@ -137,9 +138,14 @@ def saved_settings(output: Path, epochs: int | None = None) -> RunSettings:
     check_resumable(output)
     saved = read_settings(read_run(output)["settings"])
     if (output / RESULTS).is_file():
-        command = (
-            f"{command_of('train_vlm.py', 'vlm-train')} {shlex.join(flags_to_train_further(saved, output, epochs))}"
-        )
+        once = saved.trains_folds
+        flags = flags_to_train_once(saved, output) if once else flags_to_train_further(saved, output, epochs)
+        command = f"{command_of('train_vlm.py', 'vlm-train')} {shlex.join(flags)}"
+        if once:
+            raise UsageError(
+                f"--resume: {output} holds a finished cross-validation, so there is nothing to continue. "
+                f"To train one model on all images:{CONTINUED}{command}"
+            )
         raise UsageError(
             f"--resume: {output} holds a finished run, so there is nothing to continue. "
             f"To train {'longer' if saved.demo else 'its model further'}:{CONTINUED}{command}"

@@ -24,19 +24,30 @@ from vlm.config.names import (
     DEMO_IMAGES,
     DEMO_MODEL,
     FINAL_MODEL,
+    FOLD_PREDICTIONS,
     FOLDERS,
     LOCK,
     LOG,
     MANIFEST,
     METADATA,
     PAGE,
+    PREDICTIONS,
     PREVIOUS_RUN,
     PREVIOUS_STATE,
     RESULTS,
     STATE,
     WRITTEN,
+    fold_folder,
+    written_by,
 )
-from vlm.config.resolve import different_settings, flags_to_train_further, read_settings, resolve, user_path
+from vlm.config.resolve import (
+    different_settings,
+    flags_to_train_further,
+    flags_to_train_once,
+    read_settings,
+    resolve,
+    user_path,
+)
 from vlm.config.rules import MOST, MOST_AT_ONCE, can_be_a_path
 from vlm.config.saved import read_run
 from vlm.config.settings import ImageSize, RunSettings, Settings
@@ -54,6 +65,7 @@ __all__ = [
     "FEW_NODES",
     "FINAL_MODEL",
     "FOLDERS",
+    "FOLD_PREDICTIONS",
     "IMAGES_PER_STEP",
     "IN_MEMORY",
     "LAYOUTS",
@@ -65,6 +77,7 @@ __all__ = [
     "MOST_AT_ONCE",
     "PAGE",
     "POSTERIOR",
+    "PREDICTIONS",
     "PREVIOUS_RUN",
     "PREVIOUS_STATE",
     "RESPONSE",
@@ -80,6 +93,8 @@ __all__ = [
     "can_be_a_path",
     "different_settings",
     "flags_to_train_further",
+    "flags_to_train_once",
+    "fold_folder",
     "lay_out",
     "number",
     "parse_arguments",
@@ -91,4 +106,5 @@ __all__ = [
     "stated_format",
     "whole_number",
     "user_path",
+    "written_by",
 ]

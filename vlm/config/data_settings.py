@@ -73,6 +73,15 @@ class DataSettings:
         1000, "data", "with --streaming: images among which the next one is drawn (default: 1000)"
     )
     shots: int | None = flag(None, "data", "train on this many images of each class, drawn with the seed")
+    folds: int | None = flag(
+        None,
+        "data",
+        "cross-validation: divide the images of train and validation into this many folds, and train as often, each "
+        "time without one fold, which is the test; a test split of the dataset stays out",
+    )
+    fold: int | None = flag(
+        None, "data", "with --folds: train only this one, 1 to --folds, as an ordinary run, such as on another machine"
+    )
     validation_ratio: float = flag(
         0.15, "data", "share of the train split for validation, if there is no validation split (default: 0.15)"
     )

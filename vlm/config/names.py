@@ -3,6 +3,8 @@
 METADATA = "training_metadata.json"
 RESULTS = "results.json"
 LOG = "log.jsonl"
+PREDICTIONS = "predictions.csv"  # of a cross-validation: out-of-fold predictions of all images
+FOLD_PREDICTIONS = "fold_predictions.jsonl"  # of one fold
 PAGE = "report.html"
 DATA_PAGE = "data.html"  # of --show-data; not part of a run
 STATE = "resume_state"
@@ -21,8 +23,21 @@ WRITTEN = (
     METADATA,
     RESULTS,
     LOG,
+    FOLD_PREDICTIONS,
     "training_curves.png",
     "confusion_matrix.png",
     "reliability.png",
     PAGE,
 )
+
+
+def written_by(folds: int | None) -> tuple[str, ...]:
+    """All that a run writes or, with `folds`, a cross-validation of so many, besides the folders of trackers."""
+    if folds is None:
+        return WRITTEN
+    return (*(fold_folder(number) for number in range(1, folds + 1)), METADATA, RESULTS, PREDICTIONS)
+
+
+def fold_folder(number: int) -> str:
+    """The folder of one fold, an ordinary run, in the output folder of a cross-validation."""
+    return f"fold_{number}"

@@ -6,7 +6,7 @@ Nothing heavy is imported here, so that a mistake in the flags is answered at on
 import dataclasses
 import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ NOT_PART_OF_THE_RUN = {
 # Not taken over from the interrupted run. Its folder may have been moved, or be from somebody else: the run goes on in
 # the folder that is named now, and code (--metrics) runs only if this command names it.
 OF_ONE_START = {"resume", "overwrite", "debug", "output_dir", "metrics", "dry_run", "show_data"}
+SMALL_TEST = 0.01  # share of the images that a run tests which follows a cross-validation
 NO_METRICS = ["none"]
 ABSTAINING = {"abstain_below", "target_precision"}  # only one of the two at a time
 TEXTS = ("system_instructions", "prompt_template")  # may come from a file
@@ -131,17 +132,37 @@ def flags_to_train_further(saved: RunSettings, output: Path, epochs: int | None)
         saved: the settings of the finished run in the folder `output`.
         epochs: that were asked for in all; None: as many again.
     """
-    later = next(f"{output}_{n}" for n in itertools.count(2) if not Path(f"{output}_{n}").exists())
     more = epochs if epochs is not None else saved.epochs
-    given: dict[str, Any] = {"output_dir": later, "epochs": more}
+    given: dict[str, Any] = {"output_dir": _next_to(output), "epochs": more}
     if saved.demo:
         given["demo"] = True
     else:
         given |= {"model": str(output / BEST_MODEL), "epochs": more - saved.epochs if more > saved.epochs else more}
+    return _flags_of(given, saved, NOT_OF_THE_NEXT)
+
+
+def flags_to_train_once(saved: RunSettings, output: Path) -> list[str]:
+    """The flags of the run that trains one model after a cross-validation: on all images but few for validation.
+
+    Args:
+        saved: the settings of the cross-validation in the folder `output`.
+    """
+    given: dict[str, Any] = {"output_dir": _next_to(output), "test_ratio": SMALL_TEST}
+    given |= {"demo": True} if saved.demo else {}
+    return _flags_of(given, saved, {*OF_ONE_START, "folds", "fold", "output_dir", "test_ratio"})
+
+
+def _next_to(output: Path) -> str:
+    """The name of a folder next to the output folder that is not there yet."""
+    return next(f"{output}_{n}" for n in itertools.count(2) if not Path(f"{output}_{n}").exists())
+
+
+def _flags_of(given: dict[str, Any], saved: RunSettings, left_out: Collection[str]) -> list[str]:
+    """What was given, and the settings of a run that differ from the defaults, as words of a command line."""
     decided = {"batch_size", "gradient_accumulation_steps"}
     usual = saved.batch_size * saved.gradient_accumulation_steps == IMAGES_PER_STEP
     for name, value in saved.to_json().items():
-        if name in NOT_OF_THE_NEXT or value in (None, False) or (usual and name in decided):
+        if name in left_out or value in (None, False) or (usual and name in decided):
             continue
         if value != getattr(_fill(DEMO_DEFAULTS | given if saved.demo else given), name):
             given[name] = value

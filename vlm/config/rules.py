@@ -58,6 +58,7 @@ def _has_control_characters(text: str) -> bool:
 OLD_SCORE = "mean"  # of earlier versions
 MOST = 10**9  # of anything that is counted; a larger number is a slip, and overflows somewhere later
 MOST_AT_ONCE = 1024  # threads and processes
+MOST_FOLDS = 1000
 LONGEST_PATTERN = 200
 LONGEST_VALUE = 200  # characters of a value in a message
 
@@ -65,7 +66,16 @@ VALUES = (
     Values(
         (
             *("batch_size", "gradient_accumulation_steps", "eval_batch_size", "eval_steps", "max_samples", "shots"),
-            *("lora_rank", "min_pixels", "max_pixels", "num_crops", "augment_views", "max_steps", "shuffle_buffer"),
+            *(
+                "lora_rank",
+                "min_pixels",
+                "max_pixels",
+                "num_crops",
+                "augment_views",
+                "max_steps",
+                "shuffle_buffer",
+                "fold",
+            ),
         ),
         lambda value: 1 <= value <= MOST,
         f"a whole number of at least 1, and at most {MOST:,}",
@@ -79,6 +89,11 @@ VALUES = (
         ("workers",),
         lambda value: 0 <= value <= MOST_AT_ONCE,
         f"a whole number of at least 0, and at most {MOST_AT_ONCE:,}",
+    ),
+    Values(
+        ("folds",),
+        lambda value: 2 <= value <= MOST_FOLDS,
+        f"a whole number of at least 2, and at most {MOST_FOLDS:,}",
     ),
     Values(("epochs",), lambda value: 0 <= value <= MOST, f"a whole number of at least 0, and at most {MOST:,}"),
     Values(("seed",), lambda value: 0 <= value < 2**63, "a whole number of at least 0, and below 2 to the power of 63"),
@@ -248,6 +263,18 @@ CONFLICTS = (
     Conflict(
         lambda s: s.streaming and (s.group_column or s.group_pattern),
         "--streaming and groups exclude each other: a stream is not cut.",
+    ),
+    Conflict(
+        lambda s: s.folds and s.streaming,
+        "--folds and --streaming exclude each other: a stream is not divided into folds.",
+    ),
+    Conflict(
+        lambda s: s.folds and s.epochs == 0,
+        "--folds and --epochs 0 exclude each other: with 0 epochs nothing is trained, so there is nothing to repeat.",
+    ),
+    Conflict(
+        lambda s: s.fold and (s.folds is None or s.fold > s.folds),
+        "--fold {s.fold}: expected it with --folds, and at most as large.",
     ),
     Conflict(
         lambda s: s.resume and s.overwrite,

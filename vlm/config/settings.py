@@ -246,6 +246,11 @@ class Settings(DataSettings, ModelSettings):
         return list(dict.fromkeys([*(self.track or []), *(["wandb"] if self.use_wandb else [])]))
 
     @property
+    def trains_folds(self) -> bool:
+        """Whether this is a cross-validation, which trains several models, and not a run that trains one."""
+        return self.folds is not None and self.fold is None
+
+    @property
     def views(self) -> int:
         """How many views of an image the training sees, with the image itself; 1 if nothing is augmented."""
         if self.augment == "none" and not (self.augment_flips or self.augment_turns):

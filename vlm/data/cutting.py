@@ -17,7 +17,7 @@ from vlm.data.duplicates import equal_images
 from vlm.data.splits import ROLES, Split
 
 # After the user's seed comes the number of the draw, so that no two draws are the same.
-CUT, MAX_SAMPLES, SHOTS = 1, 2, 3
+CUT, MAX_SAMPLES, SHOTS, FOLDS = 1, 2, 3, 4
 
 
 def check_enough(labels: Sequence[int], missing: Sequence[str], names: Sequence[str], counted: str = "") -> None:
@@ -175,10 +175,11 @@ def share_units(
             if not filled[share][label] and free is not None:
                 put(free, share)
 
-    def fullness(unit: int, share: int) -> float:
-        """How full a share would be of the unit's classes, as a part of what it is to get."""
+    def fullness(unit: int, share: int) -> tuple[float, float]:
+        """How full a share would be of the unit's classes, as a part of what it is to get; then, of all images."""
         of_unit = counts[unit].items()
-        return sum(n / total[c] * (filled[share][c] + n / 2) / total[c] for c, n in of_unit) / shares[share]
+        of_classes = sum(n / total[c] * (filled[share][c] + n / 2) / total[c] for c, n in of_unit)
+        return of_classes / shares[share], filled[share].total() / shares[share]
 
     for unit in order:
         if unit not in place:

@@ -11,6 +11,7 @@ from vlm.data.classes import Classes, is_missing, number_labels
 from vlm.data.cutting import check_enough, cut_from_train, limit_splits, take_shots
 from vlm.data.describe import data_metadata, detected_rows
 from vlm.data.duplicates import find_overlap, without_copies
+from vlm.data.folds import cut_fold, fold_metadata, rows_of_folds
 from vlm.data.readable import Readable, decode, keep_readable
 from vlm.data.sources import EXPECTED, HUB, Rows, Source, groups_by_pattern, point_out_groups, read_source
 from vlm.data.splits import ROLES, Data, Split
@@ -33,6 +34,9 @@ def load_data(settings: Settings, dataset: object = None) -> Data:
     _find_groups(source, settings)
     hidden = _leave_out_unlabeled(source)
     rows = {role: rows for role, rows in source.splits.items() if role not in hidden}
+    if settings.folds:
+        source.others += [source.split_names[role] for role in source.splits if role == "test" or role in hidden]
+        rows = rows_of_folds(rows)
     classes = _classes(source, rows, settings)
     names = classes.names
     splits = {role: Split(rows[role], range(len(rows[role].labels)), classes.numbers[role]) for role in rows}
@@ -40,6 +44,7 @@ def load_data(settings: Settings, dataset: object = None) -> Data:
     # The sample of a stream need not have all classes, and is as large as it is.
     readable = keep_readable(splits, [], []) if source.stream else _readable_splits(splits, cut, names, settings)
     splits = without_copies(readable.splits, cut)
+    fold = {"fold": fold_metadata(splits, settings)} if settings.folds else {}
     splits["train"] = take_shots(splits["train"], names, settings)
     _check_reasonings(source, splits["train"])
     _note_missing_classes(splits, names)
@@ -56,9 +61,9 @@ def load_data(settings: Settings, dataset: object = None) -> Data:
         cut=cut,
         stream=source.stream,
     )
-    origins = {role: _origin(role, source, hidden, settings.shots) for role in ROLES}
+    origins = {role: _origin(role, source, hidden, settings) for role in ROLES}
     data.summary = detected_rows(settings, source, origins, classes.how, data, overlap.rows)
-    data.source = data_metadata(settings, source, origins, data)
+    data.source = data_metadata(settings, source, origins, data) | fold
     return data
 
 
@@ -80,8 +85,13 @@ def _readable_splits(splits: dict[str, Split], cut: list[str], names: list[str],
     """Cut and limit the splits and decode their images.
 
     All images are decoded before train is cut, so that equal ones stay together. With `--max-samples` only those that
-    are used are decoded.
+    are used are decoded. Of folds, the images are limited and decoded first, so that all folds have the same ones.
     """
+    if settings.folds:
+        if settings.max_samples is not None:
+            splits = limit_splits(splits, settings.max_samples, names, settings.seed)
+        readable = keep_readable(splits, names, [])
+        return replace(readable, splits=cut_fold(readable.splits["train"], names, settings))
     check_enough(splits["train"].labels, cut, names)
     if settings.max_samples is None:
         decode(splits)
@@ -175,9 +185,14 @@ def _check_reasonings(source: Source, train: Split) -> None:
         raise UsageError(f"--reasoning-column {column}: no training image has a text there. Name another column.")
 
 
-def _origin(role: str, source: Source, hidden: Sequence[str], shots: int | None) -> str:
+def _origin(role: str, source: Source, hidden: Sequence[str], settings: Settings) -> str:
     """Where the images of a role are from, in words."""
-    if role in hidden:
+    shots = settings.shots
+    if settings.folds:
+        fold = f"fold {settings.fold or 1} of {settings.folds}"
+        origin = {"test": fold, "validation": "cut from the other folds", "train": "the other folds"}[role]
+    elif role in hidden:
         return f"cut from train, as {source.split_names[role]} has no labels"
-    origin = source.split_names.get(role, "cut from train")
+    else:
+        origin = source.split_names.get(role, "cut from train")
     return f"{origin}, {shots} of each class" if role == "train" and shots is not None else origin

@@ -65,7 +65,8 @@ def keep_readable(splits: dict[str, Split], names: Sequence[str], cut: Sequence[
     """Leave out the images that cannot be decoded.
 
     Args:
-        splits: all three splits; images that were not decoded before are decoded now, and `keys` are filled in.
+        splits: all three splits, or only train; images that were not decoded before are decoded now, and `keys` are
+            filled in.
         names: the class names.
         cut: the splits that were cut from train; their unreadable images are counted as train's.
 
@@ -94,13 +95,13 @@ def keep_readable(splits: dict[str, Split], names: Sequence[str], cut: Sequence[
 
 def _unreadable(splits: Mapping[str, Split]) -> list[Unreadable]:
     """In the order of the splits."""
-    checks = [(role, i, check) for role in ROLES for i, check in enumerate(splits[role].checks)]
+    checks = [(role, i, check) for role in ROLES if role in splits for i, check in enumerate(splits[role].checks)]
     return [Unreadable(role, i, check.fault) for role, i, check in checks if check and check.fault]
 
 
 def _check_share(splits: dict[str, Split], unreadable: Sequence[Unreadable], cut: Sequence[str]) -> None:
     """Refuse a dataset in which a split, or train with all that was cut from it, has too many unreadable images."""
-    given = [[role] for role in ROLES if role != "train" and role not in cut]
+    given = [[role] for role in ROLES if role in splits and role != "train" and role not in cut]
     for roles in [["train", *cut], *given]:
         lost = [image.text for image in unreadable if image.role in roles]
         count = sum(len(splits[role]) for role in roles)

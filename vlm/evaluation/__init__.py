@@ -15,15 +15,17 @@ from vlm.evaluation.evaluate import (
 )
 from vlm.evaluation.image_check import check_images
 from vlm.evaluation.linear_probe import compare, probe
-from vlm.evaluation.metrics import load_metric
-from vlm.evaluation.reliability import accuracy_interval, confidence_and_correctness
+from vlm.evaluation.metrics import classification_metrics, load_metric
+from vlm.evaluation.reliability import LEVEL, accuracy_interval, confidence_and_correctness, reliability_figures
 
 __all__ = [
+    "LEVEL",
     "accuracy_interval",
     "add_test_figures",
     "calibrate",
     "check_images",
     "check_texts",
+    "classification_metrics",
     "compare",
     "confidence_and_correctness",
     "evaluate_vlm_model",
@@ -33,6 +35,7 @@ __all__ = [
     "metrics_of_sums",
     "missed_target",
     "probe",
+    "reliability_figures",
     "score_split",
     "split_losses",
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vlm.common import UsageError, read_checksums, read_json, write_folder, write_json
-from vlm.config import BEST_MODEL, DEMO_MODEL, METADATA
+from vlm.config import BEST_MODEL, DEMO_MODEL, METADATA, fold_folder
 from vlm.conversation import Prompts
 from vlm.families import Family
 
@@ -76,6 +76,11 @@ def read_metadata(folder: Path) -> dict[str, Any]:
             f"no {METADATA} in {folder} or next to it: --model-dir takes a folder such as vlm_results/best_model."
         )
     metadata = read_json(path, WRITTEN_BY)
+    if isinstance(metadata, dict) and "cross_validation" in metadata:
+        raise UsageError(
+            f"{folder} is the folder of a cross-validation, which has no model of its own: train one on all images, or "
+            f"take that of a fold, such as {folder / fold_folder(1) / BEST_MODEL}."
+        )
     if not isinstance(metadata, dict) or not {"class_names", "prompts"} <= metadata.keys():
         raise UsageError(f"{path} names no classes and prompts: it was not written by train_vlm.py.")
     if path.parent != folder and _is_where_it_started(folder, metadata):

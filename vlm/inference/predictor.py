@@ -280,10 +280,10 @@ def _predict(model: VLMClassifier, batch: Batch, explain: bool, tolerance: float
     if explain and not all(abstained):
         texts = explain_predictions(model, found, predictions)
     rows = zip(probabilities, predictions, found.unexplored.tolist(), texts, abstained, strict=True)
-    return [_result(model.prompts, *row) for row in rows]
+    return [image_result(model.prompts, *row) for row in rows]
 
 
-def _result(
+def image_result(
     prompts: Prompts, probabilities: Tensor, best: int, bound: float, text: str, abstained: bool
 ) -> dict[str, Any]:
     """What `predict_batch` returns for one image, from its (C,) probabilities."""

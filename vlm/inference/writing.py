@@ -49,13 +49,16 @@ class PredictionFile:
         path: its ending, .csv or .jsonl, decides the format.
         class_names: C names, the columns of the probabilities.
         readable: the results have readable names, which become a column of the CSV file.
+        more: further keys of the results that become columns of the CSV file, the last ones.
 
     Raises:
         RunError: a row or the file cannot be written.
     """
 
-    def __init__(self, path: str | Path, class_names: Sequence[str], readable: bool = False) -> None:
-        self.path, self.class_names = Path(path), class_names
+    def __init__(
+        self, path: str | Path, class_names: Sequence[str], readable: bool = False, more: Sequence[str] = ()
+    ) -> None:
+        self.path, self.class_names, self._more = Path(path), class_names, more
         self._figures = (*FIGURES, READABLE_NAME) if readable else FIGURES
         self.rows = self._size = 0
         self._lines = self.path.suffix.lower() == ".jsonl"
@@ -72,7 +75,7 @@ class PredictionFile:
             except OSError as error:
                 raise self._refused(error) from error
         if not self._lines:
-            self._write(_csv_line(["path", *self._figures, *(f"p({name})" for name in self.class_names)]))
+            self._write(_csv_line(["path", *self._figures, *(f"p({name})" for name in self.class_names), *self._more]))
         return self
 
     def add(self, path: str, result: dict[str, Any]) -> None:
@@ -85,7 +88,8 @@ class PredictionFile:
             row = json.dumps({"path": path, **result}, ensure_ascii=False) + "\n"
         else:
             probabilities = result.get("probabilities", {})
-            row = _csv_line([path, *map(result.get, self._figures), *map(probabilities.get, self.class_names)])
+            cells = [*map(result.get, self._figures), *map(probabilities.get, self.class_names)]
+            row = _csv_line([path, *cells, *map(result.get, self._more)])
         self._write(row)
         self.rows += 1
 

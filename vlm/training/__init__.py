@@ -10,17 +10,28 @@ from vlm.common import lazy_names
 
 if TYPE_CHECKING:
     from vlm.training.dry_run import look_at_run
+    from vlm.training.folds import fit_folds
     from vlm.training.output import check_output, check_resumable, clean_up
     from vlm.training.running import fit
     from vlm.training.show_data import look_at_data
     from vlm.training.stopping import StopSignals
 
-__all__ = ["StopSignals", "check_output", "check_resumable", "clean_up", "fit", "look_at_data", "look_at_run"]
+__all__ = [
+    "StopSignals",
+    "check_output",
+    "check_resumable",
+    "clean_up",
+    "fit",
+    "fit_folds",
+    "look_at_data",
+    "look_at_run",
+]
 
 __getattr__ = lazy_names(
     __name__,
     {
         ".dry_run": ("look_at_run",),
+        ".folds": ("fit_folds",),
         ".output": ("check_output", "check_resumable", "clean_up"),
         ".running": ("fit",),
         ".show_data": ("look_at_data",),

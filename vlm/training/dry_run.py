@@ -69,6 +69,8 @@ def look_at_run(settings: Settings, dataset: object = None) -> None:
     print(format_table(class_rows(run.data, run.readable_names), headers=("class", *ROLES)) + "\n")
     print(format_table(rows))
     note("\nThis was a dry run: nothing was trained or kept.")
+    if settings.trains_folds:
+        note(f"note: this is one of {settings.folds} folds; all of them take about {settings.folds} times as long.")
     if problem:
         note(f"note: without --dry-run, this command stops: {problem}")
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vlm.common import UsageError, is_main_process, note, reason
-from vlm.config import BEST_MODEL, METADATA, PREVIOUS_RUN, RESULTS, Settings, user_path
+from vlm.config import BEST_MODEL, METADATA, PREVIOUS_RUN, RESULTS, Settings, user_path, written_by
 from vlm.training.lock import check_unlocked, locked
 from vlm.training.run_files import (
     files_of_others_in_folders,
@@ -83,7 +83,7 @@ def _check_place(output: Path, settings: Settings) -> None:
 
 
 def _check_content(output: Path, settings: Settings) -> None:
-    foreign = foreign_files(output)
+    foreign = foreign_files(output, written_by(settings.folds if settings.trains_folds else None))
     if settings.overwrite or settings.resume:
         foreign += files_of_others_in_folders(output)
     if foreign:

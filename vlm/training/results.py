@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlm.classifier import TOLERANCE, VLMClassifier
 from vlm.common import RunError, command_of, dtype_name, format_table, note, replacing, write_json
-from vlm.config import BEST_MODEL, DEMO_IMAGES, METADATA, PAGE, RESULTS
+from vlm.config import BEST_MODEL, DEMO_IMAGES, FOLD_PREDICTIONS, METADATA, PAGE, RESULTS
 from vlm.data import Data, Split
 from vlm.evaluation import (
     accuracy_interval,
@@ -29,6 +29,7 @@ from vlm.evaluation import (
 from vlm.families import FeatureCache, load_family
 from vlm.inference import load_model_and_metadata, update_metadata
 from vlm.report import Prediction, per_class_table, shown_images, summary_rows, warnings_of, write_report
+from vlm.training.out_of_fold import write_fold_predictions
 from vlm.training.resume_state import Progress, delete_states
 from vlm.training.run_files import claim_results
 from vlm.training.setup import Run
@@ -75,6 +76,8 @@ def finish(run: Run, progress: Progress, metrics: Sequence[Callable[..., Any]]) 
     write_json(output / METADATA, run.metadata | calibration | {"test": of_test})
     if run.settings.demo:
         save_demo_images(run.data.test, output / DEMO_IMAGES)
+    if run.settings.folds:
+        write_fold_predictions(output / FOLD_PREDICTIONS, tested.classifier, run.data.test, tested.sums)
     write_json(output / RESULTS, results)  # last: it says that the run is finished
     delete_states(output)
     _print(run, results)

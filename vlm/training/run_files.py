@@ -14,8 +14,9 @@ Imported before torch, so it needs no package.
 
 import itertools
 import os
+import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -30,6 +31,7 @@ from vlm.config import (
     LOG,
     MANIFEST,
     METADATA,
+    PREDICTIONS,
     PREVIOUS_RUN,
     PREVIOUS_STATE,
     RESULTS,
@@ -39,7 +41,13 @@ from vlm.config import (
 
 NEW_DEMO_MODEL = f".{DEMO_MODEL}.new"  # until the run begins
 MOVING, DELETED = f"{PREVIOUS_RUN}.moving", f"{PREVIOUS_RUN}.deleted"
-AT_THE_END = (*(name for name in WRITTEN if name not in (*FOLDERS, METADATA, LOG)), DEMO_IMAGES, "demo_pictures")
+AT_THE_END = (
+    *(name for name in WRITTEN if name not in (*FOLDERS, METADATA, LOG)),
+    DEMO_IMAGES,
+    "demo_pictures",
+    PREDICTIONS,
+)
+FOLD = re.compile(r"fold_[1-9][0-9]{0,3}")  # the folder of a fold, which is that of a run
 # What trackers write into their folders, which may hold other files too.
 TRACKED = {
     "tensorboard": ("events.out.tfevents.*", "[0-9]*.[0-9]*"),
@@ -67,10 +75,15 @@ def files_of_run(output: Path) -> list[str]:
     return [name for name in dict.fromkeys(names) if os.path.lexists(output / name)]
 
 
-def foreign_files(output: Path) -> list[str]:
-    """What no run of this program has written, but a run would overwrite."""
+def folds_of(output: Path) -> list[Path]:
+    """The folders of the folds of the cross-validation in an output folder; none of any other run."""
+    return [output / name for name in files_of_run(output) if FOLD.fullmatch(name) and _is_folder(output / name)]
+
+
+def foreign_files(output: Path, written: Sequence[str] = WRITTEN) -> list[str]:
+    """What no run of this program has written, but a run would overwrite that writes files of these names."""
     own = files_of_run(output)
-    return [name for name in WRITTEN if name not in own and os.path.lexists(output / name)]
+    return [name for name in written if name not in own and os.path.lexists(output / name)]
 
 
 def files_of_others_in_folders(output: Path) -> list[str]:
@@ -79,6 +92,11 @@ def files_of_others_in_folders(output: Path) -> list[str]:
     for name in (DEMO_IMAGES, "demo_pictures"):
         inside = (output / name).iterdir() if _is_folder(output / name) else ()
         found += [f"{name}/{path.name}" for path in inside if not fnmatchcase(path.name, "digit_[0-9]*.png")]
+    for fold in folds_of(output):
+        own = files_of_run(fold)
+        names = [path.name for path in fold.iterdir() if path.name not in TRACKED] + _children(fold, TRACKED)
+        others = [name for name in names if name not in own] + files_of_others_in_folders(fold)
+        found += [f"{fold.name}/{name}" for name in others]
     return sorted(name for name in found if not name.rpartition("/")[2].startswith("."))
 
 
@@ -88,17 +106,20 @@ def is_unsettled(output: Path) -> bool:
     return left or _never_began(output)
 
 
-def begin(output: Path, resume: bool, overwrite: bool) -> None:
+def begin(output: Path, resume: bool, overwrite: bool, names: Sequence[str] = WRITTEN) -> None:
     """The run begins: an earlier run is set aside, and what the new one writes is its own from now on.
 
     Call it after everything that could be wrong was checked, and before the run writes anything but `NEW_DEMO_MODEL`.
+
+    Args:
+        names: what the run writes, see `written_by`.
     """
     if overwrite:
         if _is_folder(output / PREVIOUS_RUN):  # the run that is overwritten never had a model
             _put_back(output)
         _set_aside(output)
     own = files_of_run(output) if resume else []
-    written = [name for name in WRITTEN if name not in AT_THE_END or name in own]
+    written = [name for name in names if name not in AT_THE_END or name in own]
     _write_manifest(output, written, [name for name in _tracked(output) if name not in own])
     if (output / NEW_DEMO_MODEL).exists():
         _remove(output, [DEMO_MODEL])
@@ -109,21 +130,25 @@ def list_tracked(output: Path) -> None:
     """Add what trackers have written since to the manifest of the run."""
     if (output / MANIFEST).is_file():
         manifest = _read_manifest(output)
-        written = [name for name in WRITTEN if name in manifest["files"]]
+        written = [name for name in manifest["files"] if "/" not in name and _may_be_written(output, name)]
         _write_manifest(output, written, manifest["not_ours"])
 
 
-def claim_results(output: Path) -> None:
-    """The run is about to write what it writes at its end. Files of that name that it has not written are renamed."""
+def claim_results(output: Path, names: Sequence[str] = WRITTEN) -> None:
+    """The run is about to write what it writes at its end. Files of that name that it has not written are renamed.
+
+    Args:
+        names: see `begin`.
+    """
     if not (output / MANIFEST).is_file():
         return
     manifest = _read_manifest(output)
     for name in AT_THE_END:
-        if name not in manifest["files"] and os.path.lexists(output / name):
+        if name in names and name not in manifest["files"] and os.path.lexists(output / name):
             kept = next(f"{name}.{n}" for n in itertools.count(1) if not os.path.lexists(output / f"{name}.{n}"))
             os.rename(output / name, output / kept)
             note(f"{output / name} was not written by this run: it is called {kept} now.")
-    _write_manifest(output, list(WRITTEN), manifest["not_ours"])
+    _write_manifest(output, list(names), manifest["not_ours"])
 
 
 def drop_previous(output: Path) -> None:
@@ -145,7 +170,7 @@ def settle(output: Path) -> None:
     if not _is_folder(output / PREVIOUS_RUN):
         if _never_began(output):
             _remove(output, [*files_of_run(output), MANIFEST])
-    elif _is_folder(output / BEST_MODEL):
+    elif any(_is_folder(run / BEST_MODEL) for run in (output, *folds_of(output))):
         drop_previous(output)
     elif not (output / METADATA).is_file() or not any(map(_is_folder, _states(output))):
         _put_back(output)
@@ -153,7 +178,8 @@ def settle(output: Path) -> None:
 
 
 def _states(output: Path) -> list[Path]:
-    return [output / name for name in (STATE, f"{STATE}.old", PREVIOUS_STATE)]
+    names = (STATE, f"{STATE}.old", PREVIOUS_STATE)
+    return [run / name for run in (output, *folds_of(output)) for name in names]
 
 
 def _never_began(output: Path) -> bool:
@@ -163,7 +189,8 @@ def _never_began(output: Path) -> bool:
 
 def has_work(output: Path) -> bool:
     """Whether a run has left a model, a state or results, even if its metadata are gone."""
-    return any(os.path.lexists(output / name) for name in (BEST_MODEL, FINAL_MODEL, STATE, PREVIOUS_STATE, RESULTS))
+    names = (BEST_MODEL, FINAL_MODEL, STATE, PREVIOUS_STATE, RESULTS)
+    return any(os.path.lexists(run / name) for run in (output, *folds_of(output)) for name in names)
 
 
 def _set_aside(output: Path) -> None:
@@ -236,7 +263,7 @@ def _may_be_written(output: Path, name: str) -> bool:
     """Whether a run may write a file of this name: manifests that somebody else has made cannot name other files."""
     tracker, _, inner = name.partition("/")
     if not inner:
-        return name in WRITTEN
+        return name in WRITTEN or name == PREDICTIONS or FOLD.fullmatch(name) is not None
     fits = any(fnmatchcase(inner, pattern) for pattern in TRACKED.get(tracker, ()))
     return fits and "/" not in inner and not (output / tracker).is_symlink()
 
@@ -245,7 +272,7 @@ def _write_manifest(output: Path, written: list[str], not_ours: list[str]) -> No
     """List what a run writes.
 
     Args:
-        written: names of `WRITTEN`. not_ours: what was in the folders of trackers before.
+        written: names as of `written_by`. not_ours: what was in the folders of trackers before.
     """
     files = [*written, *(name for name in _tracked(output) if name not in not_ours)]
     write_json(output / MANIFEST, {"files": files, "not_ours": not_ours})

@@ -28,6 +28,7 @@ def fit(
     should_stop: Callable[[], bool] = lambda: False,
     enter: Callable[[str], None] = lambda phase: None,
     dataset: object = None,
+    when_set_up: Callable[[Run], None] = lambda run: None,
 ) -> dict[str, Any]:
     """Train, evaluate, save.
 
@@ -35,6 +36,7 @@ def fit(
         should_stop: asked after every step; True saves a state and raises `Stopped`.
         dataset: a `Dataset` or `DatasetDict` in the place of the one that the settings name.
         enter: told when the training begins, and when it is over (vlm/training/stopping.py).
+        when_set_up: told of the run when it can start.
 
     Returns:
         The content of `results.json`; empty on processes other than the main one.
@@ -48,6 +50,7 @@ def fit(
     with output_folder(settings):
         metrics = [load_metric(name) for name in settings.metrics or ()]  # a mistake here should not wait for the end
         run = set_up(settings, dataset)
+        when_set_up(run)
         trainer = trainer_of(run, should_stop, enter)
         if settings.resume:
             trainer.resume()

@@ -56,6 +56,24 @@ class Rows:
         labels, names = [self.labels[row] for row in rows], [self.names[row] for row in rows]
         return Rows(Picked(self.images, rows), labels, names, texts, groups)
 
+    def join(self, other: "Rows") -> "Rows":
+        """These rows, then those of another split."""
+        texts, groups = (
+            _join(self, other, self.reasonings, other.reasonings),
+            _join(self, other, self.groups, other.groups),
+        )
+        labels, names = [*self.labels, *other.labels], [*self.names, *other.names]
+        return Rows(Joined(self.images, other.images), labels, names, texts, groups)
+
+
+def _join(
+    one: Rows, other: Rows, found: list[str | None] | None, more: list[str | None] | None
+) -> list[str | None] | None:
+    """What is known of the rows of two splits, None if it is known of none."""
+    if found is None and more is None:
+        return None
+    return [*(found or [None] * len(one.names)), *(more or [None] * len(other.names))]
+
 
 @dataclass(frozen=True)
 class Picked:
@@ -69,6 +87,21 @@ class Picked:
 
     def __getitem__(self, row: int) -> ImageSource | None:
         return self.images[self.rows[row]]
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The images of two splits, those of the second after those of the first."""
+
+    first: Images
+    second: Images
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.second)
+
+    def __getitem__(self, row: int) -> ImageSource | None:
+        count = len(self.first)
+        return self.first[row] if row < count else self.second[row - count]
 
 
 @dataclass

@@ -1,0 +1,195 @@
+"""--folds: cross-validation. Each fold is an ordinary run in a folder of its own, with one fold of the images as test.
+
+A fold that is finished is kept when the cross-validation is resumed; one that was interrupted is resumed.
+"""
+
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import vlm
+from vlm.common import Stopped, UsageError, command_of, format_table, note, write_json
+from vlm.config import (
+    METADATA,
+    PREDICTIONS,
+    RESULTS,
+    RunSettings,
+    Settings,
+    flags_to_train_once,
+    fold_folder,
+    read_run,
+    written_by,
+)
+from vlm.training.out_of_fold import Fold, fold_figures, mean_figures, pooled_figures, read_fold, write_predictions
+from vlm.training.output import output_folder
+from vlm.training.run_files import begin, claim_results, drop_previous
+from vlm.training.running import fit
+from vlm.training.setup import Run
+from vlm.training.stopping import TRAINING
+
+COLUMNS = {"accuracy": "accuracy", "macro_f1": "macro F1", "nll": "NLL", "ece": "ECE"}
+DECIDED = ("batch_size", "gradient_accumulation_steps", "objective")  # by the first fold, for all
+
+
+class CrossValidation:
+    """A cross-validation while it runs.
+
+    Args:
+        settings: of the whole; those that the first fold decides are filled in.
+        should_stop, enter, dataset: see `fit`.
+    """
+
+    def __init__(
+        self, settings: Settings, should_stop: Callable[[], bool], enter: Callable[[str], None], dataset: object
+    ) -> None:
+        self.settings, self.output = settings, Path(settings.output_dir)
+        self.should_stop, self.enter, self.dataset = should_stop, enter, dataset
+        self.count = settings.folds or 0
+        self.digest = _saved_digest(self.output) if settings.resume else None
+        self.metadata: dict[str, Any] = {}
+
+    def train(self, number: int) -> Fold:
+        """Train and test a fold, unless that is done already."""
+        folder = self.output / fold_folder(number)
+        if (folder / RESULTS).is_file():
+            note(f"fold {number} of {self.count}: finished before, and kept.")
+            return read_fold(folder, number)
+        note(f"\nfold {number} of {self.count}: {folder}\n")
+        resume = (folder / METADATA).is_file()
+        settings = replace(self.settings, fold=number, output_dir=str(folder), resume=resume, overwrite=False)
+        self.enter("")  # nothing is trained until the fold is set up
+        try:
+            with redirect_stdout(sys.stderr):  # stdout is for the table of all folds
+                fit(settings, self.should_stop, self._entered, self.dataset, self._set_up)
+        except Stopped as stopped:
+            raise self._stopped(number, stopped) from None
+        except Exception:
+            if (self.output / METADATA).is_file():
+                note(f"fold {number} of {self.count} did not end. {self._resumable()}")
+            raise
+        drop_previous(self.output)
+        return read_fold(folder, number)
+
+    def _set_up(self, run: Run) -> None:
+        """A fold can start: what it has decided holds for the others, and its images have to be those of the others."""
+        self.settings = replace(self.settings, **{name: getattr(run.settings, name) for name in DECIDED})
+        digest = run.data.source["fold"]["digest"]
+        if self.digest not in (None, digest):
+            raise UsageError(
+                "the images or labels are not those that the other folds were trained on. Bring back the data as they "
+                "were, or start again with --overwrite."
+            )
+        self.digest = digest
+        self.metadata = {
+            "format_version": 1,
+            "cross_validation": {"folds": self.count, "digest": digest},
+            "class_names": list(run.data.class_names),
+            "settings": self.settings.to_json(),
+            "versions": {"vlm": vlm.__version__, "python": platform.python_version()},
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+
+    def _entered(self, phase: str) -> None:
+        self.enter(phase)
+        if phase == TRAINING:  # from here on there is something to resume
+            write_json(self.output / METADATA, self.metadata)
+
+    def _stopped(self, number: int, stopped: Stopped) -> Stopped:
+        if not (self.output / METADATA).is_file():
+            return stopped
+        done = str(stopped).partition("; continue with")[0].rstrip(".")
+        return Stopped(f"fold {number} of {self.count} {done}. {self._resumable()}")
+
+    def _resumable(self) -> str:
+        return f"Continue with --resume --output-dir {self.output}; folds that are finished are kept."
+
+    def finish(self, folds: Sequence[Fold]) -> dict[str, Any]:
+        """Write and print the results of all folds; returns the content of `results.json`."""
+        of_folds = [fold_figures(fold) for fold in folds]
+        results = {
+            "folds": [
+                {"fold": fold.number, "pictures": len(fold.rows), **figures}
+                for fold, figures in zip(folds, of_folds, strict=True)
+            ],
+            "over_folds": mean_figures(of_folds),
+            "out_of_fold": pooled_figures(folds, self.settings.seed),
+            "versions": folds[0].results.get("versions"),
+            "settings": self.settings.to_json(),
+        }
+        claim_results(self.output, written_by(self.count))
+        write_predictions(self.output / PREDICTIONS, folds)
+        write_json(self.output / RESULTS, results)  # last: it says that the cross-validation is finished
+        print(folds_table(results))
+        note(
+            f"\nThe predictions of all images, each by the model that was not trained on it, are in "
+            f"{self.output / PREDICTIONS}.\nFor one model to use, train once on all images: its accuracy is about that "
+            f"of the folds, and its own small test says little.\n  {command_to_train_once(self.settings)}"
+        )
+        return results
+
+
+def fit_folds(
+    settings: Settings,
+    should_stop: Callable[[], bool] = lambda: False,
+    enter: Callable[[str], None] = lambda phase: None,
+    dataset: object = None,
+) -> dict[str, Any]:
+    """Train and test a model for each fold; the arguments and errors are those of `fit`.
+
+    Returns:
+        The content of `results.json`: folds (the figures of each), over_folds (mean, standard deviation and interval),
+        out_of_fold (the figures of all images together), versions, settings.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UsageError(
+            "--folds trains with one process: start it without the launcher, as python train_vlm.py. To use several "
+            "machines, start one fold on each with --fold."
+        )
+    with output_folder(settings):
+        begin(Path(settings.output_dir), settings.resume, settings.overwrite, written_by(settings.folds))
+        whole = CrossValidation(settings, should_stop, enter, dataset)
+        return whole.finish([whole.train(number) for number in range(1, whole.count + 1)])
+
+
+def command_to_train_once(settings: Settings) -> str:
+    """The command that trains one model on the images of all folds."""
+    saved = RunSettings(**vars(settings) | {"batch_size": settings.batch_size or 1})
+    flags = flags_to_train_once(saved, Path(settings.output_dir))
+    return f"{command_of('train_vlm.py', 'vlm-train')} {shlex.join(flags)}"
+
+
+def folds_table(results: dict[str, Any]) -> str:
+    """The table at the end, from the content of `results.json`."""
+    over, pooled = results["over_folds"], results["out_of_fold"]
+    rows: list[list[Any]] = [
+        [f"fold {fold['fold']}", f"{fold['pictures']:,}", *(_digits(fold[name]) for name in COLUMNS)]
+        for fold in results["folds"]
+    ]
+    for what, key in (("mean of the folds", "mean"), ("standard deviation", "standard_deviation")):
+        rows.append([what, None, *(_digits(over[name][key]) for name in COLUMNS)])
+    rows.append(["95% interval of the mean", None, *(_range(over[name]["interval"]) for name in COLUMNS)])
+    values = {name: pooled[name] if isinstance(pooled[name], list) else [pooled[name]] for name in COLUMNS}
+    rows.append(["all images together", f"{pooled['samples']:,}", *(_digits(values[name][0]) for name in COLUMNS)])
+    rows.append(["95% interval", None, *(_range(values[name][1:]) for name in COLUMNS)])
+    return format_table(rows, ("", "images", *COLUMNS.values()))
+
+
+def _digits(value: float) -> str:
+    return f"{value:.4f}"
+
+
+def _range(ends: Sequence[float]) -> str | None:
+    return f"{ends[0]:.4f} to {ends[1]:.4f}" if len(ends) == 2 else None
+
+
+def _saved_digest(output: Path) -> str | None:
+    """The digest of the images that an interrupted cross-validation was trained on."""
+    found = read_run(output).get("cross_validation")
+    return found.get("digest") if isinstance(found, dict) else None
