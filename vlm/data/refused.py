@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection
 
 from vlm.data.describe import count_again
 from vlm.data.duplicates import find_overlap
-from vlm.data.readable import keep_readable
+from vlm.data.readable import keep_readable, say_unreadable
 from vlm.data.splits import ROLES, Check, Data
 
 Size = tuple[int, int]  # width and height in pixels
@@ -30,6 +30,9 @@ def leave_out_refused(data: Data, refusal: Refusal) -> None:
         for i, name in enumerate(split.names):
             if (check := split.checks[i]) and check.size in refused:
                 split.checks[i] = Check(fault=f"{name}: {refused[check.size]}")
+    if not data.checked:  # those that were not decoded are refused when they are used
+        say_unreadable(splits)
+        return
     kept = keep_readable(splits, data.class_names, data.cut)
     data.train, data.validation, data.test = (kept.splits[role] for role in ROLES)
     data.skipped += kept.skipped
