@@ -20,9 +20,7 @@ CUT, MAX_SAMPLES, SHOTS = 1, 2, 3
 Labels = Sequence[int] | np.ndarray
 
 
-def check_enough(
-    labels: Sequence[int] | np.ndarray, missing: Sequence[str], names: Sequence[str], counted: str = ""
-) -> None:
+def check_enough(labels: Labels, missing: Sequence[str], names: Sequence[str], counted: str = "") -> None:
     """Refuse to cut the missing splits out of classes that have less than one image for each split.
 
     Args:

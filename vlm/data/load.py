@@ -17,7 +17,7 @@ from vlm.data.readable import Readable, decode, keep_readable
 from vlm.data.sources import EXPECTED, HUB, Rows, Source, groups_by_pattern, point_out_groups, read_source
 from vlm.data.splits import ROLES, Data, Split
 from vlm.data.stream import label_key
-from vlm.data.unchecked import CHECKED_FIRST, is_checked_first, look_at_some
+from vlm.data.unchecked import is_checked_first, is_large, look_at_some
 
 EDGE_PERCENTILE = 95  # a few large images among small ones should not slow down all
 
@@ -41,10 +41,10 @@ def load_data(settings: Settings, dataset: object = None) -> Data:
     splits = {role: Split(rows[role], range(len(rows[role].labels)), classes.numbers[role]) for role in rows}
     cut = [role for role in ROLES if role not in splits]
     # The sample of a stream need not have all classes, and is as large as it is.
-    known = KnownImages(_place(settings)) if sum(map(len, splits.values())) > CHECKED_FIRST else None
+    known = KnownImages(_place(settings)) if is_large(splits) else None
     readable = keep_readable(splits, [], []) if source.stream else _readable_splits(splits, cut, names, settings, known)
     checked = all(check is not None for split in readable.splits.values() for check in split.checks)
-    splits = without_copies(readable.splits, cut)
+    splits = without_copies(readable.splits, cut) if checked else readable.splits
     splits["train"] = take_shots(splits["train"], names, settings)
     _check_reasonings(source, splits["train"])
     _note_missing_classes(splits, names)

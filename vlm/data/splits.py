@@ -13,12 +13,13 @@ from PIL import Image
 from vlm.data.images import open_image
 from vlm.data.known import Found, KnownImages, stamp_of
 from vlm.data.sample import Sample
-from vlm.data.sources.rows import Rows
+from vlm.data.sources.rows import Rows, path_at
 
 if TYPE_CHECKING:
     from vlm.data.stream import Stream
 
 PARTS_AT_ONCE = 10_000  # of what a digest is of
+MOST_STAMPS = 10_000  # that a split remembers
 ROLES = ("train", "validation", "test")
 LEAKS = (("test", "train"), ("validation", "train"), ("test", "validation"))  # what would make an accuracy too high
 
@@ -92,6 +93,7 @@ class Split:
         self.labels = list(labels)
         self.keys = list(keys or [None] * len(self._indices))
         self.checks = list(checks or [None] * len(self._indices))
+        self._stamps: dict[str, bytes | None] = {}
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -108,8 +110,16 @@ class Split:
         return self._rows.reasonings[row] if self._rows.reasonings else None
 
     def stamp(self, i: int) -> bytes | None:
-        """The `stamp_of` what the image at a position is opened from."""
-        return stamp_of(self._rows.images, int(self._indices[i]))
+        """The `stamp_of` what the image at a position is opened from. Of equal paths, one file is looked at."""
+        row = int(self._indices[i])
+        path = path_at(self._rows.images, row)
+        if path is None:
+            return stamp_of(self._rows.images, row)
+        if path not in self._stamps:
+            if len(self._stamps) >= MOST_STAMPS:
+                self._stamps.clear()
+            self._stamps[path] = stamp_of(self._rows.images, row)
+        return self._stamps[path]
 
     def remember(self, i: int, found: Found) -> None:
         """Take over what the image at a position told when it was decoded."""

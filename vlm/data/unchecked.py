@@ -25,8 +25,12 @@ FEWEST = 20  # unreadable images that stop a run
 
 def is_checked_first(splits: Mapping[str, Split], settings: Settings) -> bool:
     """Whether all images are decoded before the training: if they are few, or the settings ask for it."""
-    asked = settings.check_images or settings.probe or settings.align_connector
-    return asked or sum(map(len, splits.values())) <= CHECKED_FIRST
+    return settings.check_images or settings.probe or settings.align_connector or not is_large(splits)
+
+
+def is_large(splits: Mapping[str, Split]) -> bool:
+    """Whether it takes long to decode all images."""
+    return sum(map(len, splits.values())) > CHECKED_FIRST
 
 
 def look_at_some(splits: Mapping[str, Split], seed: int) -> Readable:

@@ -65,7 +65,7 @@ def _fill(family: Family, cache: FeatureCache, missing: "_Places", workers: int,
     tried = sorted({i * len(missing) // TRIED for i in range(TRIED)})
     first: dict[str, Entry] = {}
     for images, _ in _batches(family, cache, missing.take(tried), 0, known):
-        first |= cache.compute(family, images)
+        first |= cache.compute(family, images) if images else {}
     fit = len(missing)
     if first:  # else they cannot be read, or are there already under another name
         each = sum(map(nbytes, first.values())) / len(first)
@@ -113,11 +113,10 @@ def _missing(splits: Iterable[Split], cache: FeatureCache, known: KnownImages | 
     """
     missing: dict[str | bytes, list[Place]] = {}
     for split in splits:
-        for i in range(len(split)):
-            sample = split[i]
-            if sample.fault is not None:
+        for i, check in enumerate(split.checks):
+            if check and check.fault:
                 continue
-            name = sample.known_key or _key_or_stamp(split, i, known)
+            name = _key_or_stamp(split, i, known)
             if isinstance(name, str):
                 split.keys[i] = name
             if name is not None and (name in missing or isinstance(name, bytes) or not cache.use(name)):
@@ -126,9 +125,9 @@ def _missing(splits: Iterable[Split], cache: FeatureCache, known: KnownImages | 
 
 
 def _key_or_stamp(split: Split, i: int, known: KnownImages | None) -> str | bytes | None:
-    """The key of an image that this run did not decode yet; else its stamp; None if it cannot be read or kept."""
-    if split.drawn:  # the image of this view did not fit, so neither does the view
-        return None
+    """The key of an image; its stamp, if it was never decoded; None if it cannot be read or kept."""
+    if (key := split.keys[i] or (split[i].known_key if split.drawn else None)) or split.drawn:
+        return key  # of a view it is None if its image did not fit, and so neither does the view
     stamp = split.stamp(i)
     if stamp is not None:
         found = known and known.find(stamp)
