@@ -20,7 +20,7 @@ from vlm.data.sources import Rows
 from vlm.data.spellings import tidy
 from vlm.data.splits import ROLES, Data, Split
 from vlm.data.stream import Place, Stream
-from vlm.data.unchecked import leave_out_unreadable, refuse_unreadable
+from vlm.data.unchecked import leave_out_unreadable, note_unreadable, refuse_unreadable
 
 __all__ = [
     "COPY_AGAIN",
@@ -44,6 +44,7 @@ __all__ = [
     "leave_out_unreadable",
     "load_data",
     "model_folder",
+    "note_unreadable",
     "open_image",
     "problem_of_name",
     "read_object",

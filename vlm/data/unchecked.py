@@ -13,7 +13,7 @@ import numpy as np
 from vlm.common import RunError, note
 from vlm.config import Settings
 from vlm.data.describe import count_again
-from vlm.data.readable import MOST_UNREADABLE, Readable, check_share, decode, say_unreadable
+from vlm.data.readable import MOST_SHOWN, MOST_UNREADABLE, Readable, check_share, decode, say_unreadable
 from vlm.data.splits import ROLES, Data, Split
 
 # That many photographs are decoded in about a minute; a million takes more than an hour.
@@ -78,8 +78,19 @@ def leave_out_unreadable(data: Data, role: str) -> list[int]:
     setattr(data, role, split.take(kept))
     data.skipped += faults.values()
     count_again(data)
-    note(f"{len(faults):,} unreadable images of {role} are left out.")
+    images = "images of {role} are" if len(faults) > 1 else "image of {role} is"
+    note(f"{len(faults):,} unreadable {images.format(role=role)} left out, first {next(iter(faults.values()))}")
     return kept
+
+
+def note_unreadable(fault: str, number: int) -> None:
+    """Name an image that turned out to be unreadable, if it is one of the first ones.
+
+    Args:
+        number: how many were found before.
+    """
+    if number < MOST_SHOWN:
+        note(f"left out, as it is unreadable: {fault}")
 
 
 def refuse_unreadable(role: str, faults: Mapping[int, str], seen: int) -> None:

@@ -9,11 +9,8 @@ from collections.abc import Iterator
 from accelerate.utils import gather_object
 
 from vlm.classifier import Batch
-from vlm.common import note
-from vlm.data import Data, Step, refuse_unreadable
+from vlm.data import Data, Step, note_unreadable, refuse_unreadable
 from vlm.training.resume_state import Progress
-
-MOST_SHOWN = 5  # that a note names
 
 
 class Unreadable:
@@ -31,9 +28,8 @@ class Unreadable:
                 if check and check.fault:
                     continue
                 self.train.leave_out(positions[row], fault)
+                note_unreadable(fault, self.found)
                 self.found += 1
-                if self.found <= MOST_SHOWN:
-                    note(f"left out of the training, unreadable: {fault}")
             yield batch
 
     def note_in(self, progress: Progress) -> None:

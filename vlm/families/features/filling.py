@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from vlm.common import Bar, RunError, evaluation_mode, note
-from vlm.data import Found, KnownImages, Sample, Split, UnreadableImage
+from vlm.data import Found, KnownImages, Sample, Split, UnreadableImage, note_unreadable
 from vlm.families.base import Family
 from vlm.families.encoded import EncodedImages
 from vlm.families.features.cache import FeatureCache, nbytes, open_cache
@@ -148,6 +148,7 @@ class _Places(Dataset[Sample]):
     """The places of each different image in splits. A sample is made again when it is read, as it keeps its image."""
 
     places: list[list[Place]]
+    unreadable: int = 0
 
     def __len__(self) -> int:
         return len(self.places)
@@ -164,6 +165,8 @@ class _Places(Dataset[Sample]):
         """Tell the splits what was found about an image."""
         first, first_position = self.places[i][0]
         if looked.fault is not None:
+            note_unreadable(looked.fault, self.unreadable)
+            self.unreadable += 1
             why = looked.fault.removeprefix(f"{first[first_position].name}: ")
             for split, position in self.places[i]:
                 split.leave_out(position, f"{split[position].name}: {why}")
