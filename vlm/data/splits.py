@@ -135,6 +135,11 @@ class Split:
         return {i: check.fault for i, check in enumerate(self.checks) if check and check.fault}
 
     @property
+    def readable(self) -> list[int]:
+        """The positions of the images that are not known to be unreadable."""
+        return [i for i, check in enumerate(self.checks) if not (check and check.fault)]
+
+    @property
     def example(self) -> Sample:
         """The first image that was decoded; the first one, if none was."""
         return self[next((i for i, check in enumerate(self.checks) if check and not check.fault), 0)]

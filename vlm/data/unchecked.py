@@ -74,7 +74,7 @@ def leave_out_unreadable(data: Data, role: str) -> list[int]:
     if not faults:
         return list(range(len(split)))
     refuse_unreadable(role, faults, len(split))
-    kept = [i for i in range(len(split)) if i not in faults]
+    kept = split.readable
     setattr(data, role, split.take(kept))
     data.skipped += faults.values()
     count_again(data)

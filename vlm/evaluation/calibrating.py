@@ -47,8 +47,8 @@ def calibrate(
             tolerance=0.0,
             cache=cache,
         )
-        kept = [i for i in range(len(validation)) if i not in faults] if (faults := validation.faults) else slice(None)
-        sums, labels = sums[kept], np.array(validation.labels)[kept].tolist()
+        kept = validation.readable
+        sums, labels = sums[kept], [validation.labels[i] for i in kept]
         calibration, compared, remarks = choose_score(classifier, sums, labels, settings.calibration, settings.score)
         whole = ~sums.isnan().any(1)
         log_probabilities = calibration.log_probabilities(sums)[whole].numpy()

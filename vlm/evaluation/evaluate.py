@@ -126,8 +126,8 @@ def evaluate_vlm_model(
         own_metrics: the results of own metrics, if there are any.
     """
     sums = score_split(classifier, split, batch_size, workers=workers, description=description)
-    kept = [i for i in range(len(split)) if i not in split.faults] if split.faults else range(len(split))
-    return metrics_of_sums(classifier, [split.labels[i] for i in kept], sums[torch.tensor(kept)], metrics)
+    kept = split.readable
+    return metrics_of_sums(classifier, [split.labels[i] for i in kept], sums[kept], metrics)
 
 
 def metrics_of_sums(

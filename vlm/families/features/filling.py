@@ -1,8 +1,11 @@
 """Filling the cache before a run: the images of its splits that have no features yet."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from functools import lru_cache
+from itertools import accumulate, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -19,9 +22,8 @@ from vlm.families.features.shards import Entry
 
 # A batch for the vision encoder: 32 small images, or eight of 512 x 512.
 IMAGES_AT_ONCE, VALUES_AT_ONCE = 32, 8 * 3 * 512 * 512
+MOST_REMEMBERED = 10_000  # images of which is remembered whether they have features, while a table is gone through
 TRIED = 4  # images that tell how large the features of all are
-
-Place = tuple[Split, int]  # an image by its position
 
 
 def fill_cache(
@@ -111,26 +113,31 @@ def _missing(splits: Iterable[Split], cache: FeatureCache, known: KnownImages | 
 
     Tells the splits the keys that are known. Images are decoded here only if they are in memory already.
     """
-    missing: dict[str | bytes, list[Place]] = {}
-    for split in splits:
+    places = _Places(list(splits), [])
+    missing: dict[str | bytes, array[int]] = {}
+    # A table may name a file many times.
+    is_there = lru_cache(MOST_REMEMBERED)(cache.use)
+    find = lru_cache(MOST_REMEMBERED)(known.find) if known else lambda stamp: None
+    for start, split in zip(places.starts, places.splits, strict=True):
         for i, check in enumerate(split.checks):
             if check and check.fault:
                 continue
-            name = _key_or_stamp(split, i, known)
+            name = _key_or_stamp(split, i, find)
             if isinstance(name, str):
                 split.keys[i] = name
-            if name is not None and (name in missing or isinstance(name, bytes) or not cache.use(name)):
-                missing.setdefault(name, []).append((split, i))
-    return _Places(list(missing.values()))
+            if name is not None and (name in missing or isinstance(name, bytes) or not is_there(name)):
+                missing.setdefault(name, array("q")).append(start + i)
+    places.images = list(missing.values())
+    return places
 
 
-def _key_or_stamp(split: Split, i: int, known: KnownImages | None) -> str | bytes | None:
+def _key_or_stamp(split: Split, i: int, find: Callable[[bytes], Found | None]) -> str | bytes | None:
     """The key of an image; its stamp, if it was never decoded; None if it cannot be read or kept."""
     if (key := split.keys[i] or (split[i].known_key if split.drawn else None)) or split.drawn:
         return key  # of a view it is None if its image did not fit, and so neither does the view
     stamp = split.stamp(i)
     if stamp is not None:
-        found = known and known.find(stamp)
+        found = find(stamp)
         return found.key if found else stamp
     try:
         return split[i].key
@@ -145,33 +152,51 @@ def _is_trained(part: nn.Module) -> bool:
 
 @dataclass
 class _Places(Dataset[Sample]):
-    """The places of each different image in splits. A sample is made again when it is read, as it keeps its image."""
+    """Different images in splits. A sample is made again when it is read, as it keeps its image.
 
-    places: list[list[Place]]
+    Attributes:
+        images: the places of each image, as numbers that count through all splits.
+        unreadable: how many turned out to be.
+    """
+
+    splits: list[Split]
+    images: "list[array[int]]"
     unreadable: int = 0
 
+    @property
+    def starts(self) -> list[int]:
+        """The number of the first place of each split."""
+        return list(accumulate(map(len, self.splits[:-1]), initial=0))
+
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.images)
 
     def __getitem__(self, i: int) -> Sample:
-        split, position = self.places[i][0]
+        split, position = next(self._places(i))
         return split[position]
+
+    def _places(self, i: int) -> Iterator[tuple[Split, int]]:
+        """The splits with an image, and its positions there."""
+        starts = self.starts
+        for place in self.images[i]:
+            number = bisect_right(starts, place) - 1
+            yield self.splits[number], place - starts[number]
 
     def take(self, chosen: Sequence[int]) -> "_Places":
         """Some of them."""
-        return _Places([self.places[i] for i in chosen])
+        return _Places(self.splits, [self.images[i] for i in chosen])
 
     def tell(self, i: int, looked: "_Looked", known: KnownImages | None) -> None:
         """Tell the splits what was found about an image."""
-        first, first_position = self.places[i][0]
+        first, first_position = next(self._places(i))
         if looked.fault is not None:
             note_unreadable(looked.fault, self.unreadable)
             self.unreadable += 1
             why = looked.fault.removeprefix(f"{first[first_position].name}: ")
-            for split, position in self.places[i]:
+            for split, position in self._places(i):
                 split.leave_out(position, f"{split[position].name}: {why}")
         if looked.found is not None:
-            for split, position in self.places[i]:
+            for split, position in self._places(i):
                 split.keys[position] = looked.found.key
             if known and (stamp := first.stamp(first_position)):
                 known.add(stamp, looked.found)
