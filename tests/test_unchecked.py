@@ -17,9 +17,9 @@ from vlm.classifier import Objective
 from vlm.classifier.plain import PlainForward
 from vlm.common import RunError, Stopped, UsageError
 from vlm.config import STATE, resolve
-from vlm.data import Sample, UnreadableImage, as_seen, leave_out_unreadable, load_data, splits, unchecked
+from vlm.data import Sample, UnreadableImage, as_seen, leave_out_unreadable, load_data, readable, splits, unchecked
 from vlm.evaluation import evaluate_vlm_model, score_split
-from vlm.families import fill_cache
+from vlm.families import Family, fill_cache
 from vlm.training.resume_state import read_state
 from vlm.training.running import fit
 
@@ -170,6 +170,7 @@ def test_a_training_leaves_them_out_and_counts_them(folder, tmp_path, tiny_model
     assert results["pictures"] == {"train": 26, "validation": 15, "test": 15, "skipped": 4}
     assert sum(row["support"] for row in results["test"]["per_class"].values()) == 15
     assert json.loads((output / "training_metadata.json").read_text())["dataset"]["unreadable"] == 4
+    assert results["overlap"] == {"test_in_train": 0} and "not_in_train" not in results["test"]
     assert opened.count(BROKEN[0].removeprefix("data/")) == 1, "known to be unreadable in the second epoch"
     said = capsys.readouterr().err
     assert said.count("left out, as it is unreadable: train/") == 2
@@ -227,6 +228,17 @@ def test_too_many_among_those_looked_at_first_are_refused(folder):
         load_data(resolve({"dataset": str(folder)}))
 
 
+def test_those_found_or_refused_at_the_start_are_left_out_alike(folder, tmp_path, tiny_model, monkeypatch, capsys):
+    monkeypatch.setattr(unchecked, "LOOKED_AT", {"train": 28, "validation": 16, "test": 16})
+    monkeypatch.setattr(readable, "MOST_UNREADABLE", 0.1)
+    random_image(0, 9, 9).save(folder / "val/dog/0.png")
+    refusal = "1 x 1, which is too small"
+    monkeypatch.setattr(Family, "refusal_of_size", lambda self, *size: refusal if size == (9, 9) else None)
+    results = fit(resolve(flags(folder, tmp_path / "out", tiny_model)))
+    assert results["pictures"] == {"train": 26, "validation": 14, "test": 15, "skipped": 5}
+    assert f"unreadable: val/dog/0.png: {refusal}" in capsys.readouterr().err
+
+
 def test_what_was_found_is_remembered_by_the_file(folder, tiny_model, opened, monkeypatch, tmp_path):
     """A second start decodes none of the images that have features; one that was changed is decoded again."""
     monkeypatch.setenv("VLM_CACHE", str(tmp_path / "cache"))
@@ -251,6 +263,15 @@ def test_what_was_found_is_remembered_by_the_file(folder, tiny_model, opened, mo
     for file in (tmp_path / "cache/images").iterdir():
         file.write_bytes(file.read_bytes()[:-3] + b"abc")
     assert start().train.keys == changed.train.keys, "a damaged file is no obstacle"
+
+
+def test_equal_images_are_found_as_far_as_their_features_tell(folder, tmp_path, tiny_model, capsys):
+    for i in range(2):
+        random_image(900 + i).save(folder / f"test/cat/{i}.png")
+        random_image(900 + i).save(folder / f"train/dog/{i}.png")
+    results = fit(resolve(flags(folder, tmp_path / "out", tiny_model)))
+    assert results["overlap"] == {"test_in_train": 2} and results["test"]["not_in_train"]["pictures"] == 13
+    assert "warning: 2 of 15 test images are in train" in capsys.readouterr().err
 
 
 def test_equal_paths_are_one_image(tmp_path, tiny_model, opened):

@@ -11,7 +11,7 @@ from vlm.config import Settings
 from vlm.data.classes import Classes, is_missing, number_labels
 from vlm.data.cutting import check_enough, cut_from_train, limit_splits, take_shots
 from vlm.data.describe import data_metadata, detected_rows
-from vlm.data.duplicates import Overlap, find_overlap, without_copies
+from vlm.data.duplicates import find_overlap, without_copies
 from vlm.data.known import KnownImages
 from vlm.data.readable import Readable, decode, keep_readable
 from vlm.data.sources import EXPECTED, HUB, Rows, Source, groups_by_pattern, point_out_groups, read_source
@@ -43,12 +43,12 @@ def load_data(settings: Settings, dataset: object = None) -> Data:
     # The sample of a stream need not have all classes, and is as large as it is.
     known = KnownImages(_place(settings)) if is_large(splits) else None
     readable = keep_readable(splits, [], []) if source.stream else _readable_splits(splits, cut, names, settings, known)
-    checked = all(check is not None for split in readable.splits.values() for check in split.checks)
+    checked = source.stream is not None or is_checked_first(readable.splits, settings)
     splits = without_copies(readable.splits, cut) if checked else readable.splits
     splits["train"] = take_shots(splits["train"], names, settings)
     _check_reasonings(source, splits["train"])
     _note_missing_classes(splits, names)
-    overlap = find_overlap(splits, names) if checked else Overlap({}, [], [])
+    overlap = find_overlap(splits, names, checked)
     data = Data(
         splits["train"],
         splits["validation"],

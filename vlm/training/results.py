@@ -129,6 +129,8 @@ def _not_in_train(data: Data, classifier: VLMClassifier, sums: Tensor) -> dict[s
     """The accuracy on the test images that train does not have, with its interval; nothing if that is all of them."""
     known = set(data.train.keys) - {None}
     unseen = np.array([key not in known for key in data.test.keys])
+    if not data.checked:  # else they were counted before the training
+        data.overlap["test_in_train"] = int((~unseen).sum())
     if unseen.all():
         return {}
     correct = _correct(classifier, sums, data.test.labels)[unseen]
