@@ -18,6 +18,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 NAMES = (
     "startup",
+    "first_step",
     "train_vs_trl",
     "train_vs_plain",
     "classify_vs_generate",

@@ -24,7 +24,8 @@ from sklearn.datasets import load_digits, load_sample_image
 from vlm.common import format_table
 from vlm.data import Rows, Split, find_images, open_image
 from vlm.data.images import image_key
-from vlm.data.near_duplicates import FARTHEST, find_near, perceptual_hash
+from vlm.data.looks import perceptual_hash
+from vlm.data.near_duplicates import FARTHEST, find_near
 from vlm.data.splits import Check
 
 EDGES = (224, 640, 2000)  # pixels of the images that are timed

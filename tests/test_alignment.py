@@ -12,7 +12,7 @@ from feature_checks import load
 from halves import CLASSES, connector_of, resumed, settings, split
 from safetensors.torch import load_file
 
-from vlm.common.errors import Stopped, UsageError
+from vlm.common.errors import Stopped
 from vlm.families import cache_root, fill_cache
 from vlm.families.features.cache import nbytes
 from vlm.training import alignment, results, running

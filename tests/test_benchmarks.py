@@ -213,6 +213,13 @@ def test_an_optimizer_that_computes_something_else_is_seen(options, monkeypatch)
 
 @pytest.mark.slow
 @ON_LINUX
+def test_first_step(benchmark):
+    rows = benchmark("first_step")["rows"]
+    assert [row["rows"] for row in rows] == [100, 6000] and all(row["seconds"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+@ON_LINUX
 def test_growth(benchmark):
     rows = benchmark("growth", "--works", "classify, by images", "train, by batch")["rows"]
     assert [row["sizes"] for row in rows] == ["2, 4", "1, 2"]
@@ -401,6 +408,7 @@ class TestParts:
     def test_the_page_has_a_place_for_every_benchmark(self):
         names = [
             "startup",
+            "first_step",
             "train_vs_trl",
             "train_vs_plain",
             "classify_vs_generate",

@@ -8,7 +8,8 @@ from PIL import Image, ImageEnhance
 from test_data import images, load
 
 from vlm.data import Data, Rows, Split
-from vlm.data.near_duplicates import find_near, perceptual_hash
+from vlm.data.looks import perceptual_hash
+from vlm.data.near_duplicates import find_near
 from vlm.data.readable import decode
 
 

@@ -1,16 +1,16 @@
 """Samples -> one batch. B = images, L = tokens of the longest row."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlm.common import UsageError
+from vlm.common import RunError, UsageError
 from vlm.conversation import Rendered, response_of
-from vlm.data import Sample
-from vlm.families import Family, FeatureCache, encode
+from vlm.data import Sample, UnreadableImage
+from vlm.families import EncodedImages, Family, FeatureCache, encode
 
 IGNORED = -100  # a target that is not in the loss; what torch's cross entropy ignores
 
@@ -34,6 +34,8 @@ class Batch:
         predicting: (number of response tokens,) places before the response tokens in the flattened rows.
         begun: (B,) how many of a row's last tokens belong to a response that was begun, or None if none was
             (see `vlm.classifier.reasoning.continue_rows`).
+        counted: (B,) bool, False for the gray stand-in of an image that cannot be read; None if there is none.
+        faults: the rows of these stand-ins, with the name of each image and why it cannot be read.
     """
 
     pixels: dict[str, Tensor]
@@ -45,6 +47,13 @@ class Batch:
     image_places: Tensor
     predicting: Tensor
     begun: Tensor | None = None
+    counted: Tensor | None = None
+    faults: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def class_targets(self) -> Tensor:
+        """(B,) the class that each row is trained on; -100 for a stand-in."""
+        return self.labels if self.counted is None else self.labels.where(self.counted, IGNORED)
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -64,6 +73,7 @@ class Batch:
     def _each(self, change: Any) -> "Batch":
         values: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
         pixels = {name: change(tensor) for name, tensor in values.pop("pixels").items()}
+        del values["faults"]
         changed: dict[str, Any] = {name: None if x is None else change(x) for name, x in values.items()}
         return replace(self, pixels=pixels, **changed)
 
@@ -78,7 +88,7 @@ def vlm_collate_fn(
     """Encode images and lay out one row a sample.
 
     Args:
-        samples: B samples.
+        samples: B samples. One that was not checked before and cannot be read gets a gray stand-in.
         family: encodes the images; needs no weights.
         rendered: the conversation as token ids.
         with_response: add the response that is trained.
@@ -87,16 +97,17 @@ def vlm_collate_fn(
     Raises:
         UsageError: a sample is longer than the model can read. Samples with an image are never truncated.
     """
-    encoded = encode(samples, family, cache)
+    encoded, faults = _encode(samples, family, cache)
     rows, targets, lengths, prompt_lengths = [], [], [], []
-    for sample, image_ids in zip(samples, encoded.token_ids, strict=True):
+    for i, (sample, image_ids) in enumerate(zip(samples, encoded.token_ids, strict=True)):
         prompt = [*image_ids, *rendered.question_ids]
         response = response_of(sample, family, rendered) if with_response else []
         length = len(prompt) + len(response)
         _check_length(sample, len(rendered.prefix_ids) + length, rendered)
         lengths.append(length)
         rows.append(prompt + (response or rendered.opening_ids))
-        targets.append([IGNORED] * len(prompt) + (response or [IGNORED] * len(rendered.opening_ids)))
+        trained = response if response and i not in faults else [IGNORED] * len(response or rendered.opening_ids)
+        targets.append([IGNORED] * len(prompt) + trained)
         # In reasoning-first the image's own reasoning stands before the scored text.
         reasoned = response and rendered.prompts.free and not rendered.prompts.answer_first
         prompt_lengths.append(length - len(rendered.scored_ids[sample.label]) if reasoned else len(prompt))
@@ -111,7 +122,40 @@ def vlm_collate_fn(
         # Found here, because a GPU would have to wait for the count.
         image_places=places(input_ids == family.image_token_id),
         predicting=places(padded_targets != IGNORED) - 1,
+        counted=torch.tensor([i not in faults for i in range(len(samples))]) if faults else None,
+        faults=faults,
     )
+
+
+def _encode(
+    samples: Sequence[Sample], family: Family, cache: FeatureCache | None
+) -> tuple[EncodedImages, dict[int, str]]:
+    """The images of some samples, gray ones in the place of those that cannot be read.
+
+    Returns:
+        The images as the model takes them.
+        The positions of those that cannot be read, with the name of each and why.
+
+    Raises:
+        RunError: an image cannot be read any more that was checked before.
+    """
+    unchecked = [i for i, sample in enumerate(samples) if not sample.is_checked]
+    faults = {}
+    for i in unchecked:
+        try:
+            samples[i].image  # noqa: B018 - it is decoded here
+        except UnreadableImage as error:
+            faults[i] = str(error)
+    used = [sample.stand_in() if i in faults else sample for i, sample in enumerate(samples)]
+    try:
+        return encode(used, family, cache), faults
+    except RunError:
+        refused = {i: why for i in unchecked if i not in faults and (why := family.refusal(used[i].image))}
+        if not refused:
+            raise
+    faults |= {i: f"{samples[i].name}: {why}" for i, why in refused.items()}
+    used = [sample.stand_in() if i in refused else sample for i, sample in enumerate(used)]
+    return encode(used, family, cache), faults
 
 
 def _check_length(sample: Sample, tokens: int, rendered: Rendered) -> None:

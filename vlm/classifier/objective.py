@@ -72,10 +72,10 @@ class Objective(nn.Module):
         """Summed loss of the class posterior.
 
         Args:
-            scores: (B, C). labels: (B,).
+            scores: (B, C). labels: (B,), -100 where an image does not count.
         """
         losses = cross_entropy(scores, labels, reduction="none", label_smoothing=self.label_smoothing)
-        return losses.sum() if self.weights is None else (losses * self.weights[labels]).sum()
+        return losses.sum() if self.weights is None else (losses * self.weights[labels.clamp(min=0)]).sum()
 
 
 def usual_objective(tree: LabelTree, opening: int, shares_prefix: bool = True) -> str:

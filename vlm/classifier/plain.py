@@ -29,7 +29,9 @@ class PlainForward(Forward):
             loss, tokens = self._response_loss(batch, objective)
         if not objective.has_posterior:
             return LossOutput(loss, tokens)
-        return LossOutput(loss, tokens, objective.of_classes(self.training_scores(batch, objective), batch.labels))
+        return LossOutput(
+            loss, tokens, objective.of_classes(self.training_scores(batch, objective), batch.class_targets)
+        )
 
     def _response_loss(self, batch: Batch, objective: Objective) -> tuple[Tensor, int]:
         """Summed loss of the response tokens, and their number."""
@@ -39,7 +41,7 @@ class PlainForward(Forward):
         total = logits.new_zeros(())
         for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
             end = len(row)
-            targets = torch.tensor(row[end - count :], device=logits.device)
+            targets = torch.tensor(row[end - count :], dtype=torch.long, device=logits.device)
             # (K, V) -> (count, V): the logits that predict the response
             predicting = logits[i, end - count - 1 : end - 1]
             total = total + objective.of_tokens(predicting, targets, batch.labels[i].expand(count))

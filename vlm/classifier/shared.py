@@ -61,7 +61,7 @@ class SharedPrefix(Forward):
         if objective.has_response:
             loss = objective.of_tokens(self.family.logits(states), targets, labels)
         if rows is not None and branching is not None:
-            posterior = objective.of_classes(rows.scores(self.family, hidden, branching), batch.labels)
+            posterior = objective.of_classes(rows.scores(self.family, hidden, branching), batch.class_targets)
         return LossOutput(loss, len(targets), posterior)
 
     def _prefix_of_step(self, first: bool, last: bool) -> KeysAndValues:

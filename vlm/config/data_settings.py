@@ -72,6 +72,11 @@ class DataSettings:
     shuffle_buffer: int = flag(
         1000, "data", "with --streaming: images among which the next one is drawn (default: 1000)"
     )
+    check_images: bool = flag(
+        False,
+        "data",
+        "check all images before the training; otherwise those of more than 5,000 are checked while they are used",
+    )
     shots: int | None = flag(None, "data", "train on this many images of each class, drawn with the seed")
     folds: int | None = flag(
         None,

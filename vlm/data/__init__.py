@@ -10,6 +10,7 @@ from vlm.data.cutting import balanced_positions
 from vlm.data.finding import find_images
 from vlm.data.hub import model_folder
 from vlm.data.images import UnreadableImage, open_image
+from vlm.data.known import Found, KnownImages
 from vlm.data.load import load_data
 from vlm.data.model_files import COPY_AGAIN, check_model_files, read_object
 from vlm.data.order import Step, epoch_plan
@@ -19,11 +20,14 @@ from vlm.data.sources import Rows
 from vlm.data.spellings import tidy
 from vlm.data.splits import ROLES, Data, Split
 from vlm.data.stream import Place, Stream
+from vlm.data.unchecked import leave_out_unreadable, note_unreadable, refuse_unreadable
 
 __all__ = [
     "COPY_AGAIN",
     "ROLES",
     "Data",
+    "Found",
+    "KnownImages",
     "Place",
     "Rows",
     "Sample",
@@ -37,10 +41,13 @@ __all__ = [
     "epoch_plan",
     "find_images",
     "leave_out_refused",
+    "leave_out_unreadable",
     "load_data",
     "model_folder",
+    "note_unreadable",
     "open_image",
     "problem_of_name",
     "read_object",
+    "refuse_unreadable",
     "tidy",
 ]

@@ -108,6 +108,8 @@ def as_seen(train: Split, settings: Settings, epoch: int) -> Split:
 class Views(Split):
     """A split as one epoch sees it: of each image one view. The keys are those of the views."""
 
+    drawn = True
+
     def __init__(self, split: Split, augmentation: Augmentation, epoch: int) -> None:
         vars(self).update(vars(split))
         self._split, self._augmentation, self._epoch = split, augmentation, epoch
@@ -115,7 +117,7 @@ class Views(Split):
 
     def __getitem__(self, i: int) -> Sample:
         sample, view = self._split[i], self._augmentation.view_of(self._epoch, i)
-        if view == 0:
+        if view == 0 or sample.fault:
             return sample
         how = self._augmentation
         key = sample.known_key and how.key(sample.known_key, i, view)

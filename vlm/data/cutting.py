@@ -18,9 +18,10 @@ from vlm.data.splits import ROLES, Split
 
 # After the user's seed comes the number of the draw, so that no two draws are the same.
 CUT, MAX_SAMPLES, SHOTS, FOLDS = 1, 2, 3, 4
+Labels = Sequence[int] | np.ndarray
 
 
-def check_enough(labels: Sequence[int], missing: Sequence[str], names: Sequence[str], counted: str = "") -> None:
+def check_enough(labels: Labels, missing: Sequence[str], names: Sequence[str], counted: str = "") -> None:
     """Refuse to cut the missing splits out of classes that have less than one image for each split.
 
     Args:
@@ -59,31 +60,52 @@ def cut_from_train(
     train = splits["train"]
     if train.has_groups:
         return _cut_groups(splits, missing, settings)
+    labels = np.array(train.labels)
+    # (N,) the group of each image, -1 if it is not drawn; of images that were not decoded, each is one of its own
+    numbers, groups = np.arange(len(train)), None
+    if any(train.keys):
+        numbers, groups = _equal_groups(splits)
+        counted = np.array([labels[group[0]] for group in groups], dtype=int)
+        check_enough(counted, missing, names, _what_counts(train))
+    rng = np.random.default_rng([settings.seed, CUT])
+    ratios = {"validation": settings.validation_ratio, "test": settings.test_ratio}
+    parts: dict[str, list[int]] = {role: [] for role in missing}
+    for label in range(len(names)):
+        found = numbers[rng.permutation(np.flatnonzero(labels == label))].tolist()
+        drawn = [number for number in dict.fromkeys(found) if number >= 0]
+        if groups:
+            drawn.sort(key=lambda number: len(groups[number]))
+        count = len(drawn)
+        for place, role in enumerate(missing):
+            most = len(drawn) - (len(missing) - place)  # one image is left for each of the other splits
+            size = min(max(1, round(ratios[role] * count)), most)
+            parts[role] += [i for number in drawn[:size] for i in groups[number]] if groups else drawn[:size]
+            drawn = drawn[size:]
+    left = np.ones(len(train), dtype=bool)
+    for positions in parts.values():
+        left[positions] = False
+    parts["train"] = np.flatnonzero(left).tolist()
+    return {**splits, **{role: train.take(sorted(positions)) for role, positions in parts.items()}}
+
+
+def _equal_groups(splits: Mapping[str, Split]) -> tuple[np.ndarray, list[list[int]]]:
+    """The groups of equal images of train that may be drawn: of one label, and in no other split.
+
+    Returns:
+        (N,) the number of the group of each image of train, -1 if it has none.
+        The positions of each group.
+    """
+    train = splits["train"]
     elsewhere = {key for role, split in splits.items() if role != "train" for key in split.keys} - {None}
     groups = [
         group
         for group in equal_images(train)
         if len({train.labels[i] for i in group}) == 1 and train.keys[group[0]] not in elsewhere
     ]
-    check_enough([train.labels[group[0]] for group in groups], missing, names, _what_counts(train))
-    group_of = {i: number for number, group in enumerate(groups) for i in group}
-    labels = np.array(train.labels)
-    rng = np.random.default_rng([settings.seed, CUT])
-    ratios = {"validation": settings.validation_ratio, "test": settings.test_ratio}
-    parts: dict[str, list[int]] = {role: [] for role in missing}
-    for label in range(len(names)):
-        positions = rng.permutation(np.flatnonzero(labels == label)).tolist()
-        numbers = dict.fromkeys(group_of[i] for i in positions if i in group_of)
-        drawn = sorted((groups[number] for number in numbers), key=len)
-        count = len(drawn)
-        for number, role in enumerate(missing):
-            most = len(drawn) - (len(missing) - number)  # one image is left for each of the other splits
-            size = min(max(1, round(ratios[role] * count)), most)
-            parts[role] += [i for group in drawn[:size] for i in group]
-            drawn = drawn[size:]
-    taken = {i for positions in parts.values() for i in positions}
-    parts["train"] = [i for i in range(len(train)) if i not in taken]
-    return {**splits, **{role: train.take(sorted(positions)) for role, positions in parts.items()}}
+    numbers = np.full(len(train), -1)
+    for number, group in enumerate(groups):
+        numbers[group] = number
+    return numbers, groups
 
 
 def _cut_groups(splits: Mapping[str, Split], missing: Sequence[str], settings: Settings) -> dict[str, Split]:
@@ -242,7 +264,7 @@ def _what_counts(train: Split) -> str:
     return f"Equal images{example} count as one; those under two labels or in another split do not count."
 
 
-def _smaller(labels: Sequence[int], names: Sequence[str], least: int) -> str:
+def _smaller(labels: Labels, names: Sequence[str], least: int) -> str:
     """The classes with less than `least` images, each with its count; empty if there are none."""
     counts = np.bincount(labels, minlength=len(names))
     return listed(f"{name} ({count})" for name, count in zip(names, counts, strict=True) if count < least)

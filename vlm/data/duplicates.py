@@ -66,17 +66,21 @@ def without_copies(splits: Mapping[str, Split], cut: Sequence[str]) -> dict[str,
     return kept
 
 
-def find_overlap(splits: Mapping[str, Split], class_names: Sequence[str]) -> Overlap:
+def find_overlap(splits: Mapping[str, Split], class_names: Sequence[str], checked: bool = True) -> Overlap:
     """Count the images that another split has too, that a split has more than once, that have two labels, and that look
     almost like one in another split.
 
     Notes name the first ones.
+
+    Args:
+        checked: whether the images were decoded; if not, only groups are looked for.
     """
-    groups = {f"{role}_groups_in_{other}": _shared(splits[role], splits[other]) for role, other in LEAKS}
+    has_groups = splits["train"].has_groups
+    groups = {f"{role}_groups_in_{other}": _shared(splits[role], splits[other]) for role, other in LEAKS if has_groups}
     for kind, shared in groups.items():
         if shared:
             note(f"{_group_phrase(kind, shared)}: {listed(map(brief, shared), MOST_SHOWN)}")
-    found = _pairs(splits)
+    found = _pairs(splits) if checked else {}
     phrases = {kind: _phrase(kind, len(pairs), splits) for kind, pairs in found.items() if pairs}
     for kind, phrase in phrases.items():
         pairs = found[kind]
@@ -85,10 +89,9 @@ def find_overlap(splits: Mapping[str, Split], class_names: Sequence[str]) -> Ove
         shown = [" = ".join(_show(place, kind, class_names) for place in pair) for pair in pairs[:MOST_SHOWN]]
         cure = ". Correct their labels" if kind == TWO_LABELS else ""
         note(f"{phrase}: {', '.join(shown)}{', ...' if len(pairs) > MOST_SHOWN else ''}{cure}")
-    near = find_near(splits)
-    counts = {kind: len(pairs) for kind, pairs in found.items()} | _count_near(near)
-    if splits["train"].has_groups:
-        counts |= {kind: len(shared) for kind, shared in groups.items()}
+    near = find_near(splits) if checked else []
+    counts = {kind: len(pairs) for kind, pairs in found.items()} | (_count_near(near) if checked else {})
+    counts |= {kind: len(shared) for kind, shared in groups.items()}
     of_groups = [_group_phrase(kind, shared) for kind, shared in groups.items() if shared]
     rows = [("equal images", [*of_groups, *phrases.values()]), ("near-duplicates", _note_near(near, splits))]
     return Overlap(counts, [(name, "; ".join(said)) for name, said in rows if said], near)

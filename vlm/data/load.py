@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -12,10 +13,12 @@ from vlm.data.cutting import check_enough, cut_from_train, limit_splits, take_sh
 from vlm.data.describe import data_metadata, detected_rows
 from vlm.data.duplicates import find_overlap, without_copies
 from vlm.data.folds import cut_fold, fold_metadata, rows_of_folds
+from vlm.data.known import KnownImages
 from vlm.data.readable import Readable, decode, keep_readable
 from vlm.data.sources import EXPECTED, HUB, Rows, Source, groups_by_pattern, point_out_groups, read_source
 from vlm.data.splits import ROLES, Data, Split
 from vlm.data.stream import label_key
+from vlm.data.unchecked import is_checked_first, is_large, look_at_some
 
 EDGE_PERCENTILE = 95  # a few large images among small ones should not slow down all
 
@@ -42,13 +45,15 @@ def load_data(settings: Settings, dataset: object = None) -> Data:
     splits = {role: Split(rows[role], range(len(rows[role].labels)), classes.numbers[role]) for role in rows}
     cut = [role for role in ROLES if role not in splits]
     # The sample of a stream need not have all classes, and is as large as it is.
-    readable = keep_readable(splits, [], []) if source.stream else _readable_splits(splits, cut, names, settings)
-    splits = without_copies(readable.splits, cut)
+    known = KnownImages(_place(settings)) if is_large(splits) else None
+    readable = keep_readable(splits, [], []) if source.stream else _readable_splits(splits, cut, names, settings, known)
+    checked = source.stream is not None or is_checked_first(readable.splits, settings)
+    splits = without_copies(readable.splits, cut) if checked else readable.splits
     fold = {"fold": fold_metadata(splits, settings)} if settings.folds else {}
     splits["train"] = take_shots(splits["train"], names, settings)
     _check_reasonings(source, splits["train"])
     _note_missing_classes(splits, names)
-    overlap = find_overlap(splits, names)
+    overlap = find_overlap(splits, names, checked)
     data = Data(
         splits["train"],
         splits["validation"],
@@ -60,6 +65,8 @@ def load_data(settings: Settings, dataset: object = None) -> Data:
         near=overlap.near,
         cut=cut,
         stream=source.stream,
+        checked=checked,
+        known=known,
     )
     origins = {role: _origin(role, source, hidden, settings) for role in ROLES}
     data.summary = detected_rows(settings, source, origins, classes.how, data, overlap.rows)
@@ -81,24 +88,36 @@ def _classes(source: Source, rows: Mapping[str, Rows], settings: Settings) -> Cl
     return replace(found, numbers={**found.numbers, "train": found.numbers.pop("sample")})
 
 
-def _readable_splits(splits: dict[str, Split], cut: list[str], names: list[str], settings: Settings) -> Readable:
+def _readable_splits(
+    splits: dict[str, Split], cut: list[str], names: list[str], settings: Settings, known: KnownImages | None
+) -> Readable:
     """Cut and limit the splits and decode their images.
 
     All images are decoded before train is cut, so that equal ones stay together. With `--max-samples` only those that
-    are used are decoded. Of folds, the images are limited and decoded first, so that all folds have the same ones.
+    are used are decoded, and of a large dataset only some (unchecked.py). Of folds, the images are limited and decoded
+    first, so that all folds have the same ones.
     """
     if settings.folds:
         if settings.max_samples is not None:
             splits = limit_splits(splits, settings.max_samples, names, settings.seed)
+        decode(splits, known)
         readable = keep_readable(splits, names, [])
         return replace(readable, splits=cut_fold(readable.splits["train"], names, settings))
     check_enough(splits["train"].labels, cut, names)
-    if settings.max_samples is None:
-        decode(splits)
+    if settings.max_samples is None and is_checked_first(splits, settings):
+        decode(splits, known)
     splits = cut_from_train(splits, cut, names, settings)
     if settings.max_samples is not None:
         splits = limit_splits(splits, settings.max_samples, names, settings.seed)
+    if not is_checked_first(splits, settings):
+        return look_at_some(splits, settings.seed)
     return keep_readable(splits, names, cut)
+
+
+def _place(settings: Settings) -> str:
+    """A name for a dataset, that no other one on this machine has."""
+    name = settings.dataset or ""
+    return f"{Path(name).resolve() if Path(name).exists() else name} {settings.dataset_config}"
 
 
 def _check_source(source: Source, settings: Settings) -> None:

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from vlm.common import Bar, UsageError, listed, note
 from vlm.data.images import UnreadableImage
-from vlm.data.near_duplicates import perceptual_hash
-from vlm.data.splits import ROLES, Check, Split
+from vlm.data.known import Found, KnownImages
+from vlm.data.splits import ROLES, Split
 
 MOST_UNREADABLE = 0.05  # share of a split
 MOST_SHOWN = 5
@@ -35,17 +35,25 @@ class Readable:
     edges: list[int]
 
 
-def decode(splits: Mapping[str, Split]) -> None:
-    """Decode every image once that was not decoded before; fills in the `keys` and `checks` of the splits."""
+def decode(splits: Mapping[str, Split], known: KnownImages | None = None) -> None:
+    """Decode every image once that was not decoded before; fills in the `keys` and `checks` of the splits.
+
+    Args:
+        known: what earlier runs found; what is found now is added.
+    """
 
     def check(place: tuple[Split, int]) -> None:
         split, i = place
+        stamp = split.stamp(i) if known else None
+        found = known.find(stamp) if known and stamp else None
         try:
-            sample = split[i]
-            split.keys[i] = sample.key
-            split.checks[i] = Check(sample.image.size, look=perceptual_hash(sample.image))
+            found = found or Found.of(split[i].image)
         except UnreadableImage as error:
-            split.checks[i] = Check(fault=str(error))
+            split.leave_out(i, str(error))
+            return
+        split.remember(i, found)
+        if known and stamp:
+            known.add(stamp, found)
 
     count = sum(check is None for split in splits.values() for check in split.checks)
     if not count:
@@ -57,8 +65,12 @@ def decode(splits: Mapping[str, Split]) -> None:
             while some := list(islice(places, IMAGES_AT_ONCE)):  # a future for each of a million would need gigabytes
                 for _ in pool.map(check, some):
                     bar.update(1)
+                if known:
+                    known.save_sometimes()
     finally:
         pool.shutdown(cancel_futures=True)  # otherwise Ctrl-C would wait for all images
+        if known:
+            known.save()
 
 
 def keep_readable(splits: dict[str, Split], names: Sequence[str], cut: Sequence[str]) -> Readable:
@@ -74,12 +86,8 @@ def keep_readable(splits: dict[str, Split], names: Sequence[str], cut: Sequence[
         UsageError: too many images are unreadable, or a split or a class of train has none left.
     """
     decode(splits)
-    unreadable = _unreadable(splits)
-    for image in unreadable[:MOST_SHOWN]:
-        note(f"skipped an unreadable image of {image.role}: {image.text}")
-    if len(unreadable) > MOST_SHOWN:
-        note(f"... and {len(unreadable) - MOST_SHOWN} more")
-    _check_share(splits, unreadable, cut)
+    unreadable = say_unreadable(splits)
+    check_share(splits, unreadable, cut)
     kept = {}
     for role, split in splits.items():
         lost = {image.position for image in unreadable if image.role == role}
@@ -93,14 +101,22 @@ def keep_readable(splits: dict[str, Split], names: Sequence[str], cut: Sequence[
     return Readable(kept, [image.text for image in unreadable], edges)
 
 
-def _unreadable(splits: Mapping[str, Split]) -> list[Unreadable]:
-    """In the order of the splits."""
-    checks = [(role, i, check) for role in ROLES if role in splits for i, check in enumerate(splits[role].checks)]
-    return [Unreadable(role, i, check.fault) for role, i, check in checks if check and check.fault]
+def say_unreadable(splits: Mapping[str, Split]) -> list[Unreadable]:
+    """The images that cannot be decoded, in the order of the splits. Notes name the first ones."""
+    found = [Unreadable(role, i, fault) for role in ROLES if role in splits for i, fault in splits[role].faults.items()]
+    for image in found[:MOST_SHOWN]:
+        note(f"skipped an unreadable image of {image.role}: {image.text}")
+    if len(found) > MOST_SHOWN:
+        note(f"... and {len(found) - MOST_SHOWN} more")
+    return found
 
 
-def _check_share(splits: dict[str, Split], unreadable: Sequence[Unreadable], cut: Sequence[str]) -> None:
-    """Refuse a dataset in which a split, or train with all that was cut from it, has too many unreadable images."""
+def check_share(splits: dict[str, Split], unreadable: Sequence[Unreadable], cut: Sequence[str]) -> None:
+    """Refuse a dataset in which a split, or train with all that was cut from it, has too many unreadable images.
+
+    Raises:
+        UsageError: it has.
+    """
     given = [[role] for role in ROLES if role in splits and role != "train" and role not in cut]
     for roles in [["train", *cut], *given]:
         lost = [image.text for image in unreadable if image.role in roles]

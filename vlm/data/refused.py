@@ -5,7 +5,8 @@ from collections.abc import Callable, Collection
 from vlm.data.describe import count_again
 from vlm.data.duplicates import find_overlap
 from vlm.data.readable import keep_readable
-from vlm.data.splits import ROLES, Check, Data
+from vlm.data.splits import ROLES, Data
+from vlm.data.unchecked import note_unreadable
 
 Size = tuple[int, int]  # width and height in pixels
 Refusal = Callable[[int, int], str | None]
@@ -22,14 +23,21 @@ def leave_out_refused(data: Data, refusal: Refusal) -> None:
         UsageError: too many images are refused, or a split or a class of train has none left.
     """
     splits = {role: getattr(data, role) for role in ROLES}
-    sizes = {check.size for split in splits.values() for check in split.checks if check}
+    sizes = {check.size for split in splits.values() for check in split.checks if check and not check.fault}
     refused = _refused_sizes(sizes, refusal)
     if not refused:
         return
+    found = 0
     for split in splits.values():
-        for i, name in enumerate(split.names):
-            if (check := split.checks[i]) and check.size in refused:
-                split.checks[i] = Check(fault=f"{name}: {refused[check.size]}")
+        for i, check in enumerate(split.checks):
+            if check and check.size in refused:
+                fault = f"{split[i].name}: {refused[check.size]}"
+                split.leave_out(i, fault)
+                if not data.checked:
+                    note_unreadable(fault, found)
+                found += 1
+    if not data.checked:  # those that were not decoded are refused when they are used
+        return
     kept = keep_readable(splits, data.class_names, data.cut)
     data.train, data.validation, data.test = (kept.splits[role] for role in ROLES)
     data.skipped += kept.skipped

@@ -47,7 +47,8 @@ def calibrate(
             tolerance=0.0,
             cache=cache,
         )
-        labels = validation.labels
+        kept = validation.readable
+        sums, labels = sums[kept], [validation.labels[i] for i in kept]
         calibration, compared, remarks = choose_score(classifier, sums, labels, settings.calibration, settings.score)
         whole = ~sums.isnan().any(1)
         log_probabilities = calibration.log_probabilities(sums)[whole].numpy()

@@ -39,12 +39,21 @@ def score_split(
         indices: only these samples.
         tolerance: see `VLMClassifier.search`; 0 makes every number exact. That of the true class is always exact.
         cache: features that take the place of pixels.
+
+    An image that turns out to be unreadable has a row without a meaning; the split knows it from then on
+    (`Split.faults`).
     """
     samples: Any = split if indices is None else _some(split, indices)
     if not len(samples):
         return torch.empty(0, len(classifier.class_names))
-    parts = []
+    parts: list[Tensor] = []
+    positions = range(len(split)) if indices is None else indices
+    done = 0
     for batch in _batches(classifier, samples, batch_size, description, workers, cache):
+        if isinstance(split, Split):
+            for row, fault in batch.faults.items():
+                split.leave_out(positions[done + row], fault)
+        done += len(batch)
         parts.append(classify(classifier, batch, tolerance, batch.labels.tolist()).scores.cpu())
     return torch.cat(parts)
 
@@ -71,7 +80,7 @@ def split_losses(
         if objective.has_response:
             sums[0] += torch.tensor([float(found.loss), found.tokens], dtype=torch.float64)
         if found.posterior is not None:
-            sums[1] += torch.tensor([float(found.posterior), len(batch)], dtype=torch.float64)
+            sums[1] += torch.tensor([float(found.posterior), len(batch) - len(batch.faults)], dtype=torch.float64)
     return sums
 
 
@@ -117,7 +126,8 @@ def evaluate_vlm_model(
         own_metrics: the results of own metrics, if there are any.
     """
     sums = score_split(classifier, split, batch_size, workers=workers, description=description)
-    return metrics_of_sums(classifier, split.labels, sums, metrics)
+    kept = split.readable
+    return metrics_of_sums(classifier, [split.labels[i] for i in kept], sums[kept], metrics)
 
 
 def metrics_of_sums(

@@ -8,7 +8,7 @@ from vlm.families.base import Family
 from vlm.families.blocks import checkpoint_blocks, compile_blocks
 from vlm.families.configuration import read_config
 from vlm.families.demo import DEMO_NAME, build_demo_model, build_model, build_processor
-from vlm.families.encoded import CONNECTED_FEATURES, ENCODER_FEATURES
+from vlm.families.encoded import CONNECTED_FEATURES, ENCODER_FEATURES, EncodedImages
 from vlm.families.features import FeatureCache, cache_root, encode, fill_cache, open_cache
 from vlm.families.loading import FAMILIES, load_family, outline
 from vlm.families.quantization import check_quantization
@@ -18,6 +18,7 @@ __all__ = [
     "ENCODER_FEATURES",
     "FAMILIES",
     "DEMO_NAME",
+    "EncodedImages",
     "Family",
     "FeatureCache",
     "build_demo_model",

@@ -102,7 +102,7 @@ def _time(trainer: Trainer) -> Seconds:
     step = _time_steps(trainer, steps)
     small = replace(run, data=replace(run.data, validation=validation))
     started = time.monotonic()
-    split_metrics(small, validation, "timing an evaluation")
+    split_metrics(small, "validation", "timing an evaluation")
     validation_losses(small)
     return Seconds(feature, step, (time.monotonic() - started) / count)
 
@@ -126,15 +126,17 @@ def _time_features(run: Run, trained: Sequence[int], validation: Split) -> float
 class _Some(Split):
     """Some samples of a split, as the split gives them."""
 
+    drawn = True
+
     def __init__(self, split: Split, positions: Sequence[int]) -> None:
         super().__init__(Rows([], [], []), positions, [split.labels[i] for i in positions])
         self._split = split
 
     def __getitem__(self, i: int) -> Sample:
-        return self._split[self._indices[i]]
+        return self._split[int(self._indices[i])]
 
 
-def _time_steps(trainer: Trainer, steps: list[Step]) -> float | None:
+def _time_steps(trainer: Trainer, steps: Sequence[Step]) -> float | None:
     """Seconds of an optimizer step: the median without the first one, unless there is only one."""
     if not steps:
         return None

@@ -7,7 +7,7 @@ the classes the mean over all its images, however the step is cut into batches a
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -29,6 +29,7 @@ from vlm.training.run_log import RunLog
 from vlm.training.saving import Saver
 from vlm.training.setup import Run
 from vlm.training.stopping import TESTING, TRAINING
+from vlm.training.unreadable import Unreadable
 from vlm.training.validation import split_metrics, validation_losses
 
 STEPS_PER_LINE = 10  # optimizer steps between two lines of the log
@@ -53,6 +54,7 @@ class Trainer:
         self.steps_per_epoch = self.count_steps()
         self.total_steps = self.steps_per_epoch * self.settings.epochs
         self.log: RunLog | None = None
+        self.unreadable = Unreadable(run.data)
         self.losses: list[Tensor] = []  # (2,) each, as `run_step` returns them
         self.saver = Saver(run)
         texts = {"the texts of the conversation": key_of(run.classifier.prompts)}
@@ -72,6 +74,7 @@ class Trainer:
         if scaler and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(scaler)
         self.progress = state.progress
+        self.unreadable.take_over(state.progress)
         self.saver.resumed_from(state)
         note(f"continuing after step {self.progress.step} of {self.total_steps}.")
 
@@ -133,7 +136,7 @@ class Trainer:
     def images_per_step(self) -> int:
         return self.settings.batch_size * self.settings.gradient_accumulation_steps * self.accelerator.num_processes
 
-    def plan(self, epoch: int) -> list[Step]:
+    def plan(self, epoch: int) -> Sequence[Step]:
         s, a = self.settings, self.accelerator
         images = len(self.run.data.train)
         return epoch_plan(
@@ -147,8 +150,7 @@ class Trainer:
             started = time.monotonic()
             self.losses.append(self.run_step(step, batches))
             evaluate = self._count_step(epoch)
-            stop = self._all_should_stop(evaluate)
-            save = evaluate or stop or time.monotonic() - self.saver.last_try > 60 * self.settings.save_minutes
+            stop, save = self._all_wish(evaluate)
             figures = self._write_losses() if save or self.progress.step % STEPS_PER_LINE == 0 else {}
             self.progress.seconds += time.monotonic() - started
             bar.update(len(step.indices), **figures)
@@ -158,12 +160,14 @@ class Trainer:
                 if save:
                     self.note_places()
                     self.saver.state(self.progress, self._belonging())
+                    self.unreadable.refuse_too_many(self.progress, self.images_per_step())
             if stop:
                 self.accelerator.wait_for_everyone()
                 raise self._stopped()
 
     def note_places(self) -> None:
-        """Put into the progress what a state needs besides the numbers of steps; here nothing."""
+        """Put into the progress what a state needs besides the numbers of steps: the images that cannot be read."""
+        self.unreadable.note_in(self.progress)
 
     def _stopped(self) -> Stopped:
         done = f"stopped after step {self.progress.step} of {self.total_steps}"
@@ -182,12 +186,12 @@ class Trainer:
             p.epoch, p.step_in_epoch = epoch + 1, 0
         return end_of_epoch or bool(every and p.step % every == 0)
 
-    def batches(self, plan: list[Step], epoch: int = 0) -> Iterator[Any]:
+    def batches(self, plan: Sequence[Step], epoch: int = 0) -> Iterator[Any]:
         """This process's batches of the steps in `plan` of an epoch, one after the other."""
         classifier = self.run.classifier
         loader: DataLoader[Sample] = DataLoader(
             cast("Dataset[Sample]", self.run.train_in(epoch)),
-            batch_sampler=[batch for step in plan for batch in step.batches],
+            batch_sampler=(batch for step in plan for batch in step.batches),
             collate_fn=classifier.collate(classifier.objective.has_response, self.run.cache),
             num_workers=self.run.workers,
             pin_memory=self.accelerator.device.type == "cuda",
@@ -203,7 +207,9 @@ class Trainer:
         """
         counts = 1.0 if step.counts else 0.0
         per_token = counts / sum(self.response_lengths[index] for index in step.indices)
-        return self.update(batches, len(step.batches), per_token, counts / len(step.indices))
+        return self.update(
+            self.unreadable.watch(step, batches), len(step.batches), per_token, counts / len(step.indices)
+        )
 
     def update(self, batches: Iterator[Batch], count: int, per_token: Factor, per_image: Factor) -> Tensor:
         """One optimizer step on the next `count` batches; returns what `run_step` does.
@@ -269,7 +275,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         """Metrics on the validation split; the best model so far is saved."""
-        metrics = split_metrics(self.run, self.run.data.validation, "validating")
+        metrics = split_metrics(self.run, "validation", "validating")
         p = self.progress
         losses = validation_losses(self.run)
         loss = losses["loss"]
@@ -288,18 +294,24 @@ class Trainer:
 
     def test_untrained(self) -> None:
         """Metrics of the model as it is before the first step, on the test split, for comparison."""
-        metrics = split_metrics(self.run, self.run.data.test, "testing the untrained model")
+        metrics = split_metrics(self.run, "test", "testing the untrained model")
         self.progress.zero_shot = {name: metrics[name] for name in ("accuracy", "nll", "macro_f1")}
         note(f"before the training: test accuracy {metrics['accuracy']:.4f} (not calibrated)")
 
-    def _all_should_stop(self, evaluated: bool) -> bool:
-        """Whether any process was asked to stop; several ask each other only when they wait for each other anyway."""
+    def _all_wish(self, evaluate: bool) -> tuple[bool, bool]:
+        """Whether any process was asked to stop, and whether a state is to be saved.
+
+        Several processes ask each other only when they wait for each other anyway.
+        """
+        due = time.monotonic() - self.saver.last_try > 60 * self.settings.save_minutes
         if self.accelerator.num_processes == 1:
-            return self.should_stop()
-        if not evaluated and self.progress.step % STEPS_PER_LINE:
-            return False
-        wish = torch.tensor(float(self.should_stop()), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(wish, "sum"))
+            stop = self.should_stop()
+            return stop, evaluate or stop or due
+        if not evaluate and self.progress.step % STEPS_PER_LINE:
+            return False, False
+        wishes = torch.tensor([float(self.should_stop()), float(due)], device=self.accelerator.device)
+        stop, due = (value > 0 for value in self.accelerator.reduce(wishes, "sum").tolist())
+        return stop, evaluate or stop or due
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from vlm.classifier import TOLERANCE, VLMClassifier
 from vlm.common import RunError, command_of, dtype_name, format_table, note, replacing, write_json
 from vlm.config import BEST_MODEL, DEMO_IMAGES, FOLD_PREDICTIONS, METADATA, PAGE, RESULTS
-from vlm.data import Data, Split
+from vlm.data import Data, Split, leave_out_unreadable
 from vlm.evaluation import (
     accuracy_interval,
     add_test_figures,
@@ -63,6 +63,8 @@ def finish(run: Run, progress: Progress, metrics: Sequence[Callable[..., Any]]) 
     output = run.output
     frozen = run.cache  # features of the vision encoder as the training found it
     tested, calibration = _test_best(run, metrics)
+    for role in ("train", "validation"):
+        leave_out_unreadable(run.data, role)
     results = {
         "test": tested.metrics,
         **({"zero_shot": progress.zero_shot} if progress.zero_shot else {}),
@@ -118,6 +120,7 @@ def _test_best(run: Run, metrics: Sequence[Callable[..., Any]]) -> tuple[Tested,
         tolerance=TOLERANCE if classifier.calibration.is_temperature else 0.0,
         cache=cache,
     )
+    sums = sums[leave_out_unreadable(data, "test")]
     test = metrics_of_sums(classifier, data.test.labels, sums, metrics)
     seconds = time.monotonic() - started
     test |= add_test_figures(fitted, classifier.calibration, sums, data.test.labels, settings.seed)
@@ -127,8 +130,10 @@ def _test_best(run: Run, metrics: Sequence[Callable[..., Any]]) -> tuple[Tested,
 
 def _not_in_train(data: Data, classifier: VLMClassifier, sums: Tensor) -> dict[str, Any]:
     """The accuracy on the test images that train does not have, with its interval; nothing if that is all of them."""
-    known = set(data.train.keys)
+    known = set(data.train.keys) - {None}
     unseen = np.array([key not in known for key in data.test.keys])
+    if not data.checked:  # else they were counted before the training
+        data.overlap["test_in_train"] = int((~unseen).sum())
     if unseen.all():
         return {}
     correct = _correct(classifier, sums, data.test.labels)[unseen]

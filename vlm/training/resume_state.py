@@ -33,6 +33,7 @@ class Progress:
         alignment: what `align_connector` returned, if it was asked for.
         history: the logged figures, in their order.
         places: how far each process has read the stream, as `Place`; empty without one.
+        unreadable: the positions of training images that cannot be read, with the reasons.
     """
 
     epoch: int = 0
@@ -46,6 +47,7 @@ class Progress:
     alignment: dict[str, Any] | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     places: list[list[int]] = field(default_factory=list)
+    unreadable: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass

@@ -125,7 +125,7 @@ def set_up(settings: Settings, dataset: object = None, draft: Path | None = None
     run_settings = settings.complete(batch_size, classifier.objective.name)
     rows = settings_rows(run_settings, classifier, reason, dtype, accelerator.num_processes)
     note(format_table(rows) + "\n")
-    preflight(classifier, data.train[0])
+    preflight(classifier, data.train.example)
 
     workers = _loader_processes(settings, device)
     cache = None if draft else _fill_cache(family, settings, data, accelerator, workers)
@@ -236,7 +236,7 @@ def _fill_cache(
     if settings.views > 1:  # after train, since their keys follow from those of its images
         splits += tuple(as_seen(data.train, settings, epoch) for epoch in range(min(settings.views, settings.epochs)))
     with accelerator.local_main_process_first():  # the others of this machine find what the first one has computed
-        return fill_cache(family, splits, settings.cache_size, settings.cache_dtype, workers)
+        return fill_cache(family, splits, settings.cache_size, settings.cache_dtype, workers, data.known)
 
 
 def _metadata(

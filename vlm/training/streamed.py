@@ -1,7 +1,7 @@
 """Training on a stream: batches without a plan, and the place that a resumed run goes on from."""
 
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -29,7 +29,7 @@ class StreamTrainer(Trainer):
         assert self.settings.max_steps is not None, "the rules see to it"
         return self.settings.max_steps
 
-    def plan(self, epoch: int) -> list[Step]:
+    def plan(self, epoch: int) -> Sequence[Step]:
         """As many steps as there are; which images each has is not known before."""
         step = Step([], counts=True, indices=range(self.images_per_step()))
         return [step] * self.steps_per_epoch
@@ -54,7 +54,7 @@ class StreamTrainer(Trainer):
         """Put into the progress how far each process has read."""
         self.progress.places = gather_object([list(self.place)])
 
-    def batches(self, plan: list[Step], epoch: int = 0) -> Iterator[Any]:
+    def batches(self, plan: Sequence[Step], epoch: int = 0) -> Iterator[Any]:
         """This process's batches of each step to come, with the place after them."""
         classifier, settings = self.run.classifier, self.settings
         collate = classifier.collate(classifier.objective.has_response, None)

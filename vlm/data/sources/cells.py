@@ -38,6 +38,11 @@ class Cells:
     def __getitem__(self, row: int) -> ImageSource | None:
         return image_of(self.cells[row], self.place, f"{self.source}: row {row + 1} of the column {self.column}")
 
+    def path(self, row: int) -> str | None:
+        """The text in a cell, if it is short enough to be a path."""
+        cell = self.cells[row]
+        return cell if isinstance(cell, str) and len(cell) <= LONGEST_NAME else None
+
 
 def image_of(cell: Any, place: Place, name: str) -> ImageSource | None:
     """What `open_image` takes, or None if the cell has no image.

@@ -88,6 +88,18 @@ class Picked:
     def __getitem__(self, row: int) -> ImageSource | None:
         return self.images[self.rows[row]]
 
+    def path(self, row: int) -> str | None:
+        """The text in a row that names a file, if it is at hand; see `path_at`."""
+        return path_at(self.images, self.rows[row])
+
+
+def path_at(images: Images, row: int) -> str | None:
+    """A text that is equal only for rows with the same image, such as its path; None if it is not at hand."""
+    if isinstance(images, list):
+        return str(images[row]) if isinstance(images[row], str | Path) else None
+    path = getattr(images, "path", None)
+    return path(row) if path else None
+
 
 @dataclass(frozen=True)
 class Joined:
