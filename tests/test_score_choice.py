@@ -132,7 +132,7 @@ def test_a_stored_score_is_that_of_the_inference(demo_run):
 def test_the_choice_stands_in_the_results_and_in_the_calibration(classifier, monkeypatch):
     scores, labels = drawn(classifier, "prior")
     monkeypatch.setattr(calibrating, "score_split", lambda *_, **__: scores)
-    validation = type("Validation", (), {"labels": labels})
+    validation = type("Validation", (), {"labels": labels, "readable": list(range(len(labels)))})
     settings = resolve({"target_precision": 0.5})
     try:
         result = calibrate(classifier, validation, settings)
