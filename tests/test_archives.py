@@ -155,6 +155,57 @@ def test_a_table_next_to_an_archive_of_its_images(tmp_path):
     assert data.class_names == NAMES and sum(counts(data).values()) == 12
 
 
+def table_of(path, names):
+    path.write_text("image,label\n" + "".join(f"{name},{NAMES[i % 2]}\n" for i, name in enumerate(names)))
+    return path
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("archives", [["images.zip"], ["a.zip", "b.tar"]])
+def test_bare_names_in_a_table_next_to_archives_are_found_in_these(tmp_path, capsys, archives, named):
+    for part, name in enumerate(archives):
+        files = {f"deep/{i}.png": png(i) for i in range(part, 12, len(archives))}
+        (write_zip if name.endswith(".zip") else write_tar)(tmp_path / name, files)
+    path = table_of(tmp_path / "labels.csv", [f"{i}.png" for i in range(12)])
+    data = load(path if named else tmp_path)
+    folders = ", ".join(f"{Path(name).stem}/deep" for name in archives)
+    assert f"labels.csv: the images of the column image are in {folders}, below " in capsys.readouterr().err
+    assert data.class_names == NAMES and sum(counts(data).values()) == 12 and not data.skipped
+    for split in (data.train, data.validation, data.test):
+        for i, name in enumerate(split.names):
+            number = int(name.removesuffix(".png"))
+            assert split.labels[i] == number % 2
+            assert split[i].image.tobytes() == random_image(number, 20, 14).tobytes()
+
+
+def test_names_without_an_ending_need_one_flag_only(tmp_path):
+    write_zip(tmp_path / "images.zip", {f"{i}.png": png(i) for i in range(12)})
+    table_of(tmp_path / "labels.csv", [str(i) for i in range(12)])
+    with pytest.raises(UsageError, match="there is images/0.png. Add: --image-suffix .png$"):
+        load(tmp_path)
+    assert sum(counts(load(tmp_path, image_suffix=".png")).values()) == 12
+    (tmp_path / "elsewhere").mkdir()
+    elsewhere = table_of(tmp_path / "elsewhere/a.csv", [f"{i}.png" for i in range(12)])
+    assert sum(counts(load(elsewhere, image_folder=str(tmp_path / "images.zip"))).values()) == 12
+
+
+def test_a_name_that_is_in_several_archives_is_not_guessed(tmp_path):
+    for number, name in enumerate(NAMES):
+        write_zip(tmp_path / f"{name}.zip", {f"{i}.png": png(100 * number + i) for i in range(12)})
+    path = table_of(tmp_path / "labels.csv", [f"{i}.png" for i in range(12)])
+    with pytest.raises(
+        UsageError, match=r"\.png of the column image is in several folders of the archives: (cat|dog), "
+    ):
+        load(path)
+
+
+def test_an_archive_without_these_images_is_not_unpacked(tmp_path, cache):
+    write_zip(tmp_path / "other.zip", image_files())
+    with pytest.raises(UsageError, match="unreadable"):
+        load(table_of(tmp_path / "labels.csv", [f"x{i}.png" for i in range(12)]))
+    assert not cache.exists()
+
+
 def test_a_table_in_an_archive(tmp_path):
     lines = [f"pics/{i}.png,{NAMES[i % 2]}" for i in range(12)]
     files = {f"d/pics/{i}.png": png(i) for i in range(12)} | {"d/t.csv": ("image,label\n" + "\n".join(lines)).encode()}

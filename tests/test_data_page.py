@@ -10,7 +10,7 @@ from test_data import images
 from test_page import EVIL, Page, split
 from tiny import random_image
 
-from vlm.data import Data, Rows, Split
+from vlm.data import Data, Rows, Split, unchecked
 from vlm.data.splits import NearPair
 from vlm.report import DataContent, data_page, is_data_page, write_data_page
 
@@ -76,6 +76,24 @@ def test_sizes_copies_and_unreadable_images_of_a_folder(tmp_path):
     assert "largest: 300 × 100 train, cat" in sizes and "smallest: 1 × 1 train, dog" in sizes
     assert copies.index("train, cat") < copies.index("test, dog")
     assert "1 images that cannot be read" in page.text_of["left-out"] and "broken.png" in page.text_of["left-out"]
+
+
+@pytest.mark.parametrize("large", [True, False])
+def test_many_unreadable_images_stop_no_page(tmp_path, monkeypatch, capsys, large):
+    monkeypatch.setattr(unchecked, "CHECKED_FIRST", 10 if large else 5000)
+    images(tmp_path / "set", {f"{part}/{name}": 8 for part in ("train", "val", "test") for name in ("cat", "dog")})
+    for path in [*(tmp_path / "set/train/dog").iterdir(), *(tmp_path / "set/val").rglob("*.png")]:
+        path.write_bytes(b"GIF89a")
+    flags = ("--dataset", tmp_path / "set", "--output-dir", tmp_path / "out")
+    assert train(*flags, "--show-data") == 0
+    page, said = Page((tmp_path / "out/data.html").read_text(encoding="utf-8")), capsys.readouterr().err
+    assert "24 images that cannot be read" in page.text_of["left-out"]
+    assert "a training would stop here: 8 of 16 images of train are unreadable, more than 5%." in said
+    assert large or "a training would stop here: validation has no readable image." in said
+    for path in (tmp_path / "set/train/cat").iterdir():
+        path.write_bytes(b"GIF89a")
+    (tmp_path / "out/data.html").unlink()
+    assert large or train(*flags, "--show-data") == 2, "there is nothing to look at"
 
 
 def test_the_command_loads_no_torch_and_says_where_the_page_is(tmp_path):

@@ -111,6 +111,7 @@ def test_with_max_samples_all_folds_share_the_same_images(tmp_path):
         ({"folds": 1}, "--folds 1: expected a whole number of at least 2"),
         ({"folds": 3, "epochs": 0}, "--folds and --epochs 0 exclude each other"),
         ({"folds": 3, "streaming": True, "max_steps": 3}, "--folds and --streaming exclude each other"),
+        ({"folds": 3, "test_ratio": 0.3}, "--folds and --test-ratio exclude each other"),
         ({"fold": 1}, "--fold 1: expected it with --folds"),
         ({"folds": 3, "fold": 4}, "--fold 4: expected it with --folds, and at most as large"),
     ],

@@ -25,6 +25,8 @@ def rows(path: Path, labels: list, **columns: list) -> Path:
         ([True, False, "true", " FALSE"], ["False", "True"]),
         (["1.0", "1", "1", "2"], ["1", "2"]),
         ([["a"], ["b"], "a", ["b", "b"]], ["a", "b"]),
+        (["['a']", '["b"]', "a", "[ 'b', 'b' ]"], ["a", "b"]),
+        (["[1]", "[2]"], ["1", "2"]),
         (["a ", " a", "b", "b\t"], ["a", "b"]),
         (["tabby  cat", "tabby cat", "dog", "tabby cat"], ["dog", "tabby cat"]),
     ],
@@ -67,14 +69,35 @@ def test_labels_that_are_no_classes_are_refused(tmp_path, labels, said):
     refuse(said, rows(tmp_path / "a.jsonl", labels))
 
 
-@pytest.mark.parametrize("missing", [None, "", "  ", "NaN", "nan", float("nan"), []])
+@pytest.mark.parametrize("missing", [None, "", "  ", "NaN", "nan ", "NULL", "N/A", "#N/A", "[]", float("nan"), []])
 def test_a_missing_label_is_left_out_and_counted(tmp_path, capsys, missing):
     data = load(rows(tmp_path / "a.jsonl", ["a", "b"] * 4 + [missing]))
     assert data.class_names == ["a", "b"] and sum(counts(data)) == 8
     assert "1 of 9 images have no label and are left out, first 8.png." in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("joined", ["a|b", "b; a", "a,b", ["a", "b"]])
+@pytest.mark.parametrize("word", ["NA", "None"])
+def test_a_text_that_may_be_a_class_is_one_and_said(tmp_path, capsys, word):
+    path = rows(tmp_path / "a.jsonl", ["a", word] * 4)
+    assert set(load(path).class_names) == {"a", word}
+    assert f"a.jsonl: 4 images have the label {word}, which is taken for a class." in capsys.readouterr().err
+    load(path, class_names=["a", word])
+    assert "taken for a class" not in capsys.readouterr().err
+
+
+def test_names_that_the_user_gives_and_names_of_folders_are_classes(tmp_path):
+    assert load(rows(tmp_path / "a.jsonl", ["a", "null"] * 4), class_names=["null", "a"]).class_names == ["null", "a"]
+    images(tmp_path / "pictures", {"nan": 4, "null": 4})
+    assert load(tmp_path / "pictures").class_names == ["nan", "null"]
+
+
+def test_classes_that_differ_in_leading_zeros_are_two_and_pointed_out(tmp_path):
+    data = load(rows(tmp_path / "a.jsonl", ["01", "1", "2"] * 4))
+    assert data.class_names == ["01", "1", "2"]
+    assert "classes that differ in leading zeros only: 01, 1" in dict(data.summary)["class names"]
+
+
+@pytest.mark.parametrize("joined", ["a|b", "b; a", "a,b", ["a", "b"], "['a', 'b']"])
 def test_several_labels_for_one_image_are_refused_with_the_first_row(tmp_path, joined):
     path = rows(tmp_path / "a.jsonl", ["a", "b", joined, "a", "b", joined])
     refuse("train: 2 of 6 images have more than one label, first 2.png: [ab], [ab]. This program learns one", path)

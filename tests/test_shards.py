@@ -78,6 +78,22 @@ def test_images_and_labels_of_a_key(tmp_path, label, image, names, flags):
                 assert split[i].image.tobytes() == random_image(number, 20, 14).tobytes()
 
 
+def test_names_in_the_json_are_those_of_the_numbers(tmp_path, capsys):
+    def label(i):
+        return {"json": json.dumps({"label": i % 3, "label_name": ["cow", "bee", "ape"][i % 3]}).encode()}
+
+    for split, first in (("train", 0), ("test", 100)):
+        write(tmp_path / f"{split}.tar", samples(18, first, label=label))
+    data = load(tmp_path)
+    assert data.class_names == ["cow", "bee", "ape"] and data.test.labels == [(100 + i) % 3 for i in range(18)]
+    assert "have their names from the column label_name" in capsys.readouterr().err
+
+
+def test_labels_are_texts_so_that_01_is_not_1(tmp_path):
+    path = write(tmp_path / "d.tar", samples(18, label=lambda i: {"cls": [b"01", b"1", b"10"][i % 3]}))
+    assert load(path).class_names == ["01", "1", "10"]
+
+
 def test_shards_of_splits_by_name_and_by_folder(tmp_path):
     for place, name in (("a", "{}-00000{}.tar"), ("b", "{}/shard_{}.tar"), ("c", "{}-0000{}-of-00002.tar")):
         for split, count, first in (("train", 12, 0), ("val", 6, 100), ("test", 6, 200)):

@@ -42,6 +42,13 @@ def test_the_separator_is_found_by_the_fields_and_not_by_the_header(tmp_path, na
     check(load(text_table(tmp_path / name, lines)))
 
 
+@pytest.mark.parametrize("first", ["sep=;", "\ufeffSEP=;", '"sep=;"'])
+def test_the_separator_that_excel_writes_into_the_first_line(tmp_path, first):
+    check(load(text_table(tmp_path / "a.csv", [first, "image;label", *(";".join(row) for row in ROWS)])))
+    broken = text_table(tmp_path / "b.csv", [first, "image;label", "pics/0.png;a;b"])
+    refuse("b.csv, line 3: more fields than the header has", broken)
+
+
 def test_spaces_within_the_fields_of_a_text_file_do_not_divide_them(tmp_path):
     lines = ["file name, label", *(f"pics/my {path[5:]}, {label}" for path, label in ROWS)]
     path = text_table(tmp_path / "a.txt", lines)
@@ -177,6 +184,21 @@ def test_a_table_in_the_folder_of_each_split_as_roboflow_has_it(tmp_path):
     data = load(tmp_path)
     assert counts(data) == [6, 2, 4] and data.class_names == ["a", "b"]
     assert dict(data.summary)["validation"] == "2 images (valid/_classes.csv)"
+
+
+@pytest.mark.parametrize(("labels", "used"), [("ab", True), ("xy", False)])
+def test_a_split_whose_labels_are_in_a_column_of_another_name(tmp_path, capsys, labels, used):
+    write(tmp_path / "train.csv", [path for path, _ in ROWS])
+    for i in range(4):
+        draw(tmp_path / f"{i}.png", 100 + i)
+    (tmp_path / "test.csv").write_text("image,class\n" + "".join(f"{i}.png,{labels[i % 2]}\n" for i in range(4)))
+    data = load(tmp_path)
+    assert dict(data.summary)["test"] == (
+        "4 images (test.csv)" if used else "2 images (cut from train, as test.csv has no labels)"
+    )
+    said = "note: test.csv has no column label: its labels are those of the column class."
+    assert (said in capsys.readouterr().err) == used
+    assert not used or data.test.labels == [0, 1, 0, 1]
 
 
 def test_one_hot_columns_of_the_library(tmp_path):

@@ -273,6 +273,10 @@ CONFLICTS = (
         "--folds and --epochs 0 exclude each other: with 0 epochs nothing is trained, so there is nothing to repeat.",
     ),
     Conflict(
+        lambda s: s.folds and s.test_ratio != Settings.test_ratio,
+        "--folds and --test-ratio exclude each other: each fold is the test split once.",
+    ),
+    Conflict(
         lambda s: s.fold and (s.folds is None or s.fold > s.folds),
         "--fold {s.fold}: expected it with --folds, and at most as large.",
     ),

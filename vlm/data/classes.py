@@ -3,7 +3,7 @@
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import cast
@@ -15,6 +15,9 @@ from vlm.data.synonyms import without_synonyms
 NOT_PRINTED = ("Cc", "Cs", "Zl", "Zp")  # Unicode categories: control characters, line ends, halves of characters
 TURNS_WRITING = re.compile("[\u202a-\u202e\u2066-\u2069]")  # makes a terminal show later characters elsewhere
 MOST_RENAMES_SHOWN = 12
+# What programs write into a table for a missing value, in small letters.
+NO_LABEL = frozenset({"nan", "null", "n/a", "#n/a", "<na>", "[]"})
+PERHAPS_NO_LABEL = frozenset({"na", "none"})  # or names: Namibia, no damage
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,16 @@ class Classes:
     how: list[str]
 
 
-def is_missing(label: object, indices: bool) -> bool:
-    """Whether a label says nothing: None, blank, an empty list, not a number (NaN, also as text), or -1 if labels are
-    indices into given names."""
+def is_missing(label: object, indices: bool, words: Collection[str] = NO_LABEL) -> bool:
+    """Whether a label says nothing: None, blank, an empty list, not a number (NaN), a text that means one of these, or
+    -1 if labels are indices into given names.
+
+    Args:
+        words: texts that mean that there is no label, in small letters.
+    """
     if isinstance(label, str):
-        return not label or label in ("NaN", "nan") or label.isspace()
+        text = label.strip().lower()
+        return not text or text in words
     return label is None or label != label or (indices and label == -1) or label in ([], ())
 
 
@@ -82,10 +90,15 @@ def number_labels(
     if unused:
         how.append(f"left out, as no image has them: {listed(unused)}")
     _check_names(names)
-    folded = Counter(map(str.casefold, names))
-    if alike := [name for name in names if folded[name.casefold()] > 1]:
-        how.append(f"classes that differ in capitals only: {listed(alike)}")
+    for what, key in (("capitals", str.casefold), ("leading zeros", _without_zeros)):
+        counts = Counter(map(key, names))
+        if alike := [name for name in names if counts[key(name)] > 1]:
+            how.append(f"classes that differ in {what} only: {listed(alike)}")
     return Classes(names, numbers, how)
+
+
+def _without_zeros(name: str) -> str:
+    return name.lstrip("0") if name.isdecimal() else name
 
 
 def _short_names(names: list[str], how: list[str]) -> tuple[list[str], list[str]]:

@@ -56,7 +56,7 @@ def without_copies(splits: Mapping[str, Split], cut: Sequence[str]) -> dict[str,
         split, elsewhere = kept[role], {key for other in kept if other != role for key in kept[other].keys} - {None}
         kept[role] = split.take([i for i, key in enumerate(split.keys) if key not in elsewhere])
         lost = len(split) - len(kept[role])
-        if not len(kept[role]):
+        if lost and not len(kept[role]):
             raise UsageError(
                 f"{role} is cut from train, but other splits have all of its {lost} images, too. "
                 "Raise --max-samples, or remove the copies."

@@ -1,6 +1,7 @@
 """Any labeled source of images -> a dataset that is ready for training, checked and split."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,13 +9,13 @@ import numpy as np
 
 from vlm.common import UsageError, listed, note
 from vlm.config import Settings
-from vlm.data.classes import Classes, is_missing, number_labels
+from vlm.data.classes import NO_LABEL, PERHAPS_NO_LABEL, Classes, is_missing, number_labels
 from vlm.data.cutting import check_enough, cut_from_train, limit_splits, take_shots
 from vlm.data.describe import data_metadata, detected_rows
 from vlm.data.duplicates import find_overlap, without_copies
 from vlm.data.folds import cut_fold, fold_metadata, rows_of_folds
 from vlm.data.known import KnownImages
-from vlm.data.readable import Readable, decode, keep_readable
+from vlm.data.readable import Readable, decode, keep_readable, only_say, refuse
 from vlm.data.sources import EXPECTED, HUB, Rows, Source, groups_by_pattern, point_out_groups, read_source
 from vlm.data.splits import ROLES, Data, Split
 from vlm.data.stream import label_key
@@ -35,7 +36,7 @@ def load_data(settings: Settings, dataset: object = None) -> Data:
     source = read_source(settings, dataset)
     _check_source(source, settings)
     _find_groups(source, settings)
-    hidden = _leave_out_unlabeled(source)
+    hidden = _leave_out_unlabeled(source, settings)
     rows = {role: rows for role, rows in source.splits.items() if role not in hidden}
     if settings.folds:
         source.others += [source.split_names[role] for role in source.splits if role == "test" or role in hidden]
@@ -97,11 +98,12 @@ def _readable_splits(
     are used are decoded, and of a large dataset only some (unchecked.py). Of folds, the images are limited and decoded
     first, so that all folds have the same ones.
     """
+    complain = only_say if settings.show_data else refuse
     if settings.folds:
         if settings.max_samples is not None:
             splits = limit_splits(splits, settings.max_samples, names, settings.seed)
         decode(splits, known)
-        readable = keep_readable(splits, names, [])
+        readable = keep_readable(splits, names, [], complain)
         return replace(readable, splits=cut_fold(readable.splits["train"], names, settings))
     check_enough(splits["train"].labels, cut, names)
     if settings.max_samples is None and is_checked_first(splits, settings):
@@ -110,8 +112,8 @@ def _readable_splits(
     if settings.max_samples is not None:
         splits = limit_splits(splits, settings.max_samples, names, settings.seed)
     if not is_checked_first(splits, settings):
-        return look_at_some(splits, settings.seed)
-    return keep_readable(splits, names, cut)
+        return look_at_some(splits, settings.seed, complain)
+    return keep_readable(splits, names, cut, complain)
 
 
 def _place(settings: Settings) -> str:
@@ -154,7 +156,7 @@ def _table_flags(settings: Settings) -> dict[str, object]:
     }
 
 
-def _leave_out_unlabeled(source: Source) -> list[str]:
+def _leave_out_unlabeled(source: Source, settings: Settings) -> list[str]:
     """Leave out the images that have no label, and count them in a note.
 
     Returns:
@@ -163,6 +165,9 @@ def _leave_out_unlabeled(source: Source) -> list[str]:
     Raises:
         UsageError: a split is empty, or no image of train has a label.
     """
+    # The names of folders, and names that the user gives, are classes, whatever they are.
+    given = {name.lower() for name in settings.class_names or ()}
+    words = NO_LABEL - given if source.columns else ()
     hidden = []
     for role, rows in list(source.splits.items()):
         name = source.split_names[role]
@@ -171,7 +176,9 @@ def _leave_out_unlabeled(source: Source) -> list[str]:
                 f"the split {name} is empty. Expected at least one image. "
                 "If you remove the split, it is cut from train."
             )
-        missing = [i for i, label in enumerate(rows.labels) if is_missing(label, source.class_names is not None)]
+        missing = [i for i, label in enumerate(rows.labels) if is_missing(label, source.class_names is not None, words)]
+        if source.columns and not source.class_names:
+            _point_out(PERHAPS_NO_LABEL - given, rows.labels, name)
         if not missing:
             continue
         if len(missing) < len(rows.labels):
@@ -188,6 +195,16 @@ def _leave_out_unlabeled(source: Source) -> list[str]:
         else:
             hidden.append(role)
     return hidden
+
+
+def _point_out(words: Collection[str], labels: Sequence[object], split: str) -> None:
+    """Say if labels are taken for a class although they may mean that there is none."""
+    found = Counter(label for label in labels if isinstance(label, str) and label.strip().lower() in words)
+    for label, count in found.items():
+        note(
+            f"note: {split}: {count:,} images have the label {label}, which is taken for a class. If it means that "
+            "they have no label, leave these cells empty."
+        )
 
 
 def _note_missing_classes(splits: dict[str, Split], names: Sequence[str]) -> None:

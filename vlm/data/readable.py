@@ -1,7 +1,7 @@
 """Decodes every image once, and leaves out those that cannot be decoded."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -15,6 +15,7 @@ from vlm.data.splits import ROLES, Split
 MOST_UNREADABLE = 0.05  # share of a split
 MOST_SHOWN = 5
 IMAGES_AT_ONCE = 1000
+Complain = Callable[[str], None]
 
 
 class Unreadable(NamedTuple):
@@ -33,6 +34,16 @@ class Readable:
     splits: dict[str, Split]
     skipped: list[str]
     edges: list[int]
+
+
+def refuse(message: str) -> None:
+    """Raise the UsageError for data with which no run can begin."""
+    raise UsageError(message)
+
+
+def only_say(message: str) -> None:
+    """Say it in a note, as it does no harm to those who only look at the data."""
+    note(f"warning: a training would stop here: {message}")
 
 
 def decode(splits: Mapping[str, Split], known: KnownImages | None = None) -> None:
@@ -73,7 +84,9 @@ def decode(splits: Mapping[str, Split], known: KnownImages | None = None) -> Non
             known.save()
 
 
-def keep_readable(splits: dict[str, Split], names: Sequence[str], cut: Sequence[str]) -> Readable:
+def keep_readable(
+    splits: dict[str, Split], names: Sequence[str], cut: Sequence[str], complain: Complain = refuse
+) -> Readable:
     """Leave out the images that cannot be decoded.
 
     Args:
@@ -81,22 +94,24 @@ def keep_readable(splits: dict[str, Split], names: Sequence[str], cut: Sequence[
             filled in.
         names: the class names.
         cut: the splits that were cut from train; their unreadable images are counted as train's.
+        complain: takes the message if a run could not begin with what is left.
 
     Raises:
         UsageError: too many images are unreadable, or a split or a class of train has none left.
     """
     decode(splits)
     unreadable = say_unreadable(splits)
-    check_share(splits, unreadable, cut)
+    check_share(splits, unreadable, cut, complain)
     kept = {}
     for role, split in splits.items():
         lost = {image.position for image in unreadable if image.role == role}
         kept[role] = split.take([i for i in range(len(split)) if i not in lost])
         if not len(kept[role]):
-            raise UsageError(f"{role} has no readable image. Repair its images, or add some.")
+            say = refuse if role == "train" else complain  # without any there is nothing to look at
+            say(f"{role} has no readable image. Repair its images, or add some.")
     learned = set(kept["train"].labels)
     if empty := [name for number, name in enumerate(names) if number not in learned]:
-        raise UsageError(f"train has no readable image of {listed(empty)}. Add some, or remove the class.")
+        complain(f"train has no readable image of {listed(empty)}. Add some, or remove the class.")
     edges = [check.edge for check in kept["train"].checks if check]
     return Readable(kept, [image.text for image in unreadable], edges)
 
@@ -111,7 +126,9 @@ def say_unreadable(splits: Mapping[str, Split]) -> list[Unreadable]:
     return found
 
 
-def check_share(splits: dict[str, Split], unreadable: Sequence[Unreadable], cut: Sequence[str]) -> None:
+def check_share(
+    splits: dict[str, Split], unreadable: Sequence[Unreadable], cut: Sequence[str], complain: Complain = refuse
+) -> None:
     """Refuse a dataset in which a split, or train with all that was cut from it, has too many unreadable images.
 
     Raises:
@@ -123,7 +140,7 @@ def check_share(splits: dict[str, Split], unreadable: Sequence[Unreadable], cut:
         count = sum(len(splits[role]) for role in roles)
         if len(lost) > MOST_UNREADABLE * count:
             parts = f" ({' and '.join(cut)} are cut from it)" if roles[0] == "train" and cut else ""
-            raise UsageError(
+            complain(
                 f"{len(lost)} of {count} images of {roles[0]}{parts} are unreadable, more than {MOST_UNREADABLE:.0%}. "
                 f"First: {lost[0]}\n"
                 "       Repair or remove these files. Paths in a table are relative to the table."

@@ -9,6 +9,8 @@ from typing import Any
 from vlm.common import UsageError, listed, note
 
 WHOLE_NUMBER = re.compile(r"[+-]?[0-9]+(\.0*)?")
+ITEM = re.compile(r"'[^']+'|\"[^\"]+\"|[0-9]+")
+LIST = re.compile(rf"\[\s*({ITEM.pattern})(\s*,\s*({ITEM.pattern}))*\s*\]")  # as a list is written into a CSV file
 BETWEEN_LABELS = re.compile(r"[|;,]")
 SHORTEST_WORD = 3  # letters; shorter ones, such as A and a, may be told apart by their capitals
 MOST_SHOWN = 5
@@ -35,7 +37,7 @@ def distinct_labels(
     seen: dict[tuple[type, Any], int] = {}
     numbers = {}
     for split, column in labels.items():
-        single = _single(column)
+        single = _single(column, given)
         _refuse_several(split, [i for i, v in enumerate(single) if isinstance(v, list)], single, images[split])
         try:
             numbers[split] = [seen.setdefault((type(value), value), len(seen)) for value in single]
@@ -107,10 +109,16 @@ def _meaning(name: str) -> str:
     return words.lower() if sum(map(str.isalpha, words)) >= SHORTEST_WORD else words
 
 
-def _single(column: Sequence[object]) -> list[Any]:
-    """Labels without the lists around single ones; lists of several different ones stay."""
+def _single(column: Sequence[object], given: Collection[str]) -> list[Any]:
+    """Labels without the lists around single ones; lists of several different ones stay.
+
+    Args:
+        given: texts that are no lists.
+    """
     values = []
     for value in column:
+        if isinstance(value, str) and value.startswith("[") and LIST.fullmatch(value) and value not in given:
+            value = [text.strip("'\"") for text in ITEM.findall(value)]
         if isinstance(value, list | tuple):
             different = list({str(item): item for item in value}.values())
             value = different if len(different) > 1 else different[0]

@@ -13,7 +13,16 @@ import numpy as np
 from vlm.common import RunError, note
 from vlm.config import Settings
 from vlm.data.describe import count_again
-from vlm.data.readable import MOST_SHOWN, MOST_UNREADABLE, Readable, check_share, decode, say_unreadable
+from vlm.data.readable import (
+    MOST_SHOWN,
+    MOST_UNREADABLE,
+    Complain,
+    Readable,
+    check_share,
+    decode,
+    refuse,
+    say_unreadable,
+)
 from vlm.data.splits import ROLES, Data, Split
 
 # That many photographs are decoded in about a minute; a million takes more than an hour.
@@ -34,8 +43,11 @@ def is_large(splits: Mapping[str, Split]) -> bool:
     return sum(map(len, splits.values())) > CHECKED_FIRST
 
 
-def look_at_some(splits: Mapping[str, Split], seed: int) -> Readable:
+def look_at_some(splits: Mapping[str, Split], seed: int, complain: Complain = refuse) -> Readable:
     """Decode a few images of each split, drawn with the seed; fills in their `keys` and `checks`.
+
+    Args:
+        complain: see `keep_readable`.
 
     Raises:
         UsageError: too many of them are unreadable.
@@ -48,7 +60,7 @@ def look_at_some(splits: Mapping[str, Split], seed: int) -> Readable:
         parts[role] = splits[role].take(chosen[role])
     decode(parts)
     unreadable = say_unreadable(parts)
-    check_share(parts, unreadable, [])
+    check_share(parts, unreadable, [], complain)
     for role, positions in chosen.items():
         for i, key, check in zip(positions, parts[role].keys, parts[role].checks, strict=True):
             splits[role].keys[i], splits[role].checks[i] = key, check
@@ -57,7 +69,7 @@ def look_at_some(splits: Mapping[str, Split], seed: int) -> Readable:
         f"note: {looked_at:,} of {count:,} images are checked now, the others while they are used: unreadable ones are "
         "left out and counted then. Equal images may be in two splits. --check-images checks all of them first."
     )
-    edges = [check.edge for check in parts["train"].checks if check and not check.fault]
+    edges = [check.edge for check in parts["train"].checks if check and not check.fault] or [0]
     return Readable(dict(splits), [], edges)
 
 

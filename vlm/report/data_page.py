@@ -91,7 +91,7 @@ class DataContent:
     @property
     def most(self) -> int:
         """Images of the largest class in train."""
-        return int(self.counts["train"].max())
+        return max(1, int(self.counts["train"].max()))
 
     @cached_property
     def sheets(self) -> list[Sheet]:
@@ -163,7 +163,12 @@ class DataContent:
     @property
     def left_out(self) -> list[str]:
         """Unreadable images with their reasons."""
-        return self.data.skipped[:MOST_LEFT_OUT]
+        return self.all_left_out[:MOST_LEFT_OUT]
+
+    @cached_property
+    def all_left_out(self) -> list[str]:
+        """Those of a large dataset are still in their splits."""
+        return [*self.data.skipped, *(fault for split in self.splits.values() for fault in split.faults.values())]
 
 
 def write_data_page(path: Path, content: DataContent) -> None:

@@ -11,7 +11,7 @@ import stat
 import tarfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -32,6 +32,7 @@ SMALL = 100 * 10**6  # bytes that are unpacked however much smaller the archive 
 ROOM_LEFT = 500 * 10**6  # bytes of the disk that stay free
 DAYS_KEPT = 30  # since an unpacked archive was last used
 CHUNK = 1 << 20
+ARCHIVES = "archives"  # the folder in that of the caches
 PART = ".part"  # of the name of a folder that is being filled
 COUNT = ".count"  # how many files an unpacked folder has
 UTF8_NAME = 0x800  # the flag of names in UTF-8 in a zip file
@@ -54,6 +55,21 @@ def is_archive(path: Path) -> bool:
     return path.name.lower().endswith(ZIP + TAR)
 
 
+def is_unpacked(folder: Path) -> bool:
+    """Whether a folder has what was in an archive."""
+    return folder.resolve().is_relative_to((cache_folder() / ARCHIVES).resolve())
+
+
+def has_any(archive: Path, names: Collection[str]) -> bool:
+    """Whether an archive has a file of one of these names, with or without the ending.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    with _members(archive) as members:
+        return any(member.path.name in names or member.path.stem in names for member in members)
+
+
 def stem_of(archive: Path) -> str:
     """The name of an archive without its ending."""
     name = archive.name
@@ -72,7 +88,7 @@ def unpacked(archives: Mapping[Path, Path], others: Sequence[Path] = ()) -> Path
     Raises:
         UsageError: an archive cannot be read, is encrypted, or would not fit.
     """
-    root = cache_folder() / "archives"
+    root = cache_folder() / ARCHIVES
     folder = root / _stamp([*archives, *others])
     try:
         root.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,8 @@ from typing import Any
 
 from vlm.common import UsageError, brief, printable
 from vlm.data.images import ImageSource, UnreadableImage
-from vlm.data.sources.places import Place, is_of_label_studio, locate
+from vlm.data.sources.packed import by_names, packed_place
+from vlm.data.sources.places import Place, is_of_label_studio, locate, say_why
 
 LONGEST_NAME = 255  # bytes of the name of a file on every usual system
 SURELY_SHORT = 60  # characters; a text of no more is neither an image in base64 nor a name that is too long
@@ -77,7 +78,14 @@ def find_images(place: Place, cells: Sequence[Any], column: str, source: str) ->
     tried = [text for cell in first if (text := path_text(cell))]
     if not tried or any(map(place.has, tried)):
         return place
-    return locate(place, list(map(path_text, cells)), tried, column, source)
+    texts = list(map(path_text, cells))
+    found = locate(place, texts, tried, column, source)
+    if not found and (packed := packed_place(place, texts)):
+        place = packed
+        found = locate(place, texts, tried, column, source) or by_names(place, texts, column, source)
+    if not found:
+        say_why(place, tried, column, source)
+    return found or place
 
 
 def check_cells(cells: Sequence[Any], column: str, source: str) -> None:

@@ -115,6 +115,13 @@ def choose_columns(
     return Columns(image, label, reasoning, one_hot=one_hot, group=settings.group_column)
 
 
+def usual_labels(columns: Iterable[str]) -> list[str]:
+    """The columns that have a usual name of labels, best first."""
+    return sorted(
+        (name for name in columns if name.lower() in LABEL_COLUMNS), key=lambda n: LABEL_COLUMNS.index(n.lower())
+    )
+
+
 def _could_be_labels(values: Sequence[object]) -> bool:
     """Whether a column has texts that come again and again."""
     texts = [value for value in values[:ROWS_LOOKED_AT] if isinstance(value, str)]

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
@@ -12,6 +13,9 @@ from vlm.data.finding import is_image
 
 CLOSE = "Close the quote there, or write quotes within a field twice."
 SEPARATORS = ",;\t|"
+SAID = re.compile(
+    rb"(?:\xef\xbb\xbf)?\"?sep=([,;\t|])\"?\r?\n", re.IGNORECASE
+)  # the first line, as Excel writes and reads it
 SPACED = (".txt", ".dat")  # the files in which a space may be the separator
 ROWS_LOOKED_AT = 20  # in which the separator is found
 START = 65_536  # characters in which they are
@@ -30,9 +34,13 @@ def read_delimited(path: Path, content: bytes, header: bool) -> dict[str, list[s
         UsageError: a first line that cannot be a header, a line with too many fields, a quote that is not closed.
     """
     file = io.TextIOWrapper(io.BytesIO(content), "utf-8-sig", newline="")
-    reader = csv.reader(file, delimiter=_separator(content, path), skipinitialspace=True)
+    said = SAID.match(content)
+    separator = said[1].decode() if said else _separator(content, path)
+    reader = csv.reader(file, delimiter=separator, skipinitialspace=True)
     try:
         with _long_fields():
+            if said:
+                next(reader)
             first = next(filter(None, reader), [])
             rows: Iterator[list[str]] = _same_width(reader, len(first), path)
             if header:

@@ -13,6 +13,7 @@ from urllib.parse import unquote
 from vlm.common import UsageError, brief, note, printable
 from vlm.config import Settings
 from vlm.data.finding import is_image
+from vlm.data.sources.archives import is_archive, is_unpacked, unpacked
 
 MOST_FILES = 100_000  # that are looked through for files of other cells
 # How Label Studio writes paths: of files below its document root, and of uploaded files, which get a name of their own.
@@ -25,22 +26,33 @@ class Place:
     """Where the files of a column of paths are.
 
     folder: what the paths are relative to; cut: what each of them begins with that is left out; suffix: the ending that
-    is added to paths without it; given: whether the user named the folder.
+    is added to paths without it; given: whether the user named the folder; more: other folders, where a file is looked
+    for that is not in `folder`.
     """
 
     folder: Path
     cut: str = ""
     suffix: str = ""
     given: bool = False
+    more: tuple[Path, ...] = ()
 
     def file(self, text: str) -> Path:
         """The file that a text names, whether it is there or not."""
+        text = self.relative(text)
+        found = find_file(self.folder, text)
+        if not self.more or os.path.exists(found):
+            return found
+        others = (find_file(folder, text) for folder in self.more)
+        return next((other for other in others if os.path.exists(other)), found)
+
+    def relative(self, text: str) -> str:
+        """The path of the file that a text names, relative to the folder."""
         text = _plain(text, self.folder)
         if self.suffix and not text.lower().endswith(self.suffix.lower()):
             text += self.suffix
         if self.cut:
             text = _slashed(text).removeprefix(self.cut)
-        return find_file(self.folder, text)
+        return text
 
     def has(self, text: str) -> bool:
         """Whether the file that a text names is there."""
@@ -51,7 +63,7 @@ def asked_place(settings: Settings, folder: Path) -> Place:
     """Where files are looked for first: in `--image-folder`, or in the folder of the table.
 
     Raises:
-        UsageError: there is no such folder.
+        UsageError: there is no such folder, or an archive in its place cannot be unpacked.
     """
     suffix = settings.image_suffix or ""
     if suffix and not suffix.startswith("."):
@@ -59,12 +71,14 @@ def asked_place(settings: Settings, folder: Path) -> Place:
     if settings.image_folder is None:
         return Place(folder, suffix=suffix)
     given = Path(settings.image_folder)
+    if given.is_file() and is_archive(given):
+        return Place(unpacked({given: Path()}), suffix=suffix, given=True)
     if not given.is_dir():
         raise UsageError(f"--image-folder {given}: no such folder. Name the folder that the paths are relative to.")
     return Place(given, suffix=suffix, given=True)
 
 
-def locate(place: Place, texts: Sequence[str], tried: Sequence[str], column: str, source: str) -> Place:
+def locate(place: Place, texts: Sequence[str], tried: Sequence[str], column: str, source: str) -> Place | None:
     """Where the files of a column are. Only the files of some of its cells are looked for.
 
     If no file is at the place, the paths may be relative to the folder above, or to one called like the table, or
@@ -77,17 +91,16 @@ def locate(place: Place, texts: Sequence[str], tried: Sequence[str], column: str
         tried: those whose files are looked for.
         source: what the column belongs to, for messages.
 
-    Raises:
-        UsageError: none of the files is there, and it is clear why.
+    Returns:
+        The place; None if no file was found.
     """
-    if not tried or any(map(place.has, tried)):
+    if any(map(place.has, tried)):
         return place
     tried = [_plain(text, place.folder) for text in tried]
     folders = [place.folder] if place.given else [place.folder, place.folder / Path(source).stem]
     found = next(_elsewhere(place, folders, [_plain(text, place.folder) for text in texts], tried), None)
     if found is None:
-        _say_why(place, tried, f"{source}: no file {brief(tried[0])} of the column {column}")
-        return place
+        return None
     what, shown = f"note: {source}: the paths of the column {column}", _shown(found.folder)
     if found.cut:
         note(printable(f"{what} begin with {brief(found.cut)}, which is left out; the files are in {shown}."))
@@ -148,9 +161,14 @@ def _elsewhere(place: Place, folders: Sequence[Path], texts: Sequence[str], trie
                     yield found
 
 
-def _say_why(place: Place, tried: Sequence[str], what: str) -> None:
-    """Raise the UsageError that names the flags with which the files are found, if images of these names are there."""
-    what += f" in {_shown(place.folder)}"
+def say_why(place: Place, tried: Sequence[str], column: str, source: str) -> None:
+    """Raise the UsageError that names the flags with which the files are found, if images of these names are there.
+
+    Args:
+        tried, column, source: see `locate`.
+    """
+    tried = [_plain(text, place.folder) for text in tried]
+    what = f"{source}: no file {brief(tried[0])} of the column {column} in {_shown(place.folder)}"
     name = PurePosixPath(_slashed(tried[0])).name
     for file in _image_files(place.folder):
         if file.name != name and file.stem != name:
@@ -159,7 +177,9 @@ def _say_why(place: Place, tried: Sequence[str], what: str) -> None:
         there = replace(place, folder=file.parent, suffix=suffix or place.suffix)
         if len(tried) > 1 and not any(map(there.has, tried[1:])):
             continue
-        flags = [] if file.parent == place.folder else ["--image-folder", shlex.quote(str(file.parent))]
+        # What is unpacked is looked through, so that its folder need not be given (packed.py).
+        found_anyway = file.parent == place.folder or is_unpacked(place.folder)
+        flags = [] if found_anyway else ["--image-folder", shlex.quote(str(file.parent))]
         flags += ["--image-suffix", suffix] if suffix else []
         found = brief(file.relative_to(place.folder).as_posix())
         raise UsageError(f"{what}, but there is {found}. Add: {' '.join(flags)}")

@@ -22,6 +22,7 @@ from vlm.data.images import UnreadableImage
 from vlm.data.sources.archives import TAR, whole_tar
 from vlm.data.sources.columns import LABEL_COLUMNS, Columns
 from vlm.data.sources.foreign import AGAIN
+from vlm.data.sources.labels import text_column, use_names
 from vlm.data.sources.rows import Rows, Source, files_by_split, role_of, sort_splits
 
 LABELS = (".cls", ".txt", ".json")  # the best first
@@ -49,6 +50,13 @@ class Entry(NamedTuple):
     @property
     def end(self) -> int:
         return self.offset + self.size
+
+
+class Named(NamedTuple):
+    """The name of a label in a JSON file, and the keys of both."""
+
+    text: str
+    keys: tuple[str, str]
 
 
 class Header(tarfile.TarInfo):
@@ -109,15 +117,23 @@ def read_shards(paths: Sequence[Path], settings: Settings) -> Source:
         )
     by_split = files_by_split(paths)
     roles, others = sort_splits(by_split)
-    splits = {role: _rows(by_split[name], name, settings.label_column) for role, name in roles.items()}
+    read = {role: _rows(by_split[name], name, settings.label_column) for role, name in roles.items()}
+    splits = {role: rows for role, (rows, _) in read.items()}
     columns = Columns("the images", settings.label_column or f"the labels ({listed(LABELS)})", None)
-    return Source("WebDataset", splits, roles, others, columns=columns)
+    source = Source("WebDataset", splits, roles, others, columns=columns)
+    if keys := next((label.keys for _, texts in read.values() for label in texts if label), None):
+        labels = {role: rows.labels for role, rows in splits.items()}
+        texts = {role: [label and label.text for label in found] for role, (_, found) in read.items()}
+        source.name_labels(use_names(labels, texts, *keys))
+    return source
 
 
-def _rows(paths: Sequence[Path], split: str, column: str | None) -> Rows:
-    """The images of some shards with their labels."""
+def _rows(paths: Sequence[Path], split: str, column: str | None) -> tuple[Rows, list[Named | None]]:
+    """The images of some shards with their labels, and the names next to these."""
     images = ShardImages([str(path) for path in paths])
     labels: list[object] = []
+    texts: list[Named | None] = []
+    seen: dict[Named | None, Named | None] = {}  # equal ones are kept once
     names: list[str] = []
     without = several = 0
     with Bar(sum(path.stat().st_size for path in paths), f"listing {split}", unit="bytes") as bar:
@@ -127,7 +143,9 @@ def _rows(paths: Sequence[Path], split: str, column: str | None) -> Rows:
                 image = _image(path, key, entries)
                 if image:
                     images.add(number, image)
-                    labels.append(_label(path, file, entries, column))
+                    label, text = _label(path, file, entries, column)
+                    labels.append(label)
+                    texts.append(seen.setdefault(text, text))
                     names.append(printable(f"{path.name}:{key}{image.ending}"))
                 without += image is None
                 several += sum(entry.is_image for entry in entries) > 1
@@ -138,7 +156,7 @@ def _rows(paths: Sequence[Path], split: str, column: str | None) -> Rows:
         note(f"note: not used: {without:,} keys of {split} without an image.")
     if several:
         note(f"note: not used: further images of {several:,} keys of {split}, such as 1.mask.png of 1.jpg.")
-    return Rows(images, _whole_numbers(labels), names)
+    return Rows(images, labels, names), texts
 
 
 def _check_rows(paths: Sequence[Path], split: str, labels: list[object], column: str | None) -> None:
@@ -199,8 +217,8 @@ def _entries(file: BinaryIO, mode: Literal["r:", "r:*"] = "r:") -> Iterator[Entr
                 yield Entry(key, f"{dot}{ending}".lower(), info.offset_data, info.size)
 
 
-def _label(path: Path, file: BinaryIO, entries: Sequence[Entry], column: str | None) -> object:
-    """The label of a sample, None if it has none."""
+def _label(path: Path, file: BinaryIO, entries: Sequence[Entry], column: str | None) -> tuple[object, Named | None]:
+    """The label of a sample, None if it has none; and its name, if the JSON has one next to it."""
     by_ending = {entry.ending: entry for entry in entries}
     named = f".{column.lower().lstrip('.')}" if column else ""
     wanted = LABELS if not column else [named] if named in by_ending else [".json"]
@@ -212,23 +230,19 @@ def _label(path: Path, file: BinaryIO, entries: Sequence[Entry], column: str | N
         try:
             text = file.read(entry.size).decode("utf-8-sig").strip()
             if ending != ".json" or named == ".json":
-                return text or None
+                return text or None, None
             found = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise UsageError(f"{path}: {brief(entry.key)}{ending} is not a label ({reason(error)}).") from error
         if not isinstance(found, Mapping):
-            return found
+            return found, None
         names = [column] if column else LABEL_COLUMNS
-        return next((found[name] for name in names if name in found), None)
-    return None
-
-
-def _whole_numbers(labels: list[object]) -> list[object]:
-    """The labels as numbers, if all are whole numbers as text; else as they are."""
-    texts = [label for label in labels if label is not None]
-    if all(isinstance(label, str) and label.isdecimal() for label in texts):
-        return [None if label is None else int(str(label)) for label in labels]
-    return labels
+        key = next((name for name in names if name in found), None)
+        text_key = key and text_column(key, list(found))
+        if key is None or text_key is None or not isinstance(found[text_key], str):
+            return key and found[key], None
+        return found[key], Named(found[text_key], (key, text_key))
+    return None, None
 
 
 class ShardImages:

@@ -11,11 +11,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from vlm.common import UsageError, first_line
+from vlm.common import UsageError, first_line, note
 from vlm.config import Settings
 from vlm.data.finding import is_hidden, is_image
 from vlm.data.sources.cells import Cells, check_cells, find_images, names_of
-from vlm.data.sources.columns import Columns, choose_columns, missing_column, reasoning_texts
+from vlm.data.sources.columns import Columns, choose_columns, missing_column, reasoning_texts, usual_labels
 from vlm.data.sources.delimited import is_text_table, read_delimited
 from vlm.data.sources.exports import (
     ABOUT_ANNOTATIONS,
@@ -109,6 +109,8 @@ def read_tables(paths: dict[str, Path], others: list[str], settings: Settings) -
     for role, table in tables.items():
         if columns.image not in table.columns:
             raise missing_column(columns.image, paths[role].name, table.columns)
+        if not columns.one_hot and columns.label not in table.columns:
+            _use_other_label(table, columns, train, paths[role].name)
     splits = {
         role: _rows(table, str(paths[role]), columns, asked_place(settings, paths[role].parent))
         for role, table in tables.items()
@@ -124,6 +126,16 @@ def read_tables(paths: dict[str, Path], others: list[str], settings: Settings) -
         texts = {role: table.values(text) for role, table in tables.items()}
         source.name_labels(use_names(labels, texts, columns.label, text))
     return use_split_column(source, unused)
+
+
+def _use_other_label(table: Table, columns: Columns, train: Table, name: str) -> None:
+    """Take the labels of a split from a column of another usual name, if they are classes of train. A note says so."""
+    known = set(map(str, train.values(columns.label)))
+    for other in usual_labels(name for name in table.columns if name not in columns.used):
+        if not known.isdisjoint(map(str, table.values(other))):
+            note(f"note: {name} has no column {columns.label}: its labels are those of the column {other}.")
+            table.columns[columns.label] = table.columns.pop(other)
+            return
 
 
 def _rows(table: Table, path: str, columns: Columns, place: Place) -> Rows:
