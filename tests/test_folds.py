@@ -268,16 +268,25 @@ def test_a_stopped_cross_validation_goes_on_at_its_fold_and_ends_with_the_same_p
 
 
 @pytest.mark.slow
-def test_folds_of_other_images_are_not_mixed(whole, tmp_path, tiny_model, color_folder):
+@pytest.mark.parametrize("change", ["an image is gone", "images are in another order", "a class has another name"])
+def test_folds_of_other_images_or_texts_are_not_mixed(whole, tmp_path, tiny_model, color_folder, change):
     images, output = tmp_path / "images", tmp_path / "out"
     shutil.copytree(color_folder, images)
     shutil.copytree(whole, output)
     (output / RESULTS).unlink()
     shutil.rmtree(output / "fold_3")
     saved = read_settings(json.loads((output / METADATA).read_text())["settings"])
-    next(images.rglob("*.png")).unlink()
+    first = min(images.rglob("*.png"))
+    if change == "an image is gone":
+        first.unlink()
+    elif change == "images are in another order":
+        first.rename(first.with_name("zzz.png"))
+    else:
+        last = max(images.iterdir())
+        last.rename(last.with_name(f"{last.name}_2"))
     again = resolve({"resume": True, "output_dir": str(output)}, saved)
-    with pytest.raises(UsageError, match="the images or labels are not those that the other folds were trained on"):
+    what = "the class names or the texts of the conversation" if "class" in change else "the images, labels or groups"
+    with pytest.raises(UsageError, match=f"{what} are not those that the other folds were trained on"):
         fit_folds(replace(again, dataset=str(images)))
     assert (output / "fold_2" / RESULTS).exists()
 

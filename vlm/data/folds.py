@@ -47,16 +47,18 @@ def fold_metadata(splits: Mapping[str, Split], settings: Settings) -> dict[str, 
     """What the metadata of a model say about its fold.
 
     Returns:
-        number, of: which fold it is, and of how many; pictures: in all folds; digest: SHA-256 (hex) of these images and
-        their labels, equal for all folds of a cross-validation.
+        number, of: which fold it is, and of how many; pictures: in all folds; digest: SHA-256 (hex) of all that the
+        folds are cut by, equal for all folds of a cross-validation: these images with their labels, groups and
+        reasonings, in the order of the source.
     """
-    images = sorted((key or "", label) for split in splits.values() for key, label in _known(split))
+    images = sorted(about for split in splits.values() for about in _about(split))
     digest = hashlib.sha256(json.dumps(images).encode()).hexdigest()
     return {"number": settings.fold or 1, "of": settings.folds, "pictures": len(images), "digest": digest}
 
 
-def _known(split: Split) -> list[tuple[str | None, int]]:
-    return list(zip(split.keys, split.labels, strict=True))
+def _about(split: Split) -> list[tuple[Any, ...]]:
+    """The row of each image, by which no two are equal, and what is known of it."""
+    return list(zip(split.source_rows, split.keys, split.labels, split.groups, split.reasonings, strict=True))
 
 
 def _check_enough(images: Split, units: Sequence[Sequence[int]], names: Sequence[str], count: int) -> None:

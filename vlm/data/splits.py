@@ -160,6 +160,11 @@ class Split:
         groups = self._rows.groups
         return [None] * len(self) if groups is None else [groups[row] for row in self._indices.tolist()]
 
+    @property
+    def source_rows(self) -> list[int]:
+        """The row of each image in its source, in order."""
+        return self._indices.tolist()
+
     def groups_at(self, i: int) -> str | None:
         """What the image at a position belongs to; None if it belongs to no group."""
         return self._rows.groups[self._indices[i]] if self._rows.groups else None

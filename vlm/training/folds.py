@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import vlm
+from vlm.classifier import key_of
 from vlm.common import Stopped, UsageError, command_of, format_table, note, write_json
 from vlm.config import (
     METADATA,
@@ -35,6 +36,8 @@ from vlm.training.setup import Run
 from vlm.training.stopping import TRAINING
 
 COLUMNS = {"accuracy": "accuracy", "macro_f1": "macro F1", "nll": "NLL", "ece": "ECE"}
+# What has to be the same for all folds, by the name of its digest.
+SAME = {"digest": "the images, labels or groups", "texts": "the class names or the texts of the conversation"}
 DECIDED = ("batch_size", "gradient_accumulation_steps", "objective")  # by the first fold, for all
 
 
@@ -52,7 +55,7 @@ class CrossValidation:
         self.settings, self.output = settings, Path(settings.output_dir)
         self.should_stop, self.enter, self.dataset = should_stop, enter, dataset
         self.count = settings.folds or 0
-        self.digest = _saved_digest(self.output) if settings.resume else None
+        self.digests = _saved_digests(self.output) if settings.resume else {}
         self.metadata: dict[str, Any] = {}
 
     def train(self, number: int) -> Fold:
@@ -80,16 +83,17 @@ class CrossValidation:
     def _set_up(self, run: Run) -> None:
         """A fold can start: what it has decided holds for the others, and its images have to be those of the others."""
         self.settings = replace(self.settings, **{name: getattr(run.settings, name) for name in DECIDED})
-        digest = run.data.source["fold"]["digest"]
-        if self.digest not in (None, digest):
-            raise UsageError(
-                "the images or labels are not those that the other folds were trained on. Bring back the data as they "
-                "were, or start again with --overwrite."
-            )
-        self.digest = digest
+        now = {"digest": run.data.source["fold"]["digest"], "texts": key_of(run.classifier.prompts)}
+        for name, what in SAME.items():
+            if self.digests.get(name, now[name]) != now[name]:
+                raise UsageError(
+                    f"{what} are not those that the other folds were trained on. Bring them back as they were, or "
+                    "start again with --overwrite."
+                )
+        self.digests = now
         self.metadata = {
             "format_version": 1,
-            "cross_validation": {"folds": self.count, "digest": digest},
+            "cross_validation": {"folds": self.count, **now},
             "class_names": list(run.data.class_names),
             "settings": self.settings.to_json(),
             "versions": {"vlm": vlm.__version__, "python": platform.python_version()},
@@ -189,7 +193,7 @@ def _range(ends: Sequence[float]) -> str | None:
     return f"{ends[0]:.4f} to {ends[1]:.4f}" if len(ends) == 2 else None
 
 
-def _saved_digest(output: Path) -> str | None:
-    """The digest of the images that an interrupted cross-validation was trained on."""
+def _saved_digests(output: Path) -> dict[str, Any]:
+    """The digests of what an interrupted cross-validation was trained on."""
     found = read_run(output).get("cross_validation")
-    return found.get("digest") if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}
