@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -18,6 +19,7 @@ from vlm.classifier.plain import PlainForward
 from vlm.common import RunError, Stopped, UsageError
 from vlm.config import STATE, resolve
 from vlm.data import Sample, UnreadableImage, as_seen, leave_out_unreadable, load_data, readable, splits, unchecked
+from vlm.data.known import stamp_of
 from vlm.evaluation import evaluate_vlm_model, score_split
 from vlm.families import Family, fill_cache
 from vlm.training.resume_state import read_state
@@ -263,6 +265,52 @@ def test_what_was_found_is_remembered_by_the_file(folder, tiny_model, opened, mo
     for file in (tmp_path / "cache/images").iterdir():
         file.write_bytes(file.read_bytes()[:-3] + b"abc")
     assert start().train.keys == changed.train.keys, "a damaged file is no obstacle"
+
+
+def test_files_that_change_places_are_other_images(folder):
+    """Although their sizes and times are equal."""
+    one, other = (folder / f"train/{name}/1.png" for name in ("cat", "dog"))
+    for number, path in enumerate((one, other)):
+        path.write_bytes(bytes([number]) * 700)
+        os.utime(path, ns=(1, 1))
+    before = stamp_of([one], 0), stamp_of([other], 0)
+    one.rename(folder / "aside")
+    other.rename(one)
+    (folder / "aside").rename(other)
+    assert one.stat().st_mtime_ns == 1 and one.stat().st_size == 700
+    assert {*before}.isdisjoint({stamp_of([one], 0), stamp_of([other], 0)})
+
+
+@pytest.mark.slow
+def test_a_class_without_readable_images_is_said_and_stops_the_run_if_it_is_known_in_time(
+    folder, tmp_path, tiny_model, monkeypatch, capsys
+):
+    monkeypatch.setattr(unchecked, "MOST_UNREADABLE", 0.9)
+    for split in ("train", "test"):
+        for path in (folder / split / "dog").iterdir():
+            path.write_bytes(b"no image")
+    settings = resolve(flags(folder, tmp_path / "out", tiny_model))
+    monkeypatch.setattr(unchecked, "LOOKED_AT", {"train": 1, "validation": 1, "test": 1})
+    monkeypatch.setattr(readable, "MOST_UNREADABLE", 1)
+    with pytest.raises(RunError, match="train has no readable image of dog. Repair these files, or remove the class"):
+        fit(settings)
+    assert not (tmp_path / "out").exists()
+    capsys.readouterr()
+    fit(resolve(flags(folder, tmp_path / "out", tiny_model, no_feature_cache=True)))
+    said = capsys.readouterr().err
+    assert "warning: train has no readable image of dog, so the model did not learn them." in said
+    assert "warning: test has no readable image of dog, so its accuracy says nothing about them." in said
+
+
+@pytest.mark.slow
+def test_a_run_is_not_resumed_with_other_images_checked_first(folder, tmp_path, tiny_model, monkeypatch, capsys):
+    monkeypatch.setattr(readable, "MOST_UNREADABLE", 0.5)
+    with pytest.raises(Stopped):
+        fit(resolve(flags(folder, tmp_path / "out", tiny_model)), stop_after(3))
+    with pytest.raises(
+        UsageError, match="had some of its images checked first .--check-images, --probe., this one has all"
+    ):
+        fit(replace(resumed(tmp_path / "out"), probe=True))
 
 
 def test_equal_images_are_found_as_far_as_their_features_tell(folder, tmp_path, tiny_model, capsys):

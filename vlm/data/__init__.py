@@ -20,7 +20,7 @@ from vlm.data.sources import Rows
 from vlm.data.spellings import tidy
 from vlm.data.splits import ROLES, Data, Split
 from vlm.data.stream import Place, Stream
-from vlm.data.unchecked import leave_out_unreadable, note_unreadable, refuse_unreadable
+from vlm.data.unchecked import check_what_is_known, leave_out_unreadable, note_unreadable, refuse_unreadable
 
 __all__ = [
     "COPY_AGAIN",
@@ -41,6 +41,7 @@ __all__ = [
     "epoch_plan",
     "find_images",
     "leave_out_refused",
+    "check_what_is_known",
     "leave_out_unreadable",
     "load_data",
     "model_folder",

@@ -1,7 +1,9 @@
 """What earlier runs found out about the images of a large dataset, so that they are not decoded again.
 
-One file for each dataset, in the folder of the caches. An image is known by a stamp: path, size and time of its file,
-or its bytes. A file that was changed has another stamp, and is decoded again. Images that cannot be read are not kept.
+One file for each dataset, in the folder of the caches. An image is known by a stamp: path, size and times of its file,
+or its bytes. A file that was changed has another stamp, and is decoded again. Two files that change places often have
+one size and one time of the last change, so number and time of the last renaming belong to the stamp. Images that
+cannot be read are not kept.
 """
 
 import hashlib
@@ -27,7 +29,7 @@ from vlm.data.looks import HASH_BYTES, perceptual_hash
 WORD = np.uint64
 STAMP_BYTES, KEY_BYTES, WORDS = 16, 32, 9  # of a record, which is a stamp and a `Found`
 SECONDS_AT_RISK = 60.0  # of decoding that a killed run loses at most
-FORMAT = "1"  # to be raised if `image_key` changes, or what an image is decoded to
+FORMAT = "2"  # to be raised if `image_key` changes, or what an image is decoded to
 RECORDS, CHECKSUM = "records", "checksum"
 
 
@@ -41,7 +43,8 @@ def stamp_of(images: Any, row: int) -> bytes | None:
         source = images[row]
         if isinstance(source, str | Path):
             status = os.stat(source)
-            source = os.fsencode(f"{os.path.abspath(source)}\0{status.st_size}\0{status.st_mtime_ns}")
+            about = (os.path.abspath(source), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+            source = os.fsencode("\0".join(map(str, about)))
     except (OSError, ValueError, UsageError, UnreadableImage):
         return None
     if not isinstance(source, bytes | bytearray | memoryview):

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from vlm.common import RunError, note
+from vlm.common import RunError, listed, note
 from vlm.config import Settings
 from vlm.data.describe import count_again
 from vlm.data.readable import (
@@ -88,12 +88,39 @@ def leave_out_unreadable(data: Data, role: str) -> list[int]:
         return list(range(len(split)))
     refuse_unreadable(role, faults, len(split))
     kept = split.readable
+    if lost := lost_classes(data, role):
+        what = "the model did not learn them" if role == "train" else "its accuracy says nothing about them"
+        note(f"warning: {role} has no readable image of {listed(lost)}, so {what}.")
     setattr(data, role, split.take(kept))
     data.skipped += faults.values()
     count_again(data)
     images = "images of {role} are" if len(faults) > 1 else "image of {role} is"
     note(f"{len(faults):,} unreadable {images.format(role=role)} left out, first {next(iter(faults.values()))}")
     return kept
+
+
+def check_what_is_known(data: Data) -> None:
+    """Stop before the first step, if the images that turned out to be unreadable meanwhile are too many, or if they are
+    all of a class.
+
+    Raises:
+        RunError: they are.
+    """
+    for role in ROLES:
+        split: Split = getattr(data, role)
+        if faults := split.faults:
+            refuse_unreadable(role, faults, len(split))
+    if lost := lost_classes(data, "train"):
+        raise RunError(f"train has no readable image of {listed(lost)}. Repair these files, or remove the class.")
+
+
+def lost_classes(data: Data, role: str) -> list[str]:
+    """The classes of a split whose images are all known to be unreadable."""
+    split: Split = getattr(data, role)
+    if not split.faults:
+        return []
+    left = {split.labels[i] for i in split.readable}
+    return [data.class_names[label] for label in sorted(set(split.labels) - left)]
 
 
 def note_unreadable(fault: str, number: int) -> None:

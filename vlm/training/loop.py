@@ -80,7 +80,12 @@ class Trainer:
 
     def _belonging(self) -> Belonging:
         """What must be equal when the run is resumed."""
-        order = {"processes": self.accelerator.num_processes, "training images": len(self.run.data.train)}
+        data = self.run.data
+        order = {
+            "processes": self.accelerator.num_processes,
+            "of its images checked first (--check-images, --probe)": "all" if data.checked else "some",
+            "training images": len(data.train),
+        }
         return Belonging(self.run.metadata["run_id"], self.settings.to_json(), self.data_digests, order)
 
     def train(self) -> None:

@@ -20,7 +20,7 @@ from vlm.classifier import Objective, VLMClassifier, balanced_weights, usual_obj
 from vlm.common import doing, format_table, note, usual_modes, writing
 from vlm.config import RunSettings, Settings
 from vlm.conversation import Prompts, build_prompts, longest_reasoning
-from vlm.data import Data, Split, as_seen, leave_out_refused, load_data, model_folder
+from vlm.data import Data, Split, as_seen, check_what_is_known, leave_out_refused, load_data, model_folder
 from vlm.families import (
     DEMO_NAME,
     Family,
@@ -236,7 +236,10 @@ def _fill_cache(
     if settings.views > 1:  # after train, since their keys follow from those of its images
         splits += tuple(as_seen(data.train, settings, epoch) for epoch in range(min(settings.views, settings.epochs)))
     with accelerator.local_main_process_first():  # the others of this machine find what the first one has computed
-        return fill_cache(family, splits, settings.cache_size, settings.cache_dtype, workers, data.known)
+        cache = fill_cache(family, splits, settings.cache_size, settings.cache_dtype, workers, data.known)
+    if not data.checked:
+        check_what_is_known(data)
+    return cache
 
 
 def _metadata(
