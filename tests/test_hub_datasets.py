@@ -163,6 +163,37 @@ def test_max_samples_fetches_some_groups_of_rows(hub, monkeypatch, capsys):  # n
     refuse("the cache has no complete copy", "me/large", max_samples=30)
 
 
+@pytest.mark.parametrize("online", [True, False])
+def test_max_samples_draws_the_same_images_if_all_files_are_in_the_cache(hub, monkeypatch, tmp_path, online):  # noqa: F811
+    publish_large(hub)
+    data = load("me/large", max_samples=20)
+    load("me/large")
+    monkeypatch.setenv("VLM_CACHE", str(tmp_path / "another"))
+    if not online:
+        switch_off(monkeypatch)
+    assert load("me/large", max_samples=20).fingerprint == data.fingerprint
+
+
+def test_a_hidden_test_is_not_fetched_although_another_command_did_not_ask_for_it(hub):  # noqa: F811
+    splits = {name: split_of([0, 1] * 10, ["a", "b"], first=100 * i) for i, name in enumerate(("train", "val"))}
+    publish(hub, "me/hidden", splits | {"test": split_of([-1] * 10, ["a", "b"], first=300)})
+    load("me/hidden", dataset_split="train,val")
+    assert counts(load("me/hidden"))[1] == 20
+    assert hub.files_sent() == [
+        "README.md",
+        *(f"data/{name}-00000-of-00001.parquet" for name in ("test", "train", "val")),
+    ]
+    snapshots = Path(huggingface_hub.constants.HF_HUB_CACHE, "datasets--me--hidden/snapshots", COMMIT, "data")
+    assert len(list(snapshots.iterdir())) == 2, "of test only the end was read"
+
+
+def test_folds_fetch_no_test(hub):  # noqa: F811
+    publish_mars(hub)
+    data = load("Mirali33/mb-domars16k", folds=3)
+    assert sum(counts(data)) == 60 and dict(data.summary)["unused splits"] == "few_shot_1, test"
+    assert not [file for file in hub.files_sent() if "test" in file]
+
+
 def test_a_sample_that_needs_most_rows_takes_the_whole_files(hub, tmp_path, capsys):  # noqa: F811
     publish_cifar10(hub)
     assert counts(load("uoft-cs/cifar10", max_samples=10)) == [10, 10, 10]
@@ -197,6 +228,8 @@ def test_a_single_split_is_for_training(hub):  # noqa: F811
         ("train,few", "what few is for is not clear. Write train=few, validation=few or test=few"),
         ("test,val", "expected one split for train"),
         ("train,train[:5]", "at most one for each other use"),
+        ("train[:6],test=train[4:]", "train and test have 2 rows of train in common. Give parts that do not overlap"),
+        ("train,test=train", "train and test have 12 rows of train in common"),
     ],
 )
 def test_parts_that_cannot_be_understood(tmp_path, text, message):

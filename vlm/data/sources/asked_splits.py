@@ -1,7 +1,7 @@
 """--dataset-split: which splits are read, which part of each, and what they are for."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from vlm.common import UsageError, listed
@@ -78,12 +78,12 @@ def take_parts(source: Source, settings: Settings) -> Source:
     rows = source.splits | named  # a folder without folders of splits is train, whatever it is called in messages
     if missing := [one.split for one in asked if one.split not in rows]:
         raise _no_split(settings, missing, [*named, *source.others])
+    positions = [_positions(one, len(rows[one.split].labels), settings) for one in asked]
+    _refuse_common_rows(asked, positions, settings)
     splits, names = {}, {}
-    for one in asked:
-        taken = rows[one.split]
-        if one.part:
-            taken = taken.take(_positions(one, len(taken.labels), settings))
-        splits[one.role], names[one.role] = taken, one.split + one.part
+    for one, chosen in zip(asked, positions, strict=True):
+        splits[one.role] = rows[one.split].take(chosen) if one.part else rows[one.split]
+        names[one.role] = one.split + one.part
     used = {one.split for one in asked}
     source.others = sorted(
         {*source.others, *(name for role, name in source.split_names.items() if role not in used)} - used
@@ -94,8 +94,11 @@ def take_parts(source: Source, settings: Settings) -> Source:
 
 
 def _positions(one: AskedSplit, count: int, settings: Settings) -> range:
-    """The rows of a part, as the `datasets` library counts them."""
+    """The rows of a part, as the `datasets` library counts them; all rows without a part."""
     import datasets
+
+    if not one.part:
+        return range(count)
 
     try:
         (place,) = datasets.ReadInstruction.from_spec(f"rows{one.part}").to_absolute({"rows": count})
@@ -103,6 +106,18 @@ def _positions(one: AskedSplit, count: int, settings: Settings) -> range:
     except (ValueError, AssertionError) as error:
         what = f"--dataset-split {settings.dataset_split}: {one.part} is not understood."
         raise UsageError(f"{what} {EXPECTED}") from error
+
+
+def _refuse_common_rows(asked: Sequence[AskedSplit], positions: Sequence[range], settings: Settings) -> None:
+    """Refuse two parts of a split that have rows in common, as the model would be tested on what it has learned."""
+    for i, one in enumerate(asked):
+        for other, rows in zip(asked[:i], positions[:i], strict=True):
+            common = len(set(rows).intersection(positions[i])) if other.split == one.split else 0
+            if common:
+                raise UsageError(
+                    f"--dataset-split {settings.dataset_split}: {other.role} and {one.role} have {common:,} rows of "
+                    f"{one.split} in common. Give parts that do not overlap."
+                )
 
 
 def _no_split(settings: Settings, missing: list[str], names: Iterable[str]) -> UsageError:

@@ -141,6 +141,8 @@ def _read_columns(found: HubDataset, settings: Settings) -> Source:
     roles, others = choose_splits(layout.files, settings)
     if "train" not in roles:
         return Source(HUB, {}, {}, others)
+    if settings.folds and not settings.dataset_split and "test" in roles:  # no fold has it
+        others = sorted([*others, roles.pop("test")])
     features = layout.features
     if features is None and layout.module == "parquet":
         features = _schema(found, layout.files[roles["train"]][0])
@@ -205,12 +207,12 @@ def _fetch(
     if settings.max_samples and columns and not columns.one_hot and not in_parts:
         classes = len(_names_of(features, columns) or ())
         for role, split in roles.items():
-            if not found.cached(files[split]):
-                most = _wanted(settings, role, roles)
-                sample = fetch_sample(found, split, files[split], columns.label, most, classes, settings.seed)
-                if sample is not None:
-                    paths[split] = [str(sample)]
-                    del whole[split]
+            most = _wanted(settings, role, roles)
+            # Also if all files are in the cache, so that the same command has the same images.
+            sample = fetch_sample(found, split, files[split], columns.label, most, classes, settings.seed)
+            if sample is not None:
+                paths[split] = [str(sample)]
+                del whole[split]
     if whole:
         folder = found.fetch([file for some in whole.values() for file in some])
         paths |= {split: [str(folder / file) for file in some] for split, some in whole.items()}

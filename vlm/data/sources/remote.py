@@ -53,15 +53,14 @@ def hidden_rows(found: HubDataset, files: Mapping[str, Sequence[str]], label: st
         files: by role.
     """
     kept = cache_folder() / "hub" / f"{_digest(found.id, found.commit, label)}.json"
-    if kept.is_file():
-        known = read_json(kept, "Remove it.")
-        return {role: known[files[role][0]] for role in files if known.get(files[role][0])}
-    if found.silence is not None or not all(file.endswith(".parquet") for some in files.values() for file in some):
-        return {}
-    counts = {role: _hidden(found, some, label) for role, some in files.items()}
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    write_json(kept, {files[role][0]: count for role, count in counts.items()})
-    return {role: count for role, count in counts.items() if count}
+    known = read_json(kept, "Remove it.") if kept.is_file() else {}
+    missing = {role: some for role, some in files.items() if some[0] not in known}
+    parquet = all(file.endswith(".parquet") for some in missing.values() for file in some)
+    if missing and parquet and found.silence is None:
+        known |= {some[0]: _hidden(found, some, label) for some in missing.values()}
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_json(kept, known)
+    return {role: known[some[0]] for role, some in files.items() if known.get(some[0])}
 
 
 def fetch_sample(
@@ -80,7 +79,8 @@ def fetch_sample(
     kept = cache_folder() / "hub" / _digest(found.id, found.commit, split, *files, label, most, seed)
     if (kept / "rows.parquet").is_file():
         return kept / "rows.parquet"
-    if found.silence is not None or not all(file.endswith(".parquet") for file in files):
+    cached = found.cached(files)
+    if (found.silence is not None and not cached) or not all(file.endswith(".parquet") for file in files):
         return None
     groups, seen = _look_into(found, split, files, label, most, classes, seed)
     picked = _pick(groups, most, np.random.default_rng(seed))
@@ -88,10 +88,8 @@ def fetch_sample(
     if rows > WORTH_A_SAMPLE * sum(sum(group.labels.values()) for group in groups) and seen == len(files):
         return None
     size = sum(group.size for group in picked)
-    note(
-        f"note: --max-samples: {rows:,} rows of {split} are fetched ({size / 1e6:,.1f} MB of {seen} of {len(files)} "
-        "files), and the images are drawn among them."
-    )
+    where = "taken from the cache" if cached else f"fetched ({size / 1e6:,.1f} MB of {seen} of {len(files)} files)"
+    note(f"note: --max-samples: {rows:,} rows of {split} are {where}, and the images are drawn among them.")
     kept.mkdir(parents=True, exist_ok=True)
     with replacing(kept / "rows.parquet") as path:
         _copy(found, picked, path, f"fetching {split}")
