@@ -194,9 +194,20 @@ def test_a_name_that_is_in_several_archives_is_not_guessed(tmp_path):
         write_zip(tmp_path / f"{name}.zip", {f"{i}.png": png(100 * number + i) for i in range(12)})
     path = table_of(tmp_path / "labels.csv", [f"{i}.png" for i in range(12)])
     with pytest.raises(
-        UsageError, match=r"\.png of the column image is in several folders of the archives: (cat|dog), "
+        UsageError, match=r"\.png of the column image is in several folders of the archives: cat, dog. "
     ):
         load(path)
+
+
+def test_tables_next_to_one_archive_of_all_splits_have_the_images_in_their_folders(tmp_path, capsys):
+    files = {f"d/{split}/{i}.png": png(first + i) for split, first in (("train", 0), ("test", 500)) for i in range(8)}
+    write_zip(tmp_path / "images.zip", files)
+    for split in ("train", "test"):
+        table_of(tmp_path / f"{split}.csv", [f"{i}.png" for i in range(8)])
+    data = load(tmp_path)
+    assert "test.csv: the images of the column image are in images/d/test, below" in capsys.readouterr().err
+    pixels = {random_image(500 + i, 20, 14).tobytes() for i in range(8)}
+    assert {data.test[i].image.tobytes() for i in range(8)} == pixels
 
 
 def test_an_archive_without_these_images_is_not_unpacked(tmp_path, cache):

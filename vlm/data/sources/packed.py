@@ -36,32 +36,37 @@ def packed_place(place: Place, texts: Sequence[str]) -> Place | None:
 def by_names(place: Place, texts: Sequence[str], column: str, source: str) -> Place | None:
     """The folders below an unpacked one that the paths of a column are relative to; a note names them.
 
+    A folder that is called like the table comes first, as the images of train.csv are those in train/.
+
     Raises:
         UsageError: several of the folders have a file of one name, so it is not known which one is meant.
     """
     wanted: dict[str, set[str]] = {}
     for text in {place.relative(text) for text in texts if text}:
         wanted.setdefault(PurePosixPath(text).name, set()).add(text)
-    folders: dict[str, Path] = {}
-    for path in _files(place.folder):
-        for text in wanted.get(path.name, ()):
-            if not path.as_posix().endswith(f"/{text}"):
-                continue
-            folder = Path(path.as_posix()[: -len(text)])
-            if folders.setdefault(text, folder) != folder:
-                several = listed(_below(place, other) for other in (folders[text], folder))
-                raise UsageError(
-                    printable(
-                        f"{source}: {brief(text)} of the column {column} is in several folders of the archives: "
-                        f"{several}. Write the folder into the paths, such as {_below(place, folder)}/{brief(text)}."
-                    )
-                )
+    folders: dict[str, set[Path]] = {}
+    for path in map(Path.as_posix, _files(place.folder)):
+        for text in wanted.get(path.rpartition("/")[2], ()):
+            if path.endswith(f"/{text}"):
+                folders.setdefault(text, set()).add(Path(path[: -len(text)]))
     if not folders:
         return None
-    first, *more = sorted(set(folders.values()))
-    shown = listed((_below(place, folder) for folder in (first, *more)), 5)
+    every = set.union(*folders.values())
+    alike = {folder for folder in every if folder.name == Path(source).stem}
+    first = alike if len(alike) == 1 else set()
+    for text, found in folders.items():
+        if len(found) > 1 and not found & first:
+            several = sorted(_below(place, folder) for folder in found)
+            raise UsageError(
+                printable(
+                    f"{source}: {brief(text)} of the column {column} is in several folders of the archives: "
+                    f"{listed(several)}. Write the folder into the paths, such as {several[0]}/{brief(text)}."
+                )
+            )
+    used = sorted(set.union(*(found & first or found for found in folders.values())), key=lambda f: (f not in first, f))
+    shown = listed((_below(place, folder) for folder in used), 5)
     note(printable(f"note: {source}: the images of the column {column} are in {shown}, below {place.folder}."))
-    return replace(place, folder=first, more=tuple(more))
+    return replace(place, folder=used[0], more=tuple(used[1:]))
 
 
 def _files(folder: Path) -> Iterator[Path]:
