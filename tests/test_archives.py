@@ -124,6 +124,15 @@ def test_an_archive_next_to_its_unpacked_files_is_not_used_and_that_is_said(tmp_
     assert "archives that are not used, as there are unpacked files, too: pets.zip." in capsys.readouterr().err
 
 
+def test_an_archive_next_to_class_folders_is_not_used_and_that_is_said(tmp_path, capsys):
+    for name, content in image_files().items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    write_zip(tmp_path / "birds.zip", {f"{i}.png": png(1000 + i) for i in range(6)})
+    assert load(tmp_path).class_names == NAMES
+    assert "archives that are not used, as there are unpacked files, too: birds.zip." in capsys.readouterr().err
+
+
 def test_archives_in_archives_end(tmp_path):
     outer = {
         f"{split}.zip": write_zip(tmp_path / "x.zip", image_files(first=first)).read_bytes()

@@ -106,3 +106,19 @@ def test_what_macos_adds_to_an_archive_is_no_class(tmp_path, capsys):
     images(tmp_path, {"cat": 4, "dog": 4})
     put(tmp_path, "__MACOSX/cat/._0.png")
     assert load(tmp_path).class_names == ["cat", "dog"] and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("place", ["", "train/"])
+@pytest.mark.parametrize(("inner", "warned"), [(("cat", "dog"), True), (("train", "test"), True), (("cat",), False)])
+def test_class_folders_with_the_same_folders_in_them_are_pointed_out(tmp_path, capsys, place, inner, warned):
+    images(tmp_path, {f"{place}part{part}/{name}": 6 for part in (1, 2) for name in inner})
+    assert load(tmp_path).class_names == ["part1", "part2"]
+    said = (
+        f"warning: the classes are part1, part2, and each of these folders has the folders {', '.join(sorted(inner))}."
+    )
+    assert (said in capsys.readouterr().err) == warned
+
+
+def test_class_folders_with_different_folders_in_them_are_usual(tmp_path, capsys):
+    images(tmp_path, {"cat/black": 6, "cat/white": 6, "dog/black": 6, "dog": 6})
+    assert load(tmp_path).class_names == ["cat", "dog"] and "warning" not in capsys.readouterr().err

@@ -99,7 +99,7 @@ def _archives(folder: Path) -> list[Path]:
     """The archives in a folder, or in its folders of splits, if their content is the dataset."""
     places = [folder, *(path for path in _entries(folder) if path.is_dir())]
     if not all(role_of(path.name) or path.name == "data" for path in places[1:]):
-        return []
+        places = [folder]  # the others are class folders
     entries = [path for place in places for path in sorted(_entries(place)) if path not in places]
     archives = [path for path in entries if is_archive(path)]
     used = [path for path in entries if path.is_dir() or is_image(path) or path.suffix.lower() in ENDINGS]

@@ -30,6 +30,7 @@ def read_image_folders(folder: Path, files: Sequence[Path], tables: Sequence[str
         _check_classes(folder, "", files)
         _refuse_splits(folder, direct)
         _note_unused(files)
+        _point_out_same_folders(images)
         labels = [image.parts[0] for image in images]
         return Source("image folder", {"train": _rows(folder, images, labels)}, {"train": "the folder"})
     splits: dict[str, Rows] = {}
@@ -44,6 +45,7 @@ def read_image_folders(folder: Path, files: Sequence[Path], tables: Sequence[str
         )
     if "train" in roles:
         _check_classes(folder, roles["train"], files)
+        _point_out_same_folders([Path(*image.parts[1:]) for image in images if image.parts[0] == roles["train"]])
     held_out = [name for role, name in roles.items() if role != "train"]
     _note_unused(files, [empty for name in held_out for empty in _empty(folder, name, files)])
     return Source("image folder", splits, roles, others)
@@ -55,6 +57,24 @@ def _refuse_splits(folder: Path, names: Collection[str]) -> None:
         raise UsageError(
             f"--dataset {folder}: {listed(sorted(names))} look like splits, not like classes. Call them train, val and "
             "test, with a folder for each class in them, or give the tables that have the labels."
+        )
+
+
+def _point_out_same_folders(images: Sequence[Path]) -> None:
+    """Say if all class folders have the same folders in them, which may be the classes, or splits.
+
+    Args:
+        images: relative to the folder of the class folders.
+    """
+    inner: dict[str, set[str]] = {}
+    for image in images:
+        if len(image.parts) > 1:
+            inner.setdefault(image.parts[0], set()).add(image.parts[1] if len(image.parts) > 2 else "")
+    same = next(iter(inner.values()), set())
+    if len(inner) > 1 and len(same - {""}) > 1 and all(names == same for names in inner.values()):
+        note(
+            f"warning: the classes are {listed(sorted(inner))}, and each of these folders has the folders "
+            f"{listed(sorted(same - {''}))}. If those are the classes, or splits, let them be the outer folders."
         )
 
 
