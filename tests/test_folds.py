@@ -130,6 +130,7 @@ def test_mean_and_interval_of_the_folds_are_those_of_students_t():
     assert found["nll"]["mean"] == pytest.approx(8) and found["nll"]["standard_deviation"] == pytest.approx(1)
     assert found["nll"]["interval"] == pytest.approx([8 - 10 * half, 8 + 10 * half])
     assert found["accuracy"]["interval"] == pytest.approx([0.8 - half, 1.0]), "a share is at most 1"
+    assert mean_figures([{"nll": 1.0}, {"nll": 30.0}])["nll"]["interval"][0] == 0, "an NLL is never below 0"
     equal = mean_figures([{"accuracy": 1.0}] * 3)["accuracy"]
     assert equal == {"mean": 1.0, "standard_deviation": 0.0, "interval": [1.0, 1.0]}
 

@@ -116,8 +116,10 @@ def mean_figures(figures: Sequence[dict[str, float]]) -> dict[str, dict[str, Any
         mean, deviation = float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else 0.0
         half = float(student.ppf((1 + LEVEL) / 2, len(values) - 1)) * deviation / len(values) ** 0.5 if deviation else 0
         low, high = mean - half, mean + half
+        if name in (*SHARES, "nll"):
+            low = max(0.0, low)
         if name in SHARES:
-            low, high = max(0.0, low), min(1.0, high)
+            high = min(1.0, high)
         found[name] = {"mean": mean, "standard_deviation": deviation, "interval": [low, high]}
     return found
 
