@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from dataclasses import replace
 from functools import partial
 
@@ -22,6 +23,7 @@ from vlm.data import Sample, UnreadableImage, as_seen, leave_out_unreadable, loa
 from vlm.data.known import stamp_of
 from vlm.evaluation import evaluate_vlm_model, score_split
 from vlm.families import Family, fill_cache
+from vlm.training.dry_run import look_at_run
 from vlm.training.resume_state import read_state
 from vlm.training.running import fit
 
@@ -333,6 +335,16 @@ def test_equal_paths_are_one_image(tmp_path, tiny_model, opened):
     opened.clear()
     fill_cache(family, (data.train, data.validation), 1, known=data.known)
     assert len(opened) <= 2 * 3 and len(set(data.train.keys)) == 3 and None not in data.train.keys
+
+
+@pytest.mark.slow
+def test_a_dry_run_names_each_image_once(folder, tmp_path, tiny_model, monkeypatch, capsys):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    settings = resolve(flags(folder, tmp_path / "out", tiny_model, dry_run=True))
+    look_at_run(settings)
+    said = capsys.readouterr().err
+    named = [line for line in said.splitlines() if line.startswith("left out, as it is unreadable: train/")]
+    assert len(named) == len(set(named)) > 0
 
 
 def test_views_of_an_unreadable_image_are_unreadable(folder):

@@ -116,8 +116,8 @@ def _time_features(run: Run, trained: Sequence[int], validation: Split) -> float
     started = time.monotonic()
     run.cache = fill_cache(run.classifier.family, (train, validation), *options)
     seconds = (time.monotonic() - started) / max(1, len({*train.keys, *validation.keys}))
-    for i, key in zip(trained, train.keys, strict=True):  # those of views follow from them
-        run.data.train.keys[i] = key
+    for i, key, check in zip(trained, train.keys, train.checks, strict=True):  # those of views follow from them
+        run.data.train.keys[i], run.data.train.checks[i] = key, check
     if run.settings.views > 1:
         run.cache = fill_cache(run.classifier.family, (_Some(run.train_in(0), trained),), *options)
     return seconds if run.cache else None
