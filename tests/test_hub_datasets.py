@@ -245,6 +245,17 @@ def test_parts_of_splits_of_a_folder(tmp_path):
     assert counts(data) == [16, 4, 10] and dict(data.summary)["unused splits"] == "val"
 
 
+def test_classes_that_a_part_has_lost_are_said(tmp_path, capsys):
+    for i, name in enumerate("abc"):  # the rows of a folder are sorted by class
+        (tmp_path / "d" / name).mkdir(parents=True)
+        for k in range(6):
+            draw(tmp_path / "d" / name / f"{k}.png", 10 * i + k)
+    assert load(tmp_path / "d", dataset_split="train[:50%]").class_names == ["a", "b"]
+    assert "warning: train[:50%] has no row of c, which train has." in capsys.readouterr().err
+    load(tmp_path / "d", dataset_split="train[:90%]")
+    assert "has no row of" not in capsys.readouterr().err
+
+
 def test_a_dataset_that_a_program_loads_is_refused(hub):  # noqa: F811
     hub.add("datasets", "me/old", {"README.md": "x", "old.py": "import os"})
     refuse(r"a program of its own \(old.py\), and no code of a dataset is run", "me/old")

@@ -4,15 +4,16 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from vlm.common import UsageError, listed
+from vlm.common import UsageError, listed, note
 from vlm.config import Settings
-from vlm.data.sources.rows import SPLIT_NAMES, Source, role_of, sort_splits
+from vlm.data.sources.rows import SPLIT_NAMES, Rows, Source, role_of, sort_splits
 
 PART = re.compile(r"\s*(?:(?P<role>train|validation|test)\s*=)?\s*(?P<split>\w[\w.-]*)\s*(?P<part>\[[^\]]*\])?\s*")
 EXPECTED = (
     "Expected names of splits with or without a part, separated by commas, such as train[:10%],test or "
     "train=full[:80%],test=full[80%:]."
 )
+MOST_NAMED = 5
 
 
 class AskedSplit(NamedTuple):
@@ -84,6 +85,8 @@ def take_parts(source: Source, settings: Settings) -> Source:
     for one, chosen in zip(asked, positions, strict=True):
         splits[one.role] = rows[one.split].take(chosen) if one.part else rows[one.split]
         names[one.role] = one.split + one.part
+    for one in asked:
+        _note_lost_classes(one, rows[one.split], splits[one.role], source.class_names)
     used = {one.split for one in asked}
     source.others = sorted(
         {*source.others, *(name for role, name in source.split_names.items() if role not in used)} - used
@@ -91,6 +94,17 @@ def take_parts(source: Source, settings: Settings) -> Source:
     source.splits = {role: splits[role] for role in SPLIT_NAMES if role in splits}
     source.split_names = names
     return source
+
+
+def _note_lost_classes(one: AskedSplit, whole: Rows, part: Rows, class_names: Sequence[str] | None) -> None:
+    """Say which classes a part has no row of, as happens in a split that is sorted by class."""
+    if one.part and (lost := _labels(whole) - _labels(part)):
+        names = [class_names[int(label)] if class_names and label.isdecimal() else label for label in sorted(lost)]
+        note(f"warning: {one.split}{one.part} has no row of {listed(names, MOST_NAMED)}, which {one.split} has.")
+
+
+def _labels(rows: Rows) -> set[str]:
+    return {str(label) for label in rows.labels if label is not None}
 
 
 def _positions(one: AskedSplit, count: int, settings: Settings) -> range:
