@@ -135,7 +135,7 @@ def test_a_threshold_of_the_command_line_leaves_predictions_out(infer, images, t
 @pytest.fixture
 def broken_off(monkeypatch):
     """Lets the model fail or be stopped in its second batch: call it with what happens then."""
-    from vlm.inference import predictor
+    from vlm.inference import classifying
 
     def arrange(happens):
         def classify(*arguments):
@@ -144,9 +144,9 @@ def broken_off(monkeypatch):
             return real(*arguments)
 
         calls = iter([False, True, False])
-        monkeypatch.setattr(predictor, "classify", classify)
+        monkeypatch.setattr(classifying, "classify", classify)
 
-    real = predictor.classify
+    real = classifying.classify
     return arrange
 
 
