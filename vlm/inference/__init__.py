@@ -1,25 +1,35 @@
 """From a model folder to predictions.
 
-model_folder.py writes and reads the folder, which holds all that inference needs; classifying.py takes items
-(items.py) and gives results, which predictor.py offers to Python and writing.py writes.
+arguments.py is the command line; model_folder.py writes and reads the folder, which holds all that inference needs;
+classifying.py takes items (items.py) and gives results, which predictor.py offers to Python and writing.py writes.
+
+The names are imported when they are first used: the command line is read before torch is imported.
 """
 
-from vlm.inference.classifying import Options, classify_items, image_result
-from vlm.inference.items import Item
-from vlm.inference.model_folder import save_model_folder, update_metadata
-from vlm.inference.predictor import (
-    load_model_and_metadata,
-    predict_batch,
-    predict_each,
-    predict_single_image,
-)
-from vlm.inference.writing import PredictionFile, PredictionTable, check_replaceable
+from typing import TYPE_CHECKING
+
+from vlm.common import lazy_names
+
+if TYPE_CHECKING:
+    from vlm.inference.arguments import build_parser, check_arguments
+    from vlm.inference.classifying import Options, classify_items, image_result
+    from vlm.inference.items import Item
+    from vlm.inference.model_folder import save_model_folder, update_metadata
+    from vlm.inference.predictor import (
+        load_model_and_metadata,
+        predict_batch,
+        predict_each,
+        predict_single_image,
+    )
+    from vlm.inference.writing import PredictionFile, PredictionTable, check_replaceable
 
 __all__ = [
     "Item",
     "Options",
     "PredictionFile",
     "PredictionTable",
+    "build_parser",
+    "check_arguments",
     "check_replaceable",
     "classify_items",
     "image_result",
@@ -30,3 +40,20 @@ __all__ = [
     "save_model_folder",
     "update_metadata",
 ]
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        ".arguments": ("build_parser", "check_arguments"),
+        ".classifying": ("Options", "classify_items", "image_result"),
+        ".items": ("Item",),
+        ".model_folder": ("save_model_folder", "update_metadata"),
+        ".predictor": (
+            "load_model_and_metadata",
+            "predict_batch",
+            "predict_each",
+            "predict_single_image",
+        ),
+        ".writing": ("PredictionFile", "PredictionTable", "check_replaceable"),
+    },
+)
