@@ -10,11 +10,11 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlm.common import RunError, Stopped, doing, exit_code, lazy_names, printable, switches_as_before
+from vlm.common import doing, exit_code, lazy_names, printable, switches_as_before
 from vlm.inference import build_parser, check_arguments
 from vlm.machine import wait_politely
 
@@ -65,40 +65,35 @@ def predict(args: argparse.Namespace, switches: ExitStack) -> None:
 
     from vlm.common import note
     from vlm.data import find_images
-    from vlm.inference import PredictionFile, PredictionTable, check_replaceable, load_model_and_metadata, predict_each
-    from vlm.machine import pick_threads
+    from vlm.inference import (
+        Files,
+        Job,
+        Options,
+        about_rows,
+        check_all_read,
+        check_replaceable,
+        load_model_and_metadata,
+        run_job,
+        show_table,
+    )
+    from vlm.machine import Team, pick_threads
 
     switches.enter_context(switches_as_before())
     if args.output:
         check_replaceable(Path(args.output))
     torch.set_num_threads(pick_threads(args.threads))
-    paths = list(dict.fromkeys(map(str, find_images(args.images))))
+    items, team = Files(find_images(args.images)), Team()
     with doing(f"loading --model-dir {args.model_dir}"):
-        model, processor, metadata = load_model_and_metadata(
-            args.model_dir, args.device, args.dtype, args.abstain_below
-        )
-    options = {"exhaustive": args.exhaustive_scoring, "feature_cache": args.feature_cache}
-    rows = predict_each(model, processor, paths, metadata, args.batch_size, args.explain, **options)
-    readable = bool(model.prompts.readable_names)
-    shown = PredictionFile(args.output, model.class_names, readable) if args.output else PredictionTable(args.explain)
-    failed = []
-    try:
-        with shown, closing(rows):
-            for path, result in rows:
-                shown.add(path, result)
-                if "error" in result:
-                    failed.append(path)
-    except KeyboardInterrupt as stop:
-        raise Stopped(f"stopped after {shown.rows:,} of {len(paths):,} images. {shown.kept()}".rstrip()) from stop
-    except Exception as error:
-        if shown.rows and not isinstance(error, BrokenPipeError):
-            note(f"{shown.rows:,} of {len(paths):,} images were classified before the error. {shown.kept()}")
-        raise
+        model, _, metadata = load_model_and_metadata(args.model_dir, args.device, args.dtype, args.abstain_below)
+    options = Options(args.batch_size, args.explain, True, args.exhaustive_scoring, args.feature_cache)
     if args.output:
-        note(f"{shown.rows} rows in {printable(args.output)}")
-    if failed:
-        others = "; the others are classified" if len(failed) < len(paths) else ""
-        raise RunError(f"{len(failed)} of {len(paths)} images could not be read, such as {failed[0]}{others}.")
+        readable = bool(model.prompts.readable_names)
+        job = Job(Path(args.output), model.class_names, readable, team, about_rows(model, options), args.resume)
+        tally = run_job(model, metadata, items, options, job)
+        note(f"{tally.rows} rows in {printable(args.output)}")
+    else:
+        tally = show_table(model, metadata, items, options)
+    check_all_read(tally)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from pathlib import Path
 from vlm.common import UsageError
 from vlm.config import MOST, MOST_AT_ONCE, Parser, Settings, add_flag, can_be_a_path, number, user_path, whole_number
 
-LONGEST_NAME = 240  # bytes of the name of --output: most file systems allow 255, and `.part` is put after it
+ENDINGS = (".csv", ".jsonl", ".parquet")  # of --output
+LONGEST_NAME = 200  # bytes of the name of --output: most file systems allow 255, and .1of2.jsonl.part.json follows
 
 
 def build_parser() -> Parser:
@@ -21,7 +22,14 @@ def build_parser() -> Parser:
         help="the trained model (default: vlm_results/best_model)",
     )
     parser.add_argument(
-        "--output", metavar="FILE", help="write all probabilities to FILE.csv or FILE.jsonl, and print no table"
+        "--output",
+        metavar="FILE",
+        help="write all probabilities to FILE.csv, FILE.jsonl or FILE.parquet, and print no table",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with --output where a command that was stopped or killed has left it",
     )
     parser.add_argument(
         "--explain", action="store_true", help="also show a text for each image, whose answer is the prediction"
@@ -71,6 +79,10 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name in (args.model_dir, *args.images):
         if not can_be_a_path(name):
             raise UsageError(f"{name}: expected a name that is not too long for a file or folder.")
+    processes = os.environ.get("WORLD_SIZE", "1")
+    for what, asked in (("--resume", args.resume), (f"{processes} processes", processes != "1")):
+        if asked and args.output is None:
+            raise UsageError(f"{what}: name the file of the predictions with --output, such as predictions.csv.")
     if args.output is not None:
         _check_output(Path(args.output), Path(args.model_dir))
 
@@ -81,8 +93,8 @@ def _check_output(path: Path, model_dir: Path) -> None:
     Raises:
         UsageError: they cannot.
     """
-    if path.suffix.lower() not in (".csv", ".jsonl"):
-        raise UsageError(f"--output {path}: expected a name that ends in .csv or .jsonl.")
+    if path.suffix.lower() not in ENDINGS:
+        raise UsageError(f"--output {path}: expected a name that ends in .csv, .jsonl or .parquet.")
     if len(os.fsencode(path.name)) > LONGEST_NAME:
         raise UsageError(f"--output {path}: expected a name of at most {LONGEST_NAME} bytes.")
     if os.path.isdir(path) or not os.access(path.parent, os.W_OK | os.X_OK):

@@ -1,13 +1,13 @@
 """Items -> results, in their order: images are read ahead by threads and classified in batches. B = images."""
 
 import os
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -31,6 +31,14 @@ MOST_READERS = 8  # threads that decode images
 BATCHES_AHEAD = 2  # that are read while the model is busy with the ones before
 
 
+class Outcome(NamedTuple):
+    """An item, what `predict_batch` returns for it, and its (C,) scores before the calibration; None if unreadable."""
+
+    item: Item
+    result: Result
+    scores: Tensor | None
+
+
 @dataclass(frozen=True)
 class Options:
     """How images are classified; see `predict_batch`."""
@@ -49,7 +57,7 @@ def classify_items(
     options: Options,
     total: int | None = None,
     done: int = 0,
-) -> Generator[tuple[Item, Result], None, None]:
+) -> Generator[Outcome, None, None]:
     """Classify items in their order. No more of them are held than a few batches.
 
     Args:
@@ -57,7 +65,7 @@ def classify_items(
         total, done: of the progress bar: how many items there are in all, None if unknown, and how many came before.
 
     Yields:
-        each item, when its batch is computed, with what `predict_batch` returns for it.
+        each item with its result, when its batch is computed.
     """
     batch_size = options.batch_size or largest_batch(model, settings_of(metadata))
     cache = _open_cache(model, metadata) if options.feature_cache else None
@@ -66,9 +74,12 @@ def classify_items(
     try:
         with Bar(total, "classifying", initial=done, enabled=options.show_progress) as bar, closing(chunks):
             for chunk, (batch, faults) in chunks:
-                predictions = iter(predict(model, batch, options.explain, tolerance) if batch else ())
+                read = [item for i, item in enumerate(chunk) if i not in faults]
+                exact = [item.exact or 0 for item in read] if any(item.exact is not None for item in read) else None
+                predicted = iter(predict(model, batch, options.explain, tolerance, exact) if batch else ())
                 for i, item in enumerate(chunk):
-                    yield item, {"prediction": None, "error": faults[i]} if i in faults else next(predictions)
+                    fault = ({"prediction": None, "error": faults[i]}, None) if i in faults else None
+                    yield Outcome(item, *(fault or next(predicted)))
                 bar.update(len(chunk))
     finally:
         if cache:
@@ -116,13 +127,15 @@ def batches_ahead(
     try:
         while chunk := list(islice(rest, batch_size)):
             opened = [readers.submit(item.open) for item in chunk]
-            made = maker.submit(prepare, opened, chunk).result if in_thread else partial(prepare, opened, chunk)
-            waiting.append((chunk, made))
+            waiting.append((chunk, partial(prepare, opened, chunk)))
+            if in_thread:
+                waiting[-1] = chunk, maker.submit(prepare, opened, chunk).result
             if len(waiting) > BATCHES_AHEAD:
                 first, made = waiting.pop(0)
                 yield first, made()
-        for chunk, made in waiting:
-            yield chunk, made()
+        while waiting:
+            first, made = waiting.pop(0)
+            yield first, made()
     finally:  # Ctrl-C does not wait for what is not begun
         readers.shutdown(cancel_futures=True)
         maker.shutdown(cancel_futures=True)
@@ -165,19 +178,30 @@ def collate(model: VLMClassifier, cache: FeatureCache | None, samples: dict[int,
 
 
 @torch.no_grad()
-def predict(model: VLMClassifier, batch: Batch, explain: bool, tolerance: float = TOLERANCE) -> list[Result]:
-    """For each image of a batch what `predict_batch` returns."""
+def predict(
+    model: VLMClassifier,
+    batch: Batch,
+    explain: bool,
+    tolerance: float = TOLERANCE,
+    exact: Sequence[int] | None = None,
+) -> list[tuple[Result, Tensor]]:
+    """For each of the B images of a batch what `predict_batch` returns, and its (C,) scores.
+
+    Args:
+        exact: B classes whose scores are to be exact.
+    """
     if model.training:
         model.eval()
-    found = classify(model, batch.to(model.device), tolerance)
-    probabilities = model.calibration.log_probabilities(found.scores).exp()  # (B, C)
+    found = classify(model, batch.to(model.device), tolerance, exact)
+    scores = found.scores.cpu()
+    probabilities = model.calibration.log_probabilities(scores).exp()  # (B, C)
     predictions = probabilities.argmax(-1).tolist()
     abstained = [model.calibration.abstains(confidence) for confidence in probabilities.amax(-1).tolist()]
     texts = [""] * len(predictions)
     if explain and not all(abstained):
         texts = explain_predictions(model, found, predictions)
     rows = zip(probabilities, predictions, found.unexplored.tolist(), texts, abstained, strict=True)
-    return [image_result(model.prompts, *row) for row in rows]
+    return [(image_result(model.prompts, *row), scores[i]) for i, row in enumerate(rows)]
 
 
 def image_result(

@@ -16,8 +16,8 @@ from vlm.config import PREVIOUS_RUN
 from vlm.data import Sample, UnreadableImage, open_image
 from vlm.families import load_family
 from vlm.inference.classifying import Options, classify_items, collate, predict
-from vlm.inference.items import Item
-from vlm.inference.model_folder import read_metadata, read_prompts
+from vlm.inference.items import Files
+from vlm.inference.model_folder import model_identity, read_metadata, read_prompts
 from vlm.machine import pick_device, pick_dtype
 
 
@@ -65,6 +65,7 @@ def _load(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[VLMCl
     prompts = read_prompts(folder, metadata)
     classifier = VLMClassifier(load_family(folder, dtype, device), prompts).eval()
     classifier.calibration = Calibration.from_metadata(metadata, prompts)
+    classifier.identity = model_identity(folder, metadata)
     return classifier, metadata
 
 
@@ -96,7 +97,7 @@ def predict_single_image(
     batch, refused = collate(model, None, {0: Sample(open_image(image), 0, "image")})
     if batch is None:
         raise UnreadableImage(refused[0])
-    result = predict(model, batch, explain)[0]
+    result, _ = predict(model, batch, explain)[0]
     if "error" in result:
         raise RunError(result["error"])
     return result["prediction"], result["confidence"], result["full_response"]
@@ -176,9 +177,9 @@ def predict_each(
         raise TypeError(f"image_paths is one path ({image_paths}): pass a list of paths, or use predict_single_image.")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected at least 1")
-    items = [Item(path, partial(open_image, path)) for path in dict.fromkeys(map(str, image_paths))]
+    items = Files(list(dict.fromkeys(map(str, image_paths))))
     options = Options(batch_size, explain, show_progress, exhaustive, feature_cache)
-    for item, result in classify_items(model, metadata, items, options, len(items)):
+    for item, result, _ in classify_items(model, metadata, items, options, len(items)):
         yield item.name, result
 
 
