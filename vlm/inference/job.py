@@ -8,7 +8,7 @@ the first process puts the shares together at the end.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -172,7 +172,7 @@ def find_begun(job: Job, items: Items) -> tuple[Begun | None, int | None]:
     Raises:
         UsageError: it does not belong to this command, or there is nothing left to do.
     """
-    check_processes(job.output, job.team.size)
+    job.team.after_first(partial(_check_whole, job))
     left = parts_of(job.target)
     if job.has_shares and job.target.exists():
         left.append(job.target)
@@ -180,7 +180,6 @@ def find_begun(job: Job, items: Items) -> tuple[Begun | None, int | None]:
         refuse_or_leave(left, job.has_shares)
         return None, None
     if not left:
-        _say_nothing_is_left(job)
         return None, None
     part = left[-1]
     made_by = read_made_by(part, job.about)
@@ -190,10 +189,16 @@ def find_begun(job: Job, items: Items) -> tuple[Begun | None, int | None]:
     return begun, made_by.batch_size
 
 
-def _say_nothing_is_left(job: Job) -> None:
-    if job.team.number or has_shares(job.output):  # another process of this job has something
+def _check_whole(job: Job) -> None:
+    """Check what there is of the whole job, before any process writes.
+
+    Raises:
+        UsageError: it was begun by another number of processes, or it is complete.
+    """
+    check_processes(job.output, job.team.size)
+    if not job.resume or has_shares(job.output) or (not job.has_shares and parts_of(job.output)):
         return
-    if job.team.size > 1 and (parts := parts_of(job.output)):
+    if parts := parts_of(job.output):
         raise UsageError(f"{parts[-1]} was begun by one process, and now there are {job.team.size}. {AGAIN}")
     if job.output.exists():
         raise UsageError(f"--resume: {job.output} is complete. Leave out --resume to compute it again.")

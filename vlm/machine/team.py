@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from itertools import islice
 from typing import TypeVar
@@ -41,14 +41,24 @@ class Team:
         """How many of so many items this process has."""
         return len(range(self.number, total, self.size))
 
+    def after_first(self, check: Callable[[], object]) -> None:
+        """Let the first process check something, before the others go on; they are ended if its check fails."""
+        if self.number == 0:
+            check()
+            self._say("checked")
+        else:
+            self._wait_for("checked")
+
     def done(self) -> None:
         """Say that this process has done its share, and in the first one wait until all have."""
-        if self._store is None:
-            return
-        self._store.set(f"done {self.number}", "")
-        everyone = [f"done {number}" for number in range(self.size)]
-        while self.number == 0 and not self._store.check(everyone):
-            time.sleep(SECONDS_BETWEEN_LOOKS)  # a wait in the store itself would not notice Ctrl-C
+        self._say(f"done {self.number}")
+        if self.number == 0:
+            self._wait_for(*(f"done {number}" for number in range(self.size)))
 
-    def __str__(self) -> str:
-        return f"process {self.number + 1} of {self.size}"
+    def _say(self, word: str) -> None:
+        if self._store is not None:
+            self._store.set(word, "")
+
+    def _wait_for(self, *words: str) -> None:
+        while self._store is not None and not self._store.check(list(words)):
+            time.sleep(SECONDS_BETWEEN_LOOKS)  # a wait in the store itself would not notice Ctrl-C
