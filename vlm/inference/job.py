@@ -184,9 +184,11 @@ def find_begun(job: Job, items: Items) -> tuple[Begun | None, int | None]:
     part = left[-1]
     made_by = read_made_by(part, job.about)
     begun = read_begun(part, job.header, (item.name for item in job.team.share(items)))
+    if made_by is None and begun.tally.rows:
+        raise UsageError(f"{part}: {about_file(part).name}, which says what made its rows, is not there. {AGAIN}")
     if part == job.target and begun.tally.rows < job.team.count(len(items)):
         raise UsageError(f"{part} has {begun.tally.rows:,} rows, and now there are more images. {AGAIN}")
-    return begun, made_by.batch_size
+    return begun, made_by and made_by.batch_size
 
 
 def _check_whole(job: Job) -> None:
@@ -201,6 +203,8 @@ def _check_whole(job: Job) -> None:
     if parts := parts_of(job.output):
         raise UsageError(f"{parts[-1]} was begun by one process, and now there are {job.team.size}. {AGAIN}")
     if job.output.exists():
+        for target in job.targets:  # of a job that was killed after its last row
+            about_file(target).unlink(missing_ok=True)
         raise UsageError(f"--resume: {job.output} is complete. Leave out --resume to compute it again.")
     note(f"note: --resume: there is nothing of {brief(job.output)} yet, so it starts with the first image.")
 

@@ -75,18 +75,18 @@ class MadeBy(NamedTuple):
         return self._asdict()
 
 
-def read_made_by(part: Path, now: Mapping[str, str]) -> MadeBy:
-    """What the rows of a file were made by.
+def read_made_by(part: Path, now: Mapping[str, str]) -> MadeBy | None:
+    """What the rows of a file were made by; None if nothing says so.
 
     Args:
         now: the `names` of this command.
 
     Raises:
-        UsageError: it is not known, or not the same.
+        UsageError: it is not the same.
     """
     path = about_file(part)
-    if not path.exists():
-        raise UsageError(f"{part}: {path.name}, which says what made these rows, is not there. {AGAIN}")
+    if not path.exists():  # killed before it was written
+        return None
     try:
         found = read_json(path, AGAIN)
         before = MadeBy(dict(found["names"]), int(found["batch_size"]))
