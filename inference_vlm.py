@@ -19,14 +19,35 @@ from vlm.inference import build_parser, check_arguments
 from vlm.machine import wait_politely
 
 if TYPE_CHECKING:
-    from vlm.inference import load_model_and_metadata, predict_batch, predict_each, predict_single_image
+    from vlm.inference import (
+        BatchPredictor,
+        load_model_and_metadata,
+        predict_batch,
+        predict_each,
+        predict_single_image,
+    )
 
-__all__ = ["load_model_and_metadata", "main", "predict_batch", "predict_each", "predict_single_image"]
+__all__ = [
+    "BatchPredictor",
+    "load_model_and_metadata",
+    "main",
+    "predict_batch",
+    "predict_each",
+    "predict_single_image",
+]
 
 # `from inference_vlm import predict_batch` works, and `--help` does not load torch.
 __getattr__ = lazy_names(
     __name__,
-    {"vlm.inference": ["load_model_and_metadata", "predict_batch", "predict_each", "predict_single_image"]},
+    {
+        "vlm.inference": [
+            "BatchPredictor",
+            "load_model_and_metadata",
+            "predict_batch",
+            "predict_each",
+            "predict_single_image",
+        ]
+    },
 )
 
 

@@ -12,6 +12,7 @@ from vlm.common import lazy_names
 
 if TYPE_CHECKING:
     from vlm.inference.arguments import build_parser, check_arguments
+    from vlm.inference.batch_predictor import BatchPredictor
     from vlm.inference.classifying import Options, Outcome, classify_items, image_result
     from vlm.inference.items import Files, Item, Items
     from vlm.inference.job import Job, about_rows, check_all_read, run_job, show_table
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from vlm.inference.writing import PredictionFile, PredictionTable, check_replaceable
 
 __all__ = [
+    "BatchPredictor",
     "Files",
     "Item",
     "Items",
@@ -54,6 +56,7 @@ __getattr__ = lazy_names(
     __name__,
     {
         ".arguments": ("build_parser", "check_arguments"),
+        ".batch_predictor": ("BatchPredictor",),
         ".classifying": ("Options", "Outcome", "classify_items", "image_result"),
         ".items": ("Files", "Item", "Items"),
         ".job": ("Job", "about_rows", "check_all_read", "run_job", "show_table"),
