@@ -88,6 +88,22 @@ def test_a_killed_job_goes_on_without_a_row_twice_or_lost(infer, images, unbroke
     assert names_in(tmp_path) == {f"x.{ending}"}
 
 
+def test_a_stop_while_the_file_is_put_together_loses_nothing(infer, images, unbroken, tmp_path, monkeypatch):
+    from vlm.inference import job
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    arguments = (images, "--output", tmp_path / "x.parquet")
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "write_parquet", stop)
+        code, err = infer(*arguments)
+    assert code == 130 and err.splitlines()[-1].startswith("stopped after the last image. The same")
+    assert names_in(tmp_path) == {"x.parquet.1of1.jsonl", "x.parquet.1of1.jsonl.part.json"}
+    assert infer(*arguments, "--resume")[0] == 1
+    assert (tmp_path / "x.parquet").read_bytes() == unbroken("parquet") and names_in(tmp_path) == {"x.parquet"}
+
+
 def test_images_of_an_earlier_command_that_could_not_be_read_count_too(infer, images, tmp_path):
     arguments = (images / "8.png", images / "0.png", "--output", tmp_path / "x.jsonl")
     infer(*arguments)

@@ -28,7 +28,7 @@ from vlm.inference.unfinished import (
     refuse_or_leave,
     share_of,
 )
-from vlm.inference.writing import PredictionFile, PredictionTable, about_file, cells_of, columns_of, header_of
+from vlm.inference.writing import GOES_ON, PredictionFile, PredictionTable, about_file, cells_of, columns_of, header_of
 from vlm.machine import Team, largest_batch
 
 
@@ -135,8 +135,11 @@ def run_job(
                 each(outcome)
         if not job.has_shares:
             about_file(file.part).unlink(missing_ok=True)
-    job.team.done()
-    return _put_together(job, items) if job.has_shares and job.team.number == 0 else tally
+    try:
+        job.team.done()
+        return _put_together(job, items) if job.has_shares and job.team.number == 0 else tally
+    except KeyboardInterrupt as stop:
+        raise Stopped(f"stopped after the last image. {GOES_ON}") from stop
 
 
 def show_table(model: VLMClassifier, metadata: dict[str, Any], items: Items, options: Options) -> Tally:

@@ -20,6 +20,7 @@ from vlm.inference.records import Begun
 FIGURES = ("prediction", "confidence", "error_bound", "abstained", "error", "full_response")
 READABLE_NAME = "readable_name"  # of a model that was trained with --class-map
 PART = ".part"
+GOES_ON = "The same command with --resume goes on."
 LONGEST_START = 1000  # bytes of a file that are looked at before it is replaced
 
 
@@ -134,8 +135,8 @@ class PredictionFile:
         """Where the rows are if the block was left early, in words; empty if there are none."""
         if not self.rows:
             return ""
-        goes_on = "" if self._about is None else " The same command with --resume goes on."
-        return f"Their rows are in {printable(str(self.part))}.{goes_on}"
+        kept = f"Their rows are in {printable(str(self.part))}."
+        return kept if self._about is None else f"{kept} {GOES_ON}"
 
     def _write(self, text: bytes) -> None:
         rest = memoryview(text)
