@@ -1,5 +1,5 @@
-"""`accelerate launch`, but if a process fails it says which one and why, with the exit codes of the training. For
-run_vlm_training.sh."""
+"""`accelerate launch`, but if a process fails it says which one and why, with the exit codes of the programs. For
+run_vlm_training.sh and run_vlm_inference.sh."""
 
 import logging
 import os
@@ -21,10 +21,14 @@ from vlm.common import OTHER_ENDED, UsageError
 from vlm.config import METADATA, RESULTS, Settings, parse_arguments, user_path
 from vlm.training import clean_up
 
+INFERENCE = "inference_vlm.py"
 
-def output_folder(arguments: list[str]) -> Path:
-    """The output folder that the flags after the script name."""
+
+def output_folder(arguments: list[str]) -> Path | None:
+    """The output folder that the flags after the script name; None if the script does not train."""
     script = next((number for number, word in enumerate(arguments) if word.endswith(".py")), len(arguments))
+    if [Path(word).name for word in arguments[script : script + 1]] == [INFERENCE]:
+        return None
     return Path(user_path(parse_arguments(arguments[script + 1 :]).get("output_dir", Settings.output_dir)))
 
 
@@ -43,10 +47,15 @@ def said(failure: ProcessFailure) -> str:
     return message["message"] if isinstance(message, dict) else ""
 
 
-def explain(error: ChildFailedError, output: Path) -> tuple[str, int]:
-    """What to print when a process has failed, and the exit code."""
+def explain(error: ChildFailedError, output: Path | None) -> tuple[str, int]:
+    """What to print when a process has failed, and the exit code.
+
+    Args:
+        output: the output folder of a training; None for an inference.
+    """
     number, failure = cause(error)
-    if failure.exitcode == 130 or (number == 0 and failure.exitcode == 2):  # it has said everything itself
+    said_all = number == 0 and (failure.exitcode == 2 or (output is None and said(failure)))
+    if failure.exitcode == 130 or said_all:  # it has said everything itself
         return "", failure.exitcode
     if failure.exitcode < 0:
         memory = ", as the system does if memory runs out" if failure.exitcode == -signal.SIGKILL else ""
@@ -55,8 +64,11 @@ def explain(error: ChildFailedError, output: Path) -> tuple[str, int]:
         why = f"failed: {said(failure).rstrip('.')}"
     else:
         why = f"failed with exit code {failure.exitcode}"
-    begun = (output / METADATA).is_file() and not (output / RESULTS).is_file()
-    todo = f"Continue with --resume --output-dir {output}" if begun else "Start it again"
+    if output is None:
+        todo = "The same command with --resume goes on"
+    else:
+        begun = (output / METADATA).is_file() and not (output / RESULTS).is_file()
+        todo = f"Continue with --resume --output-dir {output}" if begun else "Start it again"
     code = 2 if failure.exitcode == 2 else 1
     return f"error: process {number} of this run {why}. The others were ended. {todo}.", code
 
@@ -64,7 +76,8 @@ def explain(error: ChildFailedError, output: Path) -> tuple[str, int]:
 if __name__ == "__main__":
     folder = output_folder(sys.argv[1:])
     try:
-        clean_up(folder)
+        if folder:
+            clean_up(folder)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,4 +1,4 @@
-# Sourced by run_vlm_training.sh and run_tests.sh, which set `here` to this folder. Chooses the Python, in this order:
+# Sourced by run_vlm_training.sh, run_vlm_inference.sh and run_tests.sh, which set `here` to this folder. Chooses the Python, in this order:
 #   1. VLM_PYTHON, a Python to use as it is;
 #   2. the active virtual environment, or the active conda environment unless it is "base": what is missing is installed into it;
 #   3. a .venv in this folder that you made yourself, likewise;
@@ -60,4 +60,36 @@ prepare_python() {
   if [ "$kind" = own ]; then
     python=$here/.venv/bin/python
   fi
+}
+
+# Starts a program of this folder, in several processes if VLM_PROCESSES says so. Arguments: its file, then its flags.
+start_program() {
+  local program=$here/$1 argument launch=()
+  shift
+  for argument in "$@"; do
+    case $argument in
+      -h | --help) # needs no packages
+        choose_python
+        exec "$python" "$program" --help
+        ;;
+    esac
+  done
+
+  case ${VLM_PROCESSES:-1} in
+    1) ;;
+    config) launch=("$here/launch_processes.py") ;;
+    # --multi_gpu stands for several processes: without it, accelerate starts only one on a machine without GPUs.
+    [2-9] | [1-9][0-9]*)
+      launch=("$here/launch_processes.py" --multi_gpu --num_processes "$VLM_PROCESSES" --num_machines 1
+        --mixed_precision no --dynamo_backend no)
+      ;;
+    *) stop "VLM_PROCESSES is $VLM_PROCESSES; expected a whole number of at least 1, or config." ;;
+  esac
+
+  prepare_python
+  # The MPS lines: all of the memory may be used, and what Apple's GPU cannot do is done by the CPU.
+  export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM-false}"
+  export PYTORCH_MPS_HIGH_WATERMARK_RATIO="${PYTORCH_MPS_HIGH_WATERMARK_RATIO-0.0}"
+  export PYTORCH_ENABLE_MPS_FALLBACK="${PYTORCH_ENABLE_MPS_FALLBACK-1}"
+  exec "$python" "${launch[@]}" "$program" "$@"
 }

@@ -26,7 +26,7 @@ def main() -> int:
     parser.add_argument("--most", type=int, default=300, help="of the images, spread over all (default: 300)")
     options = common.start(parser.parse_args())
     found = find_images([options.images])
-    files = [str(file) for file in found[:: -(-len(found) // options.most)]]
+    files = found[:: -(-len(found) // options.most)]
     model, processor, metadata = load_model_and_metadata(options.model_dir, device="cpu")
     rows, exact = [], torch.empty(0)
     for cache_dtype in FORMATS:

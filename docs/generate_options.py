@@ -20,7 +20,7 @@ All flags. `{script} --help` prints the same texts.
 NOTES = {
     "train_vlm.py": "`./run_vlm_training.sh` and `vlm-train` take the same flags. `--image_column` is accepted for "
     "`--image-column`, and so on. If a default depends on `--tune`, on the device or on the demo, the table says so.",
-    "inference_vlm.py": "`vlm-predict` takes the same flags.",
+    "inference_vlm.py": "`./run_vlm_inference.sh` and `vlm-predict` take the same flags.",
 }
 
 

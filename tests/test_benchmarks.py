@@ -136,6 +136,18 @@ def test_a_side_that_runs_out_of_memory_leaves_a_row(benchmark, monkeypatch, sid
         assert operations[1] == 2 * operations[0]
 
 
+@pytest.mark.slow
+@ON_LINUX
+def test_big_job(benchmark, demo_run):
+    rows = benchmark("big_job", "--model-dir", str(demo_run / "best_model"))["rows"]
+    assert [(row["side"], row["images"]) for row in rows] == [
+        ("loop over predict_single_image", 12),
+        ("1 process", 12),
+        ("2 processes", 12),
+        ("1 process", 24),
+    ]
+
+
 def test_train_on_gpu_needs_one(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)

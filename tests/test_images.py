@@ -172,19 +172,23 @@ def test_an_image_given_is_not_changed():
     assert result is not image and image.mode == "RGBA" and image.getexif()[0x0112] == 6
 
 
+def paths_in(*places):
+    return list(map(Path, find_images(places)))
+
+
 def test_images_are_found_in_folders_and_files_are_taken_as_given(tmp_path):
     for name in ("b/2.PNG", "a.jpg", "b/.hidden.png", ".cache/1.png", "notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     found = [tmp_path / "a.jpg", tmp_path / "b/2.PNG"]
-    assert find_images([tmp_path]) == found
-    assert find_images([str(tmp_path / "notes.txt"), tmp_path / "b"]) == [tmp_path / "notes.txt", found[1]]
+    assert paths_in(tmp_path) == found
+    assert paths_in(str(tmp_path / "notes.txt"), tmp_path / "b") == [tmp_path / "notes.txt", found[1]]
     (tmp_path / "empty").mkdir()
     for name in ("empty", "none.png"):
         with pytest.raises(UsageError, match=name):
             find_images([tmp_path / name])
     there, not_there = tmp_path / "notes.txt", tmp_path / "none.png"
-    assert find_images([not_there, there]) == [not_there, there]
+    assert paths_in(not_there, there) == [not_there, there]
     with pytest.raises(UsageError, match=r"none\.png does not exist, and neither do the other paths"):
         find_images([not_there, tmp_path / "neither.png"])
 
@@ -200,7 +204,7 @@ def test_each_folder_is_entered_once_by_its_path_without_links(tmp_path):
     (outside / "back").symlink_to(root / "b")
     (outside / "self").symlink_to("self")
     (outside / "gone").symlink_to("nowhere")
-    found = [str(path.relative_to(root)) for path in find_images([root])]
+    found = [str(path.relative_to(root)) for path in paths_in(root)]
     assert found == ["b/1.png", "b/deep/2.png", "c/3.png"]
 
 
@@ -216,7 +220,7 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch, capsys):
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    assert find_images([tmp_path]) == [tmp_path / "b/2.png"]
+    assert paths_in(tmp_path) == [tmp_path / "b/2.png"]
     assert f"{tmp_path / 'a'} is left out: permission denied" in capsys.readouterr().err
 
 
@@ -279,7 +283,7 @@ def test_what_is_no_file_is_refused_and_never_waited_for(kind, tmp_path, monkeyp
         with pytest.raises(UnreadableImage, match=f"^x.png: a {kind}, not a file$"):
             open_image(path)
         if kind != "directory":
-            assert find_images([tmp_path]) == [tmp_path / path], "named as unreadable, not passed over"
+            assert paths_in(tmp_path) == [tmp_path / path], "named as unreadable, not passed over"
 
 
 def test_heic_is_read_with_the_package_for_it(monkeypatch):
@@ -328,7 +332,7 @@ def test_images_that_are_not_read_are_counted_in_a_note(tmp_path, monkeypatch, c
     for name in ("1.png", "2.HEIC", "3.heic", "4.svg", "5", "notes.txt", ".hidden", "Thumbs.db", "__MACOSX/1.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert find_images([tmp_path]) == [tmp_path / "1.png"]
+    assert paths_in(tmp_path) == [tmp_path / "1.png"]
     (line,) = capsys.readouterr().err.splitlines()
     counts = "2 .heic, 1 .svg, 1 without an ending. "
     assert line.startswith(f"note: {tmp_path}: not used, as these files do not count as images: {counts}")

@@ -135,7 +135,7 @@ def test_a_threshold_of_the_command_line_leaves_predictions_out(infer, images, t
 @pytest.fixture
 def broken_off(monkeypatch):
     """Lets the model fail or be stopped in its second batch: call it with what happens then."""
-    from vlm.inference import predictor
+    from vlm.inference import classifying
 
     def arrange(happens):
         def classify(*arguments):
@@ -144,9 +144,9 @@ def broken_off(monkeypatch):
             return real(*arguments)
 
         calls = iter([False, True, False])
-        monkeypatch.setattr(predictor, "classify", classify)
+        monkeypatch.setattr(classifying, "classify", classify)
 
-    real = predictor.classify
+    real = classifying.classify
     return arrange
 
 
@@ -158,8 +158,8 @@ def fail():
 def test_what_was_computed_before_a_stop_is_kept(infer, images, tmp_path, broken_off, number):
     broken_off(lambda: os.kill(os.getpid(), number))
     code, out, err = infer(images, "--batch-size", 2, "--output", tmp_path / "x.csv")
-    assert (code, out) == (130, "") and names_in(tmp_path) == {"x.csv.part"}
-    assert err == f"stopped after 2 of 3 images. Their rows are in {tmp_path / 'x.csv.part'}.\n"
+    assert (code, out) == (130, "") and names_in(tmp_path) == {"x.csv.part", "x.csv.part.json"}
+    assert err.startswith(f"stopped after 2 of 3 images. Their rows are in {tmp_path / 'x.csv.part'}. ")
     assert [row["path"] for row in read_csv(tmp_path / "x.csv.part")] == [str(images / "a.png"), str(images / "b.jpg")]
     broken_off(lambda: os.kill(os.getpid(), number))
     code, out, err = infer(images, "--batch-size", 2)
@@ -173,7 +173,8 @@ def test_what_was_computed_before_an_error_is_kept(infer, images, tmp_path, brok
     code, out, err = infer(images, "--batch-size", 2, "--output", tmp_path / "x.jsonl")
     assert (code, out) == (1, "") and len((tmp_path / "x.jsonl.part").read_text().splitlines()) == 2
     kept, error, cure = err.splitlines()
-    assert kept == (f"2 of 3 images were classified before the error. Their rows are in {tmp_path / 'x.jsonl.part'}.")
+    rows = f"Their rows are in {tmp_path / 'x.jsonl.part'}."
+    assert kept.startswith(f"2 of 3 images were classified before the error. {rows} ")
     assert error == "error: while classifying, 2/3 images (67%): RuntimeError: CUDA error:" and "--debug" in cure
 
 
@@ -226,10 +227,10 @@ def test_a_table_where_no_image_can_be_read(infer, tmp_path):
             "nothing is not a folder: train a model first (./run_vlm_training.sh --demo)",
         ),
         (["a.png", "--model-dir", "empty"], "no training_metadata.json in empty or next to it"),
-        (["a.png", "--output", "x.xls"], "--output x.xls: expected a name that ends in .csv or .jsonl"),
+        (["a.png", "--output", "x.xls"], "--output x.xls: expected a name that ends in .csv, .jsonl or .parquet"),
         (["a.png", "--output", "a.png/x.csv"], "a.png/x.csv cannot be written"),
-        (["a.png", "--output", ""], "--output .: expected a name that ends in .csv or .jsonl"),
-        (["a.png", "--output", "x" * 250 + ".csv"], ": expected a name of at most 240 bytes"),
+        (["a.png", "--output", ""], "--output .: expected a name that ends in .csv, .jsonl or .parquet"),
+        (["a.png", "--output", "x" * 250 + ".csv"], ": expected a name of at most 200 bytes"),
         (["a.png", "--batch-size", str(10**27)], ": expected a whole number of at least 1, and at most"),
         (["a.png", "--model-dir", "x" * 5000], "x: expected a name that is not too long for a file or folder"),
         (["a.png", "--batch-size", "0"], "--batch-size 0: expected a whole number of at least 1"),

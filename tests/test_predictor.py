@@ -14,7 +14,7 @@ from vlm.classifier.calibration import Calibration
 from vlm.common.errors import UsageError
 from vlm.data import Sample, UnreadableImage
 from vlm.evaluation.evaluate import score_split
-from vlm.inference import predictor
+from vlm.inference import classifying
 
 COUNT = 7
 
@@ -117,8 +117,8 @@ def test_what_was_computed_before_an_interrupt_or_error_is_in_it(loaded, paths, 
             raise failure
         return real(*arguments)
 
-    real = predictor.classify
-    monkeypatch.setattr(predictor, "classify", classify)
+    real = classifying.classify
+    monkeypatch.setattr(classifying, "classify", classify)
     with pytest.raises(type(error)) as caught:
         batch(loaded, paths, batch_size=2)
     assert caught.value.results == {str(path): whole[str(path)] for path in paths[:4]}

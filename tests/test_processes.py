@@ -101,6 +101,23 @@ def test_a_run_that_did_not_begin_or_is_finished_is_started_again(tmp_path):
     assert launch_processes.explain(failed, tmp_path)[0].endswith(" Start it again.")
 
 
+@pytest.mark.parametrize(
+    ("failures", "text", "code"),
+    [
+        ({"p0": Failure(1, "3 of 9 images could not be read")}, "", 1),
+        (
+            {"p1": Failure(-9)},
+            "error: process 1 of this run was killed by SIGSEGV, as the system does if memory runs out. The others "
+            "were ended. The same command with --resume goes on.",
+            1,
+        ),
+    ],
+)
+def test_an_inference_goes_on_with_resume(failures, text, code):
+    assert launch_processes.output_folder(["--num_processes", "2", "/x/inference_vlm.py", "--output", "x.csv"]) is None
+    assert launch_processes.explain(Failed(**failures), None) == (text, code)
+
+
 def test_the_output_folder_is_that_of_the_training(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     folder = launch_processes.output_folder

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MARS = json.loads((ROOT / "tests" / "data" / "mars.json").read_text())
-SCRIPTS = ["run_vlm_training.sh", "run_tests.sh", "setup_env.sh", "setup_env.py"]
+SCRIPTS = ["run_vlm_training.sh", "run_vlm_inference.sh", "run_tests.sh", "setup_env.sh", "setup_env.py"]
 FAKE_TRAINING = """
 import json, os, sys
 found = {"arguments": sys.argv[1:], "environment": dict(os.environ), "folder": os.getcwd(), "prefix": sys.prefix}
@@ -197,6 +197,8 @@ def test_several_processes_are_started_by_accelerate(project, tmp_path):
     assert lines[-3:] == [str(project / "train_vlm.py"), "--task-description", "a b"]
     lines = start(project / "run_vlm_training.sh", VLM_PYTHON=recorder, VLM_PROCESSES="config").stdout.splitlines()
     assert lines == [launcher, str(project / "train_vlm.py")]
+    lines = start(project / "run_vlm_inference.sh", "a b.png", VLM_PYTHON=recorder, VLM_PROCESSES=2).stdout.splitlines()
+    assert lines[0] == launcher and lines[-2:] == [str(project / "inference_vlm.py"), "a b.png"]
 
 
 @pytest.mark.parametrize(("arguments", "selection"), [([], []), (["--fast"], ["-m", "not slow"])])

@@ -95,7 +95,7 @@ class Rig:
         child = os.fork()
         if not child:
             self._be_the_child(arguments, output, log, disturb)
-        status = _wait(child, kill_after)
+        status = wait_for(child, kill_after)
         code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
         return Ended(code, log.read_text(errors="replace"), time.monotonic() - began)
 
@@ -194,8 +194,8 @@ def phase(output: Path) -> str:
     return "set-up"
 
 
-def _wait(child: int, kill_after: float | None) -> int:
-    """Wait for a process; returns its status."""
+def wait_for(child: int, kill_after: float | None) -> int:
+    """Wait for a process, or kill it after so many seconds; returns its status."""
     began = time.monotonic()
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)

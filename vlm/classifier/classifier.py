@@ -61,6 +61,7 @@ class VLMClassifier(nn.Module):
             raise UsageError(
                 f"the responses do not tell the classes apart ({error}): give every class a name of its own."
             ) from error
+        self.identity = ""  # a digest of the weights and metadata that it was loaded from
         self.inference_cache: FeatureCache | None = None  # opened by `predict_batch`, for as long as the weights stay
         self.objective = Objective(RESPONSE, self.tree, len(self.rendered.opening_ids))
         self.calibration = Calibration()

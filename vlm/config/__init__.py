@@ -16,7 +16,7 @@ from vlm.config.defaults import (
     RESPONSE,
     TUNING_DEFAULTS,
 )
-from vlm.config.flags import Parser, build_parser, number, parse_arguments, split_names, whole_number
+from vlm.config.flags import Parser, add_flag, build_parser, number, parse_arguments, split_names, whole_number
 from vlm.config.formats import DEFAULT_FORMAT, LAYOUTS, lay_out, reasoning_of, stated_format
 from vlm.config.names import (
     BEST_MODEL,
@@ -89,6 +89,7 @@ __all__ = [
     "Parser",
     "RunSettings",
     "Settings",
+    "add_flag",
     "build_parser",
     "can_be_a_path",
     "different_settings",

@@ -71,20 +71,31 @@ def build_parser() -> Parser:
     )
     groups: dict[str, Any] = {}
     for item in dataclasses.fields(Settings):
-        details = dict(item.metadata)
-        name = details.pop("group")
-        group = groups.setdefault(name, parser if name == "help" else parser.add_argument_group(name))
-        kind = _value_type(item)
-        if kind is bool:
-            details["action"] = "store_true"
-        else:
-            details["type"] = TYPES.get(kind, kind)
-            if "choices" not in details:
-                details.setdefault("metavar", {int: "N", float: "X"}.get(kind, "TEXT"))
-        group.add_argument(flag_of(item.name), **details)
+        name = item.metadata["group"]
+        add_flag(groups.setdefault(name, parser if name == "help" else parser.add_argument_group(name)), item.name)
     for name in WITHOUT_EFFECT:
         parser.add_argument(flag_of(name), action="store_true", help=argparse.SUPPRESS)
     return parser
+
+
+def add_flag(parser: Any, name: str, *more_names: str, **changes: Any) -> None:
+    """Give a parser, or a group of one, the flag of a setting.
+
+    Args:
+        name: the field of `Settings`.
+        more_names: further names of the flag.
+        changes: what is different in this parser, such as help or default.
+    """
+    item = next(item for item in dataclasses.fields(Settings) if item.name == name)
+    details = {key: value for key, value in item.metadata.items() if key != "group"}
+    kind = _value_type(item)
+    if kind is bool:
+        details["action"] = "store_true"
+    else:
+        details["type"] = TYPES.get(kind, kind)
+        if "choices" not in details:
+            details.setdefault("metavar", {int: "N", float: "X"}.get(kind, "TEXT"))
+    parser.add_argument(flag_of(name), *more_names, **details | changes)
 
 
 def _value_type(item: dataclasses.Field) -> type:

@@ -16,7 +16,7 @@ from vlm.data.model_files import COPY_AGAIN, check_model_files, read_object
 from vlm.data.order import Step, epoch_plan
 from vlm.data.refused import leave_out_refused
 from vlm.data.sample import Sample
-from vlm.data.sources import Rows
+from vlm.data.sources import IMAGE_COLUMNS, Rows
 from vlm.data.spellings import tidy
 from vlm.data.splits import ROLES, Data, Split
 from vlm.data.stream import Place, Stream
@@ -24,6 +24,7 @@ from vlm.data.unchecked import check_what_is_known, leave_out_unreadable, note_u
 
 __all__ = [
     "COPY_AGAIN",
+    "IMAGE_COLUMNS",
     "ROLES",
     "Data",
     "Found",

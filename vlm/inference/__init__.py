@@ -1,28 +1,72 @@
 """From a model folder to predictions.
 
-model_folder.py writes and reads the folder, which holds all that inference needs; predictor.py loads it and classifies
-images one by one or in batches; writing.py writes the predictions.
+arguments.py is the command line; model_folder.py writes and reads the folder, which holds all that inference needs;
+classifying.py takes items (items.py) and gives results, which predictor.py offers to Python and job.py writes.
+
+The names are imported when they are first used: the command line is read before torch is imported.
 """
 
-from vlm.inference.model_folder import save_model_folder, update_metadata
-from vlm.inference.predictor import (
-    image_result,
-    load_model_and_metadata,
-    predict_batch,
-    predict_each,
-    predict_single_image,
-)
-from vlm.inference.writing import PredictionFile, PredictionTable, check_replaceable
+from typing import TYPE_CHECKING
+
+from vlm.common import lazy_names
+
+if TYPE_CHECKING:
+    from vlm.inference.arguments import build_parser, check_arguments
+    from vlm.inference.batch_predictor import BatchPredictor
+    from vlm.inference.classifying import Options, Outcome, classify_items, image_result
+    from vlm.inference.items import Files, Item, Items
+    from vlm.inference.job import Job, about_rows, check_all_read, run_job, show_table
+    from vlm.inference.model_folder import save_model_folder, update_metadata
+    from vlm.inference.predictor import (
+        load_model_and_metadata,
+        predict_batch,
+        predict_each,
+        predict_single_image,
+    )
+    from vlm.inference.writing import PredictionFile, PredictionTable, check_replaceable
 
 __all__ = [
+    "BatchPredictor",
+    "Files",
+    "Item",
+    "Items",
+    "Job",
+    "Options",
+    "Outcome",
     "PredictionFile",
     "PredictionTable",
+    "about_rows",
+    "build_parser",
+    "check_all_read",
+    "check_arguments",
     "check_replaceable",
+    "classify_items",
     "image_result",
     "load_model_and_metadata",
     "predict_batch",
     "predict_each",
     "predict_single_image",
+    "run_job",
     "save_model_folder",
+    "show_table",
     "update_metadata",
 ]
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        ".arguments": ("build_parser", "check_arguments"),
+        ".batch_predictor": ("BatchPredictor",),
+        ".classifying": ("Options", "Outcome", "classify_items", "image_result"),
+        ".items": ("Files", "Item", "Items"),
+        ".job": ("Job", "about_rows", "check_all_read", "run_job", "show_table"),
+        ".model_folder": ("save_model_folder", "update_metadata"),
+        ".predictor": (
+            "load_model_and_metadata",
+            "predict_batch",
+            "predict_each",
+            "predict_single_image",
+        ),
+        ".writing": ("PredictionFile", "PredictionTable", "check_replaceable"),
+    },
+)

@@ -1,5 +1,7 @@
 """The model folder: weights, processor and metadata, written whole and loadable without this program."""
 
+import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -13,6 +15,7 @@ from vlm.config import BEST_MODEL, DEMO_MODEL, METADATA, fold_folder
 from vlm.conversation import Prompts
 from vlm.families import Family
 
+WEIGHTS = ".safetensors"
 WRITTEN_BY = "It is written by train_vlm.py with the model: copy both again, or train again."
 
 
@@ -88,6 +91,12 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     if (folder / BEST_MODEL).is_dir():
         raise UsageError(f"{folder} is the folder of a run: its model is {folder / BEST_MODEL}.")
     return metadata
+
+
+def model_identity(folder: Path, metadata: dict[str, Any]) -> str:
+    """A digest that another model has not: of the checksums of the weights, and of the metadata."""
+    weights = {name: value for name, value in read_checksums(folder).items() if name.endswith(WEIGHTS)}
+    return hashlib.sha256(json.dumps([weights, metadata], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_prompts(folder: Path, metadata: dict[str, Any]) -> Prompts:

@@ -1,30 +1,24 @@
-"""A model folder -> predictions: one by one or in batches. B = images, C = classes."""
+"""A model folder -> predictions, from Python: of one image or of many."""
 
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
-from vlm.classifier import TOLERANCE, Batch, Calibration, VLMClassifier, classify
-from vlm.classifier import explain as explain_predictions
-from vlm.common import Bar, RunError, UsageError, existing, read_folder
-from vlm.config import PREVIOUS_RUN, RunSettings, read_settings
-from vlm.conversation import Prompts
+from vlm.classifier import Calibration, VLMClassifier
+from vlm.common import RunError, UsageError, existing, read_folder
+from vlm.config import PREVIOUS_RUN
 from vlm.data import Sample, UnreadableImage, open_image
-from vlm.families import FeatureCache, load_family, open_cache
-from vlm.inference.model_folder import read_metadata, read_prompts
-from vlm.inference.writing import READABLE_NAME
-from vlm.machine import largest_batch, pick_device, pick_dtype
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+from vlm.families import load_family
+from vlm.inference.classifying import Options, classify_items, collate, predict
+from vlm.inference.items import Files
+from vlm.inference.model_folder import model_identity, read_metadata, read_prompts
+from vlm.machine import pick_device, pick_dtype
 
 
 def load_model_and_metadata(
@@ -71,6 +65,7 @@ def _load(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[VLMCl
     prompts = read_prompts(folder, metadata)
     classifier = VLMClassifier(load_family(folder, dtype, device), prompts).eval()
     classifier.calibration = Calibration.from_metadata(metadata, prompts)
+    classifier.identity = model_identity(folder, metadata)
     return classifier, metadata
 
 
@@ -99,10 +94,10 @@ def predict_single_image(
         RunError: the model's scores are not finite.
     """
     _check_same_model(model, processor, metadata)
-    batch, refused = _collate(model, None, [Sample(open_image(image), 0, "image")])
+    batch, refused = collate(model, None, {0: Sample(open_image(image), 0, "image")})
     if batch is None:
-        raise UnreadableImage(refused["image"])
-    result = _predict(model, batch, explain)[0]
+        raise UnreadableImage(refused[0])
+    result, _ = predict(model, batch, explain)[0]
     if "error" in result:
         raise RunError(result["error"])
     return result["prediction"], result["confidence"], result["full_response"]
@@ -182,125 +177,10 @@ def predict_each(
         raise TypeError(f"image_paths is one path ({image_paths}): pass a list of paths, or use predict_single_image.")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected at least 1")
-    batch_size = batch_size or largest_batch(model, _settings_of(metadata))
-    paths = list(dict.fromkeys(str(path) for path in image_paths))
-    chunks = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
-    cache = _open_cache(model, metadata) if feature_cache else None
-    prepare = partial(_prepare, model, cache)
-    # With a cache, preparing runs the vision encoder, which only one thread at a time may do.
-    prepared = map(prepare, chunks) if feature_cache else _ahead(prepare, chunks)
-    tolerance = 0.0 if exhaustive else TOLERANCE
-    try:
-        with Bar(len(paths), "classifying", enabled=show_progress) as bar:
-            for chunk, (batch, errors) in zip(chunks, prepared, strict=True):
-                predictions = iter(_predict(model, batch, explain, tolerance) if batch else ())
-                for path in chunk:
-                    yield path, errors.get(path) or next(predictions)
-                bar.update(len(chunk))
-    finally:
-        if cache:
-            cache.flush()
-
-
-def _settings_of(metadata: dict[str, Any]) -> RunSettings:
-    """The settings of the training, also of a version that wrote fewer of them or none."""
-    return read_settings(metadata.get("settings", {}))
-
-
-def _open_cache(model: VLMClassifier, metadata: dict[str, Any]) -> FeatureCache | None:
-    """The cache for a trained model, with the size and number format of its training.
-
-    It holds features before the connector, if the cache has a folder for this vision encoder, as after a training
-    without --freeze-connector; else features after the connector, of which there are fewer. The weights are hashed for
-    it, so it is opened once for all calls.
-    """
-    if model.inference_cache is None:
-        settings = _settings_of(metadata)
-        options = settings.cache_dtype, settings.cache_size
-        before = open_cache(model.family, False, *options)
-        known = before is None or before.folder.is_dir()
-        model.inference_cache = before if known else open_cache(model.family, True, *options)
-    return model.inference_cache
-
-
-def _ahead(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """`map` in a thread that is one item ahead: images are decoded while the model is busy with the ones before."""
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        waiting: list[Future[Result]] = []
-        for item in items:
-            waiting.append(thread.submit(work, item))
-            if len(waiting) > 1:
-                yield waiting.pop(0).result()
-        yield from (future.result() for future in waiting)
-
-
-def _prepare(
-    model: VLMClassifier, cache: FeatureCache | None, paths: list[str]
-) -> tuple[Batch | None, dict[str, dict[str, Any]]]:
-    """The batch of the images that can be read, None if there is none, and the results of the others."""
-    samples, errors = [], {}
-    for path in paths:
-        try:
-            samples.append(Sample(open_image(path), 0, path))
-        except UnreadableImage as error:
-            errors[path] = {"prediction": None, "error": str(error)}
-    batch, refused = _collate(model, cache, samples)
-    return batch, errors | {path: {"prediction": None, "error": reason} for path, reason in refused.items()}
-
-
-def _collate(
-    model: VLMClassifier, cache: FeatureCache | None, samples: list[Sample]
-) -> tuple[Batch | None, dict[str, str]]:
-    """The batch of the images that the processor takes, None if there is none, and why it does not take the others."""
-    if not samples:
-        return None, {}
-    try:
-        if cache:
-            cache.add_missing(model.family, samples)
-        return model.collate(with_response=False, cache=cache)(samples), {}
-    except Exception:  # each processor has its own way to refuse an image
-        reasons = {sample.name: model.family.refusal(sample.image) for sample in samples}
-        refused = {name: f"{name}: {reason}" for name, reason in reasons.items() if reason}
-        if not refused:
-            raise
-    batch, more = _collate(model, cache, [sample for sample in samples if sample.name not in refused])
-    return batch, refused | more
-
-
-@torch.no_grad()
-def _predict(model: VLMClassifier, batch: Batch, explain: bool, tolerance: float = TOLERANCE) -> list[dict[str, Any]]:
-    """For each image of a batch what `predict_batch` returns."""
-    if model.training:
-        model.eval()
-    found = classify(model, batch.to(model.device), tolerance)
-    probabilities = model.calibration.log_probabilities(found.scores).exp()  # (B, C)
-    predictions = probabilities.argmax(-1).tolist()
-    abstained = [model.calibration.abstains(confidence) for confidence in probabilities.amax(-1).tolist()]
-    texts = [""] * len(predictions)
-    if explain and not all(abstained):
-        texts = explain_predictions(model, found, predictions)
-    rows = zip(probabilities, predictions, found.unexplored.tolist(), texts, abstained, strict=True)
-    return [image_result(model.prompts, *row) for row in rows]
-
-
-def image_result(
-    prompts: Prompts, probabilities: Tensor, best: int, bound: float, text: str, abstained: bool
-) -> dict[str, Any]:
-    """What `predict_batch` returns for one image, from its (C,) probabilities."""
-    if probabilities.isnan().any():
-        return {"prediction": None, "error": "the model's scores are not finite: try --dtype float32"}
-    result = {
-        "prediction": prompts.class_names[best],
-        **({READABLE_NAME: prompts.readable_names[best]} if prompts.readable_names else {}),
-        "confidence": float(probabilities[best]),
-        "probabilities": dict(zip(prompts.class_names, probabilities.tolist(), strict=True)),
-        "error_bound": bound,
-        "full_response": text,
-    }
-    if abstained:  # no text answers if the prediction does not
-        result |= {"prediction": None, "abstained": True, "full_response": ""}
-        result.pop(READABLE_NAME, None)
-    return result
+    items = Files(list(dict.fromkeys(map(str, image_paths))))
+    options = Options(batch_size, explain, show_progress, exhaustive, feature_cache)
+    for item, result, _ in classify_items(model, metadata, items, options, len(items)):
+        yield item.name, result
 
 
 def _check_same_model(model: VLMClassifier, processor: Any, metadata: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vlm.machine.memory import GIB, Texts, estimate
     from vlm.machine.registry import MODELS, list_models
     from vlm.machine.requirements import examine
+    from vlm.machine.team import Team
     from vlm.machine.threads import wait_politely
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "DTYPES",
     "GIB",
     "MODELS",
+    "Team",
     "Texts",
     "check_compiler",
     "estimate",
@@ -48,6 +50,7 @@ __getattr__ = lazy_names(
         ".memory": ("GIB", "Texts", "estimate"),
         ".registry": ("MODELS", "list_models"),
         ".requirements": ("examine",),
+        ".team": ("Team",),
         ".threads": ("wait_politely",),
     },
 )

@@ -1,0 +1,103 @@
+"""The command line of `inference_vlm.py`. Needs no package, so that `--help` and a mistake are answered at once."""
+
+import argparse
+import os
+from pathlib import Path
+
+from vlm.common import UsageError
+from vlm.config import MOST, MOST_AT_ONCE, Parser, Settings, add_flag, can_be_a_path, number, user_path, whole_number
+
+ENDINGS = (".csv", ".jsonl", ".parquet")  # of --output
+LONGEST_NAME = 200  # bytes of the name of --output: most file systems allow 255, and .1of2.jsonl.part.json follows
+
+
+def build_parser() -> Parser:
+    """The parser of `inference_vlm.py`."""
+    parser = Parser(description="Classify images with a model that train_vlm.py has trained.")
+    parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="image files, or folders with image files")
+    parser.add_argument(
+        "--model-dir",
+        default="vlm_results/best_model",
+        metavar="FOLDER",
+        help="the trained model (default: vlm_results/best_model)",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="write all probabilities to FILE.csv, FILE.jsonl or FILE.parquet, and print no table",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with --output where a command that was stopped or killed has left it",
+    )
+    parser.add_argument(
+        "--explain", action="store_true", help="also show a text for each image, whose answer is the prediction"
+    )
+    parser.add_argument(
+        "--abstain-below",
+        type=number,
+        metavar="P",
+        help="give no prediction if its confidence is below this; 0: always give one (default: as trained)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=whole_number,
+        metavar="N",
+        help="images in one forward pass (default: what fits into the free memory)",
+    )
+    parser.add_argument(
+        "--exhaustive-scoring", action="store_true", help="score every class to the end, also improbable ones (slower)"
+    )
+    parser.add_argument(
+        "--feature-cache",
+        action="store_true",
+        help="cache the vision features of the images, so that the next call on them is faster",
+    )
+    parser.add_argument(
+        "--threads", type=whole_number, metavar="N", help="threads of the CPU (default: its physical cores)"
+    )
+    for name in ("device", "dtype"):  # the same flags as in the training
+        add_flag(parser, name, default=getattr(Settings, name))
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Check the arguments, and expand the paths in them, before anything heavy is imported.
+
+    Raises:
+        UsageError: something that cannot be asked for.
+    """
+    args.images, args.model_dir = [user_path(path) for path in args.images], user_path(args.model_dir)
+    args.output = args.output and user_path(args.output)
+    for name, value, most in (("batch-size", args.batch_size, MOST), ("threads", args.threads, MOST_AT_ONCE)):
+        if value is not None and not 1 <= value <= most:
+            raise UsageError(f"--{name} {value}: expected a whole number of at least 1, and at most {most:,}.")
+    if args.abstain_below is not None and not 0 <= args.abstain_below <= 1:
+        raise UsageError(f"--abstain-below {args.abstain_below}: expected a probability, 0 to 1.")
+    for name in (args.model_dir, *args.images):
+        if not can_be_a_path(name):
+            raise UsageError(f"{name}: expected a name that is not too long for a file or folder.")
+    processes = os.environ.get("WORLD_SIZE", "1")
+    for what, asked in (("--resume", args.resume), (f"{processes} processes", processes != "1")):
+        if asked and args.output is None:
+            raise UsageError(f"{what}: name the file of the predictions with --output, such as predictions.csv.")
+    if args.output is not None:
+        _check_output(Path(args.output), Path(args.model_dir))
+
+
+def _check_output(path: Path, model_dir: Path) -> None:
+    """Check, before the work, that its results can be written after it, and that nothing of another kind is lost.
+
+    Raises:
+        UsageError: they cannot.
+    """
+    if path.suffix.lower() not in ENDINGS:
+        raise UsageError(f"--output {path}: expected a name that ends in .csv, .jsonl or .parquet.")
+    if len(os.fsencode(path.name)) > LONGEST_NAME:
+        raise UsageError(f"--output {path}: expected a name of at most {LONGEST_NAME} bytes.")
+    if os.path.isdir(path) or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UsageError(f"--output {path} cannot be written: choose another place, in a folder that exists.")
+    if path.resolve().parent == model_dir.resolve():
+        raise UsageError(f"--output {path} is in the folder of the model: choose another place.")
