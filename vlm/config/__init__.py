@@ -12,6 +12,7 @@ from vlm.config.defaults import (
     FEW_NODES,
     IMAGES_PER_STEP,
     IN_MEMORY,
+    NO_LABELS,
     POSTERIOR,
     RESPONSE,
     TUNING_DEFAULTS,
@@ -41,6 +42,7 @@ from vlm.config.names import (
     written_by,
 )
 from vlm.config.resolve import (
+    classify_settings,
     different_settings,
     flags_to_train_further,
     flags_to_train_once,
@@ -50,7 +52,7 @@ from vlm.config.resolve import (
 )
 from vlm.config.rules import MOST, MOST_AT_ONCE, can_be_a_path
 from vlm.config.saved import read_run
-from vlm.config.settings import ImageSize, RunSettings, Settings
+from vlm.config.settings import ClassifySettings, ImageSize, RunSettings, Settings
 
 __all__ = [
     "AUTO",
@@ -75,6 +77,7 @@ __all__ = [
     "METADATA",
     "MOST",
     "MOST_AT_ONCE",
+    "NO_LABELS",
     "PAGE",
     "POSTERIOR",
     "PREDICTIONS",
@@ -85,6 +88,7 @@ __all__ = [
     "STATE",
     "TUNING_DEFAULTS",
     "WRITTEN",
+    "ClassifySettings",
     "ImageSize",
     "Parser",
     "RunSettings",
@@ -92,6 +96,7 @@ __all__ = [
     "add_flag",
     "build_parser",
     "can_be_a_path",
+    "classify_settings",
     "different_settings",
     "flags_to_train_further",
     "flags_to_train_once",

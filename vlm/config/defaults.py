@@ -5,6 +5,7 @@ from typing import Any
 DEFAULT_MODEL = "HuggingFaceTB/SmolVLM-500M-Instruct"
 DEFAULT_DATASET = "Mirali33/mb-domars16k"
 
+NO_LABELS = "none"  # as --label-column of inference_vlm.py: labels that are there are not used
 IN_MEMORY = "(in memory)"  # the dataset of a run that a program has started with its own
 
 # Defaults that depend on --tune.

@@ -25,7 +25,7 @@ from vlm.config.formats import choose_format
 from vlm.config.names import BEST_MODEL
 from vlm.config.rules import flag_of, problems
 from vlm.config.saved import check_types
-from vlm.config.settings import RunSettings, Settings
+from vlm.config.settings import ClassifySettings, RunSettings, Settings
 
 # Flags that may differ between an interrupted run and the one that resumes it.
 NOT_PART_OF_THE_RUN = {
@@ -91,6 +91,18 @@ def resolve(given: Mapping[str, Any], saved: RunSettings | None = None) -> Setti
     if found:
         raise UsageError(CONTINUED.join([*found[:2], *filter(None, [" ".join(found[2:])])]))
     return settings
+
+
+def classify_settings(given: Mapping[str, Any]) -> ClassifySettings:
+    """The settings by which a trained model reads a dataset.
+
+    Args:
+        given: as for `resolve`.
+
+    Raises:
+        UsageError: settings that cannot work.
+    """
+    return ClassifySettings(**vars(resolve(given)))
 
 
 def read_settings(values: Mapping[str, Any]) -> RunSettings:

@@ -6,7 +6,7 @@ Nothing heavy is imported here, so that `--help` answers at once.
 import dataclasses
 import math
 from dataclasses import MISSING, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from vlm.config.data_settings import DataSettings
 from vlm.config.declare import flag
@@ -36,7 +36,14 @@ class Settings(DataSettings, ModelSettings):
     """The settings as given, from `resolve`: the flags, and the defaults that follow from the flags themselves.
 
     `None` means that nothing was said: the feature is off, or the data, the model or the free memory decide.
+
+    Attributes:
+        labels_needed: whether the images of the dataset have to have labels.
+        split_flag: the flag that says which splits are read.
     """
+
+    labels_needed: ClassVar[bool] = True
+    split_flag: ClassVar[str] = "--dataset-split"
 
     task_description: str = flag(
         "image classification", "prompts", "what is classified (default: image classification)"
@@ -303,3 +310,11 @@ class RunSettings(Settings):
     batch_size: int = _decided()
     gradient_accumulation_steps: int = _decided()
     objective: str = _decided()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifySettings(Settings):
+    """The settings by which a trained model reads a dataset: one split, in which labels may be missing."""
+
+    labels_needed = False
+    split_flag = "--split"
