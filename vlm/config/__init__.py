@@ -12,8 +12,10 @@ from vlm.config.defaults import (
     FEW_NODES,
     IMAGES_PER_STEP,
     IN_MEMORY,
+    NEW_PROMPTS,
     NO_LABELS,
     POSTERIOR,
+    PROMPTS_OF_MODEL,
     RESPONSE,
     TUNING_DEFAULTS,
 )
@@ -50,7 +52,7 @@ from vlm.config.resolve import (
     resolve,
     user_path,
 )
-from vlm.config.rules import MOST, MOST_AT_ONCE, can_be_a_path
+from vlm.config.rules import MOST, MOST_AT_ONCE, can_be_a_path, flag_of
 from vlm.config.saved import read_run
 from vlm.config.settings import ClassifySettings, ImageSize, RunSettings, Settings
 
@@ -77,10 +79,12 @@ __all__ = [
     "METADATA",
     "MOST",
     "MOST_AT_ONCE",
+    "NEW_PROMPTS",
     "NO_LABELS",
     "PAGE",
     "POSTERIOR",
     "PREDICTIONS",
+    "PROMPTS_OF_MODEL",
     "PREVIOUS_RUN",
     "PREVIOUS_STATE",
     "RESPONSE",
@@ -98,6 +102,7 @@ __all__ = [
     "can_be_a_path",
     "classify_settings",
     "different_settings",
+    "flag_of",
     "flags_to_train_further",
     "flags_to_train_once",
     "fold_folder",

@@ -18,6 +18,7 @@ from vlm.config.defaults import (
     DEMO_DEFAULTS,
     EVALUATIONS,
     IMAGES_PER_STEP,
+    NEW_PROMPTS,
     RESPONSE,
     TUNING_DEFAULTS,
 )
@@ -63,7 +64,7 @@ LONGEST_TEXT = 1_000_000  # characters
 PATHS = ("model", "dataset", "class_descriptions", "class_map", "output_dir", "metrics", "image_folder")
 # Of a finished run that is not what a run that trains its model further is told: that is where it starts, or decided
 # for it anew.
-NOT_OF_THE_NEXT = {*OF_ONE_START, "model", "model_revision", "output_dir", "epochs", "align_connector"}
+NOT_OF_THE_NEXT = {*OF_ONE_START, "prompts", "model", "model_revision", "output_dir", "epochs", "align_connector"}
 
 
 def resolve(given: Mapping[str, Any], saved: RunSettings | None = None) -> Settings:
@@ -116,7 +117,9 @@ def read_settings(values: Mapping[str, Any]) -> RunSettings:
     """
     check_types(values)
     names = {item.name for item in dataclasses.fields(Settings)}
-    settings = _fill({name: value for name, value in values.items() if name in names})
+    # Versions without a choice of the prompts built them from the flags.
+    known = {"prompts": NEW_PROMPTS} | dict(values)
+    settings = _fill({name: value for name, value in known.items() if name in names})
     # All versions that had a choice of the objective wrote it down; those before learned the response.
     return settings.complete(settings.batch_size or 1, settings.objective or RESPONSE)
 

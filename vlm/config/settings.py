@@ -16,12 +16,17 @@ from vlm.config.defaults import (
     FEW_NODES,
     FEW_VIEWS,
     IMAGES_PER_STEP,
+    NEW_PROMPTS,
     POSTERIOR,
+    PROMPTS_OF_MODEL,
     RESPONSE,
     TRACKERS,
 )
-from vlm.config.formats import LAYOUTS
+from vlm.config.formats import DEFAULT_FORMAT, LAYOUTS
 from vlm.config.model_settings import ModelSettings
+
+PROMPT_TEXTS = ("task_description", "system_instructions", "prompt_template", "question_first", "response_format")
+CLASS_FILES = ("class_descriptions", "class_map")
 
 
 class ImageSize(NamedTuple):
@@ -73,6 +78,13 @@ class Settings(DataSettings, ModelSettings):
         "order of reasoning and answer (default: the order in --prompt-template, if it states one, "
         "else reasoning-first)",
         choices=tuple(LAYOUTS),
+    )
+    prompts: str = flag(
+        AUTO,
+        "prompts",
+        "model: the prompts that --model was trained with, if this program trained it; new: those that the flags say "
+        "(default: auto: model, unless another flag of this group is given)",
+        choices=(AUTO, PROMPTS_OF_MODEL, NEW_PROMPTS),
     )
 
     objective: str | None = flag(
@@ -241,6 +253,18 @@ class Settings(DataSettings, ModelSettings):
         "needs no model",
     )
     debug: bool = flag(False, "help", "show the traceback of an error")
+
+    @property
+    def texts(self) -> dict[str, Any]:
+        """The settings that prompts are built from, by name, other than the files about the classes."""
+        return {name: getattr(self, name) for name in PROMPT_TEXTS}
+
+    @property
+    def given_texts(self) -> list[str]:
+        """The flags about prompts that were given, other than with their default."""
+        usual = {"task_description": Settings.task_description, "response_format": DEFAULT_FORMAT}
+        names = [name for name in (*PROMPT_TEXTS, *CLASS_FILES) if getattr(self, name) not in (None, False)]
+        return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) != usual.get(name)]
 
     @property
     def bits(self) -> int | None:

@@ -55,8 +55,8 @@ ROWS_LOOKED_AT = 1000  # of a column, to tell whether it has paths of images
 class Columns:
     """The names of the columns in use.
 
-    label: in words, if it is spread over the columns `one_hot`, each of which has a 1 for the images of its class; "" if
-    there is none and none is needed;
+    label: in words, if it is spread over the columns `one_hot`, each of which has a 1 for the images of its class;
+    empty if there is none and none is needed;
     group: the column of what belongs together, if one was named;
     split: the column that names the split of each row, if it was used.
     """
