@@ -133,7 +133,7 @@ def classify_dataset(args: argparse.Namespace) -> None:
         images = read_images(args.data)
     team = Team()
     model, metadata, options = load(args)
-    items = match_items(images, args.data, model.prompts)
+    items = match_items(images, args.data, model.prompts, metadata)
     note("\n" + format_table(items.summary) + "\n")
     if not items.has_labels and (args.report_dir or metrics):
         raise UsageError("--report-dir and --metrics are about a test, and no image has a label: leave them out.")

@@ -11,7 +11,9 @@ from tiny import random_image
 from inference_vlm import evaluate
 from vlm.common import UsageError
 from vlm.config import METADATA, RESULTS, read_run, read_settings
-from vlm.data import load_data
+from vlm.data import load_data, pack_keys, short_key, unpack_keys
+from vlm.data.images import image_key
+from vlm.data.trained_on import MOST_KEPT
 from vlm.inference.testing import seen_in_training
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -73,6 +75,7 @@ def test_the_figures_are_those_of_the_test_after_the_training(demo_run, model, t
         assert found["calibration"][name] == expected["calibration"][name], "the calibration is the model's"
     assert (model / METADATA).read_bytes() == stored
     assert results["pictures"] == {"test": before["pictures"]["test"], "unlabeled": 0, "skipped": 0}
+    assert results["overlap"] == {"test_in_train": before["overlap"]["test_in_train"]}
     assert results["dataset"]["kind"] == "image folder" and "unknown_classes" not in results
     assert capsys.readouterr().out == "", "a function prints no tables"
 
@@ -190,6 +193,31 @@ def test_what_cannot_be_asked_for_is_one_line(infer, model, test_images, tmp_pat
     error = [line for line in err.splitlines() if line.startswith("error: ")]
     assert (code, out, len(error)) == (2, "", 1) and message in error[0]
     assert not names_in(tmp_path)
+
+
+def test_images_that_the_model_was_trained_on_are_counted(demo_run, infer, tmp_path):
+    data = load_data(read_settings(read_run(demo_run)["settings"]))
+    for split, count in ((data.train, 6), (data.test, 4)):
+        for i, label in enumerate(split.labels[:count]):
+            (tmp_path / "images" / WORDS[label]).mkdir(parents=True, exist_ok=True)
+            split[i].image.save(tmp_path / "images" / WORDS[label] / f"{split.names[i]}.png")
+    code, out, err = infer("--dataset", tmp_path / "images", "--report-dir", tmp_path / "report")
+    results = json.loads((tmp_path / "report" / RESULTS).read_text())
+    assert code == 0 and results["overlap"] == {"test_in_train": 6}
+    assert results["test"]["not_in_train"]["pictures"] == 4
+    assert "\ntest accuracy, images not in train" in out and "6 of 10 test images are in train" in err
+
+
+@pytest.mark.parametrize("keys", [[], ["0" * 64, None], ["0" * 64] * (MOST_KEPT + 1)])
+def test_of_too_many_or_unknown_images_nothing_is_kept(keys):
+    assert pack_keys(keys) is None and unpack_keys(None) == frozenset()
+
+
+def test_short_keys_are_kept_as_a_text():
+    images = [random_image(i) for i in range(5)]
+    text = pack_keys([image_key(image) for image in images])
+    assert unpack_keys(text) == set(map(short_key, images)) and len(text) == 40
+    assert unpack_keys("no base64!") == unpack_keys(3) == unpack_keys("é") == frozenset()
 
 
 def test_the_split_that_the_model_was_trained_on_is_pointed_out():

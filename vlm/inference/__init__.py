@@ -1,9 +1,7 @@
 """From a model folder to predictions.
 
-arguments.py is the command line; model_folder.py writes and reads the folder, which holds all that inference needs;
-classifying.py takes items (items.py) and gives results, which predictor.py offers to Python, job.py writes, and
-testing.py compares with labels.
-
+model_folder.py writes and reads the folder, which holds all that inference needs. classifying.py takes items and gives
+results, which predictor.py offers to Python, job.py writes, and testing.py compares with labels.
 The names are imported when they are first used: the command line is read before torch is imported.
 """
 

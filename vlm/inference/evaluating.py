@@ -75,7 +75,7 @@ def evaluate(
         with doing("reading the dataset"):
             images = read_images(settings, None if named else dataset)
         model, _, metadata = load_model_and_metadata(model_dir, device, dtype, abstain_below)
-        items = match_items(images, settings, model.prompts)
+        items = match_items(images, settings, model.prompts, metadata)
         note("\n" + format_table(items.summary) + "\n")
         options = Options(batch_size, explain, show_progress, exhaustive, feature_cache)
         test = SavedModelTest(model, metadata, str(model_dir), items, settings, options)

@@ -4,16 +4,17 @@ N = images.
 """
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import Any
 
 from PIL import Image
 
 from vlm.common import UsageError, listed
 from vlm.config import ClassifySettings
 from vlm.conversation import Prompts, read_renames
-from vlm.data import LabeledImages, Rows, match_classes, open_image
+from vlm.data import LabeledImages, match_classes, open_image, short_key, unpack_keys
 from vlm.inference.items import Item
 
 LABEL = "label"  # the key of a row with the true class
@@ -27,11 +28,15 @@ class DatasetItems:
         images: as the dataset has them.
         classes: for each class name of the dataset the index of the model's class, None if the model lacks it.
         prompts: of the model.
+        trained_on: the `short_key` of each image that the model was trained on, as far as they are known.
+        seen: the positions of the images that are among these, of those that were opened.
     """
 
     images: LabeledImages
     classes: list[int | None]
     prompts: Prompts
+    trained_on: frozenset[str] = frozenset()
+    seen: set[int] = field(default_factory=set)
 
     def __len__(self) -> int:
         return len(self.images.labels)
@@ -42,7 +47,14 @@ class DatasetItems:
             known = self.class_of(i)
             name = None if label is None else self.images.class_names[label]
             more = {LABEL: name if known is None else self.prompts.class_names[known]}
-            yield Item(rows.names[i], partial(_open, rows, i), more, known)
+            yield Item(rows.names[i], partial(self._open, i), more, known)
+
+    def _open(self, position: int) -> Image.Image:
+        rows = self.images.rows
+        image = open_image(rows.images[position], rows.names[position])
+        if self.trained_on and short_key(image) in self.trained_on:
+            self.seen.add(position)
+        return image
 
     def class_of(self, position: int) -> int | None:
         """The model's class of an image, None if it has no label or one that the model lacks."""
@@ -75,16 +87,14 @@ class DatasetItems:
         return rows
 
 
-def _open(rows: Rows, row: int) -> Image.Image:
-    return open_image(rows.images[row], rows.names[row])
-
-
-def match_items(images: LabeledImages, settings: ClassifySettings, prompts: Prompts) -> DatasetItems:
+def match_items(
+    images: LabeledImages, settings: ClassifySettings, prompts: Prompts, metadata: Mapping[str, Any]
+) -> DatasetItems:
     """The images of a dataset for a model; their classes are matched with the model's by their names.
 
     Args:
         settings: of the dataset. Its `class_map` has other names for classes of the dataset.
-        prompts: of the model.
+        prompts, metadata: of the model.
 
     Raises:
         UsageError: the dataset has labels, and none of its classes is one of the model.
@@ -100,4 +110,4 @@ def match_items(images: LabeledImages, settings: ClassifySettings, prompts: Prom
             f"({listed(prompts.shown_names)}). Give the model's names with --class-names or --class-map, or classify "
             "without labels: --label-column none."
         )
-    return DatasetItems(images, classes, prompts)
+    return DatasetItems(images, classes, prompts, unpack_keys(metadata.get("train_images")))

@@ -143,6 +143,7 @@ class SavedModelTest:
         readable = dict(zip(prompts.class_names, prompts.readable_names, strict=False))
         results |= {
             **({"readable_names": readable} if readable else {}),
+            "overlap": {"test_in_train": len(self.items.seen & self._scores.keys())} if self.items.trained_on else {},
             "picture_check": tested.picture_check(SEED),
             "probe": None,
             "timings": tested.timings(),
@@ -170,7 +171,12 @@ class SavedModelTest:
         calibration = self.model.calibration
         test = metrics_of_sums(self.model, labels, sums, metrics)
         test |= add_test_figures(_as_fitted(calibration), calibration, sums, labels, SEED)
-        return Tested(self.model, split, sums, test, seconds, self.options.batch_size or BATCH_SIZE)
+        tested = Tested(self.model, split, sums, test, seconds, self.options.batch_size or BATCH_SIZE)
+        unseen = np.array([i not in self.items.seen for i in positions])
+        if not unseen.all():  # as after a training
+            accuracy = accuracy_interval(tested.correct[unseen]) if unseen.any() else None
+            test["not_in_train"] = {"pictures": int(unseen.sum()), "accuracy": accuracy}
+        return tested
 
     def _unknown(self, tested: Tested | None) -> dict[str, Any]:
         """The images of classes that the model lacks, and the accuracy if all of them count as wrong."""
@@ -181,7 +187,9 @@ class SavedModelTest:
     def _model_row(self) -> dict[str, Any]:
         """Which model was tested, and why its accuracy may mean less than it seems."""
         known = {name: self.metadata.get(name) for name in ("run_id", "model", "model_revision", "created")}
-        return known | {"warning": seen_in_training(self.metadata, self.items.images.source)}
+        known_images = self.items.trained_on  # then they are counted
+        warning = None if known_images else seen_in_training(self.metadata, self.items.images.source)
+        return known | {"warning": warning}
 
     def _write(self, tested: Tested, results: dict[str, Any], folder: Path) -> None:
         images, names = self.items.images, list(self.model.class_names)

@@ -20,7 +20,7 @@ from vlm.classifier import Objective, VLMClassifier, balanced_weights, usual_obj
 from vlm.common import doing, format_table, note, usual_modes, writing
 from vlm.config import NEW_PROMPTS, RunSettings, Settings
 from vlm.conversation import Prompts, build_prompts, longest_reasoning
-from vlm.data import Data, Split, as_seen, check_what_is_known, leave_out_refused, load_data, model_folder
+from vlm.data import Data, Split, as_seen, check_what_is_known, leave_out_refused, load_data, model_folder, pack_keys
 from vlm.families import (
     DEMO_NAME,
     Family,
@@ -265,6 +265,7 @@ def _metadata(
         "prompts": classifier.prompts.to_json(),
         "texts": texts,
         "dataset": data.source,
+        "train_images": None if data.stream else pack_keys(data.train.keys),
         "settings": settings.to_json(),
         "image_size": image_size,
         "versions": {"vlm": vlm.__version__, "python": platform.python_version()}
