@@ -23,7 +23,7 @@ from vlm.config import RESULTS, ClassifySettings, flag_of
 from vlm.data import Data, Split
 from vlm.evaluation import accuracy_interval, add_test_figures, metrics_of_sums
 from vlm.inference.arguments import OF_A_DATASET
-from vlm.inference.classifying import Options, Outcome
+from vlm.inference.classifying import Options, Outcome, settings_of
 from vlm.inference.items import Item
 from vlm.inference.job import Job, about_rows, run_job, show_table
 from vlm.inference.labeled import LABEL, DatasetItems
@@ -33,7 +33,6 @@ from vlm.machine import Team
 from vlm.report import per_class_table, summary_rows, warnings_of, write_report
 
 BATCH_SIZE = 8  # of what follows the scores
-SEED = 0  # of resamples, and of the images of the image check
 PACKAGES = ("torch", "transformers", "pillow")
 
 
@@ -144,7 +143,7 @@ class SavedModelTest:
         results |= {
             **({"readable_names": readable} if readable else {}),
             "overlap": {"test_in_train": len(self.items.seen & self._scores.keys())} if self.items.trained_on else {},
-            "picture_check": tested.picture_check(SEED),
+            "picture_check": tested.picture_check(self._seed),
             "probe": None,
             "timings": tested.timings(),
         }
@@ -152,6 +151,11 @@ class SavedModelTest:
             results["texts"] = tested.texts()
             self._write(tested, results, Path(report_dir))
         return results
+
+    @property
+    def _seed(self) -> int:
+        """Of resamples and of the image check: that of the training."""
+        return settings_of(self.metadata).seed
 
     @property
     def _given(self) -> dict[str, Any]:
@@ -170,7 +174,7 @@ class SavedModelTest:
         split = Split(self.items.images.rows, positions, labels)
         calibration = self.model.calibration
         test = metrics_of_sums(self.model, labels, sums, metrics)
-        test |= add_test_figures(_as_fitted(calibration), calibration, sums, labels, SEED)
+        test |= add_test_figures(_as_fitted(calibration), calibration, sums, labels, self._seed)
         tested = Tested(self.model, split, sums, test, seconds, self.options.batch_size or BATCH_SIZE)
         unseen = np.array([i not in self.items.seen for i in positions])
         if not unseen.all():  # as after a training
