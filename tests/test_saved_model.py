@@ -112,7 +112,7 @@ def test_classes_are_matched_by_name_and_those_that_the_model_lacks_are_counted(
     assert code == 1 and "1 of 10 images could not be read" in err
     assert [row["label"] for row in rows] == ["Pluto"] * 4 + ["zero"] * 4 + ["one"] * 2
     assert "images of 2 of the model's 10 classes; no image of two" in err
-    assert "ZERO = zero" in err and "Pluto (4 images)" in err
+    assert "ZERO = zero" in err and "\nimages of other classes  Pluto (4)\n" in err
     right = sum(row["prediction"] == row["label"] for row in rows)
     assert f"\ntest accuracy                       {right / 6:.4f}" in out
     assert f"\naccuracy, unknown classes as wrong  {right / 9:.4f}" in out

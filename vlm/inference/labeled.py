@@ -82,8 +82,8 @@ class DatasetItems:
         if lacking := [own for own, index in named if index is None]:
             counts = Counter(self.images.labels)
             numbers = {name: number for number, name in enumerate(self.images.class_names)}
-            shown = listed(f"{name} ({counts[numbers[name]]:,} images)" for name in lacking)
-            rows.append(("not classes of the model", shown))
+            shown = listed(f"{name} ({counts[numbers[name]]:,})" for name in lacking)
+            rows.append(("images of other classes", shown))
         return rows
 
 
