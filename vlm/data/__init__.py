@@ -9,7 +9,7 @@ from vlm.data.classes import problem_of_name
 from vlm.data.cutting import balanced_positions
 from vlm.data.finding import find_images
 from vlm.data.hub import model_folder
-from vlm.data.images import UnreadableImage, open_image
+from vlm.data.images import ImageSource, UnreadableImage, open_image
 from vlm.data.known import Found, KnownImages
 from vlm.data.load import load_data
 from vlm.data.model_files import COPY_AGAIN, check_model_files, read_object
@@ -30,6 +30,7 @@ __all__ = [
     "ROLES",
     "Data",
     "Found",
+    "ImageSource",
     "KnownImages",
     "LabeledImages",
     "Place",
