@@ -21,6 +21,7 @@ from vlm.config.defaults import (
 )
 from vlm.config.flags import Parser, add_flag, build_parser, number, parse_arguments, split_names, whole_number
 from vlm.config.formats import DEFAULT_FORMAT, LAYOUTS, lay_out, reasoning_of, stated_format
+from vlm.config.keywords import from_keywords, with_flags
 from vlm.config.names import (
     BEST_MODEL,
     DATA_PAGE,
@@ -106,6 +107,7 @@ __all__ = [
     "flags_to_train_further",
     "flags_to_train_once",
     "fold_folder",
+    "from_keywords",
     "lay_out",
     "number",
     "parse_arguments",
@@ -115,7 +117,8 @@ __all__ = [
     "resolve",
     "split_names",
     "stated_format",
-    "whole_number",
     "user_path",
+    "whole_number",
+    "with_flags",
     "written_by",
 ]

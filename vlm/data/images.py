@@ -9,7 +9,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from vlm.common import printable, reason
+from vlm.common import Worded, printable, reason
 from vlm.data.formats import LONGEST_START, readable_formats, what_else
 
 ImageSource = str | os.PathLike[str] | bytes | bytearray | memoryview | np.ndarray | Image.Image
@@ -25,7 +25,7 @@ NO_FILES = {
 }
 
 
-class UnreadableImage(ValueError):
+class UnreadableImage(Worded, ValueError):
     """An image that cannot be used. The message is one line: its name and why."""
 
 

@@ -30,7 +30,8 @@ def named_images(images: Iterable[ImageSource]) -> Iterator[tuple[str, ImageSour
 
 
 def _named(images: Iterable[ImageSource]) -> Iterator[tuple[str, ImageSource]]:
-    paths, others = set(), set()
+    paths: set[str] = set()
+    others: set[str] = set()
     for place, image in enumerate(images):
         is_path = isinstance(image, str | os.PathLike)
         name = str(image) if is_path else f"image {place}"

@@ -11,14 +11,17 @@ from vlm.common import lazy_names
 if TYPE_CHECKING:
     from vlm.report.cards import Prediction, shown_images
     from vlm.report.data_page import DataContent, is_data_page, write_data_page
+    from vlm.report.notebook import figures_of, result_html
     from vlm.report.page import write_report
     from vlm.report.summary import per_class_table, summary_rows, warnings_of
 
 __all__ = [
     "DataContent",
     "Prediction",
+    "figures_of",
     "is_data_page",
     "per_class_table",
+    "result_html",
     "shown_images",
     "summary_rows",
     "warnings_of",
@@ -31,6 +34,7 @@ __getattr__ = lazy_names(
     {
         ".cards": ("Prediction", "shown_images"),
         ".data_page": ("DataContent", "is_data_page", "write_data_page"),
+        ".notebook": ("figures_of", "result_html"),
         ".page": ("write_report",),
         ".summary": ("per_class_table", "summary_rows", "warnings_of"),
     },

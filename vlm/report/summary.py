@@ -37,6 +37,18 @@ def summary_rows(results: dict[str, Any]) -> list[Row]:
     ]
 
 
+def fold_rows(results: dict[str, Any]) -> list[Row]:
+    """Name and value of each measure of a cross-validation."""
+    folds = len(results["folds"])
+    rows = []
+    for name, figures in results["over_folds"].items():
+        low, high = figures["interval"]
+        rows.append(
+            (name.replace("_", " "), f"{figures['mean']:.4f}  (mean of {folds} folds, {low:.4f} to {high:.4f})")
+        )
+    return rows
+
+
 def warnings_of(results: dict[str, Any]) -> list[str]:
     """Why the accuracy may mean less than it seems, one sentence each; the most important last."""
     lacks = [f"{_unknown_classes(results)}: the accuracy is that on the others."] if _unknown(results) else []

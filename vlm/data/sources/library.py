@@ -96,24 +96,6 @@ def read_data_files(files: Mapping[str, Sequence[Path]], folder: Path, settings:
     return to_source(_by_name(data), settings, f"{kind.capitalize()} file", folder)
 
 
-def read_object(data: object, settings: Settings) -> Source:
-    """Read a `Dataset` or `DatasetDict` that a program has made.
-
-    Raises:
-        UsageError: it is none, or a column is missing.
-    """
-    import datasets
-
-    if isinstance(data, datasets.DatasetDict):
-        return to_source(_by_name(data), settings, type(data).__name__, Path())
-    if isinstance(data, datasets.Dataset):
-        return to_source({"train": data}, settings, type(data).__name__, Path())
-    raise UsageError(
-        f"the dataset is of the type {type(data).__name__}. Expected a Dataset or DatasetDict of the datasets library, "
-        "or the name of a dataset as text."
-    )
-
-
 def open_streams(name: str, settings: Settings, revision: str | None) -> "IterableDatasetDict":
     """A dataset whose rows are read when they are asked for, with the types of its columns."""
     import datasets

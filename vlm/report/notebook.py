@@ -1,0 +1,42 @@
+"""What a notebook shows of a finished run. A function of what stands in `results.json` only."""
+
+import base64
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from vlm.report.figure_files import describe, to_png
+from vlm.report.figures import confusion_matrix, draw
+from vlm.report.summary import fold_rows, summary_rows, warnings_of
+from vlm.report.templates import render
+
+TEMPLATE = "notebook.html.jinja"
+DPI = 80  # a notebook keeps every figure in its file
+
+
+def figures_of(results: dict[str, Any]) -> dict[str, Figure]:
+    """The figures of a run by name; those of a cross-validation are of its out-of-fold predictions."""
+    if "test" in results:
+        return draw(results, list(results["test"]["per_class"]))
+    pooled = results["out_of_fold"]
+    return {"confusion_matrix": confusion_matrix(pooled["confusion_matrix"], list(pooled["per_class"]))}
+
+
+def result_html(results: dict[str, Any], figures: Mapping[str, Figure], paths: Mapping[str, Path]) -> str:
+    """A small table, the warnings and the figures of a run as a part of a page. All texts are escaped.
+
+    Args:
+        results: what stands in `results.json`.
+        figures: by name, from `figures_of`.
+        paths: what is named below, by name.
+    """
+    shown = {name: base64.b64encode(to_png(figure, DPI)).decode() for name, figure in figures.items()}
+    return render(
+        TEMPLATE,
+        rows=summary_rows(results) if "test" in results else fold_rows(results),
+        warnings=warnings_of(results) if "test" in results else [],
+        figures=[(name.replace("_", " "), describe(figures[name]), png) for name, png in shown.items()],
+        paths={name.replace("_", " "): str(path) for name, path in paths.items()},
+    )
