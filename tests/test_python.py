@@ -189,7 +189,7 @@ def test_the_classifier_of_a_result_is_ready_to_predict(demo_run, result):
 
 def test_a_result_shows_itself_in_a_notebook_with_all_texts_escaped(result):
     html = result._repr_html_()
-    assert re.findall(r'scope="row">([^<]*)<', html)[:2] == ["test accuracy", "accuracy of the probe"]
+    assert re.findall(r'scope="row">([^<]*)<', html)[:2] == ["test accuracy", "macro F1, weighted F1"]
     assert html.count("<img ") == 3 and len(html) < 400_000 and "report.html" in html
     hostile = "<script>alert(1)</script>"
     results = json.loads(json.dumps(result.results).replace('"zero"', json.dumps(hostile)))

@@ -14,6 +14,16 @@ from vlm.report.templates import render
 
 TEMPLATE = "notebook.html.jinja"
 DPI = 80  # a notebook keeps every figure in its file
+ROWS = (  # of the summary; the report has the others
+    "test accuracy",
+    "test accuracy, images not in train",
+    "test accuracy before training",
+    "macro F1, weighted F1",
+    "validation accuracy",
+    "ECE on test",
+    "NLL on test",
+    "training",
+)
 
 
 def figures_of(results: dict[str, Any]) -> dict[str, Figure]:
@@ -33,9 +43,10 @@ def result_html(results: dict[str, Any], figures: Mapping[str, Figure], paths: M
         paths: what is named below, by name.
     """
     shown = {name: base64.b64encode(to_png(figure, DPI)).decode() for name, figure in figures.items()}
+    rows = [row for row in summary_rows(results) if row[0] in ROWS] if "test" in results else fold_rows(results)
     return render(
         TEMPLATE,
-        rows=summary_rows(results) if "test" in results else fold_rows(results),
+        rows=rows,
         warnings=warnings_of(results) if "test" in results else [],
         figures=[(name.replace("_", " "), describe(figures[name]), png) for name, png in shown.items()],
         paths={name.replace("_", " "): str(path) for name, path in paths.items()},
