@@ -75,10 +75,10 @@ def train(dataset: Any = None, **settings: Any) -> "Result | None":
         show_data or list_models, and on processes other than the main one.
 
     Raises:
-        UsageError: dataset or settings with which the run cannot start.
+        UsageError: dataset or settings with which the run cannot start. It is a TypeError, too, if there is no such
+            flag.
         RunError: the run had to stop.
         Stopped: it was interrupted; a `KeyboardInterrupt`. Its message says how to continue.
-        TypeError: there is no such flag.
     """
     return _train("train", dataset, settings)
 

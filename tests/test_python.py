@@ -1,6 +1,7 @@
 """`train` from Python: keyword arguments are flags, errors are exceptions, and the result shows itself."""
 
 import inspect
+import io
 import json
 import re
 import signal
@@ -14,6 +15,7 @@ import pytest
 import torch
 from commands import ROOT
 from matplotlib.figure import Figure
+from PIL import Image
 from safetensors.torch import load_file
 from test_stopping import send_after
 from tiny import random_image
@@ -84,8 +86,10 @@ def test_a_value_that_no_flag_has_is_refused(given, message):
 
 @pytest.mark.parametrize("function", [train, train_on])
 def test_an_unknown_keyword_names_the_near_one(function):
-    with pytest.raises(TypeError, match=rf"^{function.__name__}\(\) has no setting epoch. Did you mean epochs\?"):
+    message = rf"^{function.__name__}\(\) has no setting epoch. Did you mean epochs\?"
+    with pytest.raises(TypeError, match=message) as caught:
         function("data", epoch=1)
+    assert isinstance(caught.value, UsageError) and len(shown(caught.value).splitlines()) == 1
 
 
 # Errors
@@ -175,7 +179,8 @@ def test_a_result_has_metrics_paths_history_and_figures(demo_run, result):
     (accuracy,) = history[history.kind == "validation"].accuracy
     assert accuracy == results["validation"]["accuracy"]
     assert set(result.figures) == {"training_curves", "confusion_matrix", "reliability"}
-    assert all(isinstance(figure, Figure) for figure in result.figures.values())
+    for figure in result.figures.values():
+        assert isinstance(figure, Figure) and Image.open(io.BytesIO(figure._repr_png_())).width > 300
     assert repr(result) == f"<Result: accuracy {results['test']['accuracy']:.4f} on 100 images, {demo_run}>"
 
 

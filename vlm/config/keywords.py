@@ -15,6 +15,10 @@ from vlm.config.settings import Settings
 LONGEST_SHOWN = 80  # characters of a value in a message
 
 
+class UnknownKeyword(UsageError, TypeError):
+    """A keyword argument that no function has: Python's error for it, shown as one of ours."""
+
+
 def from_keywords(function: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """The values of keyword arguments as the command line gives them, by field name of `Settings`.
 
@@ -23,14 +27,14 @@ def from_keywords(function: str, given: Mapping[str, Any]) -> dict[str, Any]:
         given: values by name; None counts as not given. Paths and numbers of NumPy are taken as well.
 
     Raises:
-        TypeError: there is no such flag.
+        UnknownKeyword: there is no such flag.
         UsageError: a value has the wrong type, or is none of the choices.
     """
     known = {item.name: item for item in dataclasses.fields(Settings)}
     for name in given:
         if name not in known:
             hint = did_you_mean(name.replace("-", "_"), list(known))
-            raise TypeError(f"{function}() has no setting {name}.{hint} docs/options.md has all flags.")
+            raise UnknownKeyword(f"{function}() has no setting {name}.{hint} docs/options.md has all flags.")
     return {name: _value(known[name], value) for name, value in given.items() if value is not None}
 
 

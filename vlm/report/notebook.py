@@ -2,6 +2,7 @@
 
 import base64
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,13 @@ ROWS = (  # of the summary; the report has the others
 def figures_of(results: dict[str, Any]) -> dict[str, Figure]:
     """The figures of a run by name; those of a cross-validation are of its out-of-fold predictions."""
     if "test" in results:
-        return draw(results, list(results["test"]["per_class"]))
-    pooled = results["out_of_fold"]
-    return {"confusion_matrix": confusion_matrix(pooled["confusion_matrix"], list(pooled["per_class"]))}
+        figures = draw(results, list(results["test"]["per_class"]))
+    else:
+        pooled = results["out_of_fold"]
+        figures = {"confusion_matrix": confusion_matrix(pooled["confusion_matrix"], list(pooled["per_class"]))}
+    for figure in figures.values():  # a notebook shows a figure of its own accord only after `%matplotlib inline`
+        vars(figure)["_repr_png_"] = partial(to_png, figure, DPI)
+    return figures
 
 
 def result_html(results: dict[str, Any], figures: Mapping[str, Figure], paths: Mapping[str, Path]) -> str:
