@@ -121,7 +121,7 @@ def test_they_are_stored_without_outputs_and_open_in_colab(name):
         f"(https://colab.research.google.com/github/{repository()}/blob/main/notebooks/{name})"
         in notebook.cells[0].source
     )
-    assert f'"vlm-classification @ git+https://github.com/{repository()}"' in code[0].source
+    assert f"install --quiet git+https://github.com/{repository()}" in code[0].source
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -135,5 +135,5 @@ def test_in_colab_the_first_cell_installs_the_program_if_it_is_missing(name, mon
         monkeypatch.setattr("importlib.util.find_spec", lambda name, missing=missing: None if missing else "found")
         monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace())
         exec(code, {"get_ipython": lambda: shell})
-    installed = f'pip install --quiet "vlm-classification @ git+https://github.com/{repository()}"'
+    installed = f"pip install --quiet git+https://github.com/{repository()}"
     assert asked == ["matplotlib inline", "matplotlib inline", installed]
