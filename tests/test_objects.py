@@ -95,6 +95,11 @@ def test_other_objects_are_refused(data, found):
         load(data)
 
 
+def test_a_table_with_two_columns_of_one_name_is_refused():
+    with pytest.raises(UsageError, match="two columns of the same name"):
+        load(pandas.DataFrame(pairs(), columns=["label", "label"]))
+
+
 def test_splits_of_different_kinds_are_refused():
     with pytest.raises(UsageError, match=r"dataset\['train'\] is a Dataset and dataset\['test'\] a list"):
         load({"train": a_dataset(), "test": pairs()})

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlm.classifier import VLMClassifier
 from vlm.common import UsageError, read_json
-from vlm.config import BEST_MODEL, FINAL_MODEL, LOG, METADATA, PAGE, PREDICTIONS, RESULTS, user_path
+from vlm.config import AUTO, BEST_MODEL, FINAL_MODEL, LOG, METADATA, PAGE, PREDICTIONS, RESULTS, user_path
 from vlm.data import ImageSource
 from vlm.inference import load_model_and_metadata, predict_batch
 from vlm.report import figures_of, result_html
@@ -112,7 +112,9 @@ class Result:
                 f"Load the one of a fold, such as Result.read({str(self.output / 'fold_1')!r})."
             )
         settings = self.results["settings"]
-        return load_model_and_metadata(self.output / BEST_MODEL, settings["device"], settings["dtype"])
+        return load_model_and_metadata(
+            self.output / BEST_MODEL, settings.get("device", AUTO), settings.get("dtype", AUTO)
+        )
 
     def __repr__(self) -> str:
         metrics = self.metrics

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm.common import UsageError
+from vlm.common import UsageError, listed
 from vlm.config import Settings
 from vlm.data.sources.asked_splits import choose_splits
 from vlm.data.sources.library import to_source
@@ -62,6 +62,8 @@ def _to_table(data: Any, name: str) -> Table:
     import pandas
 
     if isinstance(data, pandas.DataFrame):
+        if not data.columns.is_unique:
+            raise UsageError(f"{name} has two columns of the same name. Expected one of each: {listed(data.columns)}.")
         table = Table("DataFrame", {str(column): _plain(data[column].tolist()) for column in data.columns})
     elif isinstance(data, list | tuple):
         for place, pair in enumerate(data):
@@ -78,11 +80,10 @@ def _to_table(data: Any, name: str) -> Table:
 
 def _plain(values: Any) -> list[Any]:
     """Cells as tables have them: paths as text, and numbers of NumPy and torch as Python's."""
-    return [
-        os.fspath(value)
-        if isinstance(value, os.PathLike)
-        else value.item()
-        if getattr(value, "ndim", 1) == 0
-        else value
-        for value in values
-    ]
+    return [_plain_one(value) for value in values]
+
+
+def _plain_one(value: Any) -> Any:
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.item() if getattr(value, "ndim", None) == 0 else value
