@@ -26,7 +26,7 @@ from vlm.common import Stopped
 from vlm.config import resolve
 
 ROWS = {"full": [1_000, 50_000, 1_000_000], "quick": [1_000, 50_000], "tiny": [100, 6_000]}
-IMAGES = {"full": 300, "quick": 300, "tiny": 20}
+IMAGES = {"full": 300, "quick": 300, "tiny": 40}
 CLASSES = 10
 
 

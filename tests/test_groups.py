@@ -92,6 +92,12 @@ def test_too_few_groups(tmp_path):
         load(write_table(tmp_path, [f"{'ab'[i % 2]},p{i // 10}" for i in range(20)]), group_column="patient")
 
 
+def test_classes_of_one_group_cannot_be_cut(tmp_path):
+    rows = [f"{'abc'[i % 3]},p{i % 3}" for i in range(24)]
+    with pytest.raises(UsageError, match="train has 3 groups, of which none can go to validation and test"):
+        load(write_table(tmp_path, rows), group_column="patient")
+
+
 def test_groups_from_names(tmp_path, capsys):
     for name in "ab":
         (tmp_path / "d" / name).mkdir(parents=True)

@@ -12,7 +12,10 @@ from vlm.config.defaults import (
     FEW_NODES,
     IMAGES_PER_STEP,
     IN_MEMORY,
+    NEW_PROMPTS,
+    NO_LABELS,
     POSTERIOR,
+    PROMPTS_OF_MODEL,
     RESPONSE,
     TUNING_DEFAULTS,
 )
@@ -41,6 +44,7 @@ from vlm.config.names import (
     written_by,
 )
 from vlm.config.resolve import (
+    classify_settings,
     different_settings,
     flags_to_train_further,
     flags_to_train_once,
@@ -48,9 +52,9 @@ from vlm.config.resolve import (
     resolve,
     user_path,
 )
-from vlm.config.rules import MOST, MOST_AT_ONCE, can_be_a_path
+from vlm.config.rules import MOST, MOST_AT_ONCE, can_be_a_path, flag_of
 from vlm.config.saved import read_run
-from vlm.config.settings import ImageSize, RunSettings, Settings
+from vlm.config.settings import ClassifySettings, ImageSize, RunSettings, Settings
 
 __all__ = [
     "AUTO",
@@ -75,9 +79,12 @@ __all__ = [
     "METADATA",
     "MOST",
     "MOST_AT_ONCE",
+    "NEW_PROMPTS",
+    "NO_LABELS",
     "PAGE",
     "POSTERIOR",
     "PREDICTIONS",
+    "PROMPTS_OF_MODEL",
     "PREVIOUS_RUN",
     "PREVIOUS_STATE",
     "RESPONSE",
@@ -85,6 +92,7 @@ __all__ = [
     "STATE",
     "TUNING_DEFAULTS",
     "WRITTEN",
+    "ClassifySettings",
     "ImageSize",
     "Parser",
     "RunSettings",
@@ -92,7 +100,9 @@ __all__ = [
     "add_flag",
     "build_parser",
     "can_be_a_path",
+    "classify_settings",
     "different_settings",
+    "flag_of",
     "flags_to_train_further",
     "flags_to_train_once",
     "fold_folder",

@@ -20,6 +20,8 @@ from vlm.data.sources import IMAGE_COLUMNS, Rows
 from vlm.data.spellings import tidy
 from vlm.data.splits import ROLES, Data, Split
 from vlm.data.stream import Place, Stream
+from vlm.data.to_classify import LabeledImages, match_classes, read_images
+from vlm.data.trained_on import pack_keys, short_key, unpack_keys
 from vlm.data.unchecked import check_what_is_known, leave_out_unreadable, note_unreadable, refuse_unreadable
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "Data",
     "Found",
     "KnownImages",
+    "LabeledImages",
     "Place",
     "Rows",
     "Sample",
@@ -45,11 +48,16 @@ __all__ = [
     "check_what_is_known",
     "leave_out_unreadable",
     "load_data",
+    "match_classes",
     "model_folder",
     "note_unreadable",
     "open_image",
+    "pack_keys",
     "problem_of_name",
+    "read_images",
     "read_object",
     "refuse_unreadable",
+    "short_key",
     "tidy",
+    "unpack_keys",
 ]

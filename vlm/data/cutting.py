@@ -123,6 +123,11 @@ def _cut_groups(splits: Mapping[str, Split], missing: Sequence[str], settings: S
     ratios = {"validation": settings.validation_ratio, "test": settings.test_ratio}
     shares = [ratios[role] for role in missing]
     parts = share_units(units, train.labels, [*shares, 1 - sum(shares)], [settings.seed, CUT])
+    if empty := [role for role, part in zip(missing, parts, strict=False) if not part]:
+        raise UsageError(
+            f"train has {len(units)} groups, of which none can go to {' and '.join(empty)} without that train loses a "
+            "class. Expected more groups of each class: give a dataset with these splits, or other groups."
+        )
     taken = {i for part in parts[:-1] for i in part}
     kept = [i for i in range(len(train)) if i not in taken]
     return {
