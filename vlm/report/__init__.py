@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vlm.report.notebook import figures_of, result_html
     from vlm.report.page import write_report
     from vlm.report.summary import per_class_table, summary_rows, warnings_of
+    from vlm.report.templates import render
 
 __all__ = [
     "DataContent",
@@ -21,6 +22,7 @@ __all__ = [
     "figures_of",
     "is_data_page",
     "per_class_table",
+    "render",
     "result_html",
     "shown_images",
     "summary_rows",
@@ -37,5 +39,6 @@ __getattr__ = lazy_names(
         ".notebook": ("figures_of", "result_html"),
         ".page": ("write_report",),
         ".summary": ("per_class_table", "summary_rows", "warnings_of"),
+        ".templates": ("render",),
     },
 )
