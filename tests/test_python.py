@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from test_stopping import send_after
 from tiny import random_image
 
-from inference_vlm import predict_single_image
+from inference_vlm import evaluate, predict_single_image
 from train_vlm import Result, train, train_on
 from vlm.common import RunError, Stopped, UsageError
 from vlm.config import Settings, from_keywords, parse_arguments, resolve
@@ -84,11 +84,14 @@ def test_a_value_that_no_flag_has_is_refused(given, message):
         train(**given)
 
 
-@pytest.mark.parametrize("function", [train, train_on])
-def test_an_unknown_keyword_names_the_near_one(function):
-    message = rf"^{function.__name__}\(\) has no setting epoch. Did you mean epochs\?"
+@pytest.mark.parametrize(
+    "function, given, near",
+    [(train, "epoch", "epochs"), (train_on, "epoch", "epochs"), (evaluate, "label_colum", "label_column")],
+)
+def test_an_unknown_keyword_names_the_near_one(function, given, near):
+    message = rf"^{function.__name__}\(\) has no setting {given}. Did you mean {near}\?"
     with pytest.raises(TypeError, match=message) as caught:
-        function("data", epoch=1)
+        function(dataset="data", **({"model_dir": "m"} if function is evaluate else {}), **{given: 1})
     assert isinstance(caught.value, UsageError) and len(shown(caught.value).splitlines()) == 1
 
 
@@ -104,6 +107,11 @@ def test_an_error_has_the_words_of_the_command_line_and_says_them_in_python(demo
     with pytest.raises(UsageError) as caught:
         train(demo=True, output_dir=demo_run, debug=True)
     assert "Traceback (most recent call last)" in shown(caught.value)
+
+
+def test_evaluate_takes_the_flags_of_a_dataset_only():
+    with pytest.raises(TypeError, match=r"^evaluate\(\) has no setting epochs\. docs"):
+        evaluate("m", "data", epochs=3)
 
 
 def test_a_failed_run_raises_its_error_without_what_was_being_done(monkeypatch, tmp_path):

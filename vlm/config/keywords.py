@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import inspect
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from numbers import Number
 from typing import Any
 
@@ -19,18 +19,19 @@ class UnknownKeyword(UsageError, TypeError):
     """A keyword argument that no function has: Python's error for it, shown as one of ours."""
 
 
-def from_keywords(function: str, given: Mapping[str, Any]) -> dict[str, Any]:
+def from_keywords(function: str, given: Mapping[str, Any], names: Collection[str] | None = None) -> dict[str, Any]:
     """The values of keyword arguments as the command line gives them, by field name of `Settings`.
 
     Args:
         function: its name, for messages.
         given: values by name; None counts as not given. Paths and numbers of NumPy are taken as well.
+        names: the flags that it takes; None: all.
 
     Raises:
         UnknownKeyword: there is no such flag.
         UsageError: a value has the wrong type, or is none of the choices.
     """
-    known = {item.name: item for item in dataclasses.fields(Settings)}
+    known = {item.name: item for item in dataclasses.fields(Settings) if names is None or item.name in names}
     for name in given:
         if name not in known:
             hint = did_you_mean(name.replace("-", "_"), list(known))
