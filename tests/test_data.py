@@ -115,7 +115,7 @@ def test_an_empty_split_is_refused(tmp_path):
 
 
 def test_a_class_with_too_few_images_to_cut_is_named(tmp_path):
-    refuse(r"less than 3 images of rare \(1\).*at least 3", images(tmp_path / "cut", {"common": 9, "rare": 1}))
+    refuse(r"fewer than 3 images of rare \(1\).*at least 3", images(tmp_path / "cut", {"common": 9, "rare": 1}))
     layout = {f"{split}/{c}": 1 for split in ("train", "val", "test") for c in ("a", "b")}
     assert counts(load(images(tmp_path / "whole", layout))) == [2, 2, 2]
 

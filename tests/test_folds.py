@@ -51,7 +51,7 @@ def test_every_image_is_in_the_test_of_one_fold_and_no_split_has_it_twice(tmp_pa
         assert np.bincount(data.test.labels, minlength=4).tolist()[:3] in [[2, 2, 2], [3, 2, 2], [2, 3, 2], [2, 2, 3]]
     assert {len(data.test) for data in found} <= {7, 8, 9}, "what is left over of the classes goes to different folds"
     assert len({data.source["fold"]["digest"] for data in found}) == 1
-    assert dict(found[1].summary)["test"] == "8 images (fold 2 of 5)"
+    assert found[1].summary[0] == ("fold", "2 of 5") and dict(found[1].summary)["test"] == "8 images (fold 2 of 5)"
 
 
 def test_a_validation_split_takes_part_and_a_test_split_stays_out(tmp_path):
@@ -78,18 +78,23 @@ def test_groups_and_equal_images_are_not_cut_apart(tmp_path):
         (
             [6, 3],
             4,
-            r"--folds 4: there are less than 4 different images of c1 \(3\). Expected at least 4 of each class",
+            r"--folds 4: there are fewer than 4 different images of c1 \(3\). Expected at least 4 of each class",
         ),
         (
             [6, 2],
             2,
-            r"--folds 2: without fold 1, train has less than 2 images of c1 \(1\), so validation cannot be cut",
+            r"--folds 2: without fold 1, train has fewer than 2 images of c1 \(1\), so validation cannot be cut",
         ),
     ],
 )
 def test_too_few_images_are_refused_whichever_fold_is_asked_for(tmp_path, counts, folds, said):
     with pytest.raises(UsageError, match=said):
         load(write_images(tmp_path, counts), folds, folds)
+
+
+def test_too_few_images_because_of_max_samples_are_refused_with_its_name(tmp_path):
+    with pytest.raises(UsageError, match="--folds 4 with --max-samples 6: there are fewer than 4 different images of"):
+        load(write_images(tmp_path, [9, 9]), 4, max_samples=6)
 
 
 def test_too_few_groups_are_refused(tmp_path):

@@ -64,7 +64,6 @@ class CrossValidation:
         if (folder / RESULTS).is_file():
             note(f"fold {number} of {self.count}: finished before, and kept.")
             return read_fold(folder, number)
-        note("\n" * (number > 1) + f"note: fold {number} of {self.count} is in {folder}.")
         resume = (folder / METADATA).is_file()
         settings = replace(self.settings, fold=number, output_dir=str(folder), resume=resume, overwrite=False)
         self.enter("")  # nothing is trained until the fold is set up
