@@ -24,7 +24,7 @@ def test_the_response_and_nothing_else_is_marked_as_being_in_the_loss(classifier
     assert marked.strip().removesuffix("]]") == f"{classifier.prompts.responses[3]}<end_of_utterance>"
     assert classifier.prompts.system in before and classifier.prompts.question in before
     assert "<image> x 4<fake_token_around_image>" in before
-    assert "with 4 image tokens" in before
+    assert "4 of them image tokens" in before
 
 
 def test_a_sample_without_a_image_token_stops(classifier, monkeypatch):

@@ -16,7 +16,7 @@ from typing import Any
 
 import vlm
 from vlm.classifier import key_of
-from vlm.common import Stopped, UsageError, command_of, format_table, note, write_json
+from vlm.common import Stopped, UsageError, command_of, format_table, note, resume_command, write_json
 from vlm.config import (
     METADATA,
     PREDICTIONS,
@@ -111,7 +111,7 @@ class CrossValidation:
         return Stopped(f"fold {number} of {self.count} {done}. {self._resumable()}")
 
     def _resumable(self) -> str:
-        return f"Continue with --resume --output-dir {self.output}; folds that are finished are kept."
+        return f"Continue with {resume_command(self.output)}; folds that are finished are kept."
 
     def finish(self, folds: Sequence[Fold]) -> dict[str, Any]:
         """Write and print the results of all folds; returns the content of `results.json`."""
