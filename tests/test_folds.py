@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -13,7 +14,17 @@ from test_output import everything
 from tiny import random_image
 
 from vlm.common import Stopped, UsageError
-from vlm.config import METADATA, PREDICTIONS, PREVIOUS_RUN, RESULTS, fold_folder, read_settings, resolve, written_by
+from vlm.config import (
+    METADATA,
+    PAGE,
+    PREDICTIONS,
+    PREVIOUS_RUN,
+    RESULTS,
+    fold_folder,
+    read_settings,
+    resolve,
+    written_by,
+)
 from vlm.data import load_data
 from vlm.training import check_output, fit_folds
 from vlm.training.out_of_fold import mean_figures
@@ -226,7 +237,7 @@ def table(output):
 @pytest.mark.slow
 def test_every_image_is_predicted_once_and_the_figures_are_those_of_the_folds(whole, color_folder):
     rows, results = table(whole), json.loads((whole / RESULTS).read_text())
-    assert names_in(whole) == {".run_files.json", "fold_1", "fold_2", "fold_3", METADATA, PREDICTIONS, RESULTS}
+    assert names_in(whole) == {".run_files.json", "fold_1", "fold_2", "fold_3", METADATA, PREDICTIONS, RESULTS, PAGE}
     assert len({row["path"] for row in rows}) == len(rows) == 36 == results["out_of_fold"]["samples"]
     assert all(row["label"] in row["path"] and row["prediction"] in row["full_response"] for row in rows)
     for number, fold in enumerate(results["folds"], 1):
@@ -240,6 +251,19 @@ def test_every_image_is_predicted_once_and_the_figures_are_those_of_the_folds(wh
     assert results["over_folds"]["accuracy"]["mean"] == pytest.approx(everything_right), (
         "as the folds are equally large"
     )
+
+
+@pytest.mark.slow
+def test_one_page_is_about_all_folds_and_links_to_theirs(whole):
+    page, results = (whole / PAGE).read_text(), json.loads((whole / RESULTS).read_text())
+    links = re.findall(r'<a href="(fold_[^"]*)"', page)
+    assert links == [f"fold_{number}/{PAGE}" for number in (1, 2, 3)] and all(
+        (whole / link).is_file() for link in links
+    )
+    right = sum(row["prediction"] == row["label"] for row in table(whole))
+    assert f"Right on {right} of 36 images" in page and f"{results['over_folds']['accuracy']['mean']:.4f}" in page
+    assert page.count("<article>") == min(12, 36 - right) == page.count("data:image/png")
+    assert "fold 2 of 3" in (whole / "fold_2" / PAGE).read_text().split("<main>")[0]
 
 
 @pytest.mark.slow

@@ -11,13 +11,16 @@ from vlm.common import lazy_names
 if TYPE_CHECKING:
     from vlm.report.cards import Prediction, shown_images
     from vlm.report.data_page import DataContent, is_data_page, write_data_page
+    from vlm.report.folds_page import COLUMNS, fold_rows, write_folds_report
     from vlm.report.page import write_report
     from vlm.report.summary import per_class_table, summary_rows, warnings_of
     from vlm.report.templates import render
 
 __all__ = [
+    "COLUMNS",
     "DataContent",
     "Prediction",
+    "fold_rows",
     "is_data_page",
     "per_class_table",
     "render",
@@ -25,6 +28,7 @@ __all__ = [
     "summary_rows",
     "warnings_of",
     "write_data_page",
+    "write_folds_report",
     "write_report",
 ]
 
@@ -33,6 +37,7 @@ __getattr__ = lazy_names(
     {
         ".cards": ("Prediction", "shown_images"),
         ".data_page": ("DataContent", "is_data_page", "write_data_page"),
+        ".folds_page": ("COLUMNS", "fold_rows", "write_folds_report"),
         ".page": ("write_report",),
         ".summary": ("per_class_table", "summary_rows", "warnings_of"),
         ".templates": ("render",),

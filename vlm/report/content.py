@@ -310,8 +310,8 @@ def used_settings(results: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that had a part in the result: with the device, number format and image size that were taken,
     without what was off."""
     given = results["settings"]
-    taken = {"device": results["device"]["type"], "dtype": results["device"]["dtype"]}
-    if results["image_size"]:
+    taken = {"device": results["device"]["type"], "dtype": results["device"]["dtype"]} if "device" in results else {}
+    if results.get("image_size"):
         taken["image_size"] = results["image_size"]
     if "cache_size" in given:
         taken["cache_size"] = f"{given['cache_size']:g} GB"

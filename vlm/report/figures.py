@@ -214,7 +214,7 @@ def _draw_grid(axes: Axes, classes: int, points: float) -> None:
     for i in range(classes):
         width = min(1.2, points / 12)
         frame = Rectangle((i - 0.5, i - 0.5), 1, 1, fill=False, edgecolor=BLUE, linewidth=width)
-        axes.add_patch(frame).set(zorder=2.5, clip_on=False)  # above the lines and the cells next to it
+        axes.add_patch(frame).set(zorder=2.6, clip_on=False)  # above the lines next to it
 
 
 def _name_classes(axes: Axes, class_names: Sequence[str], points: float) -> None:
