@@ -108,6 +108,12 @@ def test_too_few_images_because_of_max_samples_are_refused_with_its_name(tmp_pat
         load(write_images(tmp_path, [9, 9]), 4, max_samples=6)
 
 
+def test_groups_that_make_validation_large_are_pointed_out(tmp_path, capsys):
+    table = write_table(tmp_path, [f"{'ab'[i // 4 % 2]},p{i // 4}" for i in range(24)])
+    assert len(load(table, 3, 1, group_column="patient").validation) == 8
+    assert "note: validation has 8 of the 16 images that are not in the test" in capsys.readouterr().err
+
+
 def test_too_few_groups_are_refused(tmp_path):
     table = write_table(tmp_path, ["a,p0", "a,p1", "b,p2", "b,p2", "a,p3"] * 2)
     with pytest.raises(UsageError, match="--folds 5: there are 4 groups, and none is cut apart. Expected at least 5"):
@@ -262,7 +268,7 @@ def test_one_page_is_about_all_folds_and_links_to_theirs(whole):
     )
     right = sum(row["prediction"] == row["label"] for row in table(whole))
     assert f"Right on {right} of 36 images" in page and f"{results['over_folds']['accuracy']['mean']:.4f}" in page
-    assert page.count("<article>") == min(12, 36 - right) == page.count("data:image/png")
+    assert page.count("<article>") == min(12, 36 - right) == page.count('<img class="thumb')
     assert "fold 2 of 3" in (whole / "fold_2" / PAGE).read_text().split("<main>")[0]
 
 

@@ -195,6 +195,7 @@ def test_what_a_family_cannot_do_is_said_in_a_line(model, flag, message, folder_
             64,
             "512 px, the size of the model, so larger images are made smaller (95% of the images are at most 2000 px)",
         ),
+        ("smolvlm", 512, 64, "512 px, the size of the model (95% of the images are at most 512 px): 64 image tokens."),
         ("smolvlm 2.2B", 64, 25, "25 image tokens instead of 81, about 31% of"),
         ("llava dinov2", 8, 1, "14 of 28 px"),
         ("llava clip", 8, 4, "28 px, the size of the model"),

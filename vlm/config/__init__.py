@@ -17,6 +17,7 @@ from vlm.config.defaults import (
     POSTERIOR,
     PROMPTS_OF_MODEL,
     RESPONSE,
+    TRAIN_DEMO_MODEL,
     TUNING_DEFAULTS,
 )
 from vlm.config.flags import Parser, add_flag, build_parser, number, parse_arguments, split_names, whole_number
@@ -91,6 +92,7 @@ __all__ = [
     "RESPONSE",
     "RESULTS",
     "STATE",
+    "TRAIN_DEMO_MODEL",
     "TUNING_DEFAULTS",
     "WRITTEN",
     "ClassifySettings",

@@ -189,7 +189,7 @@ def calibrated_validation_accuracy(calibration: dict[str, Any]) -> float | None:
     if not calibration["bias"] and calibration["score"] == "sum":
         return None
     measured = calibration["scores"].get(calibration["score"])
-    return measured["accuracy"] if measured else None
+    return measured.get("accuracy") if measured else None
 
 
 def _calibration_rows(calibration: dict[str, Any]) -> list[Row]:

@@ -148,9 +148,9 @@ class CrossValidation:
         write_json(self.output / RESULTS, results)  # last: it says that the cross-validation is finished
         print(folds_table(results))
         note(
-            f"\nThe predictions of all images, each by the model that was not trained on it, are in "
-            f"{self.output / PREDICTIONS}.\n{look}For one model to use, train once on all images: its accuracy is about "
-            f"that of the folds, and its own small test says little.\n  {command_to_train_once(self.settings)}"
+            "\nThe predictions of all images, each by the model that was not trained on it, are in "
+            f"{self.output / PREDICTIONS}.\n{look}For one model to use, train once on all images: its accuracy is "
+            f"about that of the folds, and its own small test says little.\n  {command_to_train_once(self.settings)}"
         )
         return results
 
