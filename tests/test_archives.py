@@ -75,6 +75,13 @@ def test_class_folders_in_an_archive(tmp_path, name, wrapped, capsys):
     data = load(write(tmp_path / name, files))
     assert data.class_names == NAMES and sum(counts(data).values()) == 12
     assert f"note: {name} is unpacked in " in capsys.readouterr().err
+    load(tmp_path / name)
+    assert "note:" not in capsys.readouterr().err, "it is there already"
+
+
+def test_messages_name_the_archive_and_not_where_it_is_unpacked(tmp_path, capsys):
+    load(write_zip(tmp_path / "pets.zip", image_files("my pets/")))
+    assert "note: pets.zip has nothing but my pets, which is read as the dataset." in capsys.readouterr().err
 
 
 def test_an_archive_is_unpacked_once_and_again_if_it_or_its_files_changed(tmp_path):

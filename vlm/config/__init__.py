@@ -17,6 +17,7 @@ from vlm.config.defaults import (
     POSTERIOR,
     PROMPTS_OF_MODEL,
     RESPONSE,
+    TRAIN_DEMO_MODEL,
     TUNING_DEFAULTS,
 )
 from vlm.config.flags import Parser, add_flag, build_parser, number, parse_arguments, split_names, whole_number
@@ -49,6 +50,7 @@ from vlm.config.resolve import (
     different_settings,
     flags_to_train_further,
     flags_to_train_once,
+    other_settings,
     read_settings,
     resolve,
     user_path,
@@ -91,6 +93,7 @@ __all__ = [
     "RESPONSE",
     "RESULTS",
     "STATE",
+    "TRAIN_DEMO_MODEL",
     "TUNING_DEFAULTS",
     "WRITTEN",
     "ClassifySettings",
@@ -110,6 +113,7 @@ __all__ = [
     "from_keywords",
     "lay_out",
     "number",
+    "other_settings",
     "parse_arguments",
     "read_run",
     "read_settings",

@@ -192,8 +192,16 @@ def _before_fit(calibration: dict[str, Any]) -> str:
     and only these change what is predicted."""
     if not calibration["bias"] and calibration["score"] == "sum":
         return ""
+    measured = calibrated_validation_accuracy(calibration)
+    return "; not calibrated" if measured is None else f"; {measured:.4f} with the calibration"
+
+
+def calibrated_validation_accuracy(calibration: dict[str, Any]) -> float | None:
+    """The accuracy on validation with the calibration, if that changes what is predicted and was measured."""
+    if not calibration["bias"] and calibration["score"] == "sum":
+        return None
     measured = calibration["scores"].get(calibration["score"])
-    return f"; {measured['accuracy']:.4f} with the calibration" if measured else "; not calibrated"
+    return measured.get("accuracy") if measured else None
 
 
 def _calibration_rows(calibration: dict[str, Any]) -> list[Row]:

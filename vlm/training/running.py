@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from vlm.common import RunError, WriteError
+from vlm.common import RunError, WriteError, resume_command
 from vlm.config import Settings
 from vlm.evaluation import load_metric
 from vlm.training.loop import Trainer
@@ -62,5 +62,5 @@ def fit(
         except WriteError as error:
             raise RunError(
                 f"{error.path} could not be written ({error.reason}). The training is done: make room, then continue "
-                f"with the test by --resume --output-dir {run.output}."
+                f"with the test by {resume_command(run.output)}."
             ) from error

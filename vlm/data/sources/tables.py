@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from vlm.common import UsageError, first_line, note
 from vlm.config import Settings
 from vlm.data.finding import is_hidden, is_image
-from vlm.data.sources.cells import Cells, check_cells, find_images, names_of
+from vlm.data.sources.cells import Cells, are_files, check_cells, find_images, names_of
 from vlm.data.sources.columns import Columns, choose_columns, missing_column, reasoning_texts, usual_labels
 from vlm.data.sources.delimited import is_text_table, read_delimited
 from vlm.data.sources.exports import (
@@ -134,7 +135,11 @@ def source_of_tables(
     """
     names = list(dict.fromkeys(name for table in tables.values() for name in table.columns))
     train = tables["train"] if "train" in tables else next(iter(tables.values()))  # none is needed to classify
-    columns = choose_columns(settings, names, (), [train.label] if train.label else (), values=train.values)
+    names_files = None
+    if settings.image_folder or settings.image_suffix:
+        names_files = partial(are_files, asked_place(settings, next(iter(paths.values())).parent))
+    classes = [train.label] if train.label else ()
+    columns = choose_columns(settings, names, (), classes, values=train.values, names_files=names_files)
     for role, table in tables.items():
         if columns.image not in table.columns:
             raise missing_column(columns.image, split_names[role], table.columns)
