@@ -9,16 +9,20 @@ from vlm.config.defaults import (
     BOTH,
     DEFAULT_DATASET,
     DEFAULT_MODEL,
+    DORA,
     FEW_NODES,
     IMAGES_PER_STEP,
     IN_MEMORY,
+    PISSA,
     POSTERIOR,
     RESPONSE,
+    RSLORA,
     TUNING_DEFAULTS,
 )
 from vlm.config.flags import Parser, add_flag, build_parser, number, parse_arguments, split_names, whole_number
 from vlm.config.formats import DEFAULT_FORMAT, LAYOUTS, lay_out, reasoning_of, stated_format
 from vlm.config.names import (
+    ADAPTER_FOLDER,
     BEST_MODEL,
     DATA_PAGE,
     DEMO_IMAGES,
@@ -30,6 +34,7 @@ from vlm.config.names import (
     LOG,
     MANIFEST,
     METADATA,
+    MODEL_CARD,
     PAGE,
     PREDICTIONS,
     PREVIOUS_RUN,
@@ -53,6 +58,7 @@ from vlm.config.saved import read_run
 from vlm.config.settings import ImageSize, RunSettings, Settings
 
 __all__ = [
+    "ADAPTER_FOLDER",
     "AUTO",
     "BEST_MODEL",
     "BOTH",
@@ -62,6 +68,7 @@ __all__ = [
     "DEFAULT_MODEL",
     "DEMO_IMAGES",
     "DEMO_MODEL",
+    "DORA",
     "FEW_NODES",
     "FINAL_MODEL",
     "FOLDERS",
@@ -73,15 +80,18 @@ __all__ = [
     "LOG",
     "MANIFEST",
     "METADATA",
+    "MODEL_CARD",
     "MOST",
     "MOST_AT_ONCE",
     "PAGE",
+    "PISSA",
     "POSTERIOR",
     "PREDICTIONS",
     "PREVIOUS_RUN",
     "PREVIOUS_STATE",
     "RESPONSE",
     "RESULTS",
+    "RSLORA",
     "STATE",
     "TUNING_DEFAULTS",
     "WRITTEN",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from vlm.common import shorten
-from vlm.config.defaults import AUTO, POSTERIOR, RESPONSE
+from vlm.config.defaults import AUTO, LORA, PISSA, POSTERIOR, RESPONSE
 from vlm.config.settings import Settings
 
 
@@ -205,6 +205,15 @@ CONFLICTS = (
     Conflict(
         lambda s: s.bits and s.tune != "lora",
         "--load-in-{s.bits}bit needs --tune lora, not {s.tune}: quantized weights cannot be trained themselves.",
+    ),
+    Conflict(
+        lambda s: s.lora_variant != LORA and s.tune != "lora",
+        "--lora-variant {s.lora_variant} needs --tune lora, not {s.tune}: leave one of the two out.",
+    ),
+    Conflict(
+        lambda s: s.lora_variant == PISSA and s.bits,
+        "--lora-variant pissa and --load-in-{s.bits}bit exclude each other: PiSSA takes a part out of the weights, and "
+        "quantized ones cannot be changed. Give --lora-variant lora.",
     ),
     Conflict(
         lambda s: s.freeze_connector and s.tune != "lora",

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,12 @@ WRITTEN_BY = "It is written by train_vlm.py with the model: copy both again, or 
 
 
 def save_model_folder(
-    folder: Path, family: Family, weights: dict[str, Tensor], metadata: dict[str, Any], dtype: torch.dtype
+    folder: Path,
+    family: Family,
+    weights: dict[str, Tensor],
+    metadata: dict[str, Any],
+    dtype: torch.dtype,
+    write_more: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a model folder: all that inference needs, and loadable without this program.
 
@@ -30,6 +36,7 @@ def save_model_folder(
         weights: the weights by the names that transformers knows, LoRA merged.
         metadata: the content of `training_metadata.json`.
         dtype: the number format of the weights.
+        write_more: writes further files into the folder whose path it is given.
 
     Raises:
         WriteError: the folder cannot be written.
@@ -38,6 +45,8 @@ def save_model_folder(
     def write(new: Path) -> None:
         family.save(new, weights, dtype)
         write_json(new / METADATA, metadata)
+        if write_more:
+            write_more(new)
 
     write_folder(folder, write)
 
