@@ -2,6 +2,7 @@
 """Classify images with a trained model, from the command line or a notebook.
 
 python inference_vlm.py --model-dir vlm_results/best_model image.png folder/
+python inference_vlm.py --model-dir vlm_results/best_model --push-to-hub owner/name
 from inference_vlm import load_model_and_metadata, predict_single_image, predict_batch
 """
 
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlm.common import doing, exit_code, lazy_names, printable, switches_as_before
-from vlm.inference import build_parser, check_arguments
+from vlm.inference import build_parser, check_arguments, check_push_arguments
 from vlm.machine import wait_politely
 
 if TYPE_CHECKING:
@@ -57,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with ExitStack() as switches:
         switches.enter_context(switches_as_before())
         switches.enter_context(stopped_by_sigterm())
-        return exit_code(lambda: predict(args, switches), debug=args.debug)
+        command = push if args.push_to_hub else predict
+        return exit_code(lambda: command(args, switches), debug=args.debug)
 
 
 @contextmanager
@@ -72,6 +74,18 @@ def stopped_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def push(args: argparse.Namespace, switches: ExitStack) -> None:
+    """Upload the model; the arguments are those of `predict`."""
+    check_push_arguments(args)
+    from vlm.common import note
+    from vlm.inference import read_metadata
+    from vlm.sharing import push_model
+
+    switches.enter_context(switches_as_before())
+    folder = Path(args.model_dir)
+    note(f"The model is at {push_model(folder, read_metadata(folder), args.push_to_hub, args.public)}")
 
 
 def predict(args: argparse.Namespace, switches: ExitStack) -> None:

@@ -53,7 +53,7 @@ from vlm.config.resolve import (
     resolve,
     user_path,
 )
-from vlm.config.rules import MOST, MOST_AT_ONCE, can_be_a_path
+from vlm.config.rules import MOST, MOST_AT_ONCE, can_be_a_path, flag_of
 from vlm.config.saved import read_run
 from vlm.config.settings import ImageSize, RunSettings, Settings
 
@@ -103,6 +103,7 @@ __all__ = [
     "build_parser",
     "can_be_a_path",
     "different_settings",
+    "flag_of",
     "flags_to_train_further",
     "flags_to_train_once",
     "fold_folder",

@@ -286,6 +286,14 @@ CONFLICTS = (
         "--folds and --test-ratio exclude each other: each fold is the test split once.",
     ),
     Conflict(
+        lambda s: s.folds and s.fold is None and s.push_to_hub,
+        "--folds and --push-to-hub exclude each other: a cross-validation has no model of its own to push.",
+    ),
+    Conflict(
+        lambda s: s.public and not s.push_to_hub,
+        "--public says how to push, and not where to: add --push-to-hub OWNER/NAME, or leave it out.",
+    ),
+    Conflict(
         lambda s: s.fold and (s.folds is None or s.fold > s.folds),
         "--fold {s.fold}: expected it with --folds, and at most as large.",
     ),

@@ -195,6 +195,16 @@ class Settings(DataSettings, ModelSettings):
     save_minutes: float = flag(
         10.0, "output", "save a checkpoint for --resume at least this often, in minutes (default: 10)"
     )
+    push_to_hub: str | None = flag(
+        None,
+        "output",
+        "upload the tested model with its card and metadata, and no data, to this repository on the hub, which is made "
+        "if there is none; needs a login (`hf auth login`)",
+        metavar="OWNER/NAME",
+    )
+    public: bool = flag(
+        False, "output", "with --push-to-hub: everybody may see the repository (without it, it is private)"
+    )
     metrics: list[str] | None = flag(
         None,
         "output",

@@ -9,6 +9,8 @@ from vlm.data.classes import problem_of_name
 from vlm.data.cutting import balanced_positions
 from vlm.data.finding import find_images
 from vlm.data.hub import model_folder
+from vlm.data.hub_errors import again, trouble_of, within
+from vlm.data.hub_names import hub_name, looks_like_path
 from vlm.data.images import UnreadableImage, open_image
 from vlm.data.known import Found, KnownImages
 from vlm.data.load import load_data
@@ -36,15 +38,18 @@ __all__ = [
     "Step",
     "Stream",
     "UnreadableImage",
+    "again",
     "as_seen",
     "balanced_positions",
     "check_model_files",
     "epoch_plan",
     "find_images",
+    "hub_name",
     "leave_out_refused",
     "check_what_is_known",
     "leave_out_unreadable",
     "load_data",
+    "looks_like_path",
     "model_folder",
     "note_unreadable",
     "open_image",
@@ -52,4 +57,6 @@ __all__ = [
     "read_object",
     "refuse_unreadable",
     "tidy",
+    "trouble_of",
+    "within",
 ]

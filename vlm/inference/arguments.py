@@ -5,21 +5,33 @@ import os
 from pathlib import Path
 
 from vlm.common import UsageError
-from vlm.config import MOST, MOST_AT_ONCE, Parser, Settings, add_flag, can_be_a_path, number, user_path, whole_number
+from vlm.config import (
+    MOST,
+    MOST_AT_ONCE,
+    Parser,
+    Settings,
+    add_flag,
+    can_be_a_path,
+    flag_of,
+    number,
+    user_path,
+    whole_number,
+)
 
 ENDINGS = (".csv", ".jsonl", ".parquet")  # of --output
 LONGEST_NAME = 200  # bytes of the name of --output: most file systems allow 255, and .1of2.jsonl.part.json follows
+OF_A_PUSH = ("push_to_hub", "public")
 
 
 def build_parser() -> Parser:
     """The parser of `inference_vlm.py`."""
     parser = Parser(description="Classify images with a model that train_vlm.py has trained.")
-    parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="image files, or folders with image files")
+    parser.add_argument("images", nargs="*", metavar="IMAGE_OR_FOLDER", help="image files, or folders with image files")
     parser.add_argument(
         "--model-dir",
         default="vlm_results/best_model",
         metavar="FOLDER",
-        help="the trained model (default: vlm_results/best_model)",
+        help="the trained model, or owner/name of one on the hub (default: vlm_results/best_model)",
     )
     parser.add_argument(
         "--output",
@@ -59,6 +71,9 @@ def build_parser() -> Parser:
     )
     for name in ("device", "dtype"):  # the same flags as in the training
         add_flag(parser, name, default=getattr(Settings, name))
+    group = parser.add_argument_group("instead of classifying")
+    for name in OF_A_PUSH:
+        add_flag(group, name, default=getattr(Settings, name))
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -69,6 +84,10 @@ def check_arguments(args: argparse.Namespace) -> None:
     Raises:
         UsageError: something that cannot be asked for.
     """
+    if args.public:
+        raise UsageError("--public says how to push, and not where to: add --push-to-hub OWNER/NAME, or leave it out.")
+    if not args.images:
+        raise UsageError("nothing to classify: name images or folders (IMAGE_OR_FOLDER).")
     args.images, args.model_dir = [user_path(path) for path in args.images], user_path(args.model_dir)
     args.output = args.output and user_path(args.output)
     for name, value, most in (("batch-size", args.batch_size, MOST), ("threads", args.threads, MOST_AT_ONCE)):
@@ -85,6 +104,20 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise UsageError(f"{what}: name the file of the predictions with --output, such as predictions.csv.")
     if args.output is not None:
         _check_output(Path(args.output), Path(args.model_dir))
+
+
+def check_push_arguments(args: argparse.Namespace) -> None:
+    """Check that --push-to-hub is given with nothing that it does not need, and expand the path of the model.
+
+    Raises:
+        UsageError: there is more.
+    """
+    usual, needed = vars(build_parser().parse_args([])), {"model_dir", "debug", *OF_A_PUSH}
+    for name, value in vars(args).items():
+        if name not in needed and value != usual[name]:
+            given = args.images[0] if name == "images" else flag_of(name)
+            raise UsageError(f"--push-to-hub uploads the model and classifies nothing: leave out {given}.")
+    args.model_dir = user_path(args.model_dir)
 
 
 def _check_output(path: Path, model_dir: Path) -> None:

@@ -33,6 +33,7 @@ from vlm.families import (
     load_family,
 )
 from vlm.machine import Texts, check_compiler, fit_to_memory, pick_device, pick_dtype, pick_threads, share_of_cores
+from vlm.sharing import origin_of
 from vlm.training.preflight import point_out_contradictions, point_out_names, preflight, settings_rows
 from vlm.training.run_files import NEW_DEMO_MODEL
 from vlm.training.tuning import parameter_groups, prepare_tuning, trained_parameters
@@ -148,7 +149,7 @@ def set_up(settings: Settings, dataset: object = None, draft: Path | None = None
         cache=cache,
         optimizer=optimizer,
         learned=learned,
-        metadata=_metadata(run_settings, data, classifier, revision, image_size),
+        metadata=_metadata(run_settings, data, classifier, folder, revision, image_size),
         workers=workers,
     )
 
@@ -243,7 +244,12 @@ def _fill_cache(
 
 
 def _metadata(
-    settings: RunSettings, data: Data, classifier: VLMClassifier, revision: str | None, image_size: str | None
+    settings: RunSettings,
+    data: Data,
+    classifier: VLMClassifier,
+    folder: Path,
+    revision: str | None,
+    image_size: str | None,
 ) -> dict[str, Any]:
     """What the model folder tells inference, and people."""
     return {
@@ -251,10 +257,12 @@ def _metadata(
         "run_id": uuid4().hex,  # a resumed run takes over that of the interrupted one
         "model": DEMO_NAME if settings.demo else settings.model,
         "model_revision": revision,
+        "origin": origin_of(folder, settings.model, revision),
         "model_type": classifier.model.config.model_type,
         "class_names": list(classifier.class_names),
         "task_description": settings.task_description,
         "prompts": classifier.prompts.to_json(),
+        "plain_prompt": classifier.family.plain_prompt(classifier.prompts),
         "dataset": data.source,
         "settings": settings.to_json(),
         "image_size": image_size,
