@@ -178,6 +178,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(409 if there else 200, json.dumps({"url": f"{self.hub.url}/{name}", "error": "exists"}))
 
     def _commit(self, folder: Path, lines: list[dict]) -> None:
+        address = f"{self.hub.url}/{folder.parent.name}/{folder.name}/commit/{COMMIT}"
         for line in lines[1:]:
             value = line["value"]
             target = folder / value["path"]
@@ -185,15 +186,9 @@ class _Handler(BaseHTTPRequestHandler):
                 target.unlink()
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(
-                self.hub.large[value["oid"]] if line["key"] == "lfsFile" else base64.b64decode(value["content"])
-            )
-        self._answer(
-            200,
-            json.dumps(
-                {"commitUrl": f"{self.hub.url}/{folder.parent.name}/{folder.name}/commit/{COMMIT}", "commitOid": COMMIT}
-            ),
-        )
+            large = line["key"] == "lfsFile"
+            target.write_bytes(self.hub.large[value["oid"]] if large else base64.b64decode(value["content"]))
+        self._answer(200, json.dumps({"commitUrl": address, "commitOid": COMMIT}))
 
     def _api(self, kind: str, name: str, rest: list[str], sent: bytes) -> None:
         folder = self.hub.root / kind / name

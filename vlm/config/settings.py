@@ -285,8 +285,9 @@ class Settings(DataSettings, ModelSettings):
         """The same settings with another `--tune`, without the flags that only lora has."""
         if mode == "lora":
             return dataclasses.replace(self, tune=mode)
-        plain = {"load_in_4bit": False, "load_in_8bit": False, "freeze_connector": False, "lora_variant": LORA}
-        return dataclasses.replace(self, tune=mode, **plain)
+        return dataclasses.replace(
+            self, tune=mode, load_in_4bit=False, load_in_8bit=False, freeze_connector=False, lora_variant=LORA
+        )
 
     def complete(self, batch_size: int, objective: str) -> "RunSettings":
         """The settings of a run, once the model and the free memory have decided what the flags left open.

@@ -34,7 +34,7 @@ def prepare_tuning(family: Family, settings: Settings) -> None:
             bias="none",
             use_dora=settings.lora_variant == DORA,
             use_rslora=settings.lora_variant == RSLORA,
-            init_lora_weights=PISSA if settings.lora_variant == PISSA else True,
+            init_lora_weights="pissa" if settings.lora_variant == PISSA else True,
         )
         inject_adapter_in_model(config, model, adapter_name=ADAPTER)
         if settings.lora_variant == PISSA:  # with them the adapter is made to fit the model as it was
