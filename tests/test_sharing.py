@@ -11,9 +11,11 @@ from fake_hub import TOKEN, Failure
 from test_hub import hub  # noqa: F401 (a fixture)
 from tiny import random_image, save_classifier, save_tiny_model, tiny_classifier
 
-from vlm.common import UsageError
+from vlm.common import Stopped, UsageError
+from vlm.config import resolve
 from vlm.inference import load_model_and_metadata, predict_single_image
 from vlm.sharing import check_push, push_model
+from vlm.training import fit
 
 
 @pytest.fixture
@@ -142,6 +144,16 @@ def test_a_model_of_others_is_refused_before_it_is_downloaded(online):
     with pytest.raises(UsageError, match="me/plain: no training_metadata.json there"):
         load_model_and_metadata("me/plain")
     assert online.files_sent() == []
+
+
+@pytest.mark.slow
+def test_a_resumed_run_pushes_only_if_the_command_says_so(online, tmp_path, capsys):
+    flags = {"demo": True, "max_samples": 40, "epochs": 1, "output_dir": str(tmp_path), "push_to_hub": "me/digits"}
+    with pytest.raises(Stopped):
+        fit(resolve(flags), lambda: True)
+    assert train("--resume", "--output-dir", tmp_path) == 0
+    assert "the interrupted run had --push-to-hub me/digits. Give it again" in capsys.readouterr().err
+    assert files_on(online, "me/digits") == {}
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.common import RunError, UsageError, WriteError, command_of, is_main_process, note
-from vlm.config import BEST_MODEL, Settings
+from vlm.config import BEST_MODEL, Settings, read_run
 from vlm.evaluation import load_metric
 from vlm.inference import read_metadata
 from vlm.sharing import check_push, push_model
@@ -59,6 +59,7 @@ def fit(
         when_set_up(run)
         trainer = trainer_of(run, should_stop, enter)
         if settings.resume:
+            _point_out_push(settings)
             trainer.resume()
         trainer.train()
         if not run.accelerator.is_main_process:
@@ -73,6 +74,13 @@ def fit(
         if settings.push_to_hub:
             _push(run.output / BEST_MODEL, settings.push_to_hub, settings.public)
         return results
+
+
+def _point_out_push(settings: Settings) -> None:
+    """Say that the interrupted run was to push its model, if this command does not: a folder cannot start an upload."""
+    before = read_run(Path(settings.output_dir)).get("settings", {}).get("push_to_hub")
+    if before and not settings.push_to_hub:
+        note(f"note: the interrupted run had --push-to-hub {before}. Give it again if the model is to be pushed.")
 
 
 def _push(folder: Path, repo: str, public: bool) -> None:
