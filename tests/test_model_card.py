@@ -83,6 +83,13 @@ def test_hostile_texts_stay_texts(run):
     assert values["prompt"] == HOSTILE
 
 
+def test_a_model_that_transformers_cannot_load_says_so(run):
+    metadata = metadata_of(run) | {"plain_prompt": None}
+    assert "only with code that comes with it" in model_card(metadata).text
+    del metadata["plain_prompt"]  # of an earlier version, which did not write it
+    assert "transformers" not in model_card(metadata).text
+
+
 def test_base_model_dataset_and_license_of_the_hub_are_named(run):
     metadata = metadata_of(run)
     metadata["origin"] = {"hub_id": "a/base", "commit": "c" * 40, "license": "apache-2.0"}

@@ -160,8 +160,8 @@ class GenericFamily(Family):
         return ids + self._closing_ids
 
     def plain_prompt(self, prompts: Prompts) -> dict[str, Any]:
-        layout = lay_out_conversation(self.processor, prompts, self._placeholder)
-        return {"text": layout.opening, "special_tokens": not self._begins(layout.opening)}
+        """As in `Family`, once `render` has laid out the conversation."""
+        return {"text": self._layout.opening, "special_tokens": not self._begins(self._layout.opening)}
 
     def _begins(self, opening: str) -> bool:
         """Whether a text has the token already that begins one."""

@@ -97,6 +97,7 @@ def model_card(
         warnings=warnings,
         validation=metadata.get("validation", {}).get("accuracy"),
         calibration=_calibration(metadata.get("calibration")),
+        needs_code="plain_prompt" in metadata,
         code=prompt and CODE.format(folder=repr(name), prompt=repr(prompt["text"]), special=prompt["special_tokens"]),
         name=name,
         adapter=adapter and ADAPTER_FOLDER,
