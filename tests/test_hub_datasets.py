@@ -24,7 +24,9 @@ from published import (
 from test_data import counts, draw, load, refuse
 from test_hub import hub, switch_off  # noqa: F401
 
-from vlm.config import METADATA
+from vlm.common import UsageError
+from vlm.config import METADATA, classify_settings
+from vlm.data import read_images
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +53,17 @@ def test_cifar10_by_its_old_name(hub, monkeypatch, capsys):  # noqa: F811
     assert "note: dataset cifar10 is called uoft-cs/cifar10 on the hub now." in capsys.readouterr().err
     again_without_the_hub(monkeypatch, "cifar10", data)
     assert "using the cached copy of dataset uoft-cs/cifar10" in capsys.readouterr().err
+
+
+def test_to_classify_only_the_split_for_the_test_is_fetched(hub):  # noqa: F811
+    publish_cifar10(hub)
+    found = read_images(classify_settings({"dataset": "cifar10"}))
+    assert found.class_names == CIFAR and len(found.labels) == 10 and None not in found.labels
+    assert found.source["split"] == "test" and found.source["commit"] == COMMIT
+    assert not [file for file in hub.files_sent() if "train-" in file]
+    publish_food101(hub)
+    with pytest.raises(UsageError, match="Splits there: train, validation"):
+        read_images(classify_settings({"dataset": "food101"}))
 
 
 def test_food101_has_no_test_split(hub, monkeypatch):  # noqa: F811

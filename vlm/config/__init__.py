@@ -13,8 +13,11 @@ from vlm.config.defaults import (
     FEW_NODES,
     IMAGES_PER_STEP,
     IN_MEMORY,
+    NEW_PROMPTS,
+    NO_LABELS,
     PISSA,
     POSTERIOR,
+    PROMPTS_OF_MODEL,
     RESPONSE,
     RSLORA,
     TUNING_DEFAULTS,
@@ -46,6 +49,7 @@ from vlm.config.names import (
     written_by,
 )
 from vlm.config.resolve import (
+    classify_settings,
     different_settings,
     flags_to_train_further,
     flags_to_train_once,
@@ -55,7 +59,7 @@ from vlm.config.resolve import (
 )
 from vlm.config.rules import MOST, MOST_AT_ONCE, can_be_a_path, flag_of
 from vlm.config.saved import read_run
-from vlm.config.settings import ImageSize, RunSettings, Settings
+from vlm.config.settings import ClassifySettings, ImageSize, RunSettings, Settings
 
 __all__ = [
     "ADAPTER_FOLDER",
@@ -83,10 +87,13 @@ __all__ = [
     "MODEL_CARD",
     "MOST",
     "MOST_AT_ONCE",
+    "NEW_PROMPTS",
+    "NO_LABELS",
     "PAGE",
     "PISSA",
     "POSTERIOR",
     "PREDICTIONS",
+    "PROMPTS_OF_MODEL",
     "PREVIOUS_RUN",
     "PREVIOUS_STATE",
     "RESPONSE",
@@ -95,6 +102,7 @@ __all__ = [
     "STATE",
     "TUNING_DEFAULTS",
     "WRITTEN",
+    "ClassifySettings",
     "ImageSize",
     "Parser",
     "RunSettings",
@@ -102,6 +110,7 @@ __all__ = [
     "add_flag",
     "build_parser",
     "can_be_a_path",
+    "classify_settings",
     "different_settings",
     "flag_of",
     "flags_to_train_further",

@@ -5,6 +5,7 @@ from typing import Any
 DEFAULT_MODEL = "HuggingFaceTB/SmolVLM-500M-Instruct"
 DEFAULT_DATASET = "Mirali33/mb-domars16k"
 
+NO_LABELS = "none"  # as --label-column of inference_vlm.py: labels that are there are not used
 IN_MEMORY = "(in memory)"  # the dataset of a run that a program has started with its own
 
 # Defaults that depend on --tune.
@@ -30,6 +31,7 @@ DEMO_DEFAULTS: dict[str, Any] = {
     "probe": True,
 }
 AUTO = "auto"
+PROMPTS_OF_MODEL, NEW_PROMPTS = "model", "new"  # --prompts
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")  # each writes to a folder of this name in the output folder
 EVALUATIONS = 10  # of a run on a stream, unless --eval-steps says otherwise
 IMAGES_PER_STEP = 8  # images of an optimizer step, unless flags say otherwise

@@ -18,6 +18,7 @@ from vlm.config.defaults import (
     DEMO_DEFAULTS,
     EVALUATIONS,
     IMAGES_PER_STEP,
+    NEW_PROMPTS,
     RESPONSE,
     TUNING_DEFAULTS,
 )
@@ -25,7 +26,7 @@ from vlm.config.formats import choose_format
 from vlm.config.names import BEST_MODEL
 from vlm.config.rules import flag_of, problems
 from vlm.config.saved import check_types
-from vlm.config.settings import RunSettings, Settings
+from vlm.config.settings import ClassifySettings, RunSettings, Settings
 
 # Flags that may differ between an interrupted run and the one that resumes it.
 NOT_PART_OF_THE_RUN = {
@@ -67,7 +68,7 @@ LONGEST_TEXT = 1_000_000  # characters
 PATHS = ("model", "dataset", "class_descriptions", "class_map", "output_dir", "metrics", "image_folder")
 # Of a finished run that is not what a run that trains its model further is told: that is where it starts, or decided
 # for it anew.
-NOT_OF_THE_NEXT = {*OF_ONE_START, "model", "model_revision", "output_dir", "epochs", "align_connector"}
+NOT_OF_THE_NEXT = {*OF_ONE_START, "prompts", "model", "model_revision", "output_dir", "epochs", "align_connector"}
 
 
 def resolve(given: Mapping[str, Any], saved: RunSettings | None = None) -> Settings:
@@ -97,6 +98,18 @@ def resolve(given: Mapping[str, Any], saved: RunSettings | None = None) -> Setti
     return settings
 
 
+def classify_settings(given: Mapping[str, Any]) -> ClassifySettings:
+    """The settings by which a trained model reads a dataset.
+
+    Args:
+        given: as for `resolve`.
+
+    Raises:
+        UsageError: settings that cannot work.
+    """
+    return ClassifySettings(**vars(resolve(given)))
+
+
 def read_settings(values: Mapping[str, Any]) -> RunSettings:
     """The settings of an earlier run, of this or another version: unknown keys are left out, missing ones filled in.
 
@@ -108,7 +121,9 @@ def read_settings(values: Mapping[str, Any]) -> RunSettings:
     """
     check_types(values)
     names = {item.name for item in dataclasses.fields(Settings)}
-    settings = _fill({name: value for name, value in values.items() if name in names})
+    # Versions without a choice of the prompts built them from the flags.
+    known = {"prompts": NEW_PROMPTS} | dict(values)
+    settings = _fill({name: value for name, value in known.items() if name in names})
     # All versions that had a choice of the objective wrote it down; those before learned the response.
     return settings.complete(settings.batch_size or 1, settings.objective or RESPONSE)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from vlm.common import shorten
-from vlm.config.defaults import AUTO, LORA, PISSA, POSTERIOR, RESPONSE
+from vlm.config.defaults import AUTO, LORA, PISSA, POSTERIOR, PROMPTS_OF_MODEL, RESPONSE
 from vlm.config.settings import Settings
 
 
@@ -183,6 +183,11 @@ CONFLICTS = (
     Conflict(
         lambda s: s.demo and (s.model or s.dataset),
         "--demo brings its own model and dataset: leave out --model and --dataset, or leave out --demo.",
+    ),
+    Conflict(
+        lambda s: s.prompts == PROMPTS_OF_MODEL and (s.given_texts or s.demo),
+        "--prompts model takes the prompts that --model was trained with: leave out --demo, --task-description, "
+        "--system-instructions and the other flags about prompts, or give --prompts new.",
     ),
     Conflict(
         lambda s: s.reasoning_column and s.response_format == "answer-only",

@@ -6,7 +6,7 @@ Nothing heavy is imported here, so that `--help` answers at once.
 import dataclasses
 import math
 from dataclasses import MISSING, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from vlm.config.data_settings import DataSettings
 from vlm.config.declare import flag
@@ -17,12 +17,17 @@ from vlm.config.defaults import (
     FEW_VIEWS,
     IMAGES_PER_STEP,
     LORA,
+    NEW_PROMPTS,
     POSTERIOR,
+    PROMPTS_OF_MODEL,
     RESPONSE,
     TRACKERS,
 )
-from vlm.config.formats import LAYOUTS
+from vlm.config.formats import DEFAULT_FORMAT, LAYOUTS
 from vlm.config.model_settings import ModelSettings
+
+PROMPT_TEXTS = ("task_description", "system_instructions", "prompt_template", "question_first", "response_format")
+CLASS_FILES = ("class_descriptions", "class_map")
 
 
 class ImageSize(NamedTuple):
@@ -37,7 +42,14 @@ class Settings(DataSettings, ModelSettings):
     """The settings as given, from `resolve`: the flags, and the defaults that follow from the flags themselves.
 
     `None` means that nothing was said: the feature is off, or the data, the model or the free memory decide.
+
+    Attributes:
+        labels_needed: whether the images of the dataset have to have labels.
+        split_flag: the flag that says which splits are read.
     """
+
+    labels_needed: ClassVar[bool] = True
+    split_flag: ClassVar[str] = "--dataset-split"
 
     task_description: str = flag(
         "image classification", "prompts", "what is classified (default: image classification)"
@@ -67,6 +79,13 @@ class Settings(DataSettings, ModelSettings):
         "order of reasoning and answer (default: the order in --prompt-template, if it states one, "
         "else reasoning-first)",
         choices=tuple(LAYOUTS),
+    )
+    prompts: str = flag(
+        AUTO,
+        "prompts",
+        "model: the prompts that --model was trained with, if this program trained it; new: those that the flags say "
+        "(default: auto: model, unless another flag of this group is given)",
+        choices=(AUTO, PROMPTS_OF_MODEL, NEW_PROMPTS),
     )
 
     objective: str | None = flag(
@@ -247,6 +266,18 @@ class Settings(DataSettings, ModelSettings):
     debug: bool = flag(False, "help", "show the traceback of an error")
 
     @property
+    def texts(self) -> dict[str, Any]:
+        """The settings that prompts are built from, by name, other than the files about the classes."""
+        return {name: getattr(self, name) for name in PROMPT_TEXTS}
+
+    @property
+    def given_texts(self) -> list[str]:
+        """The flags about prompts that were given, other than with their default."""
+        usual = {"task_description": Settings.task_description, "response_format": DEFAULT_FORMAT}
+        names = [name for name in (*PROMPT_TEXTS, *CLASS_FILES) if getattr(self, name) not in (None, False)]
+        return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) != usual.get(name)]
+
+    @property
     def bits(self) -> int | None:
         """Bits of a weight of the language model, or None if it is not quantized."""
         return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
@@ -316,3 +347,11 @@ class RunSettings(Settings):
     batch_size: int = _decided()
     gradient_accumulation_steps: int = _decided()
     objective: str = _decided()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifySettings(Settings):
+    """The settings by which a trained model reads a dataset: one split, in which labels may be missing."""
+
+    labels_needed = False
+    split_flag = "--split"

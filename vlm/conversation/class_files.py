@@ -68,6 +68,28 @@ def read_class_map(path: str, class_names: Sequence[str]) -> list[str]:
     return shown
 
 
+def read_renames(path: str, names: Sequence[str]) -> dict[str, str]:
+    """Read `--class-map` for a dataset whose classes have other names than a model's.
+
+    Args:
+        names: the class names of the dataset; the file may name others, too, as the dataset need not have all classes.
+
+    Returns:
+        Class name of the dataset -> class name of the model.
+
+    Raises:
+        UsageError: the file is not readable, names a class twice, or none that is there.
+    """
+    found: dict[str, str] = {}
+    for key, text in _read_texts("--class-map", path, names):
+        if tidy(key) in found:
+            raise UsageError(f"--class-map {path} names {listed([tidy(key)])} twice. Remove one of the two.")
+        found[tidy(key)] = tidy(text)
+    if not found.keys() & set(names):
+        raise UsageError(f"--class-map {path} names no class of the dataset. Its classes: {listed(names)}.")
+    return found
+
+
 def _read_texts(flag: str, path: str, class_names: Sequence[str]) -> list[tuple[str, str]]:
     """The entries of a JSON object of texts, in order; a key that is there twice is two entries."""
     try:

@@ -8,6 +8,7 @@ from vlm.data.augmentation import as_seen
 from vlm.data.classes import problem_of_name
 from vlm.data.cutting import balanced_positions
 from vlm.data.finding import find_images
+from vlm.data.formats import readable_formats
 from vlm.data.hub import model_folder
 from vlm.data.hub_errors import again, trouble_of, within
 from vlm.data.hub_names import hub_name, looks_like_path
@@ -22,6 +23,8 @@ from vlm.data.sources import IMAGE_COLUMNS, Rows
 from vlm.data.spellings import tidy
 from vlm.data.splits import ROLES, Data, Split
 from vlm.data.stream import Place, Stream
+from vlm.data.to_classify import LabeledImages, match_classes, read_images
+from vlm.data.trained_on import pack_keys, short_key, unpack_keys
 from vlm.data.unchecked import check_what_is_known, leave_out_unreadable, note_unreadable, refuse_unreadable
 
 __all__ = [
@@ -31,6 +34,7 @@ __all__ = [
     "Data",
     "Found",
     "KnownImages",
+    "LabeledImages",
     "Place",
     "Rows",
     "Sample",
@@ -50,13 +54,19 @@ __all__ = [
     "leave_out_unreadable",
     "load_data",
     "looks_like_path",
+    "match_classes",
     "model_folder",
     "note_unreadable",
     "open_image",
+    "pack_keys",
     "problem_of_name",
+    "read_images",
     "read_object",
+    "readable_formats",
     "refuse_unreadable",
+    "short_key",
     "tidy",
     "trouble_of",
+    "unpack_keys",
     "within",
 ]

@@ -75,13 +75,13 @@ def number_labels(
         names, numbers = distinct_labels(labels, images, given or ())
         how = ["labels, sorted as numbers" if are_numbers(names) else "sorted labels"]
     else:
-        names, numbers = list(own), _checked_indices(labels, own)
+        names, numbers = list(own), checked_indices(labels, own)
         how = ["names of the dataset"]
         if given is None:
-            names, how = _short_names(names, how)
-    names, numbers, merged = merge_spellings(*_in_order(names, numbers), given or ())
+            names, how = short_names(names, how)
+    names, numbers, merged = merge_spellings(*in_order(names, numbers), given or ())
     if given is not None:
-        order, how = _match(names, given)
+        order, how = match_given(names, given)
         names = given
         numbers = {split: [order[number] for number in values] for split, values in numbers.items()}
     if merged:
@@ -101,7 +101,7 @@ def _without_zeros(name: str) -> str:
     return name.lstrip("0") if name.isdecimal() else name
 
 
-def _short_names(names: list[str], how: list[str]) -> tuple[list[str], list[str]]:
+def short_names(names: list[str], how: list[str]) -> tuple[list[str], list[str]]:
     """One of several synonyms for each class, and the phrases that say so."""
     short, longer = without_synonyms(names)
     shortened = sum(one != other for one, other in zip(short, names, strict=True))
@@ -134,7 +134,7 @@ def _check_names(names: list[str]) -> None:
         raise UsageError(f"--class-names: expected different names, but got several times: {listed(repeated)}.")
 
 
-def _in_order(names: list[str], numbers: dict[str, list[int]]) -> tuple[list[str], dict[str, list[int]]]:
+def in_order(names: list[str], numbers: dict[str, list[int]]) -> tuple[list[str], dict[str, list[int]]]:
     """Tidy names, equal ones as one and whole numbers in their order; the labels as indices into them."""
     spelled = list(map(tidy, names))
     ordered = list(dict.fromkeys(spelled))
@@ -144,7 +144,8 @@ def _in_order(names: list[str], numbers: dict[str, list[int]]) -> tuple[list[str
     return ordered, {split: [index[spelled[number]] for number in values] for split, values in numbers.items()}
 
 
-def _checked_indices(labels: Mapping[str, Sequence[object]], names: list[str]) -> dict[str, list[int]]:
+def checked_indices(labels: Mapping[str, Sequence[object]], names: list[str]) -> dict[str, list[int]]:
+    """Labels that are indices into names. Raises UsageError if one is outside of them."""
     numbers = cast(dict[str, list[int]], labels)
     for split, values in numbers.items():
         for value in values:
@@ -156,7 +157,7 @@ def _checked_indices(labels: Mapping[str, Sequence[object]], names: list[str]) -
     return numbers
 
 
-def _match(own: list[str], given: list[str]) -> tuple[list[int], list[str]]:
+def match_given(own: list[str], given: list[str]) -> tuple[list[int], list[str]]:
     """Match the user's names with the dataset's own: by name if they are the same ones, else by index.
 
     Returns:

@@ -87,7 +87,7 @@ def data_metadata(settings: Settings, source: Source, origins: dict[str, str], d
     """
     columns = source.columns
     return {
-        "dataset": _public_name(settings, source),
+        "dataset": public_name(settings, source),
         "config": settings.dataset_config,
         "commit": source.commit,
         "kind": source.kind,
@@ -102,7 +102,7 @@ def data_metadata(settings: Settings, source: Source, origins: dict[str, str], d
     }
 
 
-def _public_name(settings: Settings, source: Source) -> str:
+def public_name(settings: Settings, source: Source) -> str:
     name = settings.dataset
     if settings.demo or name is None:
         return source.kind

@@ -127,6 +127,15 @@ def _check_source(source: Source, settings: Settings) -> None:
         there = ", ".join(sorted([*source.split_names.values(), *source.others])) or "none"
         cure = EXPECTED if there == "none" else "Name one with --dataset-split."
         raise UsageError(f"--dataset {settings.dataset}: no split called train. Splits there: {there}. {cure}")
+    check_column_flags(source, settings)
+
+
+def check_column_flags(source: Source, settings: Settings) -> None:
+    """Refuse flags about columns that a dataset of this kind does not have.
+
+    Raises:
+        UsageError: there are such flags.
+    """
     if source.columns is None and (given := [flag for flag, value in _table_flags(settings).items() if value]):
         raise UsageError(
             f'{" and ".join(given)}: the dataset is of the kind "{source.kind}", which has no columns. Leave out '

@@ -80,7 +80,7 @@ def merge_spellings(names: list[str], numbers: Numbers, apart: Collection[str]) 
     """
     groups: dict[str, list[int]] = {}
     for number, name in enumerate(names):
-        groups.setdefault(_meaning(name), []).append(number)
+        groups.setdefault(meaning(name), []).append(number)
     several = [group for group in groups.values() if len(group) > 1 and not {names[i] for i in group} <= set(apart)]
     if not several:
         return names, numbers, []
@@ -101,7 +101,7 @@ def merge_spellings(names: list[str], numbers: Numbers, apart: Collection[str]) 
     return [names[i] for i in kept], {s: [place[n] for n in values] for s, values in numbers.items()}, winners
 
 
-def _meaning(name: str) -> str:
+def meaning(name: str) -> str:
     """What all spellings of a class have in common."""
     if WHOLE_NUMBER.fullmatch(name):
         return name.partition(".")[0]

@@ -37,6 +37,7 @@ def classification_metrics(
 
     Returns:
         accuracy, macro_f1, weighted_f1, nll (mean negative log-likelihood of the true class, in nats), samples,
+        macro_f1_of_present (the mean F1 of the classes that have samples, only if some have none),
         per_class {name: precision, recall, f1, support}, confusion_matrix (C lists of C counts: rows truth, columns
         prediction).
 
@@ -59,10 +60,13 @@ def classification_metrics(
     precision, recall, f1, support = precision_recall_fscore_support(
         truth, predictions, labels=classes, zero_division=0
     )
+    present = support > 0
+    partial = {} if present.all() else {"macro_f1_of_present": float(f1[present].mean())}
     true_scores = np.maximum(scores[np.arange(len(truth)), truth], SMALLEST_LOG_PROBABILITY)
     return {
         "accuracy": float((predictions == truth).mean()),
         "macro_f1": float(f1.mean()),
+        **partial,
         "weighted_f1": float(np.average(f1, weights=support)),
         "nll": float(-true_scores.mean()),
         "samples": len(labels),

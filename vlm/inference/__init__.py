@@ -1,8 +1,7 @@
 """From a model folder to predictions.
 
-arguments.py is the command line; model_folder.py writes and reads the folder, which holds all that inference needs;
-classifying.py takes items (items.py) and gives results, which predictor.py offers to Python and job.py writes.
-
+model_folder.py writes and reads the folder, which holds all that inference needs. classifying.py takes items and gives
+results, which predictor.py offers to Python, job.py writes, and testing.py compares with labels.
 The names are imported when they are first used: the command line is read before torch is imported.
 """
 
@@ -13,19 +12,25 @@ from vlm.common import lazy_names
 if TYPE_CHECKING:
     from vlm.inference.arguments import build_parser, check_arguments, check_push_arguments
     from vlm.inference.batch_predictor import BatchPredictor
-    from vlm.inference.classifying import Options, Outcome, classify_items, image_result
+    from vlm.inference.classifying import NOT_FINITE, Options, Outcome, classify_items, image_result
+    from vlm.inference.evaluating import evaluate
     from vlm.inference.items import Files, Item, Items
     from vlm.inference.job import Job, about_rows, check_all_read, run_job, show_table
-    from vlm.inference.model_folder import read_metadata, save_model_folder, update_metadata
+    from vlm.inference.labeled import LABEL, match_items
+    from vlm.inference.model_folder import read_metadata, save_model_folder, trained_with, update_metadata
     from vlm.inference.predictor import (
         load_model_and_metadata,
         predict_batch,
         predict_each,
         predict_single_image,
     )
+    from vlm.inference.tested import Tested, correct_of
+    from vlm.inference.testing import SavedModelTest, print_results
     from vlm.inference.writing import PredictionFile, PredictionTable, check_replaceable
 
 __all__ = [
+    "LABEL",
+    "NOT_FINITE",
     "BatchPredictor",
     "Files",
     "Item",
@@ -35,6 +40,8 @@ __all__ = [
     "Outcome",
     "PredictionFile",
     "PredictionTable",
+    "SavedModelTest",
+    "Tested",
     "about_rows",
     "build_parser",
     "check_all_read",
@@ -42,15 +49,20 @@ __all__ = [
     "check_push_arguments",
     "check_replaceable",
     "classify_items",
+    "correct_of",
+    "evaluate",
     "image_result",
     "load_model_and_metadata",
+    "match_items",
     "predict_batch",
     "predict_each",
     "predict_single_image",
+    "print_results",
     "read_metadata",
     "run_job",
     "save_model_folder",
     "show_table",
+    "trained_with",
     "update_metadata",
 ]
 
@@ -59,16 +71,20 @@ __getattr__ = lazy_names(
     {
         ".arguments": ("build_parser", "check_arguments", "check_push_arguments"),
         ".batch_predictor": ("BatchPredictor",),
-        ".classifying": ("Options", "Outcome", "classify_items", "image_result"),
+        ".classifying": ("NOT_FINITE", "Options", "Outcome", "classify_items", "image_result"),
+        ".evaluating": ("evaluate",),
         ".items": ("Files", "Item", "Items"),
         ".job": ("Job", "about_rows", "check_all_read", "run_job", "show_table"),
-        ".model_folder": ("read_metadata", "save_model_folder", "update_metadata"),
+        ".labeled": ("LABEL", "match_items"),
+        ".model_folder": ("read_metadata", "save_model_folder", "trained_with", "update_metadata"),
         ".predictor": (
             "load_model_and_metadata",
             "predict_batch",
             "predict_each",
             "predict_single_image",
         ),
+        ".tested": ("Tested", "correct_of"),
+        ".testing": ("SavedModelTest", "print_results"),
         ".writing": ("PredictionFile", "PredictionTable", "check_replaceable"),
     },
 )

@@ -1,23 +1,54 @@
 """The command line of `inference_vlm.py`. Needs no package, so that `--help` and a mistake are answered at once."""
 
 import argparse
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from vlm.common import UsageError
 from vlm.config import (
     MOST,
     MOST_AT_ONCE,
+    PAGE,
+    RESULTS,
+    ClassifySettings,
     Parser,
     Settings,
     add_flag,
     can_be_a_path,
+    classify_settings,
     flag_of,
     number,
+    split_names,
     user_path,
     whole_number,
 )
+from vlm.inference.serve_arguments import add_serve_flags, check_serve
 
+# The flags of the training that say how a dataset is read; they are fields of `Settings`. What is different here:
+OF_A_DATASET: dict[str, dict[str, str]] = {
+    "dataset": {
+        "help": "classify the images of a dataset, any that the training reads; if they have labels, the model is "
+        "tested: table, confusions and calibration as after a training"
+    },
+    "dataset_split": {
+        "help": "with --dataset: the split, or a part of it, such as test[:100] (default: test, or the only one)",
+        "metavar": "SPLIT",
+    },
+    "dataset_config": {},
+    "image_column": {},
+    "label_column": {
+        "help": "column with the labels (default: found by its type, then by its name); none: classify without labels"
+    },
+    "no_header": {},
+    "image_folder": {},
+    "image_suffix": {},
+    "class_names": {},
+    "class_map": {"help": "JSON file: class name in the dataset -> class name of the model, if they differ"},
+    "metrics": {"help": "your own metrics: FILE.py:FUNCTION(labels, predictions, probabilities, class_names)"},
+}
+REPORT = (PAGE, "confusion_matrix.png", "reliability.png")  # written into --report-dir with results.json
 ENDINGS = (".csv", ".jsonl", ".parquet")  # of --output
 LONGEST_NAME = 200  # bytes of the name of --output: most file systems allow 255, and .1of2.jsonl.part.json follows
 OF_A_PUSH = ("push_to_hub", "public")
@@ -71,6 +102,15 @@ def build_parser() -> Parser:
     )
     for name in ("device", "dtype"):  # the same flags as in the training
         add_flag(parser, name, default=getattr(Settings, name))
+    group = parser.add_argument_group("a dataset instead of image files")
+    for name, changes in OF_A_DATASET.items():
+        add_flag(group, name, *({_shown_flag(name)} - {flag_of(name)}), **changes)
+    group.add_argument(
+        "--report-dir",
+        metavar="FOLDER",
+        help="write the page of the test, its figures and results.json into this folder",
+    )
+    add_serve_flags(parser)
     group = parser.add_argument_group("instead of classifying")
     for name in OF_A_PUSH:
         add_flag(group, name, default=getattr(Settings, name))
@@ -86,10 +126,12 @@ def check_arguments(args: argparse.Namespace) -> None:
     """
     if args.public:
         raise UsageError("--public says how to push, and not where to: add --push-to-hub OWNER/NAME, or leave it out.")
-    if not args.images:
-        raise UsageError("nothing to classify: name images or folders (IMAGE_OR_FOLDER).")
+    check_serve(args)
     args.images, args.model_dir = [user_path(path) for path in args.images], user_path(args.model_dir)
     args.output = args.output and user_path(args.output)
+    args.report_dir = args.report_dir and user_path(args.report_dir)
+    if not args.serve:
+        _check_what_is_classified(args)
     for name, value, most in (("batch-size", args.batch_size, MOST), ("threads", args.threads, MOST_AT_ONCE)):
         if value is not None and not 1 <= value <= most:
             raise UsageError(f"--{name} {value}: expected a whole number of at least 1, and at most {most:,}.")
@@ -103,7 +145,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         if asked and args.output is None:
             raise UsageError(f"{what}: name the file of the predictions with --output, such as predictions.csv.")
     if args.output is not None:
-        _check_output(Path(args.output), Path(args.model_dir))
+        check_output(Path(args.output), Path(args.model_dir))
 
 
 def check_push_arguments(args: argparse.Namespace) -> None:
@@ -115,12 +157,12 @@ def check_push_arguments(args: argparse.Namespace) -> None:
     usual, needed = vars(build_parser().parse_args([])), {"model_dir", "debug", *OF_A_PUSH}
     for name, value in vars(args).items():
         if name not in needed and value != usual[name]:
-            given = args.images[0] if name == "images" else flag_of(name)
+            given = args.images[0] if name == "images" else _shown_flag(name)
             raise UsageError(f"--push-to-hub uploads the model and classifies nothing: leave out {given}.")
     args.model_dir = user_path(args.model_dir)
 
 
-def _check_output(path: Path, model_dir: Path) -> None:
+def check_output(path: Path, model_dir: Path) -> None:
     """Check, before the work, that its results can be written after it, and that nothing of another kind is lost.
 
     Raises:
@@ -134,3 +176,53 @@ def _check_output(path: Path, model_dir: Path) -> None:
         raise UsageError(f"--output {path} cannot be written: choose another place, in a folder that exists.")
     if path.resolve().parent == model_dir.resolve():
         raise UsageError(f"--output {path} is in the folder of the model: choose another place.")
+
+
+def _check_what_is_classified(args: argparse.Namespace) -> None:
+    """Check that either images or a dataset are named; `args.data` becomes the settings of the dataset, or None."""
+    given = {name: getattr(args, name) for name in OF_A_DATASET if getattr(args, name) not in (None, False)}
+    if args.dataset is None:
+        if not args.images:
+            raise UsageError(
+                "nothing to classify: name images or folders (IMAGE_OR_FOLDER), or give --dataset or --serve."
+            )
+        flags = [_shown_flag(name) for name in given] + (["--report-dir"] if args.report_dir else [])
+        if flags:
+            raise UsageError(f"{' and '.join(flags)}: only with --dataset. Leave out what is not needed.")
+        args.data = None
+        return
+    if args.images:
+        raise UsageError(f"--dataset and {args.images[0]} exclude each other: give a dataset, or images and folders.")
+    if args.class_names:
+        given["class_names"] = split_names(args.class_names)
+    args.data = classify_settings(given)
+    if args.report_dir is not None:
+        check_report_dir(Path(args.report_dir), Path(args.model_dir), args.data.dataset)
+
+
+def _shown_flag(name: str) -> str:
+    return ClassifySettings.split_flag if name == "dataset_split" else flag_of(name)
+
+
+def check_report_dir(folder: Path, model_dir: Path, dataset: Any) -> None:
+    """Check, before the work, that a report can be written into a folder, and that nothing of another kind is lost.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    if not str(folder).strip() or not can_be_a_path(str(folder)) or (folder.exists() and not folder.is_dir()):
+        raise UsageError(f"--report-dir {folder}: expected the name of a folder.")
+    for flag, other in (("--model-dir", model_dir), ("--dataset", dataset)):
+        if other and Path(other).is_dir() and folder.resolve().is_relative_to(Path(other).resolve()):
+            raise UsageError(f"--report-dir {folder} is in the folder of {flag}: choose another place.")
+    there = [name for name in (*REPORT, RESULTS) if os.path.lexists(folder / name)]
+    if there and not _is_report(folder / RESULTS):
+        raise UsageError(f"--report-dir {folder} holds {there[0]} of something else: choose another folder.")
+
+
+def _is_report(path: Path) -> bool:
+    """Whether a `results.json` is that of a test of a saved model."""
+    try:
+        return "tested" in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False

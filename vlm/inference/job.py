@@ -16,7 +16,7 @@ from typing import Any
 from vlm.classifier import VLMClassifier
 from vlm.common import RunError, Stopped, UsageError, brief, dtype_name, note, replacing, with_bar
 from vlm.inference.classifying import Options, Outcome, classify_items, settings_of
-from vlm.inference.items import Items
+from vlm.inference.items import Item, Items
 from vlm.inference.parquet import PARQUET, write_parquet
 from vlm.inference.records import AGAIN, Begun, Record, Tally, merge, read_begun
 from vlm.inference.unfinished import (
@@ -142,14 +142,24 @@ def run_job(
         raise Stopped(f"stopped after the last image. {GOES_ON}") from stop
 
 
-def show_table(model: VLMClassifier, metadata: dict[str, Any], items: Items, options: Options) -> Tally:
-    """Classify images and print a table of their rows; see `run_job`."""
+def show_table(
+    model: VLMClassifier,
+    metadata: dict[str, Any],
+    items: Items,
+    options: Options,
+    each: Callable[[Outcome], object] = lambda outcome: None,
+    shows: Callable[[Item], bool] = lambda item: True,
+) -> Tally:
+    """Classify images and print a table of their rows, or of those that `shows` says; see `run_job`."""
     tally, shown = Tally(), PredictionTable(options.explain)
     outcomes = classify_items(model, metadata, items, options, len(items))
     with keeping_rows(shown, len(items)), shown, closing(outcomes):
-        for item, result, _ in outcomes:
-            shown.add(item.name, result)
+        for outcome in outcomes:
+            item, result, _ = outcome
+            if shows(item):
+                shown.add(item.name, result)
             tally.add(item.name, "error" in result)
+            each(outcome)
     return tally
 
 

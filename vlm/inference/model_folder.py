@@ -11,16 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm.common import UsageError, existing, read_checksums, read_json, write_folder, write_json
+from vlm.common import UsageError, existing, note, read_checksums, read_json, write_folder, write_json
 from vlm.config import (
     ADAPTER_FOLDER,
     BEST_MODEL,
     DEMO_MODEL,
     FINAL_MODEL,
+    LAYOUTS,
     METADATA,
     MODEL_CARD,
     PREVIOUS_RUN,
     fold_folder,
+    read_settings,
 )
 from vlm.conversation import Prompts
 from vlm.data import looks_like_path, model_folder
@@ -174,10 +176,27 @@ def read_prompts(folder: Path, metadata: dict[str, Any]) -> Prompts:
         whole = all(isinstance(text, str) for text in (*texts, *names)) and isinstance(prompts.reasoning_tokens, int)
     except (KeyError, TypeError, ValueError, AttributeError):
         whole = False
+    whole = whole and prompts.response_format in LAYOUTS
     whole = whole and len(prompts.responses) == len(prompts.shown_names) == len(prompts.class_names) > 0
     if not whole or list(prompts.class_names) != metadata["class_names"]:
         raise UsageError(f"{_metadata_file(folder)} is damaged: its classes and prompts cannot be read. {WRITTEN_BY}")
     return prompts
+
+
+def trained_with(folder: Path) -> tuple[Prompts, dict[str, Any]] | None:
+    """What the model in a folder was trained with, if this program trained it: its prompts, and the settings that they
+    were built from (`Settings.texts`). None if it did not, or if that cannot be read, which a note says."""
+    if not _metadata_file(folder).is_file():
+        return None
+    try:
+        metadata = read_metadata(folder)
+        prompts = read_prompts(folder, metadata)
+        settings = read_settings({**metadata.get("settings", {}), **metadata.get("texts", {})})
+    except (UsageError, TypeError) as error:
+        if (folder / METADATA).is_file():  # a file next to the folder may be about another model
+            note(f"note: the prompts that the model was trained with are not used: {error}")
+        return None
+    return prompts, settings.texts | {"response_format": prompts.response_format}
 
 
 def _metadata_file(folder: Path) -> Path:

@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from vlm.report.data_page import DataContent, is_data_page, write_data_page
     from vlm.report.page import write_report
     from vlm.report.summary import per_class_table, summary_rows, warnings_of
+    from vlm.report.templates import render
 
 __all__ = [
     "DataContent",
     "Prediction",
     "is_data_page",
     "per_class_table",
+    "render",
     "shown_images",
     "summary_rows",
     "warnings_of",
@@ -33,5 +35,6 @@ __getattr__ = lazy_names(
         ".data_page": ("DataContent", "is_data_page", "write_data_page"),
         ".page": ("write_report",),
         ".summary": ("per_class_table", "summary_rows", "warnings_of"),
+        ".templates": ("render",),
     },
 )

@@ -44,7 +44,8 @@ Measured = tuple[float, float | None, float | None]  # value and its interval, i
 
 @dataclass(frozen=True)
 class Sample:
-    """A class with its first training image. counts: images of each split."""
+    """A class with its first training image, or the first test image if nothing was trained. counts: images of each
+    split."""
 
     name: str
     image: Thumbnail | None
@@ -196,6 +197,7 @@ class Content:
         rows: list[tuple[str, Any, Any]] = [
             ("Accuracy", after["accuracy"], before["accuracy"]),
             ("Macro F1", test["macro_f1"], None),
+            ("Macro F1 of the classes with images", test.get("macro_f1_of_present"), None),
             ("Weighted F1", test["weighted_f1"], None),
             ("NLL, nats an image", after["nll"], before["nll"]),
             ("Brier score", after["brier"], before["brier"]),
@@ -206,7 +208,8 @@ class Content:
             parts = value if isinstance(value, dict) else {"": value}
             rows += [(f"{name} {part}".strip(), number, None) for part, number in parts.items()]
         lacks = ", not calibrated" if uncalibrated_accuracy(self.results) else ""
-        rows.append((f"Validation accuracy{lacks}", self.results["validation"]["accuracy"], None))
+        if "validation" in self.results:
+            rows.append((f"Validation accuracy{lacks}", self.results["validation"]["accuracy"], None))
         return [(name, figure, measured(earlier)) for name, now, earlier in rows if (figure := measured(now))]
 
     @property
@@ -238,10 +241,15 @@ class Content:
 
     @cached_property
     def split_counts(self) -> dict[str, np.ndarray]:
-        """(C,) images of each class, by split."""
+        """(C,) images of each class, by split; of a model that was only tested there is no other split."""
         splits = {"train": self.data.train, "validation": self.data.validation, "test": self.data.test}
-        labels = {name: np.asarray(split.labels, dtype=np.int64) for name, split in splits.items()}
+        labels = {name: np.asarray(split.labels, dtype=np.int64) for name, split in splits.items() if len(split)}
         return {name: np.bincount(numbers, minlength=len(self.names)) for name, numbers in labels.items()}
+
+    @property
+    def was_trained(self) -> bool:
+        """Whether the page is about a training, or only about a test of a saved model."""
+        return len(self.data.train) > 0
 
     @property
     def training_images(self) -> tuple[int, int, int]:
@@ -252,12 +260,13 @@ class Content:
     @property
     def samples(self) -> list[Sample]:
         first: dict[int, int] = {}
-        for position, label in enumerate(self.data.train.labels):
+        split = self.data.train if self.was_trained else self.data.test
+        for position, label in enumerate(split.labels):
             first.setdefault(label, position)
         samples = []
         for number, name in enumerate(self.names[:MOST_SAMPLES]):
-            image = thumbnail(self.data.train, first[number]) if number in first else None
-            counts = [(split, int(counts[number])) for split, counts in self.split_counts.items()]
+            image = thumbnail(split, first[number]) if number in first else None
+            counts = [(role, int(counts[number])) for role, counts in self.split_counts.items()]
             samples.append(Sample(name, image, counts))
         return samples
 

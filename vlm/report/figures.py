@@ -52,10 +52,11 @@ def draw(results: dict[str, Any], class_names: Sequence[str]) -> dict[str, Figur
         class_names: C names, in the order of the confusion matrix.
 
     Returns:
-        The figures by name; a PNG has the name of its figure.
+        The figures by name; a PNG has the name of its figure. Of a model that was only tested there are no curves.
     """
+    trained = "history" in results
     return {
-        "training_curves": training_curves(results["history"], results["validation"]["step"]),
+        **({"training_curves": training_curves(results["history"], results["validation"]["step"])} if trained else {}),
         "confusion_matrix": confusion_matrix(results["test"]["confusion_matrix"], class_names),
         "reliability": reliability_diagram(results["test"]["calibration"]),
     }

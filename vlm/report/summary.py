@@ -1,9 +1,9 @@
 """The tables at the end of a run, in words for somebody who has not read the code. They are functions of what stands
-in `results.json` only."""
+in `results.json` only, of a run or of a test of a saved model, which has no training and no validation."""
 
 from typing import Any
 
-from vlm.common import format_table
+from vlm.common import format_table, listed
 from vlm.config import RESULTS
 from vlm.evaluation import is_calibrated, missed_target
 
@@ -31,16 +31,31 @@ def summary_rows(results: dict[str, Any]) -> list[Row]:
         *_calibration_rows(test["calibration"]),
         *([("abstaining", abstention_line(test["abstention"]))] if test.get("abstention") else []),
         _image_row(results["picture_check"]),
-        *_text_rows(results["texts"]),
-        _training_row(results),
+        *(_text_rows(results["texts"]) if "texts" in results else []),
+        _time_row(results),
         *((name, _own(value)) for name, value in test.get("own_metrics", {}).items()),
     ]
 
 
 def warnings_of(results: dict[str, Any]) -> list[str]:
     """Why the accuracy may mean less than it seems, one sentence each; the most important last."""
+    lacks = [f"{_unknown_classes(results)}: the accuracy is that on the others."] if _unknown(results) else []
+    tested = (results.get("tested") or {}).get("warning")
+    seen = [f"{tested}."] if tested else []
     checks = [check["warning"] for name in ("probe", "picture_check") if (check := results[name]) and check["warning"]]
-    return [*checks, *_leaks(results)]
+    return [*checks, *lacks, *seen, *_leaks(results)]
+
+
+def _unknown(results: dict[str, Any]) -> dict[str, Any]:
+    """What is known of the images of classes that the model lacks; nothing if there are none."""
+    return results.get("unknown_classes", {})
+
+
+def _unknown_classes(results: dict[str, Any]) -> str:
+    unknown = _unknown(results)
+    shown = listed(f"{name} ({count:,})" for name, count in unknown["classes"].items())
+    images = "1 image has a class" if unknown["pictures"] == 1 else f"{unknown['pictures']:,} images have classes"
+    return f"{images} that the model lacks, {shown}"
 
 
 def _leaks(results: dict[str, Any]) -> list[str]:
@@ -93,6 +108,8 @@ def abstention_line(abstention: dict[str, Any]) -> str:
         return missed_target(abstention["target_precision"])
     shares = []
     for split in ("validation", "test"):
+        if abstention[split] is None:  # a saved model does not keep what its threshold did on validation
+            continue
         coverage, accuracy = abstention[split]["coverage"], abstention[split]["accuracy"]
         right = "" if accuracy is None else f" ({accuracy:.1%} of them right)"
         shares.append(f"{coverage:.1%} of the {split} images{right}")
@@ -105,10 +122,14 @@ def probed_encoder(encoder: str | None) -> str:
 
 
 def _accuracy_rows(results: dict[str, Any]) -> list[Row]:
-    test, validation = results["test"], results["validation"]
+    test = results["test"]
     _, low, high = test["calibration"]["after"]["accuracy"]
     interval = f"95% interval {low:.4f} to {high:.4f}, {results['pictures']['test']} images"
     rows = [("test accuracy", f"{test['accuracy']:.4f}  ({interval})")]
+    if unknown := _unknown(results):
+        value, low, high = unknown["accuracy_with_them"]
+        figure = f"{value:.4f}  ({low:.4f} to {high:.4f}; {_unknown_classes(results)})"
+        rows.append(("accuracy, unknown classes as wrong", figure))
     if "not_in_train" in test:
         rows.append(("test accuracy, images not in train", _unseen(results)))
     if "zero_shot" in results:
@@ -119,10 +140,22 @@ def _accuracy_rows(results: dict[str, Any]) -> list[Row]:
         value, low, high = results["probe"]["accuracy"]
         how = f"logistic regression on {probed_encoder(results['probe']['tower'])}"
         rows.append(("accuracy of the probe", f"{value:.4f}  ({low:.4f} to {high:.4f}, {how})"))
-    rows.append(("macro F1, weighted F1", f"{test['macro_f1']:.4f}, {test['weighted_f1']:.4f}"))
+    rows.append(("macro F1, weighted F1", f"{test['macro_f1']:.4f}, {test['weighted_f1']:.4f}{_of_present(test)}"))
+    if "validation" not in results:
+        return rows
+    validation = results["validation"]
     step = f"step {validation['step']}, the best{_before_fit(test['calibration'])}"
     rows.append(("validation accuracy", f"{validation['accuracy']:.4f}  ({step})"))
     return rows
+
+
+def _of_present(test: dict[str, Any]) -> str:
+    """The macro F1 of the classes that have test images, if not all have some."""
+    if "macro_f1_of_present" not in test:
+        return ""
+    count = sum(measures["support"] > 0 for measures in test["per_class"].values())
+    classes = "the only class that has" if count == 1 else f"the {count:,} classes that have"
+    return f"  (macro F1 of {classes} test images: {test['macro_f1_of_present']:.4f})"
 
 
 def uncalibrated_accuracy(results: dict[str, Any], digits: str = ".4f") -> str:
@@ -196,8 +229,10 @@ def _text_rows(texts: dict[str, Any]) -> list[Row]:
     return rows
 
 
-def _training_row(results: dict[str, Any]) -> Row:
+def _time_row(results: dict[str, Any]) -> Row:
     timings = results["timings"]
+    if "train_seconds" not in timings:
+        return "time", f"{timings['test_seconds']:.1f} s, {timings['test_pictures_per_second']} images/s"
     if not results["settings"]["epochs"]:
         return "training", "none (--epochs 0)"
     return "training", f"{timings['train_seconds']:.1f} s, {timings['train_pictures_per_second']} images/s"

@@ -6,7 +6,7 @@ import torch
 
 from vlm.classifier import IGNORED, VLMClassifier, vlm_collate_fn
 from vlm.common import UsageError, dtype_name, joined, listed, note
-from vlm.config import IMAGES_PER_STEP, RunSettings, Settings, stated_format
+from vlm.config import IMAGES_PER_STEP, PROMPTS_OF_MODEL, RunSettings, Settings, stated_format
 from vlm.conversation import LONGEST_LIST, Prompts, leaves_list_out
 from vlm.data import Sample
 from vlm.families import cache_root
@@ -38,8 +38,7 @@ def settings_rows(
         ("model", "the demo's, 3 + 3 layers with random weights" if settings.demo else str(settings.model)),
         ("device", device),
         ("number format", dtype_name(dtype) + quantized),
-        ("response format", _format_row(settings)),
-        *_class_list_row(settings, classifier.prompts.shown_names),
+        *_prompt_rows(settings, classifier.prompts),
         ("trained parameters", f"{trained:,} of {every:,} ({trained / every:.1%})"),
     ]
     shown = {
@@ -64,6 +63,12 @@ def settings_rows(
             )
         )
     return rows
+
+
+def _prompt_rows(settings: Settings, prompts: Prompts) -> list[tuple[str, str]]:
+    if settings.prompts == PROMPTS_OF_MODEL:
+        return [("prompts", "those that the model was trained with"), ("response format", prompts.response_format)]
+    return [("response format", _format_row(settings)), *_class_list_row(settings, prompts.shown_names)]
 
 
 def _class_list_row(settings: Settings, shown_names: Sequence[str]) -> list[tuple[str, str]]:

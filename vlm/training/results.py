@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,38 +16,18 @@ from vlm.evaluation import (
     accuracy_interval,
     add_test_figures,
     calibrate,
-    check_images,
-    check_texts,
     compare,
-    confidence_and_correctness,
-    explanations,
     metrics_of_sums,
     probe,
     score_split,
 )
 from vlm.families import FeatureCache, load_family
-from vlm.inference import load_model_and_metadata, read_metadata, update_metadata
-from vlm.report import Prediction, per_class_table, shown_images, summary_rows, warnings_of, write_report
+from vlm.inference import Tested, correct_of, load_model_and_metadata, read_metadata, update_metadata
+from vlm.report import per_class_table, summary_rows, warnings_of, write_report
 from vlm.training.out_of_fold import write_fold_predictions
 from vlm.training.resume_state import Progress, delete_states
 from vlm.training.run_files import claim_results
 from vlm.training.setup import Run
-
-
-@dataclass
-class Tested:
-    """The best model and its scores of the test split.
-
-    Attributes:
-        classifier: the best model, calibrated. cache: the features that it can be run from, if they are kept.
-        sums: (N, C) log-probabilities of the scored texts. metrics: what `results.json` calls test. seconds: they took.
-    """
-
-    classifier: VLMClassifier
-    cache: FeatureCache | None
-    sums: Tensor
-    metrics: dict[str, Any]
-    seconds: float
 
 
 def finish(run: Run, progress: Progress, metrics: Sequence[Callable[..., Any]]) -> dict[str, Any]:
@@ -70,10 +49,10 @@ def finish(run: Run, progress: Progress, metrics: Sequence[Callable[..., Any]]) 
         **({"zero_shot": progress.zero_shot} if progress.zero_shot else {}),
         **({"alignment": progress.alignment} if progress.alignment else {}),
         **_checks(run, tested, frozen),
-        **_of_the_run(run, progress, tested.seconds),
+        **_of_the_run(run, progress, tested),
     }
     claim_results(output)
-    write_report(output, results, run.data, _explained_predictions(run, tested))
+    write_report(output, results, run.data, tested.predictions())
     best = output / BEST_MODEL
     update_metadata(best, read_metadata(best), results, warnings_of(results))
     of_test = {name: tested.metrics[name] for name in ("accuracy", "macro_f1")}
@@ -127,7 +106,7 @@ def _test_best(run: Run, metrics: Sequence[Callable[..., Any]]) -> tuple[Tested,
     seconds = time.monotonic() - started
     test |= add_test_figures(fitted, classifier.calibration, sums, data.test.labels, settings.seed)
     test |= _not_in_train(data, classifier, sums)
-    return Tested(classifier, cache, sums, test, seconds), calibration
+    return Tested(classifier, data.test, sums, test, seconds, settings.eval_batch_size, cache), calibration
 
 
 def _not_in_train(data: Data, classifier: VLMClassifier, sums: Tensor) -> dict[str, Any]:
@@ -138,14 +117,9 @@ def _not_in_train(data: Data, classifier: VLMClassifier, sums: Tensor) -> dict[s
         data.overlap["test_in_train"] = int((~unseen).sum())
     if unseen.all():
         return {}
-    correct = _correct(classifier, sums, data.test.labels)[unseen]
+    correct = correct_of(classifier, sums, data.test.labels)[unseen]
     accuracy = accuracy_interval(correct) if len(correct) else None
     return {"not_in_train": {"pictures": len(correct), "accuracy": accuracy}}
-
-
-def _correct(classifier: VLMClassifier, sums: Tensor, labels: Sequence[int]) -> np.ndarray:
-    """(N,) bool, whether each prediction is right."""
-    return confidence_and_correctness(classifier.calibration.log_probabilities(sums).numpy(), labels)[1]
 
 
 def _checks(run: Run, tested: Tested, frozen: FeatureCache | None) -> dict[str, Any]:
@@ -154,13 +128,11 @@ def _checks(run: Run, tested: Tested, frozen: FeatureCache | None) -> dict[str, 
     Args:
         frozen: features of the vision encoder as the training found it.
     """
-    size, test, seed = run.settings.eval_batch_size, run.data.test, run.settings.seed
-    results: dict[str, Any] = {
-        "texts": check_texts(tested.classifier, test, size, cache=tested.cache),
-        "picture_check": check_images(tested.classifier, test, tested.sums, size, seed),
+    return {
+        "texts": tested.texts(),
+        "picture_check": tested.picture_check(run.settings.seed),
         "probe": _probe(run, tested, frozen) if run.settings.probe else None,
     }
-    return results
 
 
 def _probe(run: Run, tested: Tested, frozen: FeatureCache | None) -> dict[str, Any] | None:
@@ -174,24 +146,10 @@ def _probe(run: Run, tested: Tested, frozen: FeatureCache | None) -> dict[str, A
     if result is None:
         return None
     found, correct_by_probe = result
-    correct = _correct(tested.classifier, tested.sums, run.data.test.labels)
-    return {**found, "tower": encoder, "warning": compare(correct_by_probe, correct)}
+    return {**found, "tower": encoder, "warning": compare(correct_by_probe, tested.correct)}
 
 
-def _explained_predictions(run: Run, tested: Tested) -> list[Prediction]:
-    """The predictions of the test split, with a text for those that the page shows one by one."""
-    split, classifier = run.data.test, tested.classifier
-    probabilities = classifier.calibration.log_probabilities(tested.sums).exp().numpy()
-    predictions = [Prediction(*row) for row in zip(split.names, split.labels, probabilities, strict=True)]
-    shown = shown_images(predictions)
-    answers = [predictions[i].predicted for i in shown]
-    texts = explanations(classifier, split, shown, answers, run.settings.eval_batch_size, tested.cache)
-    for i, text in zip(shown, texts, strict=True):
-        predictions[i].text = text
-    return predictions
-
-
-def _of_the_run(run: Run, progress: Progress, test_seconds: float) -> dict[str, Any]:
+def _of_the_run(run: Run, progress: Progress, tested: Tested) -> dict[str, Any]:
     """The figures that do not come from the test."""
     data, images = run.data, run.images_an_epoch * run.settings.epochs
     return {
@@ -208,8 +166,7 @@ def _of_the_run(run: Run, progress: Progress, test_seconds: float) -> dict[str, 
         "timings": {
             "train_seconds": round(progress.seconds, 2),
             "train_pictures_per_second": round(images / progress.seconds, 2) if progress.seconds else None,
-            "test_seconds": round(test_seconds, 2),
-            "test_pictures_per_second": round(len(data.test) / test_seconds, 2),
+            **tested.timings(),
         },
         "device": {"type": run.accelerator.device.type, "dtype": dtype_name(run.dtype)},
         "image_size": run.metadata["image_size"],

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 import vlm
 from vlm.classifier import Objective, VLMClassifier, balanced_weights, usual_objective
 from vlm.common import doing, format_table, note, usual_modes, writing
-from vlm.config import RunSettings, Settings
+from vlm.config import NEW_PROMPTS, RunSettings, Settings
 from vlm.conversation import Prompts, build_prompts, longest_reasoning
-from vlm.data import Data, Split, as_seen, check_what_is_known, leave_out_refused, load_data, model_folder
+from vlm.data import Data, Split, as_seen, check_what_is_known, leave_out_refused, load_data, model_folder, pack_keys
 from vlm.families import (
     DEMO_NAME,
     Family,
@@ -35,6 +35,7 @@ from vlm.families import (
 from vlm.machine import Texts, check_compiler, fit_to_memory, pick_device, pick_dtype, pick_threads, share_of_cores
 from vlm.sharing import origin_of
 from vlm.training.preflight import point_out_contradictions, point_out_names, preflight, settings_rows
+from vlm.training.prompts import choose_prompts
 from vlm.training.run_files import NEW_DEMO_MODEL
 from vlm.training.tuning import parameter_groups, prepare_tuning, trained_parameters
 
@@ -114,12 +115,14 @@ def set_up(settings: Settings, dataset: object = None, draft: Path | None = None
     with doing("reading the dataset"):
         data = load_data(settings, dataset)
     note("\n" + format_table(data.summary) + "\n")
-    point_out_contradictions(settings)
     prompts = build_prompts(settings, data.class_names)
-    point_out_names(prompts)
-
     with doing("loading the model"):
         folder, revision = _find_model(settings, data.class_names, accelerator, draft)
+        chosen = choose_prompts(prompts, settings, folder)
+        prompts, settings = chosen.prompts, replace(settings, prompts=chosen.kind)
+        if chosen.kind == NEW_PROMPTS:
+            point_out_contradictions(settings)
+        point_out_names(prompts)
         batch_size = _fit_batch(folder, settings, prompts, data, dtype, accelerator)
         family, image_size = _load_model(folder, settings, data, dtype, accelerator)
     classifier = _build_classifier(family, prompts, settings, data)
@@ -149,7 +152,7 @@ def set_up(settings: Settings, dataset: object = None, draft: Path | None = None
         cache=cache,
         optimizer=optimizer,
         learned=learned,
-        metadata=_metadata(run_settings, data, classifier, folder, revision, image_size),
+        metadata=_metadata(run_settings, data, classifier, chosen.texts, folder, revision, image_size),
         workers=workers,
     )
 
@@ -247,6 +250,7 @@ def _metadata(
     settings: RunSettings,
     data: Data,
     classifier: VLMClassifier,
+    texts: dict[str, Any],
     folder: Path,
     revision: str | None,
     image_size: str | None,
@@ -260,10 +264,12 @@ def _metadata(
         "origin": origin_of(folder, settings.model, revision),
         "model_type": classifier.model.config.model_type,
         "class_names": list(classifier.class_names),
-        "task_description": settings.task_description,
+        "task_description": texts["task_description"],
         "prompts": classifier.prompts.to_json(),
         "plain_prompt": classifier.family.plain_prompt(classifier.prompts),
+        "texts": texts,
         "dataset": data.source,
+        "train_images": None if data.stream else pack_keys(data.train.keys),
         "settings": settings.to_json(),
         "image_size": image_size,
         "versions": {"vlm": vlm.__version__, "python": platform.python_version()}

@@ -1,7 +1,7 @@
-"""--dataset-split: which splits are read, which part of each, and what they are for."""
+"""Which splits are read, which part of each, and what they are for: --dataset-split or, to classify, --split."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from vlm.common import UsageError, listed, note
@@ -36,7 +36,9 @@ def asked_splits(settings: Settings) -> list[AskedSplit]:
     found = [PART.fullmatch(part) for part in text.split(",")]
     given = [AskedSplit(match["role"] or "", match["split"], match["part"] or "") for match in found if match]
     if len(given) < len(found):
-        raise UsageError(f"--dataset-split {text}: not understood. {EXPECTED}")
+        raise UsageError(f"{settings.split_flag} {text}: not understood. {EXPECTED}")
+    if len(given) > 1 and not settings.labels_needed:
+        raise UsageError(f"{settings.split_flag} {text}: expected one split, such as test or test[:100].")
     if len(given) == 1 and not given[0].role:
         return [given[0]._replace(role="train")]
     asked = [one if one.role else one._replace(role=role_of(one.split) or "") for one in given]
@@ -58,6 +60,9 @@ def choose_splits(names: Iterable[str], settings: Settings) -> tuple[dict[str, s
         UsageError: the dataset has no such split.
     """
     asked, names = asked_splits(settings), list(names)
+    if not asked and not settings.labels_needed:
+        chosen = _one_split(*sort_splits(names), settings)
+        return {"train": chosen}, sorted(set(names) - {chosen})
     if not asked:
         return sort_splits(names)
     if missing := [one.split for one in asked if one.split not in names]:
@@ -73,6 +78,8 @@ def take_parts(source: Source, settings: Settings) -> Source:
         UsageError: the dataset has no such split, or a part cannot be understood.
     """
     asked = asked_splits(settings)
+    if not asked and not settings.labels_needed:
+        return _take_one(source, settings)
     if not asked:
         return source
     named = {name: source.splits[role] for role, name in source.split_names.items() if role in source.splits}
@@ -107,6 +114,37 @@ def _labels(rows: Rows) -> set[str]:
     return {str(label) for label in rows.labels if label is not None}
 
 
+def _one_split(roles: Mapping[str, str], others: Sequence[str], settings: Settings) -> str:
+    """The name of the split that a trained model reads if none was asked for: that for the test, else the only one.
+
+    Args:
+        roles: the name of each role that is there; others: the names that have no role.
+
+    Raises:
+        UsageError: there are several others, or none.
+    """
+    if "test" in roles:
+        return roles["test"]
+    found = list(roles.values()) or list(others)
+    if len(found) == 1:
+        return found[0]
+    there = listed([*roles.values(), *others]) or "none"
+    raise UsageError(
+        f"--dataset {settings.dataset}: which split to read is not clear, as none is called test. Splits there: "
+        f"{there}. Name one with {settings.split_flag}."
+    )
+
+
+def _take_one(source: Source, settings: Settings) -> Source:
+    """A source with only the split that a trained model reads, as that of train."""
+    roles = {role: source.split_names[role] for role in source.splits}
+    chosen = _one_split(roles, [], settings)
+    rows = next(source.splits[role] for role, name in roles.items() if name == chosen)
+    source.others = sorted({*roles.values(), *source.others} - {chosen})
+    source.splits, source.split_names = {"train": rows}, {"train": chosen}
+    return source
+
+
 def _positions(one: AskedSplit, count: int, settings: Settings) -> range:
     """The rows of a part, as the `datasets` library counts them; all rows without a part."""
     import datasets
@@ -118,7 +156,7 @@ def _positions(one: AskedSplit, count: int, settings: Settings) -> range:
         (place,) = datasets.ReadInstruction.from_spec(f"rows{one.part}").to_absolute({"rows": count})
         return range(count)[place.from_ : place.to]
     except (ValueError, AssertionError) as error:
-        what = f"--dataset-split {settings.dataset_split}: {one.part} is not understood."
+        what = f"{settings.split_flag} {settings.dataset_split}: {one.part} is not understood."
         raise UsageError(f"{what} {EXPECTED}") from error
 
 
@@ -136,4 +174,4 @@ def _refuse_common_rows(asked: Sequence[AskedSplit], positions: Sequence[range],
 
 def _no_split(settings: Settings, missing: list[str], names: Iterable[str]) -> UsageError:
     there = listed(sorted(set(names))) or "none"
-    return UsageError(f"--dataset-split: the dataset has no split {listed(missing)}. Splits there: {there}.")
+    return UsageError(f"{settings.split_flag}: the dataset has no split {listed(missing)}. Splits there: {there}.")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlm.common import UsageError, did_you_mean, listed
-from vlm.config import Settings, reasoning_of
+from vlm.config import NO_LABELS, Settings, reasoning_of
 from vlm.data.finding import is_image
 from vlm.data.sources.labels import one_hot_columns
 
@@ -56,6 +56,7 @@ class Columns:
     """The names of the columns in use.
 
     label: in words, if it is spread over the columns `one_hot`, each of which has a 1 for the images of its class;
+    empty if there is none and none is needed;
     group: the column of what belongs together, if one was named;
     split: the column that names the split of each row, if it was used.
     """
@@ -96,15 +97,7 @@ def choose_columns(
     image = _choose("--image-column", settings.image_column, columns, images, IMAGE_COLUMNS, only=by_content)
     rest = [column for column in columns if column != image]
     classes = [column for column in classes if column != image]
-    one_hot: tuple[str, ...] = ()
-    try:
-        only = rest if len(rest) == 1 else ()
-        label = _choose("--label-column", settings.label_column, rest, classes, LABEL_COLUMNS, used=[image], only=only)
-    except UsageError:
-        one_hot = () if settings.label_column else tuple(one_hot_columns(rest, values))
-        if not one_hot or any(_could_be_labels(values(name)) for name in rest if name not in one_hot):
-            raise
-        label = f"one-hot: {listed(one_hot)}"
+    label, one_hot = _choose_labels(settings, image, rest, classes, values)
     reasoning = settings.reasoning_column
     if reasoning is not None:
         rest = [column for column in rest if column not in (label, *one_hot)]
@@ -120,6 +113,33 @@ def usual_labels(columns: Iterable[str]) -> list[str]:
     return sorted(
         (name for name in columns if name.lower() in LABEL_COLUMNS), key=lambda n: LABEL_COLUMNS.index(n.lower())
     )
+
+
+def _choose_labels(
+    settings: Settings,
+    image: str,
+    columns: Sequence[str],
+    classes: Sequence[str],
+    values: Callable[[str], Sequence[object]],
+) -> tuple[str, tuple[str, ...]]:
+    """The column of the labels, and the columns of 0 and 1 that it is spread over, if it is; see `Columns`.
+
+    Args:
+        image: the column of the images; columns: all others.
+    """
+    if not settings.labels_needed and settings.label_column == NO_LABELS and NO_LABELS not in columns:
+        return "", ()
+    only = columns if len(columns) == 1 else ()
+    try:
+        named = settings.label_column
+        return _choose("--label-column", named, columns, classes, LABEL_COLUMNS, used=[image], only=only), ()
+    except UsageError:
+        one_hot = () if settings.label_column else tuple(one_hot_columns(columns, values))
+        if one_hot and not any(_could_be_labels(values(name)) for name in columns if name not in one_hot):
+            return f"one-hot: {listed(one_hot)}", one_hot
+        if settings.labels_needed or settings.label_column:
+            raise
+        return "", ()
 
 
 def _could_be_labels(values: Sequence[object]) -> bool:

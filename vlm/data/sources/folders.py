@@ -8,7 +8,7 @@ from vlm.config import Settings
 from vlm.data.finding import count_by_ending, heic_hint, is_hidden, is_image, visible_files
 from vlm.data.sources.archives import is_archive, stem_of, unpacked
 from vlm.data.sources.foreign import ARCHIVES, SAVE_AS_CSV, SPREADSHEETS, UNPACK, refuse_damaged
-from vlm.data.sources.image_folders import read_image_folders
+from vlm.data.sources.image_folders import read_image_folders, read_unlabeled
 from vlm.data.sources.library import (
     ENDINGS,
     FILES,
@@ -53,9 +53,9 @@ def read_folder(folder: Path, settings: Settings, nested: int = 0) -> Source:
         return _read_archives(folder, archives, settings, nested)
     tables = find_tables(folder)
     roles, others = sort_splits(tables)
-    if "train" in roles:
+    if "train" in roles or (roles and not settings.labels_needed):
         return read_tables({role: tables[name] for role, name in roles.items()}, others, settings)
-    of_splits, others = find_split_tables(folder)
+    of_splits, others = find_split_tables(folder, settings)
     if of_splits:
         return read_tables(of_splits, others, settings)
     files = visible_files(folder)
@@ -71,7 +71,9 @@ def read_folder(folder: Path, settings: Settings, nested: int = 0) -> Source:
     if data and any(map(is_image, files)):  # the library would read either the images or the data
         return read_data_files(files_by_split(data), folder, settings)
     if images and not left_to_library(files):
-        return read_image_folders(folder, files, [path.name for path in tables.values()])
+        return read_image_folders(folder, files, [path.name for path in tables.values()], settings.labels_needed)
+    if not settings.labels_needed and any(map(is_image, files)) and not left_to_library(files):
+        return read_unlabeled(folder, files)
     _check_files(folder, files)
     source = read_with_library(str(folder), settings, "folder", folder)
     _note_without_rows(source, files)
@@ -86,7 +88,7 @@ def _labeled_by_table(table: Path, settings: Settings) -> Source | None:
         there = any(os.path.exists(str(images[row])) for row in range(min(len(images), ROWS_TRIED)))
     except (UsageError, KeyError):
         there = False
-    if there:
+    if there and source.columns and source.columns.label:
         note(f"note: the labels are those of {table}, not the names of the folders next to it.")
         return source
     note(

@@ -10,7 +10,9 @@ from vlm.data.finding import count_by_ending, heic_hint, is_hidden, is_image
 from vlm.data.sources.rows import EXPECTED, Rows, Source, role_of, sort_splits
 
 
-def read_image_folders(folder: Path, files: Sequence[Path], tables: Sequence[str]) -> Source:
+def read_image_folders(
+    folder: Path, files: Sequence[Path], tables: Sequence[str], labels_needed: bool = True
+) -> Source:
     """CLASS/IMAGE or SPLIT/CLASS/IMAGE, with any folders below CLASS. Images directly in SPLIT have no label.
 
     A class may be called "train" (of vehicles, say): folders are splits only if no folder with another name has images
@@ -19,6 +21,7 @@ def read_image_folders(folder: Path, files: Sequence[Path], tables: Sequence[str
     Args:
         files: all visible files, relative to `folder`; some below it are images.
         tables: the names of the tables in it, for messages.
+        labels_needed: whether train has to have labels, and an image of each class.
 
     Raises:
         UsageError: a class folder has no image, or the images of train are not in folders of classes.
@@ -27,10 +30,12 @@ def read_image_folders(folder: Path, files: Sequence[Path], tables: Sequence[str
     roles, others = sort_splits(path.name for path in _folders(folder))
     direct = {image.parts[0] for image in images if len(image.parts) == 2}
     if not roles or direct - set(roles.values()):
-        _check_classes(folder, "", files)
+        if labels_needed:
+            _check_classes(folder, "", files)
         _refuse_splits(folder, direct)
-        _note_unused(files)
-        _point_out_same_folders(images)
+        _note_unused(files, [] if labels_needed else _empty(folder, "", files))
+        if labels_needed:
+            _point_out_same_folders(images)
         labels = [image.parts[0] for image in images]
         return Source("image folder", {"train": _rows(folder, images, labels)}, {"train": "the folder"})
     splits: dict[str, Rows] = {}
@@ -38,17 +43,29 @@ def read_image_folders(folder: Path, files: Sequence[Path], tables: Sequence[str
         found = [image for image in images if image.parts[0] == name]
         below = [image.parts[1] if len(image.parts) > 2 else None for image in found]
         splits[role] = _rows(folder, found, below)
-    if "train" in splits and splits["train"].labels and not any(splits["train"].labels):
+    if labels_needed and "train" in splits and splits["train"].labels and not any(splits["train"].labels):
         cure = f"If a table has the labels, give it to --dataset: {listed(tables)}." if tables else EXPECTED
         raise UsageError(
             f"--dataset {folder}: the images are directly in {roles['train']}, not in folders of classes. {cure}"
         )
-    if "train" in roles:
+    if labels_needed and "train" in roles:
         _check_classes(folder, roles["train"], files)
         _point_out_same_folders([Path(*image.parts[1:]) for image in images if image.parts[0] == roles["train"]])
-    held_out = [name for role, name in roles.items() if role != "train"]
+    held_out = [name for role, name in roles.items() if role != "train" or not labels_needed]
     _note_unused(files, [empty for name in held_out for empty in _empty(folder, name, files)])
     return Source("image folder", splits, roles, others)
+
+
+def read_unlabeled(folder: Path, files: Sequence[Path]) -> Source:
+    """Images directly in a folder, whose classes are unknown.
+
+    Args:
+        files: all visible files, relative to `folder`.
+    """
+    images = [file for file in files if is_image(file)]
+    if other := [file for file in files if not is_image(file)]:
+        note(f"note: not used: files that do not count as images: {count_by_ending(other)}.{heic_hint(other)}")
+    return Source("folder of images", {"train": _rows(folder, images, [None] * len(images))}, {"train": "the folder"})
 
 
 def _refuse_splits(folder: Path, names: Collection[str]) -> None:

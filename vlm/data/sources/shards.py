@@ -117,7 +117,7 @@ def read_shards(paths: Sequence[Path], settings: Settings) -> Source:
         )
     by_split = files_by_split(paths)
     roles, others = sort_splits(by_split)
-    read = {role: _rows(by_split[name], name, settings.label_column) for role, name in roles.items()}
+    read = {role: _rows(by_split[name], name, settings) for role, name in roles.items()}
     splits = {role: rows for role, (rows, _) in read.items()}
     columns = Columns("the images", settings.label_column or f"the labels ({listed(LABELS)})", None)
     source = Source("WebDataset", splits, roles, others, columns=columns)
@@ -128,9 +128,9 @@ def read_shards(paths: Sequence[Path], settings: Settings) -> Source:
     return source
 
 
-def _rows(paths: Sequence[Path], split: str, column: str | None) -> tuple[Rows, list[Named | None]]:
+def _rows(paths: Sequence[Path], split: str, settings: Settings) -> tuple[Rows, list[Named | None]]:
     """The images of some shards with their labels, and the names next to these."""
-    images = ShardImages([str(path) for path in paths])
+    images, column = ShardImages([str(path) for path in paths]), settings.label_column
     labels: list[object] = []
     texts: list[Named | None] = []
     seen: dict[Named | None, Named | None] = {}  # equal ones are kept once
@@ -151,7 +151,7 @@ def _rows(paths: Sequence[Path], split: str, column: str | None) -> tuple[Rows, 
                 several += sum(entry.is_image for entry in entries) > 1
                 bar.update(entries[-1].end - start)
                 start = entries[-1].end
-    _check_rows(paths, split, labels, column)
+    _check_rows(paths, split, labels, column, settings.labels_needed)
     if without:
         note(f"note: not used: {without:,} keys of {split} without an image.")
     if several:
@@ -159,10 +159,10 @@ def _rows(paths: Sequence[Path], split: str, column: str | None) -> tuple[Rows, 
     return Rows(images, labels, names), texts
 
 
-def _check_rows(paths: Sequence[Path], split: str, labels: list[object], column: str | None) -> None:
+def _check_rows(paths: Sequence[Path], split: str, labels: list[object], column: str | None, needed: bool) -> None:
     if not labels:
         raise UsageError(f"{listed(map(str, paths), 3)}: no image in these tar files. Expected files such as 0001.jpg.")
-    if role_of(split) != "train" or any(label is not None for label in labels):
+    if not needed or role_of(split) != "train" or any(label is not None for label in labels):
         return
     if column:
         raise UsageError(

@@ -73,18 +73,20 @@ def find_tables(folder: Path) -> dict[str, Path]:
     return {path.stem: path for path in found or filter(_is_export_file, files)}
 
 
-def find_split_tables(folder: Path) -> tuple[dict[str, Path], list[str]]:
+def find_split_tables(folder: Path, settings: Settings) -> tuple[dict[str, Path], list[str]]:
     """The tables of splits that have a folder each, such as train/labels.json or valid/_classes.csv.
 
     Returns:
-        The tables by role; empty if the folder of train has not exactly one table, or has folders of classes.
+        The tables by role; empty if the folder of train has not exactly one table, or has folders of classes. If no
+        train is there and none is needed, the first split takes its place.
         The names of folders that have no role.
     """
     found = [path for path in sorted(folder.iterdir()) if path.is_dir() and not is_hidden(path.name)]
     folders = {path.name: path for path in found if os.access(path, os.R_OK | os.X_OK)}
     roles, others = sort_splits(folders)
     tables = {role: list(find_tables(folders[name]).values()) for role, name in roles.items()}
-    if len(tables.get("train", ())) != 1 or sum(path.is_dir() for path in folders[roles["train"]].iterdir()) > 1:
+    main = "train" if settings.labels_needed or "train" in roles else next(iter(roles), "train")
+    if len(tables.get(main, ())) != 1 or sum(path.is_dir() for path in folders[roles[main]].iterdir()) > 1:
         return {}, []
     return {role: paths[0] for role, paths in tables.items() if len(paths) == 1}, others
 
@@ -104,7 +106,7 @@ def read_tables(paths: dict[str, Path], others: list[str], settings: Settings) -
         if not len(table):
             raise UsageError(f"{paths[role]}: no rows. Expected a header (CSV) and one line for each image.")
     names = list(dict.fromkeys(name for table in tables.values() for name in table.columns))
-    train = tables["train"]
+    train = tables["train"] if "train" in tables else next(iter(tables.values()))  # none is needed to classify
     columns = choose_columns(settings, names, (), [train.label] if train.label else (), values=train.values)
     for role, table in tables.items():
         if columns.image not in table.columns:

@@ -1,0 +1,71 @@
+"""What is measured of a tested model and shown on the page: the best model of a training, or a saved one.
+
+N = images, C = classes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from vlm.classifier import VLMClassifier
+from vlm.data import Split
+from vlm.evaluation import check_images, check_texts, confidence_and_correctness, explanations
+from vlm.families import FeatureCache
+from vlm.report import Prediction, shown_images
+
+
+@dataclass
+class Tested:
+    """A model and its scores of labeled images.
+
+    Attributes:
+        classifier: the model, calibrated. split: the images. sums: (N, C) log-probabilities of the scored texts.
+        metrics: what `results.json` calls test. seconds: they took. batch_size: images in one batch of what follows.
+        cache: features that the model can be run from, if they are kept.
+    """
+
+    classifier: VLMClassifier
+    split: Split
+    sums: Tensor
+    metrics: dict[str, Any]
+    seconds: float
+    batch_size: int
+    cache: FeatureCache | None = None
+
+    @property
+    def correct(self) -> np.ndarray:
+        """(N,) bool, whether each prediction is right."""
+        return correct_of(self.classifier, self.sums, self.split.labels)
+
+    def picture_check(self, seed: int) -> dict[str, Any]:
+        """The accuracy with other images; see `check_images`."""
+        return check_images(self.classifier, self.split, self.sums, self.batch_size, seed)
+
+    def texts(self) -> dict[str, Any]:
+        """What the model writes freely; see `check_texts`."""
+        return check_texts(self.classifier, self.split, self.batch_size, cache=self.cache)
+
+    def timings(self) -> dict[str, Any]:
+        """How long the test took, as in `results.json`."""
+        speed = round(len(self.split) / self.seconds, 2)
+        return {"test_seconds": round(self.seconds, 2), "test_pictures_per_second": speed}
+
+    def predictions(self) -> list[Prediction]:
+        """The predictions of all images, with a text for those that the page shows one by one."""
+        split, classifier = self.split, self.classifier
+        probabilities = classifier.calibration.log_probabilities(self.sums).exp().numpy()
+        predictions = [Prediction(*row) for row in zip(split.names, split.labels, probabilities, strict=True)]
+        shown = shown_images(predictions)
+        answers = [predictions[i].predicted for i in shown]
+        texts = explanations(classifier, split, shown, answers, self.batch_size, self.cache)
+        for i, text in zip(shown, texts, strict=True):
+            predictions[i].text = text
+        return predictions
+
+
+def correct_of(classifier: VLMClassifier, sums: Tensor, labels: Sequence[int]) -> np.ndarray:
+    """(N,) bool, whether the prediction of each image is right."""
+    return confidence_and_correctness(classifier.calibration.log_probabilities(sums).numpy(), labels)[1]
