@@ -6,7 +6,7 @@ environment and the doctor run before any package is installed.
 
 from typing import TYPE_CHECKING
 
-from vlm.common.checksums import CHECKSUMS, check_checksums, read_checksums
+from vlm.common.checksums import CHECKSUMS, check_checksums, read_checksums, write_checksums
 from vlm.common.errors import (
     RunError,
     Stopped,
@@ -99,6 +99,7 @@ __all__ = [
     "write_failure",
     "write_folder",
     "write_json",
+    "write_checksums",
     "writing",
 ]
 

@@ -9,14 +9,17 @@ from vlm.config.defaults import (
     BOTH,
     DEFAULT_DATASET,
     DEFAULT_MODEL,
+    DORA,
     FEW_NODES,
     IMAGES_PER_STEP,
     IN_MEMORY,
     NEW_PROMPTS,
     NO_LABELS,
+    PISSA,
     POSTERIOR,
     PROMPTS_OF_MODEL,
     RESPONSE,
+    RSLORA,
     TRAIN_DEMO_MODEL,
     TUNING_DEFAULTS,
 )
@@ -24,6 +27,7 @@ from vlm.config.flags import Parser, add_flag, build_parser, number, parse_argum
 from vlm.config.formats import DEFAULT_FORMAT, LAYOUTS, lay_out, reasoning_of, stated_format
 from vlm.config.keywords import from_keywords, with_flags
 from vlm.config.names import (
+    ADAPTER_FOLDER,
     BEST_MODEL,
     DATA_PAGE,
     DEMO_IMAGES,
@@ -35,6 +39,7 @@ from vlm.config.names import (
     LOG,
     MANIFEST,
     METADATA,
+    MODEL_CARD,
     PAGE,
     PREDICTIONS,
     PREVIOUS_RUN,
@@ -60,6 +65,7 @@ from vlm.config.saved import read_run
 from vlm.config.settings import ClassifySettings, ImageSize, RunSettings, Settings
 
 __all__ = [
+    "ADAPTER_FOLDER",
     "AUTO",
     "BEST_MODEL",
     "BOTH",
@@ -69,6 +75,7 @@ __all__ = [
     "DEFAULT_MODEL",
     "DEMO_IMAGES",
     "DEMO_MODEL",
+    "DORA",
     "FEW_NODES",
     "FINAL_MODEL",
     "FOLDERS",
@@ -80,11 +87,13 @@ __all__ = [
     "LOG",
     "MANIFEST",
     "METADATA",
+    "MODEL_CARD",
     "MOST",
     "MOST_AT_ONCE",
     "NEW_PROMPTS",
     "NO_LABELS",
     "PAGE",
+    "PISSA",
     "POSTERIOR",
     "PREDICTIONS",
     "PROMPTS_OF_MODEL",
@@ -92,6 +101,7 @@ __all__ = [
     "PREVIOUS_STATE",
     "RESPONSE",
     "RESULTS",
+    "RSLORA",
     "STATE",
     "TRAIN_DEMO_MODEL",
     "TUNING_DEFAULTS",

@@ -14,6 +14,7 @@ TUNING_DEFAULTS: dict[str, dict[str, Any]] = {
     "connector": {"learning_rate": 5e-4, "epochs": 5},
     "full": {"learning_rate": 1e-5, "epochs": 3},
 }
+LORA, DORA, RSLORA, PISSA = "lora", "dora", "rslora", "pissa"  # of --lora-variant, by PEFT's names
 RESPONSE, POSTERIOR, BOTH = "response", "posterior", "both"  # objectives, see vlm/classifier/objective.py
 # The demo trains a very small model from scratch, which needs other values than fine-tuning.
 DEMO_DEFAULTS: dict[str, Any] = {

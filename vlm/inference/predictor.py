@@ -9,13 +9,12 @@ from typing import Any
 import torch
 
 from vlm.classifier import Calibration, VLMClassifier
-from vlm.common import RunError, UsageError, existing, read_folder
-from vlm.config import PREVIOUS_RUN
+from vlm.common import RunError, read_folder
 from vlm.data import ImageSource, Sample, UnreadableImage, open_image
 from vlm.families import load_family
 from vlm.inference.classifying import Options, classify_items, collate, predict
 from vlm.inference.items import Item
-from vlm.inference.model_folder import model_identity, read_metadata, read_prompts
+from vlm.inference.model_folder import find_model_folder, model_identity, read_metadata, read_prompts
 from vlm.inference.naming import named_images
 from vlm.machine import pick_device, pick_dtype
 
@@ -29,7 +28,8 @@ def load_model_and_metadata(
     """Load what `train_vlm.py` saved.
 
     Args:
-        model_dir: folder with the weights; `training_metadata.json` is in it or next to it.
+        model_dir: folder with the weights; `training_metadata.json` is in it or next to it. Or a model on the hub that
+            `--push-to-hub` has put there: owner/name, with @revision if that is not the newest.
         device: auto, cpu, cuda or mps.
         dtype: auto, float32, bfloat16 or float16.
         abstain_below: predictions with a smaller confidence become None; default: as stored with the model; 0: none do.
@@ -41,17 +41,9 @@ def load_model_and_metadata(
 
     Raises:
         UsageError: the folder does not exist, holds no trained classifier, or has a damaged file.
+        UsageError, RunError: the model on the hub cannot be found or downloaded.
     """
-    folder = Path(model_dir).expanduser()
-    if not existing(folder).is_dir():
-        if (folder.parent / PREVIOUS_RUN / folder.name).is_dir():
-            raise UsageError(
-                f"{folder} is not there: the run that overwrites it has no model yet. The model of the run before is "
-                f"{folder.parent / PREVIOUS_RUN / folder.name}."
-            )
-        raise UsageError(
-            f"{folder} is not a folder: train a model first (./run_vlm_training.sh --demo), or name its folder."
-        )
+    folder = find_model_folder(model_dir)
     chosen, _ = pick_device(device)
     classifier, metadata = read_folder(folder, partial(_load, device=chosen, dtype=pick_dtype(dtype, chosen)))
     if abstain_below is not None:

@@ -23,7 +23,7 @@ from vlm.evaluation import (
     score_split,
 )
 from vlm.families import FeatureCache, load_family
-from vlm.inference import Tested, correct_of, load_model_and_metadata, update_metadata
+from vlm.inference import Tested, correct_of, load_model_and_metadata, read_metadata, update_metadata
 from vlm.report import per_class_table, summary_rows, warnings_of, write_report
 from vlm.training.out_of_fold import write_fold_predictions
 from vlm.training.resume_state import Progress, delete_states
@@ -54,6 +54,8 @@ def finish(run: Run, progress: Progress, metrics: Sequence[Callable[..., Any]]) 
     }
     claim_results(output)
     write_report(output, results, run.data, tested.predictions())
+    best = output / BEST_MODEL
+    update_metadata(best, read_metadata(best), results, warnings_of(results))
     of_test = {name: tested.metrics[name] for name in ("accuracy", "macro_f1")}
     write_json(output / METADATA, run.metadata | calibration | {"test": of_test})
     if run.settings.demo:

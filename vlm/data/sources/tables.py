@@ -137,7 +137,7 @@ def source_of_tables(
     train = tables["train"] if "train" in tables else next(iter(tables.values()))  # none is needed to classify
     names_files = None
     if settings.image_folder or settings.image_suffix:
-        names_files = partial(are_files, asked_place(settings, next(iter(paths.values())).parent))
+        names_files = partial(are_files, asked_place(settings, next(iter(folders.values()))))
     classes = [train.label] if train.label else ()
     columns = choose_columns(settings, names, (), classes, values=train.values, names_files=names_files)
     for role, table in tables.items():
