@@ -75,10 +75,10 @@ def test_the_wheel_asks_for_what_the_requirement_files_say(wheel):
         (name,) = (name for name in file.namelist() if name.endswith(".dist-info/METADATA"))
         metadata = Parser().parsestr(file.read(name).decode())
     assert metadata["Version"] == __version__ and metadata["License-Expression"] == "Apache-2.0"
-    assert set(metadata.get_all("Provides-Extra")) == {"dev", "bench", "serve", "track"}
+    assert set(metadata.get_all("Provides-Extra")) == {"dev", "bench", "cluster", "serve", "track"}
     asked = {Requirement(line) for line in metadata.get_all("Requires-Dist")}
     assert {one for one in asked if one.marker is None} == requirements_in("requirements.txt")
-    for extra in ("dev", "bench", "serve", "track"):
+    for extra in ("dev", "bench", "cluster", "serve", "track"):
         wanted = {Requirement(f'{one}; extra == "{extra}"') for one in requirements_in(f"requirements-{extra}.txt")}
         assert wanted <= asked, extra
 
