@@ -222,8 +222,8 @@ CONFLICTS = (
     ),
     Conflict(
         lambda s: s.lora_variant == DORA and s.load_in_8bit,
-        "--lora-variant dora and --load-in-8bit exclude each other: DoRA reads the weights in a way that those of 8 bits "
-        "do not survive. Give --load-in-4bit, or --lora-variant lora.",
+        "--lora-variant dora and --load-in-8bit exclude each other: bitsandbytes cannot use weights of 8 bits after "
+        "DoRA has read them. Give --load-in-4bit, or --lora-variant lora.",
     ),
     Conflict(
         lambda s: s.freeze_connector and s.tune != "lora",
