@@ -20,10 +20,12 @@ from vlm.config.defaults import (
     PROMPTS_OF_MODEL,
     RESPONSE,
     RSLORA,
+    TRAIN_DEMO_MODEL,
     TUNING_DEFAULTS,
 )
 from vlm.config.flags import Parser, add_flag, build_parser, number, parse_arguments, split_names, whole_number
 from vlm.config.formats import DEFAULT_FORMAT, LAYOUTS, lay_out, reasoning_of, stated_format
+from vlm.config.keywords import from_keywords, with_flags
 from vlm.config.names import (
     ADAPTER_FOLDER,
     BEST_MODEL,
@@ -53,6 +55,7 @@ from vlm.config.resolve import (
     different_settings,
     flags_to_train_further,
     flags_to_train_once,
+    other_settings,
     read_settings,
     resolve,
     user_path,
@@ -100,6 +103,7 @@ __all__ = [
     "RESULTS",
     "RSLORA",
     "STATE",
+    "TRAIN_DEMO_MODEL",
     "TUNING_DEFAULTS",
     "WRITTEN",
     "ClassifySettings",
@@ -116,8 +120,10 @@ __all__ = [
     "flags_to_train_further",
     "flags_to_train_once",
     "fold_folder",
+    "from_keywords",
     "lay_out",
     "number",
+    "other_settings",
     "parse_arguments",
     "read_run",
     "read_settings",
@@ -125,7 +131,8 @@ __all__ = [
     "resolve",
     "split_names",
     "stated_format",
-    "whole_number",
     "user_path",
+    "whole_number",
+    "with_flags",
     "written_by",
 ]

@@ -30,6 +30,8 @@ DEMO_DEFAULTS: dict[str, Any] = {
     "task_description": "handwritten digit recognition",
     "probe": True,
 }
+# For messages: how to train the demo's model, which a demo leaves in its output folder, on other images.
+TRAIN_DEMO_MODEL = "--model {folder} --tune full --learning-rate 1.5e-3 --batch-size 16 --dataset YOURS"
 AUTO = "auto"
 PROMPTS_OF_MODEL, NEW_PROMPTS = "model", "new"  # --prompts
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")  # each writes to a folder of this name in the output folder

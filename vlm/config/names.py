@@ -37,7 +37,7 @@ def written_by(folds: int | None) -> tuple[str, ...]:
     """All that a run writes or, with `folds`, a cross-validation of so many, besides the folders of trackers."""
     if folds is None:
         return WRITTEN
-    return (*(fold_folder(number) for number in range(1, folds + 1)), METADATA, RESULTS, PREDICTIONS)
+    return (*(fold_folder(number) for number in range(1, folds + 1)), METADATA, RESULTS, PREDICTIONS, PAGE)
 
 
 def fold_folder(number: int) -> str:

@@ -178,6 +178,17 @@ def _next_to(output: Path) -> str:
 
 def _flags_of(given: dict[str, Any], saved: RunSettings, left_out: Collection[str]) -> list[str]:
     """What was given, and the settings of a run that differ from the defaults, as words of a command line."""
+    return [word for name, value in _given(given, saved, left_out).items() for word in _as_flag(name, value)]
+
+
+def other_settings(settings: RunSettings) -> dict[str, Any]:
+    """The settings of a run that differ from the defaults, by name, without those of one start."""
+    return _given({"demo": True} if settings.demo else {}, settings, OF_ONE_START)
+
+
+def _given(given: dict[str, Any], saved: RunSettings, left_out: Collection[str]) -> dict[str, Any]:
+    """What was given, and the settings of a run that differ from the defaults, by name."""
+    given = dict(given)
     decided = {"batch_size", "gradient_accumulation_steps"}
     usual = saved.batch_size * saved.gradient_accumulation_steps == IMAGES_PER_STEP
     for name, value in saved.to_json().items():
@@ -185,7 +196,7 @@ def _flags_of(given: dict[str, Any], saved: RunSettings, left_out: Collection[st
             continue
         if value != getattr(_fill(DEMO_DEFAULTS | given if saved.demo else given), name):
             given[name] = value
-    return [word for name, value in given.items() for word in _as_flag(name, value)]
+    return given
 
 
 def _as_flag(name: str, value: Any) -> list[str]:

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from vlm.common import shorten
-from vlm.config.defaults import AUTO, DORA, LORA, PISSA, POSTERIOR, PROMPTS_OF_MODEL, RESPONSE
+from vlm.config.defaults import AUTO, DORA, LORA, PISSA, POSTERIOR, PROMPTS_OF_MODEL, RESPONSE, TRAIN_DEMO_MODEL
+from vlm.config.names import DEMO_MODEL
 from vlm.config.settings import Settings
 
 
@@ -151,6 +152,7 @@ VALUES = (
     ),
 )
 
+OF_THE_DEMO = TRAIN_DEMO_MODEL.format(folder=f"{{s.output_dir}}/{DEMO_MODEL}")
 CONFLICTS = (
     Conflict(
         lambda s: not s.output_dir.strip(),
@@ -182,7 +184,8 @@ CONFLICTS = (
     ),
     Conflict(
         lambda s: s.demo and (s.model or s.dataset),
-        "--demo brings its own model and dataset: leave out --model and --dataset, or leave out --demo.",
+        "--demo brings its own model and dataset: leave out --model and --dataset. "
+        f"To train its small model on your images after a demo: {OF_THE_DEMO}",
     ),
     Conflict(
         lambda s: s.prompts == PROMPTS_OF_MODEL and (s.given_texts or s.demo),

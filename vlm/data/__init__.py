@@ -12,7 +12,7 @@ from vlm.data.formats import readable_formats
 from vlm.data.hub import model_folder
 from vlm.data.hub_errors import again, trouble_of, within
 from vlm.data.hub_names import hub_name, looks_like_path
-from vlm.data.images import UnreadableImage, open_image
+from vlm.data.images import ImageSource, UnreadableImage, open_image
 from vlm.data.known import Found, KnownImages
 from vlm.data.load import load_data
 from vlm.data.model_files import COPY_AGAIN, check_model_files, read_object
@@ -33,6 +33,7 @@ __all__ = [
     "ROLES",
     "Data",
     "Found",
+    "ImageSource",
     "KnownImages",
     "LabeledImages",
     "Place",

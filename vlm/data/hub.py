@@ -12,6 +12,7 @@ from huggingface_hub import DatasetInfo, HfApi, ModelInfo, constants, is_offline
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from vlm.common import RunError, UsageError, did_you_mean, note, one_line
+from vlm.config import DEMO_MODEL, TRAIN_DEMO_MODEL, Settings
 from vlm.data.hub_errors import TOO_MANY, Trouble, again, failure, refusal, trouble_of, within
 from vlm.data.hub_names import HubName, Kind, hub_name, looks_like_path
 from vlm.data.model_files import MissingFiles, check_file_names, check_model_files
@@ -267,5 +268,6 @@ def _not_cached(kind: Kind, name: str, silence: Trouble | None, which: str = "")
         return RunError(f"{kind} {name}: {what}, and the cache has no complete copy{which}. {cure}.")
     return UsageError(
         f"{kind} {name}: no local folder, {what}, and the cache has no complete copy{which}.\n"
-        "       Without the hub, give a model and a dataset in folders (--model, --dataset), or try --demo."
+        "       Without the hub, give folders to --model and --dataset. If you have no model, run --demo once, "
+        f"then give {TRAIN_DEMO_MODEL.format(folder=f'{Settings.output_dir}/{DEMO_MODEL}')}"
     )

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vlm.common import RunError, UsageError, WriteError, command_of, is_main_process, note
+from vlm.common import RunError, UsageError, WriteError, command_of, is_main_process, note, resume_command
 from vlm.config import BEST_MODEL, Settings, read_run
 from vlm.evaluation import load_metric
 from vlm.inference import read_metadata
@@ -69,7 +69,7 @@ def fit(
         except WriteError as error:
             raise RunError(
                 f"{error.path} could not be written ({error.reason}). The training is done: make room, then continue "
-                f"with the test by --resume --output-dir {run.output}."
+                f"with the test by {resume_command(run.output)}."
             ) from error
         if settings.push_to_hub:
             _push(run.output / BEST_MODEL, settings.push_to_hub, settings.public)

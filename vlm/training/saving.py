@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm.common import RunError, WriteError, note
+from vlm.common import RunError, WriteError, note, resume_command
 from vlm.config import BEST_MODEL, FINAL_MODEL, STATE
 from vlm.inference import save_model_folder
 from vlm.training.adapter import adapter_writer
@@ -63,7 +63,7 @@ class Saver:
         if unsaved:
             raise RunError(
                 f"{' and '.join(unsaved)} could not be saved in {self.run.output} ({self.missing[unsaved[0]]}). "
-                f"Make room, then continue with --resume --output-dir {self.run.output}."
+                f"Make room, then continue with {resume_command(self.run.output)}."
             )
 
     def state(self, progress: Progress, belonging: Belonging) -> None:

@@ -34,7 +34,8 @@ from vlm.families import (
 )
 from vlm.machine import Texts, check_compiler, fit_to_memory, pick_device, pick_dtype, pick_threads, share_of_cores
 from vlm.sharing import origin_of
-from vlm.training.preflight import point_out_contradictions, point_out_names, preflight, settings_rows
+from vlm.training.class_map import point_out_names
+from vlm.training.preflight import point_out_contradictions, preflight, settings_rows
 from vlm.training.prompts import choose_prompts
 from vlm.training.run_files import NEW_DEMO_MODEL
 from vlm.training.tuning import parameter_groups, prepare_tuning, trained_parameters
@@ -90,7 +91,7 @@ class Run:
 
     @property
     def readable_names(self) -> dict[str, str]:
-        """Class name -> what the model is shown instead (`--class-map`); empty if it is shown the class names."""
+        """Class name -> what the model is shown (`--class-map`); empty if it is shown the class names."""
         prompts = self.metadata["prompts"]
         return dict(zip(prompts["class_names"], prompts.get("readable_names", ()), strict=False))
 
