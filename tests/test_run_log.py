@@ -105,7 +105,7 @@ def test_wandb_offline_run_holds_the_metrics_below_the_output_folder(tmp_path, w
 def test_missing_wandb_login_is_a_usage_error_before_anything_is_written(tmp_path, wandb_environment):
     wandb_environment.setenv("WANDB_MODE", "online")
     wandb_environment.setattr(sys, "stdin", io.StringIO())
-    with pytest.raises(UsageError, match=r"(?s)--track wandb: .*wandb login.*WANDB_MODE=offline"):
+    with pytest.raises(UsageError, match=r"(?s)--report-to wandb: .*wandb login.*WANDB_MODE=offline"):
         RunLog(tmp_path, ["wandb"], "test-project")
     assert not (tmp_path / "log.jsonl").exists()
 
@@ -194,7 +194,7 @@ def test_a_resumed_run_goes_on_with_its_wandb_run_and_a_failed_one_is_marked(tmp
 @pytest.mark.parametrize("name", TRACKERS)
 def test_a_missing_package_is_a_usage_error(tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UsageError, match=f"--track {name}: .*pip install {name}"):
+    with pytest.raises(UsageError, match=f"--report-to {name}: .*pip install {name}"):
         RunLog(tmp_path, [name])
     assert not (tmp_path / "log.jsonl").exists()
 
@@ -228,7 +228,7 @@ def test_when_a_second_tracker_cannot_start_the_first_one_is_ended(tmp_path, mon
     run = BrokenRun()
     fake_wandb_init(wandb_environment, run)
     monkeypatch.setitem(sys.modules, "mlflow", None)
-    with pytest.raises(UsageError, match="--track mlflow"):
+    with pytest.raises(UsageError, match="--report-to mlflow"):
         RunLog(tmp_path, ["wandb", "mlflow"], "p")
     assert run.exit_code == 1 and not (tmp_path / "log.jsonl").exists()
 

@@ -19,6 +19,7 @@ from vlm.config.defaults import (
     RESPONSE,
     TUNING_DEFAULTS,
 )
+from vlm.config.durations import in_words, seconds_of
 from vlm.config.flags import Parser, add_flag, build_parser, number, parse_arguments, split_names, whole_number
 from vlm.config.formats import DEFAULT_FORMAT, LAYOUTS, lay_out, reasoning_of, stated_format
 from vlm.config.names import (
@@ -106,6 +107,7 @@ __all__ = [
     "flags_to_train_further",
     "flags_to_train_once",
     "fold_folder",
+    "in_words",
     "lay_out",
     "number",
     "parse_arguments",
@@ -113,6 +115,7 @@ __all__ = [
     "read_settings",
     "reasoning_of",
     "resolve",
+    "seconds_of",
     "split_names",
     "stated_format",
     "whole_number",

@@ -46,6 +46,8 @@ NOT_PART_OF_THE_RUN = {
     "threads",
     "compile",
     "save_minutes",
+    "patience",
+    "time_limit",
     "track",
     "use_wandb",
     "wandb_project",
@@ -54,8 +56,8 @@ NOT_PART_OF_THE_RUN = {
     "show_data",
 }
 # Not taken over from the interrupted run. Its folder may have been moved, or be from somebody else: the run goes on in
-# the folder that is named now, and code (--metrics) runs only if this command names it.
-OF_ONE_START = {"resume", "overwrite", "debug", "output_dir", "metrics", "dry_run", "show_data"}
+# the folder that is named now, and code (--metrics) runs only if this command names it. A time limit is one command's.
+OF_ONE_START = {"resume", "overwrite", "debug", "output_dir", "metrics", "time_limit", "dry_run", "show_data"}
 SMALL_TEST = 0.01  # share of the images that a run tests which follows a cross-validation
 NO_METRICS = ["none"]
 ABSTAINING = {"abstain_below", "target_precision"}  # only one of the two at a time

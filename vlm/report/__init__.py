@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING
 from vlm.common import lazy_names
 
 if TYPE_CHECKING:
-    from vlm.report.cards import Prediction, shown_images
+    from vlm.report.cards import MOST_SHOWN, Prediction, confident_mistakes, shown_images
     from vlm.report.data_page import DataContent, is_data_page, write_data_page
     from vlm.report.page import write_report
-    from vlm.report.summary import per_class_table, summary_rows, warnings_of
+    from vlm.report.summary import ended_early, per_class_table, summary_rows, warnings_of
 
 __all__ = [
+    "MOST_SHOWN",
     "DataContent",
     "Prediction",
+    "confident_mistakes",
+    "ended_early",
     "is_data_page",
     "per_class_table",
     "shown_images",
@@ -29,9 +32,9 @@ __all__ = [
 __getattr__ = lazy_names(
     __name__,
     {
-        ".cards": ("Prediction", "shown_images"),
+        ".cards": ("MOST_SHOWN", "Prediction", "confident_mistakes", "shown_images"),
         ".data_page": ("DataContent", "is_data_page", "write_data_page"),
         ".page": ("write_report",),
-        ".summary": ("per_class_table", "summary_rows", "warnings_of"),
+        ".summary": ("ended_early", "per_class_table", "summary_rows", "warnings_of"),
     },
 )

@@ -27,6 +27,7 @@ from vlm.report.cards import (
 from vlm.report.summary import (
     MEANING,
     abstention_line,
+    ended_early,
     lowest_first,
     probed_encoder,
     uncalibrated_accuracy,
@@ -238,6 +239,12 @@ class Content:
         step = self.results["validation"]["step"]
         checked = {entry["step"] for entry in self.results["history"] if entry["kind"] == "validation"}
         return step if step in checked else None
+
+    @property
+    def ended_early(self) -> str | None:
+        """Why and when the training ended before its last step, if it did."""
+        ended = self.results.get("ended_early")
+        return ended_early(ended) if ended else None
 
     @cached_property
     def split_counts(self) -> dict[str, np.ndarray]:

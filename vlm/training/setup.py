@@ -1,7 +1,7 @@
 """From settings to a run that can start: device, data, model, what is trained, and a look at one sample."""
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -35,6 +35,7 @@ from vlm.families import (
 from vlm.machine import Texts, check_compiler, fit_to_memory, pick_device, pick_dtype, pick_threads, share_of_cores
 from vlm.training.preflight import point_out_contradictions, point_out_names, preflight, settings_rows
 from vlm.training.prompts import choose_prompts
+from vlm.training.resume_state import Progress
 from vlm.training.run_files import NEW_DEMO_MODEL
 from vlm.training.tuning import parameter_groups, prepare_tuning, trained_parameters
 
@@ -77,11 +78,19 @@ class Run:
     @property
     def images_an_epoch(self) -> int:
         """How many images an epoch trains on; those of a stream are one epoch."""
-        settings = self.settings
-        if self.data.stream is None or settings.max_steps is None:
+        if self.data.stream is None or self.settings.max_steps is None:
             return len(self.data.train)
-        batches = settings.gradient_accumulation_steps * self.accelerator.num_processes
-        return settings.max_steps * settings.batch_size * batches
+        return self.settings.max_steps * self.images_a_step
+
+    @property
+    def images_a_step(self) -> int:
+        """The images of an optimizer step, in all processes; the last step of an epoch may have fewer."""
+        return self.settings.batch_size * self.settings.gradient_accumulation_steps * self.accelerator.num_processes
+
+    def images_until(self, progress: Progress) -> int:
+        """How many images the training has seen so far."""
+        in_epoch = min(progress.step_in_epoch * self.images_a_step, self.images_an_epoch)
+        return progress.epoch * self.images_an_epoch + in_epoch
 
     @property
     def output(self) -> Path:
@@ -94,12 +103,15 @@ class Run:
         return dict(zip(prompts["class_names"], prompts.get("readable_names", ()), strict=False))
 
 
-def set_up(settings: Settings, dataset: object = None, draft: Path | None = None) -> Run:
+def set_up(
+    settings: Settings, dataset: object = None, draft: Path | None = None, check: Callable[[], None] = lambda: None
+) -> Run:
     """Load and print everything, in the order in which a mistake is cheapest to find: device, data, model, one sample.
 
     Args:
         dataset: see `load_data`.
         draft: only look: a folder that takes the place of the output folder. No vision features are computed.
+        check: called while the vision features are computed; what it raises ends that, and those so far are kept.
 
     Raises:
         UsageError: anything in settings or data with which the run cannot start.
@@ -131,7 +143,7 @@ def set_up(settings: Settings, dataset: object = None, draft: Path | None = None
     preflight(classifier, data.train.example)
 
     workers = _loader_processes(settings, device)
-    cache = None if draft else _fill_cache(family, settings, data, accelerator, workers)
+    cache = None if draft else _fill_cache(family, settings, data, accelerator, workers, check)
     learned: dict[str, Tensor] = dict(trained_parameters(classifier))
     if settings.freeze_connector:  # trainable until here if it is aligned, so that the cache holds what it reads
         family.connector.requires_grad_(False)
@@ -228,7 +240,12 @@ def _loader_processes(settings: Settings, device: torch.device) -> int:
 
 
 def _fill_cache(
-    family: Family, settings: Settings, data: Data, accelerator: Accelerator, workers: int
+    family: Family,
+    settings: Settings,
+    data: Data,
+    accelerator: Accelerator,
+    workers: int,
+    check: Callable[[], None],
 ) -> FeatureCache | None:
     """The vision features of the images, of as many as fit; None if none are kept."""
     if settings.no_feature_cache:
@@ -239,7 +256,7 @@ def _fill_cache(
     if settings.views > 1:  # after train, since their keys follow from those of its images
         splits += tuple(as_seen(data.train, settings, epoch) for epoch in range(min(settings.views, settings.epochs)))
     with accelerator.local_main_process_first():  # the others of this machine find what the first one has computed
-        cache = fill_cache(family, splits, settings.cache_size, settings.cache_dtype, workers, data.known)
+        cache = fill_cache(family, splits, settings.cache_size, settings.cache_dtype, workers, data.known, check)
     if not data.checked:
         check_what_is_known(data)
     return cache
