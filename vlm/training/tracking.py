@@ -19,7 +19,7 @@ from vlm.training.trackers import TITLES, TrackedRun, finish_tracker, in_short, 
 
 # How long the run waits for a tracker before its first step and after its last one, and how long a call in between may
 # take, for which nobody waits, in seconds.
-TO_START, TO_FINISH, TO_LOG = 60.0, 90.0, 600.0
+TO_START, TO_FINISH, TO_LOG = 120.0, 90.0, 600.0
 
 Call = tuple[Callable[[], Any], "Future[Any]"]
 
