@@ -408,10 +408,8 @@ def shown(folder):
         random_image(1).save(folder / file)
     for file in (RESULTS, PAGE):
         (folder / file).write_text("{}")
-    mistakes = [
-        [random_image(2), "a.png", "cat", "dog", 0.75, "Answer: dog | sure"],
-        [None, "b.png", "dog", "cat", 0.5, ""],
-    ]
+    seen = [random_image(2), "a.png", "cat", "dog", 0.75, "Answer: dog | sure"]
+    mistakes = [seen, [None, "b.png", "dog", "cat", 0.5, ""]]
     columns = ("image", "name", "true class", "prediction", "confidence", "text")
     tables = {CLASSES: Table(("class", "F1"), [["cat", 0.5], ["dog", 0.25]]), MISTAKES: Table(columns, mistakes)}
     return ShownResults(folder, {name: folder / file for name, file in FIGURES.items()}, tables)
@@ -433,7 +431,7 @@ def test_tensorboard_shows_the_figures_and_tables_of_the_test(tmp_path):
 
 def test_wandb_and_trackio_get_the_figures_and_tables_with_images(tmp_path, wandb_environment, monkeypatch):
     for name in ("wandb", "trackio"):
-        run, made = Recorder("run"), []
+        run = Recorder("run")
         if name == "trackio":
             run.name = "brave-fox-1"
             package = Recorder("trackio", init=run)
@@ -445,7 +443,7 @@ def test_wandb_and_trackio_get_the_figures_and_tables_with_images(tmp_path, wand
             run.id, run.offline = "abc123", False
             fake_wandb_init(wandb_environment, run)
             monkeypatch.setattr(wandb, "Image", lambda value: ("image", value))
-            monkeypatch.setattr(wandb, "Table", lambda columns, data: made.append(columns) or data)
+            monkeypatch.setattr(wandb, "Table", lambda columns, data: data)
         with RunLog(tmp_path, [name], "p") as log:
             log.show(7, lambda: shown(tmp_path))
         ((values,), named) = run.of("log")[0]

@@ -100,7 +100,7 @@ class RunLog:
 
     def show(self, step: int, make: Callable[[], ShownResults]) -> None:
         """Give the trackers the tables and figures of the test, which are made only if there is a tracker."""
-        if self._trackers:
+        if any(tracker.is_open for tracker in self._trackers):
             results = make()
             for tracker in self._trackers:
                 tracker.show(results, step)

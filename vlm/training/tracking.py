@@ -57,6 +57,11 @@ class Tracking:
         except Exception as error:
             self._leave_out(error)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the tracker was neither left out nor closed."""
+        return self._tracker is not None
+
     def log(self, figures: dict[str, float], step: int) -> None:
         """Pass figures on by their names."""
         if self._tracker is not None:
