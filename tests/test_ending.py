@@ -6,7 +6,7 @@ from math import inf
 
 import pytest
 import torch
-from commands import names_in, train
+from commands import ROOT, TRACEBACK, names_in, run, train
 from safetensors.torch import load_file
 from test_resume import FLAGS, resumed, stop_after
 
@@ -167,3 +167,34 @@ def test_the_folds_of_a_cross_validation_share_its_time_evenly(tmp_path, monkeyp
     whole = Deadline.of(cross)
     fit_folds(cross, deadline=whole)
     assert ends == pytest.approx([300_000, 450_000, 900_000], rel=0.01)
+
+
+# Only the main process finds that the time is up, after some steps.
+TIME_IS_UP = f"""
+import os
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import train_vlm
+from vlm.training.ending import Ending
+asked = []
+original = Ending.time_is_up
+def time_is_up(self, *arguments, **options):
+    asked.append(original(self, *arguments, **options))
+    return os.environ["RANK"] == "0" and len(asked) > 4
+Ending.time_is_up = time_is_up
+sys.exit(train_vlm.main())
+"""
+
+
+@pytest.mark.slow
+def test_several_processes_end_a_training_together(tiny_model, color_folder, tmp_path):
+    script, output = tmp_path / "limited.py", tmp_path / "out"
+    script.write_text(TIME_IS_UP)
+    launch = ["launch_processes.py", "--multi_gpu", "--num_processes", 2, "--num_machines", 1]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", script]
+    flags = ["--model", tiny_model, "--dataset", color_folder, "--epochs", 400, "--batch-size", 2, "--device", "cpu"]
+    result = run(*launch, *flags, "--eval-steps", 3, "--time-limit", "1h", "--output-dir", output)
+    assert result.returncode == 0 and TRACEBACK not in result.stderr, result.stderr
+    ended = json.loads((output / RESULTS).read_text())["ended_early"]
+    assert (ended["by"], ended["given"]) == ("time_limit", "1h") and 3 <= ended["step"] <= 9
+    assert result.stderr.count("time limit: evaluation, saving and test need about") == 1

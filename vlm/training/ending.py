@@ -4,6 +4,9 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+from accelerate import Accelerator
+
 from vlm.common import RunError, note
 from vlm.config import in_words
 from vlm.training.deadline import Deadline
@@ -90,3 +93,11 @@ class Ending:
         if steps <= 1:
             return steps * (time.monotonic() - self._began)
         return (progress.seconds - self._before.seconds) / (steps - 1)
+
+
+def any_process(accelerator: Accelerator, *wishes: bool) -> list[bool]:
+    """For each wish, whether any process has it. All processes wait for each other here."""
+    if accelerator.num_processes == 1:
+        return list(wishes)
+    found = torch.tensor([float(wish) for wish in wishes], device=accelerator.device)
+    return [value > 0 for value in accelerator.reduce(found, "sum").tolist()]

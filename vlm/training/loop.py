@@ -16,15 +16,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vlm.classifier import Batch, key_of
-from vlm.common import Bar, RunError, Stopped, note, write_json
-from vlm.config import BEST_MODEL, DEMO_MODEL, METADATA, STATE, read_run
+from vlm.common import Bar, RunError, note, write_json
+from vlm.config import DEMO_MODEL, METADATA, read_run
 from vlm.conversation import response_lengths
 from vlm.data import Sample, Step, epoch_plan
 from vlm.report import ended_early
 from vlm.training.alignment import align_connector
 from vlm.training.deadline import Deadline
-from vlm.training.ending import Ended, Ending
-from vlm.training.losses import both_losses, losses_in_words, mean_since_evaluation, named_losses
+from vlm.training.ending import Ended, Ending, any_process
+from vlm.training.losses import advice, both_losses, losses_in_words, mean_since_evaluation, named_losses
 from vlm.training.resume_state import Belonging, Progress, check_belonging, load_state, read_state
 from vlm.training.run_files import begin, list_tracked
 from vlm.training.run_log import RunLog
@@ -155,11 +155,12 @@ class Trainer:
         """
         p = self.progress
         self.ending.begin(p)
-        (time_is_up,) = self._any(self.ending.time_is_up(p, evaluation=False))
+        (time_is_up,) = any_process(self.accelerator, self.ending.time_is_up(p, evaluation=False))
         if time_is_up and not p.step:
             raise self.ending.too_short()
         if self.ending.why(p, time_is_up) and p.evaluated_step != p.step:
-            self._evaluate()
+            self._evaluate(planned=False)
+            self._save_state()
         self._end_here(time_is_up)
 
     def count_steps(self) -> int:
@@ -186,14 +187,13 @@ class Trainer:
             bar.update(len(step.indices), **figures)
             with bar.paused():  # its rate is only that of the training, as in the final table
                 if evaluate or time_is_up:
-                    self._evaluate()
+                    self._evaluate(planned=evaluate)
                 if save:
-                    self.note_places()
-                    self.saver.state(self.progress, self._belonging())
+                    self._save_state()
                     self.unreadable.refuse_too_many(self.progress, self.run.images_a_step)
             if stop:
                 self.accelerator.wait_for_everyone()
-                raise self._stopped()
+                raise self.saver.stopped(self.progress.step, self.total_steps)
             if self._end_here(time_is_up):
                 return
 
@@ -204,16 +204,13 @@ class Trainer:
             note(f"{ended_early(self.ended.to_json())}. The best model, of step {self.progress.best_step}, is tested.")
         return self.ended is not None
 
+    def _save_state(self) -> None:
+        self.note_places()
+        self.saver.state(self.progress, self._belonging())
+
     def note_places(self) -> None:
         """Put into the progress what a state needs besides the numbers of steps: the images that cannot be read."""
         self.unreadable.note_in(self.progress)
-
-    def _stopped(self) -> Stopped:
-        done = f"stopped after step {self.progress.step} of {self.total_steps}"
-        if STATE in self.saver.missing:
-            reason = f"the state could not be saved ({self.saver.missing[STATE]}), so make room, and that of step"
-            done += f"; {reason} {self.saver.saved_step} is taken"
-        return Stopped(f"{done}; continue with --resume --output-dir {self.run.output}")
 
     def _count_step(self, epoch: int) -> bool:
         """Count a step that was done; returns whether an evaluation follows it."""
@@ -295,16 +292,9 @@ class Trainer:
         rate = self._learning_rate(self.progress.step - 1, self.settings.learning_rate)
         self._log("train", **losses, learning_rate=rate)
         if not math.isfinite(loss):
-            raise RunError(f"the loss is {loss} after step {self.progress.step}: {self._advice()}")
+            hint = advice(self.settings, self.run.dtype, self.progress.best_step)
+            raise RunError(f"the loss is {loss} after step {self.progress.step}: {hint}")
         return {"loss": loss, "lr": rate}
-
-    def _advice(self) -> str:
-        """What helps if the loss is not finite, and what is left of the run."""
-        cures = [f"a lower --learning-rate (now {self.settings.learning_rate:g})", "a smaller --max-grad-norm"]
-        cures += ["--dtype float32"] if self.run.dtype != torch.float32 else []
-        step = self.progress.best_step
-        best = f" The best model so far (step {step}) is in {BEST_MODEL}." if step else ""
-        return f"try {' or '.join(cures)}.{best}"
 
     def _log(self, kind: str, **figures: float) -> None:
         epoch = self.progress.step / self.steps_per_epoch
@@ -312,8 +302,12 @@ class Trainer:
         if self.log:
             self.log.log(kind, self.progress.step, epoch=epoch, **figures)
 
-    def _evaluate(self) -> None:
-        """Metrics on the validation split; the best model so far is saved."""
+    def _evaluate(self, planned: bool = True) -> None:
+        """Metrics on the validation split; the best model so far is saved.
+
+        Args:
+            planned: False: an additional one, which does not count for --patience.
+        """
         started = time.monotonic()
         metrics = split_metrics(self.run, "validation", "validating")
         p = self.progress
@@ -329,7 +323,7 @@ class Trainer:
             f"epoch {p.step / self.steps_per_epoch:.2f}, step {p.step}: validation accuracy {metrics['accuracy']:.4f}"
             f"{best if better else ''}; {losses_in_words(losses, of_training)}"
         )
-        p.without_better = 0 if better else p.without_better + 1
+        p.without_better = 0 if better else p.without_better + planned
         if better:
             p.best_accuracy, p.best_loss, p.best_step = metrics["accuracy"], loss, p.step
             validation = {"step": p.step, "accuracy": metrics["accuracy"], "loss": loss}
@@ -349,12 +343,7 @@ class Trainer:
         if self.accelerator.num_processes > 1 and not evaluate and self.progress.step % STEPS_PER_LINE:
             return False, False, False
         due = time.monotonic() - self.saver.last_try > 60 * self.settings.save_minutes
-        stop, due, up = self._any(self.should_stop(), due, self.ending.time_is_up(self.progress, evaluate))
+        stop, due, up = any_process(
+            self.accelerator, self.should_stop(), due, self.ending.time_is_up(self.progress, evaluate)
+        )
         return stop, evaluate or stop or due or up, up and not stop
-
-    def _any(self, *wishes: bool) -> list[bool]:
-        """For each wish, whether any process has it."""
-        if self.accelerator.num_processes == 1:
-            return list(wishes)
-        found = torch.tensor([float(wish) for wish in wishes], device=self.accelerator.device)
-        return [value > 0 for value in self.accelerator.reduce(found, "sum").tolist()]

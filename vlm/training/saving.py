@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm.common import RunError, WriteError, note
+from vlm.common import RunError, Stopped, WriteError, note
 from vlm.config import BEST_MODEL, FINAL_MODEL, STATE
 from vlm.inference import save_model_folder
 from vlm.training.resume_state import Belonging, Progress, SavedState, save_state
@@ -108,6 +108,18 @@ class Saver:
             self._saved(STATE)
             self._timed("state", started)
             self.saved_step, self._newest_is_damaged = progress.step, False
+
+    def stopped(self, step: int, steps: int) -> Stopped:
+        """What the user who stopped the run is told.
+
+        Args:
+            step: the last one of `steps`.
+        """
+        done = f"stopped after step {step} of {steps}"
+        if STATE in self.missing:
+            reason = f"the state could not be saved ({self.missing[STATE]}), so make room, and that of step"
+            done += f"; {reason} {self.saved_step} is taken"
+        return Stopped(f"{done}; continue with --resume --output-dir {self.run.output}")
 
     def _best_again(self) -> None:
         """Try again to write the best model, whose trained weights take the place of the current ones meanwhile."""
