@@ -19,6 +19,7 @@ from vlm.common import UsageError, doing, exit_code, lazy_names, printable, swit
 from vlm.config import PAGE
 from vlm.inference import build_parser, check_arguments
 from vlm.machine import wait_politely
+from vlm.service import run_server
 
 if TYPE_CHECKING:
     from vlm.classifier import VLMClassifier
@@ -64,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with ExitStack() as switches:
         switches.enter_context(switches_as_before())
         switches.enter_context(stopped_by_sigterm())
-        return exit_code(lambda: predict(args, switches), debug=args.debug)
+        command = run_server if args.serve else predict
+        return exit_code(lambda: command(args, switches), debug=args.debug)
 
 
 @contextmanager

@@ -28,6 +28,8 @@ NAMES = (
     "memory_vs_trl",
     "saving",
     "shards",
+    "big_job",
+    "serve",
 )
 EVERYDAY = ("startup", "train_vs_trl", "classify_vs_generate")
 

@@ -8,6 +8,7 @@ from vlm.data.augmentation import as_seen
 from vlm.data.classes import problem_of_name
 from vlm.data.cutting import balanced_positions
 from vlm.data.finding import find_images
+from vlm.data.formats import readable_formats
 from vlm.data.hub import model_folder
 from vlm.data.images import UnreadableImage, open_image
 from vlm.data.known import Found, KnownImages
@@ -56,6 +57,7 @@ __all__ = [
     "problem_of_name",
     "read_images",
     "read_object",
+    "readable_formats",
     "refuse_unreadable",
     "short_key",
     "tidy",

@@ -12,7 +12,7 @@ from vlm.common import lazy_names
 if TYPE_CHECKING:
     from vlm.inference.arguments import build_parser, check_arguments
     from vlm.inference.batch_predictor import BatchPredictor
-    from vlm.inference.classifying import Options, Outcome, classify_items, image_result
+    from vlm.inference.classifying import NOT_FINITE, Options, Outcome, classify_items, image_result
     from vlm.inference.evaluating import evaluate
     from vlm.inference.items import Files, Item, Items
     from vlm.inference.job import Job, about_rows, check_all_read, run_job, show_table
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LABEL",
+    "NOT_FINITE",
     "BatchPredictor",
     "Files",
     "Item",
@@ -68,7 +69,7 @@ __getattr__ = lazy_names(
     {
         ".arguments": ("build_parser", "check_arguments"),
         ".batch_predictor": ("BatchPredictor",),
-        ".classifying": ("Options", "Outcome", "classify_items", "image_result"),
+        ".classifying": ("NOT_FINITE", "Options", "Outcome", "classify_items", "image_result"),
         ".evaluating": ("evaluate",),
         ".items": ("Files", "Item", "Items"),
         ".job": ("Job", "about_rows", "check_all_read", "run_job", "show_table"),

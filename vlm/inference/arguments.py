@@ -24,6 +24,7 @@ from vlm.config import (
     user_path,
     whole_number,
 )
+from vlm.inference.serve_arguments import add_serve_flags, check_serve
 
 # The flags of the training that say how a dataset is read; they are fields of `Settings`. What is different here:
 OF_A_DATASET: dict[str, dict[str, str]] = {
@@ -108,6 +109,7 @@ def build_parser() -> Parser:
         metavar="FOLDER",
         help="write the page of the test, its figures and results.json into this folder",
     )
+    add_serve_flags(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -118,10 +120,12 @@ def check_arguments(args: argparse.Namespace) -> None:
     Raises:
         UsageError: something that cannot be asked for.
     """
+    check_serve(args)
     args.images, args.model_dir = [user_path(path) for path in args.images], user_path(args.model_dir)
     args.output = args.output and user_path(args.output)
     args.report_dir = args.report_dir and user_path(args.report_dir)
-    _check_what_is_classified(args)
+    if not args.serve:
+        _check_what_is_classified(args)
     for name, value, most in (("batch-size", args.batch_size, MOST), ("threads", args.threads, MOST_AT_ONCE)):
         if value is not None and not 1 <= value <= most:
             raise UsageError(f"--{name} {value}: expected a whole number of at least 1, and at most {most:,}.")
@@ -159,7 +163,9 @@ def _check_what_is_classified(args: argparse.Namespace) -> None:
     given = {name: getattr(args, name) for name in OF_A_DATASET if getattr(args, name) not in (None, False)}
     if args.dataset is None:
         if not args.images:
-            raise UsageError("nothing to classify: name images or folders (IMAGE_OR_FOLDER), or give --dataset.")
+            raise UsageError(
+                "nothing to classify: name images or folders (IMAGE_OR_FOLDER), or give --dataset or --serve."
+            )
         flags = [_shown_flag(name) for name in given] + (["--report-dir"] if args.report_dir else [])
         if flags:
             raise UsageError(f"{' and '.join(flags)}: only with --dataset. Leave out what is not needed.")

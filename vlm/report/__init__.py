@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from vlm.report.data_page import DataContent, is_data_page, write_data_page
     from vlm.report.page import write_report
     from vlm.report.summary import ended_early, per_class_table, summary_rows, warnings_of
+    from vlm.report.templates import render
 
 __all__ = [
     "MOST_SHOWN",
@@ -22,6 +23,7 @@ __all__ = [
     "ended_early",
     "is_data_page",
     "per_class_table",
+    "render",
     "shown_images",
     "summary_rows",
     "warnings_of",
@@ -36,5 +38,6 @@ __getattr__ = lazy_names(
         ".data_page": ("DataContent", "is_data_page", "write_data_page"),
         ".page": ("write_report",),
         ".summary": ("ended_early", "per_class_table", "summary_rows", "warnings_of"),
+        ".templates": ("render",),
     },
 )
