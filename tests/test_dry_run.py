@@ -13,7 +13,7 @@ from test_output import everything
 from vlm.data import Data, Rows, Split
 from vlm.families import cache_root
 from vlm.training.dry_run import MOST_CLASSES, Seconds, class_rows, evaluations, steps_within
-from vlm.training.time_needed import MARGIN, REPORT
+from vlm.training.time_needed import MARGIN, OTHERS
 
 
 def data_of(classes, each=2):
@@ -124,8 +124,8 @@ def test_evaluations_are_counted_as_the_training_makes_them(total, epoch, every,
 @pytest.mark.parametrize(
     ("limit", "said"),
     [
-        (11, "no time for a step: give a longer one"),
-        (REPORT + MARGIN * 4 + 10, "about 4 of 10 steps"),
+        (9, "no time for a step: give a longer one"),
+        (OTHERS + MARGIN * 4 + 10, "about 4 of 10 steps"),
         (1000, "all 10 steps"),
     ],
 )

@@ -15,7 +15,7 @@ from vlm.evaluation.evaluate import (
     split_losses,
 )
 from vlm.evaluation.image_check import IMAGES, check_images
-from vlm.evaluation.linear_probe import compare, probe
+from vlm.evaluation.linear_probe import compare, pooled_features, probe
 from vlm.evaluation.metrics import classification_metrics, load_metric
 from vlm.evaluation.reliability import LEVEL, accuracy_interval, confidence_and_correctness, reliability_figures
 
@@ -37,6 +37,7 @@ __all__ = [
     "load_metric",
     "metrics_of_sums",
     "missed_target",
+    "pooled_features",
     "probe",
     "reliability_figures",
     "score_split",

@@ -11,7 +11,7 @@ from vlm.common import lazy_names
 if TYPE_CHECKING:
     from vlm.report.cards import MOST_SHOWN, Prediction, confident_mistakes, shown_images
     from vlm.report.data_page import DataContent, is_data_page, write_data_page
-    from vlm.report.page import write_report
+    from vlm.report.page import time_to_draw, write_report
     from vlm.report.summary import ended_early, per_class_table, summary_rows, warnings_of
     from vlm.report.templates import render
 
@@ -26,6 +26,7 @@ __all__ = [
     "render",
     "shown_images",
     "summary_rows",
+    "time_to_draw",
     "warnings_of",
     "write_data_page",
     "write_report",
@@ -36,7 +37,7 @@ __getattr__ = lazy_names(
     {
         ".cards": ("MOST_SHOWN", "Prediction", "confident_mistakes", "shown_images"),
         ".data_page": ("DataContent", "is_data_page", "write_data_page"),
-        ".page": ("write_report",),
+        ".page": ("time_to_draw", "write_report"),
         ".summary": ("ended_early", "per_class_table", "summary_rows", "warnings_of"),
         ".templates": ("render",),
     },

@@ -23,7 +23,7 @@ from vlm.training.loop import Trainer
 from vlm.training.output import check_place, why_not_here
 from vlm.training.running import trainer_of
 from vlm.training.setup import Run, set_up
-from vlm.training.time_needed import MARGIN, REPORT
+from vlm.training.time_needed import MARGIN, OTHERS
 from vlm.training.trackers import check_trackers
 from vlm.training.validation import split_metrics, validation_losses
 
@@ -253,7 +253,7 @@ def steps_within(trainer: Trainer, seconds: Seconds, limit: float) -> str:
         return "there are no steps"
     validation = len(data.validation) * seconds.evaluation
     # After the last step come an evaluation, the calibration and the test; between steps, the other evaluations.
-    after = MARGIN * (2 * validation + len(data.test) * seconds.evaluation) + REPORT
+    after = MARGIN * (2 * validation + len(data.test) * seconds.evaluation) + OTHERS
     others = evaluations(total, trainer.steps_per_epoch, trainer.settings.eval_steps) - 1
     steps = int((limit - after) / (seconds.step + others * validation / total))
     if steps >= total:

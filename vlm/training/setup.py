@@ -1,6 +1,7 @@
 """From settings to a run that can start: device, data, model, what is trained, and a look at one sample."""
 
 import platform
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -56,6 +57,7 @@ class Run:
         learned: the trained weights by name, which are saved to resume from.
         metadata: what the model folder says about the run.
         workers: processes that prepare images.
+        seconds_to_load: the model.
     """
 
     settings: RunSettings
@@ -70,6 +72,7 @@ class Run:
     learned: dict[str, Tensor]
     metadata: dict[str, Any]
     workers: int
+    seconds_to_load: float = 0.0
 
     def train_in(self, epoch: int) -> Split:
         """The training images as an epoch sees them."""
@@ -135,7 +138,9 @@ def set_up(
             point_out_contradictions(settings)
         point_out_names(prompts)
         batch_size = _fit_batch(folder, settings, prompts, data, dtype, accelerator)
+        started = time.monotonic()
         family, image_size = _load_model(folder, settings, data, dtype, accelerator)
+        seconds_to_load = time.monotonic() - started
     classifier = _build_classifier(family, prompts, settings, data)
     run_settings = settings.complete(batch_size, classifier.objective.name)
     rows = settings_rows(run_settings, classifier, reason, dtype, accelerator.num_processes)
@@ -165,6 +170,7 @@ def set_up(
         learned=learned,
         metadata=_metadata(run_settings, data, classifier, chosen.texts, revision, image_size),
         workers=workers,
+        seconds_to_load=seconds_to_load,
     )
 
 

@@ -6,20 +6,22 @@ from math import ceil
 
 import numpy as np
 
+from vlm.common import evaluation_mode
 from vlm.data import Split
-from vlm.evaluation import IMAGES, TEXTS, check_texts, score_split, split_losses
-from vlm.report import MOST_SHOWN
+from vlm.evaluation import IMAGES, TEXTS, check_texts, pooled_features, score_split, split_losses
+from vlm.report import MOST_SHOWN, time_to_draw
 from vlm.training.saving import Saver
 from vlm.training.setup import Run
 
 SAMPLED = 64  # validation images of the timed test
 UNCACHED = 4  # images that are timed without cached features, as gray ones have none
+PROBED = 16  # images of which the features of the probe are timed
 MARGIN = 1.25  # what was measured takes longer on a busy machine
-REPORT = 8.0  # seconds for the page, the figures and the tables
+OTHERS = 5.0  # seconds for what is not measured: tables, pages, thumbnails, metadata
 
 
 class TimeNeeded:
-    """Seconds for an evaluation, saving, loading, calibration and test. The probe and own metrics are not in it.
+    """Seconds for evaluation, saving, loading, calibration, test and probe. Own metrics are not in it.
 
     Attributes:
         evaluation: of an evaluation during the training, measured anew at each of them.
@@ -46,13 +48,28 @@ class TimeNeeded:
         alike = len({new[i].image.size for i in range(len(new))}) == 1
         gray = (1 if alike else IMAGES) * uncached / len(new)
         images = len(validation) + len(run.data.test) + MOST_SHOWN  # calibration, test, explanations
-        self._test = images * exact / count + texts * ceil(TEXTS / size) + gray
+        self._test = images * exact / count + texts * ceil(TEXTS / size) + gray + run.seconds_to_load
+        self._test += self._probe(few) + time_to_draw(run.data.class_names)
 
     @property
     def seconds(self) -> float:
         """After a last step that is not evaluated yet."""
-        saving = 3 * self.saver.seconds("model") + self.saver.seconds("state")  # the best is saved and loaded
-        return MARGIN * (self.evaluation + saving + self._test) + REPORT
+        saving = 2 * self.saver.seconds("model") + self.saver.seconds("state")  # best and final model
+        return MARGIN * (self.evaluation + saving + self._test) + OTHERS
+
+    def _probe(self, few: Split) -> float:
+        """Of the features that the probe reads; 0 without one, or if the vision encoder has none of its own."""
+        run, data = self.run, self.run.data
+        if not run.settings.probe:
+            return 0.0
+        samples = [few[i] for i in range(min(len(few), PROBED))]
+        try:
+            with evaluation_mode(run.classifier.family.model):
+                seconds = _seconds(lambda: pooled_features(run.classifier.family, samples, run.cache))
+        except Exception:  # `probe` says it later
+            return 0.0
+        loaded_again = run.seconds_to_load if run.settings.tune == "full" else 0.0
+        return loaded_again + seconds / len(samples) * sum(map(len, (data.train, data.validation, data.test)))
 
 
 def _some(split: Split, count: int) -> Split:
