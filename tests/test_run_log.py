@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -429,28 +430,33 @@ def test_tensorboard_shows_the_figures_and_tables_of_the_test(tmp_path):
     ]
 
 
-def test_wandb_and_trackio_get_the_figures_and_tables_with_images(tmp_path, wandb_environment, monkeypatch):
-    for name in ("wandb", "trackio"):
-        run = Recorder("run")
-        if name == "trackio":
-            run.name = "brave-fox-1"
-            package = Recorder("trackio", init=run)
-            package.Image, package.Table = lambda value: ("image", value), lambda dataframe: dataframe
-            monkeypatch.setitem(sys.modules, "trackio", package)
-        else:
-            import wandb
+def test_trackio_gets_the_figures_and_tables_with_images(tmp_path, monkeypatch):
+    run = Recorder("run")
+    run.name = "brave-fox-1"
+    package = Recorder("trackio", init=run)
+    package.Image, package.Table = lambda value: ("image", value), lambda dataframe: dataframe.values.tolist()
+    monkeypatch.setitem(sys.modules, "trackio", package)
+    with RunLog(tmp_path, ["trackio"], "p") as log:
+        log.show(7, lambda: shown(tmp_path))
+    (((values,), named),) = run.of("log")
+    assert named == {"step": 7} and set(values) == {*FIGURES, CLASSES, MISTAKES}
+    assert values["test/confusion_matrix"] == ("image", str(tmp_path / "confusion_matrix.png"))
+    assert values[MISTAKES][0][0][0] == "image" and values[MISTAKES][0][1:5] == ["a.png", "cat", "dog", 0.75]
 
-            run.id, run.offline = "abc123", False
-            fake_wandb_init(wandb_environment, run)
-            monkeypatch.setattr(wandb, "Image", lambda value: ("image", value))
-            monkeypatch.setattr(wandb, "Table", lambda columns, data: data)
-        with RunLog(tmp_path, [name], "p") as log:
-            log.show(7, lambda: shown(tmp_path))
-        ((values,), named) = run.of("log")[0]
-        assert named == {"step": 7} and set(values) == {*FIGURES, CLASSES, MISTAKES}
-        assert values["test/confusion_matrix"] == ("image", str(tmp_path / "confusion_matrix.png"))
-        rows = values[MISTAKES] if name == "wandb" else values[MISTAKES].values.tolist()
-        assert rows[0][0][0] == "image" and rows[0][1:5] == ["a.png", "cat", "dog", 0.75]
+
+@pytest.mark.slow
+def test_wandb_gets_figures_and_mistakes_as_images_in_the_folder_of_the_run(tmp_path, wandb_environment):
+    """A `wandb.Table` would leave a copy of everything in the home folder."""
+    wandb_environment.setenv("WANDB_DATA_DIR", str(tmp_path / "elsewhere"))
+    with RunLog(tmp_path, ["wandb"], "p") as log:
+        log.show(7, lambda: shown(tmp_path))
+    sys.modules["wandb"].teardown()
+    (media,) = (tmp_path / "wandb").glob("offline-run-*/files/media")
+    images = {re.sub(r"_0_.*", "", path.relative_to(media).as_posix()) for path in media.rglob("*") if path.is_file()}
+    assert {f"images/{name}" for name in (*FIGURES, MISTAKES)} <= images and f"html/{CLASSES}" in images
+    (recorded,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    assert b"true class: cat, prediction: dog, confidence: 0.7500, text: Answer: dog | sure" in recorded.read_bytes()
+    assert not list((tmp_path / "elsewhere").rglob("*.*"))
 
 
 def test_mlflow_keeps_the_figures_and_tables_of_the_test_as_artifacts(tmp_path, mlflow):

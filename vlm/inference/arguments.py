@@ -51,6 +51,7 @@ OF_A_DATASET: dict[str, dict[str, str]] = {
 REPORT = (PAGE, "confusion_matrix.png", "reliability.png")  # written into --report-dir with results.json
 ENDINGS = (".csv", ".jsonl", ".parquet")  # of --output
 LONGEST_NAME = 200  # bytes of the name of --output: most file systems allow 255, and .1of2.jsonl.part.json follows
+OF_A_PUSH = ("push_to_hub", "public")
 
 
 def build_parser() -> Parser:
@@ -61,7 +62,7 @@ def build_parser() -> Parser:
         "--model-dir",
         default="vlm_results/best_model",
         metavar="FOLDER",
-        help="the trained model (default: vlm_results/best_model)",
+        help="the trained model, or owner/name of one on the hub (default: vlm_results/best_model)",
     )
     parser.add_argument(
         "--output",
@@ -110,6 +111,9 @@ def build_parser() -> Parser:
         help="write the page of the test, its figures and results.json into this folder",
     )
     add_serve_flags(parser)
+    group = parser.add_argument_group("instead of classifying")
+    for name in OF_A_PUSH:
+        add_flag(group, name, default=getattr(Settings, name))
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -120,6 +124,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     Raises:
         UsageError: something that cannot be asked for.
     """
+    if args.public:
+        raise UsageError("--public says how to push, and not where to: add --push-to-hub OWNER/NAME, or leave it out.")
     check_serve(args)
     args.images, args.model_dir = [user_path(path) for path in args.images], user_path(args.model_dir)
     args.output = args.output and user_path(args.output)
@@ -140,6 +146,20 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise UsageError(f"{what}: name the file of the predictions with --output, such as predictions.csv.")
     if args.output is not None:
         check_output(Path(args.output), Path(args.model_dir))
+
+
+def check_push_arguments(args: argparse.Namespace) -> None:
+    """Check that --push-to-hub is given with nothing that it does not need, and expand the path of the model.
+
+    Raises:
+        UsageError: there is more.
+    """
+    usual, needed = vars(build_parser().parse_args([])), {"model_dir", "debug", *OF_A_PUSH}
+    for name, value in vars(args).items():
+        if name not in needed and value != usual[name]:
+            given = args.images[0] if name == "images" else _shown_flag(name)
+            raise UsageError(f"--push-to-hub uploads the model and classifies nothing: leave out {given}.")
+    args.model_dir = user_path(args.model_dir)
 
 
 def check_output(path: Path, model_dir: Path) -> None:

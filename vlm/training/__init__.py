@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from vlm.training.dry_run import look_at_run
     from vlm.training.folds import fit_folds
     from vlm.training.output import check_output, check_resumable, clean_up, may_go_on
+    from vlm.training.result import Result
     from vlm.training.running import fit
     from vlm.training.show_data import look_at_data
     from vlm.training.stopping import StopSignals
 
 __all__ = [
     "Deadline",
+    "Result",
     "StopSignals",
     "check_output",
     "check_resumable",
@@ -37,6 +39,7 @@ __getattr__ = lazy_names(
         ".dry_run": ("look_at_run",),
         ".folds": ("fit_folds",),
         ".output": ("check_output", "check_resumable", "clean_up", "may_go_on"),
+        ".result": ("Result",),
         ".running": ("fit",),
         ".show_data": ("look_at_data",),
         ".stopping": ("StopSignals",),

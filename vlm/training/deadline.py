@@ -3,8 +3,9 @@
 import time
 from dataclasses import dataclass
 from math import inf
+from pathlib import Path
 
-from vlm.common import RunError
+from vlm.common import RunError, resume_command
 from vlm.config import Settings, in_words, seconds_of
 
 
@@ -52,7 +53,7 @@ class Deadline:
                 "start the same command again, and it goes on with them."
             )
 
-    def too_short(self, needed: float, output: object) -> RunError:
+    def too_short(self, needed: float, output: Path) -> RunError:
         """The error of a run that has no time for a first step.
 
         Args:
@@ -61,6 +62,6 @@ class Deadline:
         before = in_words(time.monotonic() - self.started)
         return RunError(
             f"--time-limit {self.limit} leaves no time for a step: {before} passed before the first one, and "
-            f"evaluation, saving and test need about {in_words(needed)}. Continue with --resume --output-dir {output} "
+            f"evaluation, saving and test need about {in_words(needed)}. Continue with {resume_command(output)} "
             "and a longer --time-limit; vision features are kept."
         )

@@ -109,19 +109,34 @@ def _tensorboard(tracker: GeneralTracker, results: ShownResults, step: int) -> N
 
 
 def _markdown(cell: Any) -> str:
+    return _short(cell).replace("|", "\\|")
+
+
+def _short(cell: Any) -> str:
+    """A cell in one line."""
     text = f"{cell:.4f}" if isinstance(cell, float) else "" if cell is None else str(cell)
-    return " ".join(text.split()).replace("|", "\\|")
+    return " ".join(text.split())
 
 
 def _wandb(tracker: GeneralTracker, results: ShownResults, step: int) -> None:
+    """Tables with images become images with captions, others HTML: `wandb.Table` keeps copies outside of the run."""
+    import pandas
     import wandb
 
-    figures = {name: wandb.Image(str(path)) for name, path in results.figures.items()}
-    tables = {
-        name: wandb.Table(list(table.columns), [[_cell(cell, wandb.Image) for cell in row] for row in table.rows])
-        for name, table in results.tables.items()
-    }
-    tracker.tracker.log({**figures, **tables}, step=step)
+    shown: dict[str, Any] = {name: wandb.Image(str(path)) for name, path in results.figures.items()}
+    for name, table in results.tables.items():
+        if IMAGE in table.columns:
+            rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+            images = [(row.pop(IMAGE), row) for row in rows]
+            shown[name] = [wandb.Image(image, caption=_caption(row)) for image, row in images if image is not None]
+        else:
+            html = pandas.DataFrame(list(table.rows), columns=list(table.columns)).to_html(index=False)
+            shown[name] = wandb.Html(html)
+    tracker.tracker.log(shown, step=step)
+
+
+def _caption(row: dict[str, Any]) -> str:
+    return ", ".join(f"{column}: {_short(cell)}" for column, cell in row.items())
 
 
 def _trackio(tracker: GeneralTracker, results: ShownResults, step: int) -> None:
@@ -131,7 +146,7 @@ def _trackio(tracker: GeneralTracker, results: ShownResults, step: int) -> None:
     figures = {name: trackio.Image(str(path)) for name, path in results.figures.items()}
     tables = {}
     for name, table in results.tables.items():
-        rows = [[_cell(cell, trackio.Image) for cell in row] for row in table.rows]
+        rows = [[trackio.Image(cell) if isinstance(cell, Image.Image) else cell for cell in row] for row in table.rows]
         tables[name] = trackio.Table(dataframe=pandas.DataFrame(rows, columns=list(table.columns)))
     tracker.tracker.log({**figures, **tables}, step=step)
 
@@ -151,8 +166,3 @@ def _mlflow(tracker: GeneralTracker, results: ShownResults, step: int) -> None:
                 row[IMAGE] = f"{name}/{number:02}.png"
                 mlflow.log_image(image, row[IMAGE])
         mlflow.log_dict({"rows": rows}, f"{name}.json")
-
-
-def _cell(cell: Any, image: Any) -> Any:
-    """A cell of a table; an image in the class that the tracker has for it."""
-    return image(cell) if isinstance(cell, Image.Image) else cell

@@ -88,6 +88,13 @@ def find_images(place: Place, cells: Sequence[Any], column: str, source: str) ->
     return found or place
 
 
+def are_files(place: Place, cells: Sequence[Any]) -> bool:
+    """Whether the first cells of a column name different files, most of which are there."""
+    texts = [path_text(cell) for cell in cells[:CELLS_TRIED]]
+    found = sum(bool(text) and place.file(text).is_file() for text in texts)
+    return len(set(texts)) == len(texts) and 2 * found > len(texts)
+
+
 def check_cells(cells: Sequence[Any], column: str, source: str) -> None:
     """Refuse the first cell of a column that has several images, or a text that is no path.
 
