@@ -284,7 +284,7 @@ def test_a_port_that_is_in_use_and_an_address_of_another_machine_are_refused_in_
         words = rf"--port {port} is in use: choose another one, such as --port {port + 1}\.$"
         with pytest.raises(UsageError, match=words), open_port("127.0.0.1", port):
             pass
-    for host in ("192.0.2.1", "no.such.host.invalid", "x" * 300):
+    for host in ("192.0.2.1", "no.such.host.invalid", "x" * 300, "a\0b"):
         with pytest.raises(UsageError, match="is no address of this machine: expected 127.0.0.1"), open_port(host, 0):
             pass
 

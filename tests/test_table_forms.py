@@ -91,8 +91,9 @@ def test_names_without_an_ending_are_the_images_if_a_flag_makes_them_paths(tmp_p
     refuse("--image-column: no column was recognized", path)
 
 
-def test_the_only_column_next_to_that_of_the_labels_has_the_images_even_if_the_ending_is_wrong(tmp_path):
-    path = text_table(tmp_path / "a.csv", ["id,label", *(f"{i},{'ab'[i % 2]}" for i in range(8))])
+@pytest.mark.parametrize("label", ["label", "breed"])
+def test_the_column_of_names_is_found_even_if_their_ending_is_wrong(tmp_path, label):
+    path = text_table(tmp_path / "a.csv", [f"id,{label}", *(f"{i},{'ab'[i % 2]}" for i in range(8))])
     wrong = "no file 0.jpg of the column id in .*, but there is 0.png. Give: --image-suffix .png instead of .jpg"
     refuse(wrong, path, image_folder=str(tmp_path / "pics"), image_suffix=".jpg")
 

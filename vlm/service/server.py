@@ -46,7 +46,7 @@ def open_port(host: str, port: int) -> Iterator[socket.socket]:
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except (socket.gaierror, UnicodeError):
+    except (socket.gaierror, ValueError):  # ValueError: no name at all
         raise UsageError(_no_address(host)) from None
     with socket.socket(family, kind, protocol) as opened:
         try:
