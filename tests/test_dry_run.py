@@ -136,4 +136,4 @@ def test_a_time_limit_is_told_in_steps(limit, said):
     data = SimpleNamespace(validation=[0], test=[0, 0])
     settings = SimpleNamespace(eval_steps=2)
     trainer = SimpleNamespace(run=SimpleNamespace(data=data), settings=settings, total_steps=10, steps_per_epoch=10)
-    assert steps_within(trainer, Seconds(None, 2.0, 1.0), limit) == said
+    assert steps_within(trainer, Seconds(None, 2.0, 1.0, 0.0), limit) == said
