@@ -115,7 +115,7 @@ def test_evaluate_takes_the_flags_of_a_dataset_only():
 
 
 def test_a_failed_run_raises_its_error_without_what_was_being_done(monkeypatch, tmp_path):
-    def fail(*_):
+    def fail(*_, **__):
         error = RunError("the loss is no number.")
         error.add_note("while training")
         raise error
@@ -145,7 +145,7 @@ def test_an_interrupt_keeps_the_state_and_says_how_to_go_on(tmp_path, monkeypatc
 
 
 def test_an_interrupt_before_the_first_step_names_nothing_to_resume(tmp_path, monkeypatch):
-    def stop(*_):
+    def stop(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("vlm.training.running.set_up", stop)
