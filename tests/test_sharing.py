@@ -2,6 +2,7 @@
 what is left if the hub fails."""
 
 import json
+import shutil
 
 import huggingface_hub.constants
 import pytest
@@ -88,6 +89,24 @@ def test_a_new_push_replaces_what_an_earlier_one_has_written(model, online):
     assert "eval.json" in files_on(online), "not ours"
 
 
+def test_a_folder_from_somebody_else_cannot_name_a_file_of_this_machine(model, online, tmp_path):
+    folder = tmp_path / "best_model"
+    shutil.copytree(model[0], folder)
+    secret = tmp_path / "secret.txt"
+    secret.write_text("password")
+    sums = json.loads((folder / "checksums.json").read_text())
+    for name, place in (("adapter/secret.txt", "adapter"), ("photo.png", "")):
+        (folder / "checksums.json").write_text(json.dumps(sums | {name: "crc32:00000000"}))
+        if place:
+            (folder / name).symlink_to(secret)
+            with pytest.raises(UsageError, match="secret.txt is a link to .*, outside of the model's folder"):
+                push((folder, model[1]))
+            (folder / name).unlink()
+        else:
+            push((folder, model[1]))
+    assert not {"adapter/secret.txt", "photo.png"} & set(files_on(online))
+
+
 def test_public_is_public(model, online):
     push(model, public=True)
     assert "me/pets" not in online.private
@@ -169,6 +188,6 @@ def test_a_training_pushes_what_it_has_tested_and_survives_a_hub_that_fails(onli
     online.failures.append(Failure("/commit/", status=503))
     assert train(*flags, "me/again", "--output-dir", tmp_path / "two") == 0
     said = capsys.readouterr().err
-    assert "warning: --push-to-hub me/again: the upload failed" in said
+    assert "warning: the model was not pushed. --push-to-hub me/again: the upload failed" in said
     assert f"--model-dir {tmp_path}/two/best_model --push-to-hub me/again" in said
     assert (tmp_path / "two/results.json").is_file()

@@ -11,7 +11,17 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from vlm.common import shorten
-from vlm.config.defaults import AUTO, LORA, NO_TRACKER, PISSA, POSTERIOR, PROMPTS_OF_MODEL, RESPONSE, TRAIN_DEMO_MODEL
+from vlm.config.defaults import (
+    AUTO,
+    DORA,
+    LORA,
+    NO_TRACKER,
+    PISSA,
+    POSTERIOR,
+    PROMPTS_OF_MODEL,
+    RESPONSE,
+    TRAIN_DEMO_MODEL,
+)
 from vlm.config.durations import seconds_of
 from vlm.config.names import DEMO_MODEL
 from vlm.config.settings import Settings
@@ -230,6 +240,11 @@ CONFLICTS = (
         lambda s: s.lora_variant == PISSA and s.bits,
         "--lora-variant pissa and --load-in-{s.bits}bit exclude each other: PiSSA takes a part out of the weights, and "
         "quantized ones cannot be changed. Give --lora-variant lora.",
+    ),
+    Conflict(
+        lambda s: s.lora_variant == DORA and s.load_in_8bit,
+        "--lora-variant dora and --load-in-8bit exclude each other: bitsandbytes cannot use weights of 8 bits after "
+        "DoRA has read them. Give --load-in-4bit, or --lora-variant lora.",
     ),
     Conflict(
         lambda s: s.freeze_connector and s.tune != "lora",

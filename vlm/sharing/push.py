@@ -131,12 +131,13 @@ def push_model(folder: Path, metadata: dict[str, Any], repo: str, public: bool) 
 def _shared(folder: Path, metadata: dict[str, Any], repo: str) -> Iterator[Path]:
     """A folder with what is uploaded: links to the weights, and what is changed in other files."""
     own = read_checksums(folder)
-    names = list(own) or [path.name for path in folder.iterdir() if path.suffix in ENDINGS]
+    names = [name for name in own or (path.name for path in folder.iterdir()) if name.endswith(ENDINGS)]
     changed = {METADATA, CHECKSUMS, MODEL_CARD, f"{ADAPTER_FOLDER}/adapter_config.json"}
     with tempfile.TemporaryDirectory() as temporary:
         shared = Path(temporary)
         for name in names:
             if (folder / name).is_file():
+                _check_place(folder, folder / name)
                 (shared / name).parent.mkdir(exist_ok=True)
                 if name not in changed:
                     os.symlink((folder / name).resolve(), shared / name)
@@ -146,6 +147,12 @@ def _shared(folder: Path, metadata: dict[str, Any], repo: str) -> Iterator[Path]
         _card_for(folder, metadata, repo).save(shared / MODEL_CARD)
         write_checksums(shared, {name: value for name, value in own.items() if name not in changed})
         yield shared
+
+
+def _check_place(folder: Path, file: Path) -> None:
+    """Raises UsageError if a file lies elsewhere: a folder from somebody else could name any file of this machine."""
+    if not file.resolve().is_relative_to(folder.resolve()):
+        raise UsageError(f"{FLAG}: {file} is a link to {file.resolve()}, outside of the model's folder. Remove it.")
 
 
 def _card_for(folder: Path, metadata: dict[str, Any], repo: str) -> ModelCard:

@@ -96,4 +96,4 @@ def _push(folder: Path, repo: str, public: bool) -> None:
     except (UsageError, RunError) as error:
         arguments = ["--model-dir", str(folder), "--push-to-hub", repo, *(["--public"] if public else [])]
         command = f"{command_of('inference_vlm.py', 'vlm-predict')} {shlex.join(arguments)}"
-        note(f"warning: {error} The run is finished and saved. To push its model later:\n  {command}")
+        note(f"warning: the model was not pushed. {error} The run is finished. To push its model later:\n  {command}")
