@@ -46,7 +46,7 @@ def run(tiny_model, tmp_path):
         learned=learned,
         optimizer=torch.optim.AdamW(learned.values()),
         dtype=torch.float32,
-        metadata={"class_names": [], "prompts": {}},
+        metadata={"class_names": [], "prompts": {}, "model_revision": None},
         accelerator=SimpleNamespace(is_main_process=True, scaler=None),
     )
 

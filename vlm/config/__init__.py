@@ -61,9 +61,10 @@ from vlm.config.resolve import (
     resolve,
     user_path,
 )
-from vlm.config.rules import MOST, MOST_AT_ONCE, can_be_a_path, flag_of
+from vlm.config.rules import flag_of
 from vlm.config.saved import read_run
 from vlm.config.settings import ClassifySettings, ImageSize, RunSettings, Settings
+from vlm.config.values import MOST, MOST_AT_ONCE, can_be_a_path
 
 __all__ = [
     "ADAPTER_FOLDER",

@@ -3,6 +3,8 @@
 from dataclasses import field
 from typing import Any
 
+GROUPS = ("model", "data", "prompts", "training", "evaluation", "output")  # of flags, in the order of --help
+
 
 def flag(default: Any, group: str, help: str, **more: Any) -> Any:
     """A dataclass field with what argparse needs.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin
 
 from vlm.common import CONTINUED, did_you_mean, message_text, shorten
+from vlm.config.declare import GROUPS
 from vlm.config.rules import flag_of
 from vlm.config.settings import Settings
 
@@ -69,10 +70,9 @@ def build_parser() -> Parser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    groups: dict[str, Any] = {}
+    groups: dict[str, Any] = {"help": parser} | {name: parser.add_argument_group(name) for name in GROUPS}
     for item in dataclasses.fields(Settings):
-        name = item.metadata["group"]
-        add_flag(groups.setdefault(name, parser if name == "help" else parser.add_argument_group(name)), item.name)
+        add_flag(groups[item.metadata["group"]], item.name)
     for name in WITHOUT_EFFECT:
         parser.add_argument(flag_of(name), action="store_true", help=argparse.SUPPRESS)
     return parser

@@ -22,10 +22,10 @@ from vlm.config.defaults import (
     POSTERIOR,
     PROMPTS_OF_MODEL,
     RESPONSE,
-    TRACKERS,
 )
 from vlm.config.formats import DEFAULT_FORMAT, LAYOUTS
 from vlm.config.model_settings import ModelSettings
+from vlm.config.output_settings import OutputSettings
 
 PROMPT_TEXTS = ("task_description", "system_instructions", "prompt_template", "question_first", "response_format")
 CLASS_FILES = ("class_descriptions", "class_map")
@@ -39,7 +39,7 @@ class ImageSize(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(DataSettings, ModelSettings):
+class Settings(OutputSettings, DataSettings, ModelSettings):
     """The settings as given, from `resolve`: the flags, and the defaults that follow from the flags themselves.
 
     `None` means that nothing was said: the feature is off, or the data, the model or the free memory decide.
@@ -217,46 +217,6 @@ class Settings(DataSettings, ModelSettings):
     )
     probe: bool = flag(
         False, "evaluation", "also train a linear classifier on the vision encoder's features, to compare (demo: yes)"
-    )
-
-    output_dir: str = flag("vlm_results", "output", "folder of the results (default: vlm_results)")
-    overwrite: bool = flag(
-        False, "output", "replace the run in the output folder; it is deleted when the new one has a model"
-    )
-    resume: bool = flag(False, "output", "continue the interrupted run in the output folder, with its settings")
-    save_minutes: float = flag(
-        10.0, "output", "save a checkpoint for --resume at least this often, in minutes (default: 10)"
-    )
-    push_to_hub: str | None = flag(
-        None,
-        "output",
-        "upload the tested model with its card and metadata, and no data, to this repository on the hub, which is made "
-        "if there is none; needs a login (`hf auth login`)",
-        metavar="OWNER/NAME",
-    )
-    public: bool = flag(
-        False, "output", "with --push-to-hub: everybody may see the repository (without it, it is private)"
-    )
-    metrics: list[str] | None = flag(
-        None,
-        "output",
-        "your own metrics: FILE.py:FUNCTION(labels, predictions, probabilities, class_names); a resumed run has to be "
-        "given them again, or none",
-        nargs="+",
-        metavar="FILE:FUNCTION",
-    )
-    track: list[str] | None = flag(
-        None,
-        "output",
-        f"trackers that the run is reported to: {', '.join(TRACKERS)}, several of them, or none; --track is the same",
-        choices=(*TRACKERS, NO_TRACKER),
-        nargs="+",
-        metavar="NAME",
-        aliases=("--track",),
-    )
-    use_wandb: bool = flag(False, "output", "report to Weights & Biases: the same as --report-to wandb")
-    wandb_project: str = flag(
-        "vlm-classification", "output", "project of the run in all trackers (default: vlm-classification)"
     )
 
     demo: bool = flag(
