@@ -3,6 +3,7 @@
 
 python inference_vlm.py --model-dir vlm_results/best_model image.png folder/
 python inference_vlm.py --model-dir vlm_results/best_model --dataset my_test_images/
+python inference_vlm.py --model-dir vlm_results/best_model --push-to-hub owner/name
 from inference_vlm import load_model_and_metadata, predict_single_image, predict_batch, evaluate
 """
 
@@ -17,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from vlm.common import UsageError, doing, exit_code, lazy_names, printable, switches_as_before
 from vlm.config import PAGE
-from vlm.inference import build_parser, check_arguments
+from vlm.inference import build_parser, check_arguments, check_push_arguments
 from vlm.machine import wait_politely
+from vlm.service import run_server
 
 if TYPE_CHECKING:
     from vlm.classifier import VLMClassifier
@@ -64,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with ExitStack() as switches:
         switches.enter_context(switches_as_before())
         switches.enter_context(stopped_by_sigterm())
-        return exit_code(lambda: predict(args, switches), debug=args.debug)
+        command = push if args.push_to_hub else run_server if args.serve else predict
+        return exit_code(lambda: command(args, switches), debug=args.debug)
 
 
 @contextmanager
@@ -79,6 +82,18 @@ def stopped_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def push(args: argparse.Namespace, switches: ExitStack) -> None:
+    """Upload the model; the arguments are those of `predict`."""
+    check_push_arguments(args)
+    from vlm.common import note
+    from vlm.inference import read_metadata
+    from vlm.sharing import push_model
+
+    switches.enter_context(switches_as_before())
+    folder = Path(args.model_dir)
+    note(f"The model is at {push_model(folder, read_metadata(folder), args.push_to_hub, args.public)}")
 
 
 def predict(args: argparse.Namespace, switches: ExitStack) -> None:

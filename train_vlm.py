@@ -3,84 +3,133 @@
 
 python train_vlm.py --demo
 python train_vlm.py --model HuggingFaceTB/SmolVLM-256M-Instruct --dataset my_images/
+from train_vlm import train
 """
 
 import os
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm.common import CONTINUED, UsageError, command_of, exit_code, lazy_names, switches_as_before
+from vlm.common import CONTINUED, RunError, UsageError, Worded, command_of, exit_code, lazy_names, switches_as_before
 from vlm.config import (
     IN_MEMORY,
+    METADATA,
     RESULTS,
     RunSettings,
     Settings,
     flags_to_train_further,
     flags_to_train_once,
+    from_keywords,
     parse_arguments,
     read_run,
     read_settings,
     resolve,
-    split_names,
     user_path,
+    with_flags,
 )
 from vlm.machine import wait_politely
 
 if TYPE_CHECKING:
     from vlm.classifier import vlm_collate_fn
     from vlm.evaluation import evaluate_vlm_model
+    from vlm.training import Result
 
-__all__ = ["evaluate_vlm_model", "main", "train_on", "vlm_collate_fn"]
+__all__ = ["Result", "evaluate_vlm_model", "main", "train", "train_on", "vlm_collate_fn"]
 
 
 # `from train_vlm import vlm_collate_fn` works, and `--help` does not load torch.
-__getattr__ = lazy_names(__name__, {"vlm.classifier": ["vlm_collate_fn"], "vlm.evaluation": ["evaluate_vlm_model"]})
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "vlm.classifier": ["vlm_collate_fn"],
+        "vlm.evaluation": ["evaluate_vlm_model"],
+        "vlm.training": ["Result"],
+    },
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. Works in any thread, and leaves the switches of libraries alone."""
     given = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     with switches_as_before():
-        return exit_code(lambda: train(given), debug=given.get("debug", False))
+        return exit_code(lambda: start(given), debug=given.get("debug", False))
+
+
+@with_flags
+def train(dataset: Any = None, **settings: Any) -> "Result | None":
+    """Train, from a notebook or program, and return the finished run.
+
+        result = train(dataset="my_images/", epochs=3, output_dir="results")
+
+    Args:
+        dataset: the name of a dataset as in --dataset; or a `Dataset` or `DatasetDict` of the datasets library, a
+            pandas `DataFrame`, a list of pairs (image, label), or a dict with one of them for each split. Columns and
+            splits are found as in one that is loaded by its name.
+        settings: the flags by name: batch_size=4 is --batch-size 4, resume=True is --resume.
+
+    Returns:
+        The run, with metrics, paths, history, figures and classifier. None if nothing was trained here: with dry_run,
+        show_data or list_models, and on processes other than the main one.
+
+    Raises:
+        UsageError: dataset or settings with which the run cannot start. It is a TypeError, too, if there is no such
+            flag.
+        RunError: the run had to stop.
+        Stopped: it was interrupted; a `KeyboardInterrupt`. Its message says how to continue.
+    """
+    return _train("train", dataset, settings)
 
 
 def train_on(dataset: Any, **settings: Any) -> dict[str, Any]:
-    """Train on a dataset that a program has made, as in a notebook.
+    """`train`, which returns only the content of `results.json`; empty if nothing was trained here."""
+    result = _train("train_on", dataset, settings)
+    return result.results if result else {}
 
-        results = train_on(my_dataset_dict, model="HuggingFaceTB/SmolVLM-256M-Instruct", epochs=3, output_dir="results")
 
-    Args:
-        dataset: a `Dataset` or `DatasetDict` of the datasets library, or the name of a dataset as in --dataset. Columns
-            and splits are found as in one that is loaded by its name.
-        settings: the flags by name: batch_size=4 is --batch-size 4.
-
-    Returns:
-        The content of `results.json`.
-
-    Raises:
-        UsageError: dataset or settings with which the run cannot start. A RunError is one that had to stop.
-        TypeError: there is no such flag.
-    """
-    if unknown := settings.keys() - {item.name for item in fields(Settings)}:
-        raise TypeError(f"train_on() has no setting {', '.join(sorted(unknown))}; see docs/options.md for all flags")
-    if "dataset" in settings:
-        raise TypeError("train_on() takes the dataset as its first argument")
-    if isinstance(settings.get("class_names"), str):
-        settings["class_names"] = split_names([settings["class_names"]])
-    named = isinstance(dataset, (str, os.PathLike))
-    if not named and settings.get("streaming"):
+def _train(function: str, dataset: Any, settings: dict[str, Any]) -> "Result | None":
+    given = from_keywords(function, settings)
+    named = isinstance(dataset, str | os.PathLike)
+    if dataset is not None:
+        given["dataset"] = os.fspath(dataset) if named else IN_MEMORY
+    if dataset is not None and not named and given.get("streaming"):
         raise UsageError("--streaming reads a dataset by its name: give the name in the place of the dataset.")
-    given = settings | ({} if settings.get("resume") else {"dataset": str(dataset) if named else IN_MEMORY})
-    with switches_as_before():
-        return train(given, None if named else dataset)
+    try:
+        with switches_as_before():
+            results = start(given, None if named else dataset)
+    except (UsageError, RunError, KeyboardInterrupt) as error:
+        _say_in_python(error, given)
+        raise
+    if not results:
+        return None
+    from vlm.training import Result
+
+    return Result(output_of(given).absolute(), results)
 
 
-def train(given: dict[str, Any], dataset: object = None) -> dict[str, Any]:
-    """Train with the flags that were given.
+def _say_in_python(error: BaseException, given: dict[str, Any]) -> None:
+    """Add to an error what its flags are in Python and, if there is a run to resume, how."""
+    output = output_of(given)
+    if isinstance(error, Worded):
+        error.debug = given.get("debug", False)
+    if isinstance(error, KeyboardInterrupt):
+        if (output / METADATA).is_file() and not (output / RESULTS).is_file():
+            error.add_note(f"In Python: train(..., resume=True, output_dir={str(output)!r})")
+    elif "--" in str(error):
+        error.add_note(
+            "In Python, flags are keywords: --output-dir FOLDER is output_dir='FOLDER', --resume is resume=True."
+        )
+
+
+def output_of(given: dict[str, Any]) -> Path:
+    """The output folder of a run with the flags that were given."""
+    return Path(user_path(given.get("output_dir", Settings.output_dir)))
+
+
+def start(given: dict[str, Any], dataset: object = None) -> dict[str, Any]:
+    """Do what the flags ask for: train, or only look.
 
     Args:
         given: values by field name of `Settings`.
@@ -99,7 +148,7 @@ def train(given: dict[str, Any], dataset: object = None) -> dict[str, Any]:
         return {}
     from vlm.training import StopSignals, check_output, clean_up
 
-    output = Path(user_path(given.get("output_dir", Settings.output_dir)))
+    output = output_of(given)
     clean_up(output)
     settings = resolve(given, saved_settings(output, given.get("epochs")) if given.get("resume") else None)
     check_output(settings)

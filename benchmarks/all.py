@@ -29,6 +29,7 @@ NAMES = (
     "saving",
     "shards",
     "big_job",
+    "serve",
 )
 EVERYDAY = ("startup", "train_vs_trl", "classify_vs_generate")
 

@@ -30,7 +30,7 @@ def flag_name(action: argparse.Action) -> str:
     value = "" if action.nargs == 0 else action.metavar or action.dest.upper()
     if action.choices:
         value = f"{{{','.join(action.choices)}}}"
-    return f"`{' '.join(part for part in (name, value, '...' if action.nargs == '+' else '') if part)}`"
+    return f"`{' '.join(part for part in (name, value, '...' if action.nargs in ('+', '*') else '') if part)}`"
 
 
 def tables(parser: argparse.ArgumentParser) -> str:

@@ -12,6 +12,7 @@ PATIENCE = 240  # seconds for a whole process; only a broken one takes as long
 # The last lines of a run's error output are for people who made a mistake; this is what they must never see.
 TRACEBACK = "Traceback (most recent call last)"
 MODEL_FOLDER = {
+    "README.md",
     "chat_template.jinja",
     "checksums.json",
     "config.json",

@@ -1,5 +1,6 @@
 """A hub on this machine, for the hub's real client: serves folders as models and datasets, with one commit each."""
 
+import base64
 import hashlib
 import json
 from collections.abc import Iterator
@@ -31,6 +32,8 @@ class FakeHub:
 
     refusals: maps an id to an X-Error-Code for its files; gated: ids whose files need the token `TOKEN`;
     renamed: old ids and the new ones; failures: the first that fits and is left is the answer;
+    private: ids that were made private; accounts: whose token it is, by token; large: bytes by their sha256, which came
+    before the commit that names them;
     delay: seconds before an answer; requests: those that came; sent: bytes of files that were sent.
     """
 
@@ -40,6 +43,9 @@ class FakeHub:
         self.gated: set[str] = set()
         self.renamed: dict[str, str] = {}
         self.failures: list[Failure] = []
+        self.private: set[str] = set()
+        self.accounts: dict[str, dict] = {TOKEN: {"name": "me", "orgs": [{"name": "we"}], "type": "user"}}
+        self.large: dict[str, bytes] = {}
         self.delay = 0.0
         self.requests: list[str] = []
         self.sent = 0
@@ -77,6 +83,26 @@ def serving(hub: FakeHub) -> Iterator[FakeHub]:
         server.server_close()
 
 
+class _Upload:
+    """The calls of an upload, by what their paths have."""
+
+    PARTS = {
+        "/api/whoami-v2": "whoami",
+        "/api/validate-yaml": "yaml",
+        "/api/repos/create": "create",
+        ".git/info/lfs/objects/batch": "lfs",
+        "/preupload/": "preupload",
+        "/commit/": "commit",
+        "/put/": "put",
+    }
+
+    @classmethod
+    def of(cls, command: str, path: str) -> str | None:
+        if command == "GET" and path != "/api/whoami-v2":
+            return None
+        return next((what for part, what in cls.PARTS.items() if part in path), None)
+
+
 class _Handler(BaseHTTPRequestHandler):
     hub: FakeHub
     break_after: int | None = None
@@ -93,6 +119,8 @@ class _Handler(BaseHTTPRequestHandler):
             if failure.after is None:
                 return self._answer(failure.status, headers=failure.headers)
             self.break_after = failure.after
+        if uploading := _Upload.of(self.command, path):
+            return self._upload(uploading, path, sent)
         if parts[0] == "api":
             kind, parts = parts[1], parts[2:]
         else:
@@ -107,7 +135,60 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._file(kind, name, rest[1:])
 
-    do_HEAD = do_POST = do_GET
+    do_HEAD = do_POST = do_PUT = do_GET
+
+    def _upload(self, what: str, path: str, sent: bytes) -> None:
+        """The calls of the real client when it uploads: who asks, a new repository, and the files of a commit."""
+        hub, parts = self.hub, path.strip("/").split("/")
+        account = hub.accounts.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
+        if what == "put":  # a storage that is no part of the hub's API
+            hub.large[parts[-1]] = sent
+            return self._answer(200)
+        if account is None:
+            return self._answer(401)
+        body = json.loads(sent) if sent and what != "commit" else {}
+        if what == "whoami":
+            return self._answer(200, json.dumps(account))
+        if what == "yaml":
+            return self._answer(200, json.dumps({"errors": [], "warnings": []}))
+        if what == "create":
+            return self._create(f"{body.get('organization') or account['name']}/{body['name']}", body)
+        if what == "lfs":
+            places = {one["oid"]: {"upload": {"href": f"{hub.url}/put/{one['oid']}"}} for one in body["objects"]}
+            objects = [one | {"actions": places[one["oid"]]} for one in body["objects"]]
+            return self._answer(200, json.dumps({"transfer": "basic", "objects": objects}))
+        if what == "preupload":
+            modes = [
+                {
+                    "path": file["path"],
+                    "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
+                    "shouldIgnore": False,
+                    "oid": None,
+                }
+                for file in body["files"]
+            ]
+            return self._answer(200, json.dumps({"files": modes}))
+        self._commit(hub.root / "models" / "/".join(parts[2:4]), [json.loads(line) for line in sent.splitlines()])
+
+    def _create(self, name: str, body: dict) -> None:
+        there = (self.hub.root / "models" / name).is_dir()
+        (self.hub.root / "models" / name).mkdir(parents=True, exist_ok=True)
+        if not there and (body.get("visibility") == "private" or body.get("private")):
+            self.hub.private.add(name)
+        self._answer(409 if there else 200, json.dumps({"url": f"{self.hub.url}/{name}", "error": "exists"}))
+
+    def _commit(self, folder: Path, lines: list[dict]) -> None:
+        address = f"{self.hub.url}/{folder.parent.name}/{folder.name}/commit/{COMMIT}"
+        for line in lines[1:]:
+            value = line["value"]
+            target = folder / value["path"]
+            if line["key"] == "deletedFile":
+                target.unlink()
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            large = line["key"] == "lfsFile"
+            target.write_bytes(self.hub.large[value["oid"]] if large else base64.b64decode(value["content"]))
+        self._answer(200, json.dumps({"commitUrl": address, "commitOid": COMMIT}))
 
     def _api(self, kind: str, name: str, rest: list[str], sent: bytes) -> None:
         folder = self.hub.root / kind / name
@@ -129,7 +210,16 @@ class _Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": file} for file in files]
         self._answer(
             200,
-            json.dumps({"id": name, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False, "downloads": 0}),
+            json.dumps(
+                {
+                    "id": name,
+                    "sha": COMMIT,
+                    "siblings": siblings,
+                    "tags": [],
+                    "private": name in self.hub.private,
+                    "downloads": 0,
+                }
+            ),
         )
 
     def _entry(self, folder: Path, path: str) -> dict:

@@ -75,6 +75,13 @@ def test_class_folders_in_an_archive(tmp_path, name, wrapped, capsys):
     data = load(write(tmp_path / name, files))
     assert data.class_names == NAMES and sum(counts(data).values()) == 12
     assert f"note: {name} is unpacked in " in capsys.readouterr().err
+    load(tmp_path / name)
+    assert "note:" not in capsys.readouterr().err, "it is there already"
+
+
+def test_messages_name_the_archive_and_not_where_it_is_unpacked(tmp_path, capsys):
+    load(write_zip(tmp_path / "pets.zip", image_files("my pets/")))
+    assert "note: pets.zip has nothing but my pets, which is read as the dataset." in capsys.readouterr().err
 
 
 def test_an_archive_is_unpacked_once_and_again_if_it_or_its_files_changed(tmp_path):
@@ -470,38 +477,3 @@ def test_a_parquet_file_of_bytes_or_paths_without_types(tmp_path):
         datasets.Dataset.from_dict({"image": column, "label": labels}).to_parquet(tmp_path / "t.parquet")
         loaded = load(tmp_path / "t.parquet")
         assert loaded.class_names == NAMES and not loaded.skipped and loaded.train[0].image.size == (20, 14)
-
-
-def a_dataset(count=12):
-    return datasets.Dataset.from_dict(
-        {"image": [random_image(i, 20, 14) for i in range(count)], "label": [0, 1] * (count // 2)}
-    )
-
-
-@pytest.mark.slow
-def test_a_dataset_of_a_program(tmp_path, tiny_model):
-    from train_vlm import train_on
-
-    data = datasets.DatasetDict(
-        train=a_dataset(), test=a_dataset(4).map(lambda row, i: {"label": i % 2}, with_indices=True)
-    )
-    flags = {"model": str(tiny_model), "device": "cpu", "class_names": "cat dog"}
-    results = train_on(data, epochs=1, output_dir=str(tmp_path / "out"), **flags)
-    assert results["pictures"]["test"] == 4 and Path(tmp_path / "out" / "best_model").is_dir()
-    with pytest.raises(TypeError, match="no setting epoch;"):
-        train_on(data, epoch=1)
-
-
-def test_other_objects_are_refused():
-    with pytest.raises(UsageError, match="of the type list. Expected a Dataset or DatasetDict"):
-        load_data(resolve({"model": "m", "dataset": "d"}), [1, 2])
-
-
-def test_the_splits_of_an_object_without_train_are_named():
-    with pytest.raises(UsageError, match="no split called train. Splits there: other, test"):
-        load_data(resolve({"model": "m", "dataset": "d"}), datasets.DatasetDict(test=a_dataset(), other=a_dataset()))
-
-
-def test_a_run_of_a_program_cannot_be_continued_by_its_name():
-    with pytest.raises(UsageError, match=r"train_on\(dataset, resume=True, output_dir=...\)"):
-        load("(in memory)")

@@ -100,7 +100,7 @@ def test_the_first_start_without_the_hub_names_the_demo(tmp_path):
     assert (result.returncode, result.stdout) == (2, "")
     first, second = result.stderr.splitlines()
     assert first.startswith("error: dataset Mirali33/mb-domars16k: ")
-    assert second.strip().startswith("Without the hub, give a model and a dataset in folders") and "--demo" in second
+    assert second.strip().startswith("Without the hub, give folders to --model and --dataset") and "--demo" in second
 
 
 def test_columns_that_are_not_there(refused, tmp_path):

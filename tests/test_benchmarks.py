@@ -256,6 +256,13 @@ def test_shards(benchmark):
 
 
 @pytest.mark.slow
+@ON_LINUX
+@pytest.mark.skipif(importlib.util.find_spec("uvicorn") is None, reason="uvicorn is not installed")
+def test_serve(benchmark):
+    (row,) = benchmark("serve")["rows"]
+    assert row["requests"] == 20 and float(row["confidence differs"]) < 1e-4
+
+
 def test_cache_dtypes(benchmark, demo_run):
     """The model was trained a little, and float16 changes little."""
     arguments = (str(demo_run / "best_model"), "--images", str(demo_run / "demo_images"))

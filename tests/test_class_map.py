@@ -11,7 +11,7 @@ from vlm.common import Stopped, UsageError
 from vlm.config import resolve
 from vlm.conversation import Prompts, build_prompts, parse_answer
 from vlm.training import fit
-from vlm.training.preflight import point_out_names
+from vlm.training.class_map import point_out_names
 
 CODES = ["aec", "ael", "tex"]
 NAMES = {"aec": "Aeolian Curved", "ael": "Aeolian Straight", "tex": "Textured Terrain"}
@@ -54,7 +54,7 @@ def test_classes_that_the_map_leaves_out_are_shown_as_they_are_with_a_note(promp
     point_out_names(prompts)
     first, second = capsys.readouterr().err.strip().splitlines()
     assert first.endswith("results keep the class names: aec -> Aeolian Curved.")
-    assert second == "--class-map has no other name for ael, tex: the model is shown the class name."
+    assert second == "note: --class-map has no other name for ael, tex: the model is shown the class name."
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_a_long_list_of_classes_is_cut_in_messages(tmp_path):
     with pytest.raises(Exception, match="--class-names has 2 names, but the dataset has 80 classes") as caught:
         load(path, class_names=["x", "y"])
     assert len(str(caught.value)) < 1500
-    with pytest.raises(Exception, match="train has less than 3 images of word") as caught:
+    with pytest.raises(Exception, match="train has fewer than 3 images of word") as caught:
         load(write_csv(path, [f"{'word ' * 30}{i}" for i in range(80)]))
     assert len(str(caught.value)) < 1700
 

@@ -130,6 +130,9 @@ def test_all_problems_are_named_at_once():
     [
         ({"tune": "connector", "freeze_connector": True}, "--freeze-connector needs --tune lora, not connector"),
         ({"tune": "full", "freeze_connector": True}, "--freeze-connector needs --tune lora, not full"),
+        ({"tune": "connector", "lora_variant": "dora"}, "--lora-variant dora needs --tune lora, not connector"),
+        ({"lora_variant": "pissa", "load_in_4bit": True}, "--lora-variant pissa and --load-in-4bit exclude each other"),
+        ({"lora_variant": "dora", "load_in_8bit": True}, "--lora-variant dora and --load-in-8bit exclude each other"),
         ({"freeze_connector": True, "connector_learning_rate": 1e-3}, "--connector-learning-rate and --freeze-conn"),
         ({"align_connector": True, "tune": "full"}, "--align-connector needs a frozen vision encoder"),
         ({"align_connector": True, "no_feature_cache": True}, "--align-connector and --no-feature-cache exclude"),

@@ -115,7 +115,7 @@ def test_an_empty_split_is_refused(tmp_path):
 
 
 def test_a_class_with_too_few_images_to_cut_is_named(tmp_path):
-    refuse(r"less than 3 images of rare \(1\).*at least 3", images(tmp_path / "cut", {"common": 9, "rare": 1}))
+    refuse(r"fewer than 3 images of rare \(1\).*at least 3", images(tmp_path / "cut", {"common": 9, "rare": 1}))
     layout = {f"{split}/{c}": 1 for split in ("train", "val", "test") for c in ("a", "b")}
     assert counts(load(images(tmp_path / "whole", layout))) == [2, 2, 2]
 
@@ -167,6 +167,7 @@ def test_max_samples_holds_for_each_split_and_is_balanced(tmp_path):
     assert train["c"] == 1 and {train["a"], train["b"]} == {4, 5}
     assert validation == {"a": 4, "b": 4, "c": 1} and test == {"a": 5, "b": 1}, "smaller splits stay whole"
     assert load(folder, max_samples=10).train.names == data.train.names
+    assert ", drawn " in dict(data.summary)["train"]
     assert load(folder, max_samples=10, seed=1).train.names != data.train.names
     refuse("--max-samples 2: expected at least one for each of the 3 classes", folder, max_samples=2)
 

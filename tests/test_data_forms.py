@@ -185,7 +185,25 @@ def test_files_in_another_folder_and_names_without_an_ending_are_recognized(tmp_
     assert found.endswith(f", but there is pics/0.png. Add: --image-folder {folder} --image-suffix .png")
     assert sum(counts(load(path, image_folder=folder, image_suffix="png"))) == 8
     assert message(path, image_folder=folder).endswith("there is 0.png. Add: --image-suffix .png")
-    refuse("--image-folder nowhere: no such folder", path, image_folder="nowhere")
+    found = message(path, image_folder=folder, image_suffix=".jpg")
+    assert "no file 0.jpg of the column id_code" in found
+    assert found.endswith("there is 0.png. Give: --image-suffix .png instead of .jpg")
+    refuse("--image-folder nowhere: no such folder. Name the folder", path, image_folder="nowhere")
+    refuse(f"--image-folder pics: no such folder here. Give {folder}.", path, image_folder="pics")
+
+
+def test_paths_with_a_folder_are_told_which_folder_they_are_relative_to(tmp_path):
+    path = write(tmp_path / "a.csv", [f"{'ab'[i % 2]}/{i}.png" for i in range(8)])
+    for i in range(8):
+        (tmp_path / f"photos/{'ab'[i % 2]}").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"pics/{i}.png").rename(tmp_path / f"photos/{'ab'[i % 2]}/{i}.png")
+    found = message(path)
+    assert found.endswith(f", but there is photos/a/0.png. Add: --image-folder {tmp_path / 'photos'}")
+    assert sum(counts(load(path, image_folder=str(tmp_path / "photos")))) == 8
+    longer = path.with_name("b.csv")
+    longer.write_text(path.read_text().replace("a/", "old/set/a/").replace("b/", "old/set/b/"))
+    assert message(longer).endswith(f"Add: --image-folder {tmp_path / 'photos'}")
+    assert sum(counts(load(longer, image_folder=str(tmp_path / "photos")))) == 8
 
 
 def test_a_folder_of_images_and_a_table_of_their_names_names_the_table(tmp_path):

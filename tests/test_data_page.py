@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 from commands import ROOT, names_in, train
@@ -10,9 +11,11 @@ from test_data import images
 from test_page import EVIL, Page, split
 from tiny import random_image
 
-from vlm.data import Data, Rows, Split, unchecked
+from vlm.config import resolve
+from vlm.data import Data, Rows, Split, as_seen, unchecked
 from vlm.data.splits import NearPair
 from vlm.report import DataContent, data_page, is_data_page, write_data_page
+from vlm.report.cards import thumbnail
 
 
 def data_of(names, each=4, **more):
@@ -45,6 +48,23 @@ def test_near_duplicates_are_side_by_side(tmp_path):
     page = page_of(tmp_path, data_of(["cat", "dog"], near=[NearPair("test", 1, "train", 2, 3)]))
     assert "1 image that looks almost like one in another split." in page.text_of["near"]
     assert "test: dog folder <i>/1.jpg train: cat folder <i>/2.jpg" in page.text_of["near"]
+
+
+def test_a_dataset_without_faults_is_said_to_have_none(tmp_path):
+    said = "No image is unreadable, and none was found twice or looks almost like one in another split."
+    assert said in page_of(tmp_path, data_of(["cat", "dog"])).text_of["detected"]
+    for more in ({"skipped": ["a.png: truncated"]}, {"near": [NearPair("test", 1, "train", 2, 3)]}, {"checked": False}):
+        assert said not in page_of(tmp_path, data_of(["cat", "dog"], **more)).text
+
+
+def test_augmented_images_are_shown_in_their_views_the_image_itself_first(tmp_path):
+    data = data_of(["cat", "dog"])
+    settings = resolve({"augment": "strong", "augment_views": 3})
+    content = DataContent(data, "x", views=3, train_in=partial(as_seen, data.train, settings))
+    assert [name for name, _ in content.augmented] == ["cat", "dog"]
+    for position, (_, views) in enumerate(content.augmented):
+        assert len({view.address for view in views}) == 3 and views[0] == thumbnail(data.train, position, 96)
+    assert DataContent(data, "x", views=1, train_in=partial(as_seen, data.train, resolve({}))).augmented == []
 
 
 def test_the_images_are_drawn_with_the_seed(tmp_path):

@@ -121,7 +121,7 @@ def test_what_a_given_split_has_is_not_cut_from_train_too(tmp_path):
 def test_a_class_with_too_few_different_images_is_named(tmp_path):
     folder = images(tmp_path, {"a": 5, "b": 2})
     copy(tmp_path, "b/0.png", "b/x.png", "b/y.png")
-    refuse(r"less than 3 images of b \(2\).* Equal images \(b/0.png = b/x.png\) count as one", folder)
+    refuse(r"fewer than 3 images of b \(2\).* Equal images \(b/0.png = b/x.png\) count as one", folder)
 
 
 def test_a_link_to_a_folder_above_does_not_multiply_the_images(tmp_path):

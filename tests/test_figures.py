@@ -18,6 +18,7 @@ from vlm.report.figures import (
     LONGEST_NAME,
     accuracy_range,
     confusion_matrix,
+    merged_bins,
     reliability_diagram,
     smooth,
     training_curves,
@@ -251,6 +252,13 @@ def test_what_was_not_calibrated_has_one_line_in_the_diagram():
     bins = dict.fromkeys(("before", "after"), [[0.9, 0.8, 10]])
     figure = reliability_diagram({"after": {"ece": [0.1, 0.05, 0.2]}, "reliability": bins})
     assert texts(figure.axes[0])[1:] == ["not calibrated: ECE 0.100 (0.050 to 0.200)"]
+
+
+def test_bins_of_few_images_are_drawn_as_one_point():
+    rows = np.array([[0.2, 0.0, 2], [0.4, 1.0, 2], [0.6, 0.5, 4], [0.9, 1.0, 1]])
+    assert merged_bins(rows) == pytest.approx(np.array([[4.5 / 9, 5 / 9, 9]])), "the last one is too small for a point"
+    many = np.array([[0.2, 0.3, 5], [0.8, 0.9, 6]])
+    assert merged_bins(many) == pytest.approx(many)
 
 
 @pytest.mark.parametrize(("lowest", "begin"), [(0.0, 0.0), (0.73, 0.7), (1.0, 0.9)])

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -13,7 +14,17 @@ from test_output import everything
 from tiny import random_image
 
 from vlm.common import Stopped, UsageError
-from vlm.config import METADATA, PREDICTIONS, PREVIOUS_RUN, RESULTS, fold_folder, read_settings, resolve, written_by
+from vlm.config import (
+    METADATA,
+    PAGE,
+    PREDICTIONS,
+    PREVIOUS_RUN,
+    RESULTS,
+    fold_folder,
+    read_settings,
+    resolve,
+    written_by,
+)
 from vlm.data import load_data
 from vlm.training import check_output, fit_folds
 from vlm.training.out_of_fold import mean_figures
@@ -51,7 +62,7 @@ def test_every_image_is_in_the_test_of_one_fold_and_no_split_has_it_twice(tmp_pa
         assert np.bincount(data.test.labels, minlength=4).tolist()[:3] in [[2, 2, 2], [3, 2, 2], [2, 3, 2], [2, 2, 3]]
     assert {len(data.test) for data in found} <= {7, 8, 9}, "what is left over of the classes goes to different folds"
     assert len({data.source["fold"]["digest"] for data in found}) == 1
-    assert dict(found[1].summary)["test"] == "8 images (fold 2 of 5)"
+    assert found[1].summary[0] == ("fold", "2 of 5") and dict(found[1].summary)["test"] == "8 images (fold 2 of 5)"
 
 
 def test_a_validation_split_takes_part_and_a_test_split_stays_out(tmp_path):
@@ -78,12 +89,12 @@ def test_groups_and_equal_images_are_not_cut_apart(tmp_path):
         (
             [6, 3],
             4,
-            r"--folds 4: there are less than 4 different images of c1 \(3\). Expected at least 4 of each class",
+            r"--folds 4: there are fewer than 4 different images of c1 \(3\). Expected at least 4 of each class",
         ),
         (
             [6, 2],
             2,
-            r"--folds 2: without fold 1, train has less than 2 images of c1 \(1\), so validation cannot be cut",
+            r"--folds 2: without fold 1, train has fewer than 2 images of c1 \(1\), so validation cannot be cut",
         ),
     ],
 )
@@ -92,11 +103,22 @@ def test_too_few_images_are_refused_whichever_fold_is_asked_for(tmp_path, counts
         load(write_images(tmp_path, counts), folds, folds)
 
 
+def test_too_few_images_because_of_max_samples_are_refused_with_its_name(tmp_path):
+    with pytest.raises(UsageError, match="--folds 4 with --max-samples 6: there are fewer than 4 different images of"):
+        load(write_images(tmp_path, [9, 9]), 4, max_samples=6)
+
+
+def test_groups_that_make_validation_large_are_pointed_out(tmp_path, capsys):
+    table = write_table(tmp_path, [f"{'ab'[i // 4 % 2]},p{i // 4}" for i in range(24)])
+    assert len(load(table, 3, 1, group_column="patient").validation) == 8
+    assert "note: validation has 8 of the 16 images that are not in the test" in capsys.readouterr().err
+
+
 def test_too_few_groups_are_refused(tmp_path):
     table = write_table(tmp_path, ["a,p0", "a,p1", "b,p2", "b,p2", "a,p3"] * 2)
     with pytest.raises(UsageError, match="--folds 5: there are 4 groups, and none is cut apart. Expected at least 5"):
         load(table, 5, group_column="patient")
-    with pytest.raises(UsageError, match=r"without fold \d, train has no image of b, whose groups are too few"):
+    with pytest.raises(UsageError, match=r"without fold \d, train has 2 groups, of which none can go to validation"):
         load(table, 2, group_column="patient")
 
 
@@ -221,7 +243,7 @@ def table(output):
 @pytest.mark.slow
 def test_every_image_is_predicted_once_and_the_figures_are_those_of_the_folds(whole, color_folder):
     rows, results = table(whole), json.loads((whole / RESULTS).read_text())
-    assert names_in(whole) == {".run_files.json", "fold_1", "fold_2", "fold_3", METADATA, PREDICTIONS, RESULTS}
+    assert names_in(whole) == {".run_files.json", "fold_1", "fold_2", "fold_3", METADATA, PREDICTIONS, RESULTS, PAGE}
     assert len({row["path"] for row in rows}) == len(rows) == 36 == results["out_of_fold"]["samples"]
     assert all(row["label"] in row["path"] and row["prediction"] in row["full_response"] for row in rows)
     for number, fold in enumerate(results["folds"], 1):
@@ -235,6 +257,19 @@ def test_every_image_is_predicted_once_and_the_figures_are_those_of_the_folds(wh
     assert results["over_folds"]["accuracy"]["mean"] == pytest.approx(everything_right), (
         "as the folds are equally large"
     )
+
+
+@pytest.mark.slow
+def test_one_page_is_about_all_folds_and_links_to_theirs(whole):
+    page, results = (whole / PAGE).read_text(), json.loads((whole / RESULTS).read_text())
+    links = re.findall(r'<a href="(fold_[^"]*)"', page)
+    assert links == [f"fold_{number}/{PAGE}" for number in (1, 2, 3)] and all(
+        (whole / link).is_file() for link in links
+    )
+    right = sum(row["prediction"] == row["label"] for row in table(whole))
+    assert f"Right on {right} of 36 images" in page and f"{results['over_folds']['accuracy']['mean']:.4f}" in page
+    assert page.count("<article>") == min(12, 36 - right) == page.count('<img class="thumb')
+    assert "fold 2 of 3" in (whole / "fold_2" / PAGE).read_text().split("<main>")[0]
 
 
 @pytest.mark.slow
@@ -254,7 +289,9 @@ def test_a_stopped_cross_validation_goes_on_at_its_fold_and_ends_with_the_same_p
     def in_the_second_fold():
         return (tmp_path / "out" / "fold_2").exists()
 
-    with pytest.raises(Stopped, match=r"fold 2 of 3 stopped after step 1 of \d+. Continue with --resume --output-dir"):
+    with pytest.raises(
+        Stopped, match=r"fold 2 of 3 stopped after step 1 of \d+. Continue with .* --resume --output-dir"
+    ):
         fit_folds(resolve(given), in_the_second_fold)
     assert not (tmp_path / "out" / RESULTS).exists() and (tmp_path / "out" / "fold_1" / RESULTS).exists()
     capsys.readouterr()

@@ -65,7 +65,7 @@ def test_train_save_and_predict_by_name(name, dataset, tmp_path, monkeypatch, ca
     )
     printed = capsys.readouterr().err
     if name in IMAGE_TOKENS:
-        assert f"with {IMAGE_TOKENS[name]} image tokens" in printed
+        assert f"{IMAGE_TOKENS[name]} of them image tokens" in printed
     metadata = json.loads((output / "best_model" / "training_metadata.json").read_text())
     assert (metadata["model"], metadata["model_revision"]) == (name, COMMIT)
     shutil.rmtree(tmp_path / "cache")  # the model folder answers every question that inference has

@@ -7,7 +7,7 @@ import sys
 import pytest
 from commands import ROOT
 
-LAZY = ["vlm.common", "vlm.inference", "vlm.machine", "vlm.training", "train_vlm", "inference_vlm"]
+LAZY = ["vlm.common", "vlm.inference", "vlm.machine", "vlm.service", "vlm.training", "train_vlm", "inference_vlm"]
 
 
 @pytest.mark.parametrize("module", LAZY)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from weakref import ReferenceType, ref
 
 import hub_layout_phi3_vision
 import hub_layout_qwen2_vl
@@ -27,6 +28,7 @@ from vlm.training.tuning import parameter_groups, prepare_tuning, trained_parame
 CPU = torch.device("cpu")
 TIE = {"smolvlm": save_tiny_model, "tied": lambda folder: save_tiny_model(folder, tie=True)}
 BUILDERS = TIE | {"qwen2_vl": hub_layout_qwen2_vl.save_published, "phi3_v": hub_layout_phi3_vision.save_published}
+MODES = {tune: {"tune": tune} for tune in TUNING_DEFAULTS} | {"dora": {"tune": "lora", "lora_variant": "dora"}}
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -37,9 +39,9 @@ def folder(request, tmp_path_factory) -> Path:
     return folder
 
 
-def prepared(folder: Path, tune: str, dtype: torch.dtype = torch.float32) -> VLMClassifier:
+def prepared(folder: Path, mode: str, dtype: torch.dtype = torch.float32) -> VLMClassifier:
     family = load_family(folder, dtype, CPU, {})
-    prepare_tuning(family, resolve({"tune": tune}))
+    prepare_tuning(family, resolve(MODES[mode]))
     return VLMClassifier(family, tiny_prompts())
 
 
@@ -61,10 +63,10 @@ def size(tensors) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tune", TUNING_DEFAULTS)
+@pytest.mark.parametrize("tune", MODES)
 def test_weights_gradients_and_optimizer_are_exact_and_frozen_parts_have_none(folder, tune, dtype):
     classifier = prepared(folder, tune, dtype)
-    need = estimate(outline(read_config(folder)), resolve({"tune": tune}), dtype, "cpu")
+    need = estimate(outline(read_config(folder)), resolve(MODES[tune]), dtype, "cpu")
     assert need.weights == size(classifier.parameters())
     optimizer = train_a_step(classifier)
     trained = trained_parameters(classifier.model)
@@ -87,17 +89,17 @@ def saved_bytes(folder: Path, tune: str, dtype: torch.dtype) -> tuple[int, VLMCl
     classifier = prepared(folder, tune, dtype).train()
     batch = batch_of(classifier, [0])
     weights = {p.untyped_storage().data_ptr() for p in classifier.parameters()}
-    kept: dict[int, torch.Tensor] = {}
+    packed: list[ReferenceType[torch.Tensor]] = []  # some belong to a part that no gradient goes through
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        address = tensor.untyped_storage().data_ptr()
-        if address not in weights:
-            kept[address] = tensor  # kept alive, so that no other tensor takes its address
+        packed.append(ref(tensor))
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast(dtype):
-        classifier(batch)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), classifier, batch
+        found = classifier(batch)  # keeps what is needed for its gradients alive
+    kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for one in packed if (t := one()) is not None}
+    assert found.loss.requires_grad
+    return sum(taken for address, taken in kept.items() if address not in weights), classifier, batch
 
 
 def save_with_layers(folder: Path, vision: int, text: int) -> Path:
@@ -123,7 +125,7 @@ def save_with_layers(folder: Path, vision: int, text: int) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tune", TUNING_DEFAULTS)
+@pytest.mark.parametrize("tune", MODES)
 def test_activations_of_the_layers_are_those_that_autograd_keeps(tmp_path, tune, dtype):
     """Two models that differ in the number of layers: what does not depend on it drops out."""
     measured, computed = [], []
@@ -135,7 +137,7 @@ def test_activations_of_the_layers_are_those_that_autograd_keeps(tmp_path, tune,
         length = batch.input_ids.shape[1] - classifier.family.image_load()[1]
         texts = Texts(len(rendered.prefix_ids), length, 0)
         family = outline(read_config(folder))
-        need = estimate(family, resolve({"tune": tune, "objective": RESPONSE}), dtype, "cpu", texts)
+        need = estimate(family, resolve(MODES[tune] | {"objective": RESPONSE}), dtype, "cpu", texts)
         computed.append(need.activations)
     ratio = (computed[1] - computed[0]) / (measured[1] - measured[0])
     print(f"\n{tune}, {dtype}: computed / kept by autograd {ratio:.3f}")

@@ -8,6 +8,7 @@ from PIL import Image, ImageEnhance
 from test_data import images, load
 
 from vlm.data import Data, Rows, Split
+from vlm.data.duplicates import cure_of_near
 from vlm.data.looks import perceptual_hash
 from vlm.data.near_duplicates import find_near
 from vlm.data.readable import decode
@@ -111,6 +112,14 @@ def three_splits(root) -> Data:
     return load(folder)
 
 
+@pytest.mark.parametrize(
+    ("has_columns", "is_cut", "said"),
+    [(True, True, "see --group-column"), (False, True, "see --group-pattern"), (False, False, "move such images into")],
+)
+def test_what_is_advised_about_near_duplicates_can_be_done(has_columns, is_cut, said):
+    assert said in cure_of_near(has_columns, is_cut)
+
+
 def test_near_duplicates_are_counted_and_named_and_stay(tmp_path, capsys):
     data = three_splits(tmp_path)
     counted = {key: count for key, count in data.overlap.items() if count}
@@ -127,7 +136,7 @@ def test_near_duplicates_are_counted_and_named_and_stay(tmp_path, capsys):
     )
     notes = capsys.readouterr().err
     pair = "val/b/one again.png ~ train/a/one.png"
-    cure = "(keep such images in one split, see --group-column)"
+    cure = "(the splits are those of the dataset: move such images into one of them)"
     assert f"1 of 8 images of validation looks almost like one in train {cure}: {pair}\n" in notes
     (first,) = [line for line in notes.splitlines() if "of test look almost like one in train (" in line]
     assert first.count(" ~ train/a/one.png") == 3 and first.endswith(", ...")

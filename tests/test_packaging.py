@@ -75,10 +75,10 @@ def test_the_wheel_asks_for_what_the_requirement_files_say(wheel):
         (name,) = (name for name in file.namelist() if name.endswith(".dist-info/METADATA"))
         metadata = Parser().parsestr(file.read(name).decode())
     assert metadata["Version"] == __version__ and metadata["License-Expression"] == "Apache-2.0"
-    assert set(metadata.get_all("Provides-Extra")) == {"dev", "bench", "serve", "track"}
+    assert set(metadata.get_all("Provides-Extra")) == {"dev", "bench", "cluster", "serve", "track"}
     asked = {Requirement(line) for line in metadata.get_all("Requires-Dist")}
     assert {one for one in asked if one.marker is None} == requirements_in("requirements.txt")
-    for extra in ("dev", "bench", "track"):
+    for extra in ("dev", "bench", "cluster", "serve", "track"):
         wanted = {Requirement(f'{one}; extra == "{extra}"') for one in requirements_in(f"requirements-{extra}.txt")}
         assert wanted <= asked, extra
 
@@ -141,7 +141,8 @@ def imported_packages():
 def test_every_package_that_is_imported_is_declared():
     names = {"sklearn": "scikit-learn", "PIL": "pillow", "pillow_heif": "pillow-heif"}
     declared = {one.name for one in requirements_in("requirements.txt")}
-    optional = {one.name for one in requirements_in("requirements-track.txt")} | {"bitsandbytes", "pillow-heif"}
+    extras = requirements_in("requirements-track.txt") | requirements_in("requirements-serve.txt")
+    optional = {one.name for one in extras} | {"bitsandbytes", "pillow-heif"}
     imported = {names.get(name, name) for name in imported_packages()}
     assert {"torch", "scikit-learn", "tokenizers", "scipy"} <= imported, "the search for imports works"
     assert imported <= declared | optional

@@ -145,7 +145,10 @@ def page_of(results, data, predictions, drawn=False):
 def test_every_part_is_there():
     page = page_of(*run_of())
     assert page.sections == SECTIONS
-    assert "Score of a class: prior. NLL on validation of each, calibrated: sum 0.4321, prior 0.4123." in page.text
+    said = (
+        "prior, the log-probability of its response minus that without an image. NLL on validation of each, calibrated:"
+    )
+    assert f"Score of a class: {said} sum 0.4321, prior 0.4123." in page.text
     for text in ("76.5%", "23.4%", "31.0%", "70.0% to 80.0%", "some/model"):
         assert text in page.text, text
     for text in ("0.0210", "0.0100 to 0.0300", "0.1100", "1.750", "0.8750", "parts a", "0.6250", "0.1235", "0.9900"):
@@ -365,12 +368,38 @@ def test_what_was_not_calibrated_is_not_shown_twice():
 
 def test_the_settings_are_those_that_were_used():
     given = {"tune": "full", "lora_rank": 16, "device": "auto", "dtype": "auto", "resume": True, "epochs": 0}
-    given |= {"shots": None, "probe": False, "image_size": "auto"}
+    given |= {"shots": None, "probe": False, "image_size": "auto", "cache_size": 20.0, "shuffle_buffer": 1000}
+    given |= {"wandb_project": "x"}
     results = {"settings": given, "device": {"type": "cuda", "dtype": "bfloat16"}, "image_size": "84 of 168 px"}
     used = {"tune": "full", "device": "cuda", "dtype": "bfloat16", "epochs": 0, "image_size": "84 of 168 px"}
     assert used_settings(results) == used, "0 is no False, and what auto came to"
-    assert used_settings(results | {"image_size": None})["image_size"] == "auto"
-    assert used_settings(results | {"settings": given | {"tune": "lora"}})["lora_rank"] == 16
+    assert "image_size" not in used_settings(results | {"image_size": None}), "the model has one size, or its own ones"
+    lora = used_settings(results | {"settings": given | {"tune": "lora", "track": ["mlflow"]}})
+    assert (lora["lora_rank"], lora["cache_size"], lora["wandb_project"]) == (16, "20 GB", "x")
+
+
+def test_codes_have_their_readable_names_next_to_them():
+    results, data, predictions = run_of(["cat", "dog"], strength=-1)
+    results["readable_names"] = {"cat": "a house cat", "dog": "dog"}
+    page = page_of(results, data, predictions)
+    assert "truth cat a house cat" in page.text_of["mistakes"] and "dog dog" not in page.text_of["mistakes"]
+
+
+def test_a_fold_says_which_one_it_is():
+    results, data, predictions = run_of()
+    data.source["fold"] = {"number": 2, "of": 5}
+    assert "fold 2 of 5 · some/model" in page_of(results, data, predictions).text
+
+
+def test_the_curve_is_told_from_the_accuracy_that_the_calibration_makes():
+    results, data, predictions = run_of()
+    results["test"]["calibration"]["scores"]["prior"]["accuracy"] = 0.4583
+    results["validation"]["accuracy"] = 0.25
+    page = page_of(results, data, predictions)
+    said = "With it, as in the test, the saved model is right on 45.8% of the validation images, and not on 25.0%."
+    assert said in page.text_of["curves"] and "Validation accuracy, calibrated 0.4583" in page.text_of["metrics"]
+    results["test"]["calibration"]["score"] = "sum"
+    assert "without its calibration" not in page_of(results, data, predictions).text
 
 
 def test_words_of_the_page_are_said_once_and_explained():

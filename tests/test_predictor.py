@@ -232,10 +232,64 @@ def test_no_images_give_no_results(loaded):
     assert batch(loaded, []) == {}
 
 
-def test_one_path_instead_of_a_list_is_refused(loaded, paths):
-    for path in (paths[0], str(paths[0])):
-        with pytest.raises(TypeError, match="pass a list of paths"):
-            batch(loaded, path)
+def test_one_image_instead_of_a_list_is_refused(loaded, paths, arrays):
+    image = Image.fromarray(arrays[0])
+    for one in (paths[0], str(paths[0]), paths[0].read_bytes(), image, arrays[0], np.asarray(image.convert("RGB"))):
+        with pytest.raises(TypeError, match="pass a list of images"):
+            batch(loaded, one)
+
+
+def test_images_of_all_kinds_in_one_list_are_the_same_as_their_files(loaded, paths, arrays):
+    content = paths[3].read_bytes()
+    image = Image.fromarray(arrays[2])
+    given = [
+        paths[0],
+        arrays[1],
+        image,
+        content,
+        str(paths[4]),
+        bytearray(content),
+        memoryview(content),
+        paths[0],
+        image,
+    ]
+    results = batch(loaded, iter(given), batch_size=4, explain=False)
+    names = [str(paths[0]), "image 1", "image 2", "image 3", str(paths[4]), "image 5", "image 6", "image 8"]
+    assert list(results) == names, "a path comes once, another object as often as it is given"
+    of_files = table(batch(loaded, paths[:5], explain=False))
+    np.testing.assert_allclose(table(results), of_files[[0, 1, 2, 3, 4, 3, 3, 2]], atol=1e-5)
+    assert single(loaded, content, explain=False) == single(loaded, paths[3], explain=False)
+
+
+def test_an_array_of_several_images_is_taken_as_a_list(loaded, arrays):
+    stack = np.stack(arrays[:3])
+    results = batch(loaded, stack, explain=False)
+    assert list(results) == ["image 0", "image 1", "image 2"]
+    assert results == batch(loaded, list(stack), explain=False)
+    rgb = np.stack([stack] * 3, axis=-1)
+    np.testing.assert_allclose(table(batch(loaded, rgb, explain=False)), table(results), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_what_is_no_image_or_too_large_is_an_error_of_its_own_image(loaded, paths, arrays, tmp_path, monkeypatch):
+    image = Image.new("L", (10, 10))
+    image.save(tmp_path / "bomb.png")
+    content = (tmp_path / "bomb.png").read_bytes()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 99)
+    bombs = [tmp_path / "bomb.png", content, Image.open(tmp_path / "bomb.png"), image, np.zeros((10, 10, 3), np.uint8)]
+    results = batch(loaded, [*bombs, arrays[0], 0, None, b"", {"path": "a"}], explain=False)
+    *refused, good, number, nothing, empty, other = results.values()
+    assert all("10x10 is more than the 99 pixels" in result["error"] for result in refused)
+    assert "error" not in good and good["prediction"] is not None
+    assert number["error"].startswith("image 6: of the type int; expected a path, a PIL image, an array or the bytes")
+    assert nothing["error"] == "image 7: there is no image"
+    assert empty["error"].startswith("image 8: not an image") and other["error"].startswith("image 9: of the type dict")
+
+
+def test_a_file_with_the_name_of_an_image_without_a_path_is_not_mixed_with_it(loaded, arrays):
+    for images in ([arrays[0], "image 0"], ["image 1", arrays[0]]):
+        with pytest.raises(ValueError, match=r"a file called image \d, .* write \./image \d"):
+            batch(loaded, images)
 
 
 def test_a_batch_size_of_zero_is_refused(loaded, paths):

@@ -24,7 +24,7 @@ def test_the_response_and_nothing_else_is_marked_as_being_in_the_loss(classifier
     assert marked.strip().removesuffix("]]") == f"{classifier.prompts.responses[3]}<end_of_utterance>"
     assert classifier.prompts.system in before and classifier.prompts.question in before
     assert "<image> x 4<fake_token_around_image>" in before
-    assert "with 4 image tokens" in before
+    assert "4 of them image tokens" in before
 
 
 def test_a_sample_without_a_image_token_stops(classifier, monkeypatch):
@@ -51,7 +51,8 @@ def test_token_counts_that_do_not_match_the_features_stop_the_forward(classifier
 
 def test_the_settings_say_what_is_faster_how_many_work_and_where_features_are_kept(classifier):
     def rows(processes, **more):
-        return dict(settings_rows(resolve({"model": "x"} | more), classifier, "cpu", torch.float32, processes))
+        settings = resolve({"model": "x"} | more).complete(more["batch_size"], "both")
+        return dict(settings_rows(settings, classifier, "cpu", torch.float32, processes))
 
     one, two = rows(1, batch_size=1), rows(2, batch_size=8, tune="full")
     assert (
@@ -61,9 +62,25 @@ def test_the_settings_say_what_is_faster_how_many_work_and_where_features_are_ke
     assert two["batch size"] == "8" and two["processes"].startswith("2, ") and "vision features" not in two
 
 
+def test_the_settings_have_all_that_differs_from_the_defaults(classifier):
+    def rows(**more):
+        settings = resolve({"model": "x"} | more).complete(more.get("batch_size", 8), "both")
+        return dict(settings_rows(settings, classifier, "cpu", torch.float32, 1))
+
+    usual = rows()
+    changed = rows(augment="light", augment_turns=True, max_samples=64, class_balance=True, prompt_template="a" * 300)
+    assert changed.keys() - usual.keys() == {"augmentation", "max samples", "class balance", "prompt template"}
+    assert changed["augmentation"] == (
+        "4 views of each training image: itself, and others changed as by --augment light, turned by quarters"
+    )
+    assert (changed["max samples"], changed["class balance"]) == ("64", "yes") and len(changed["prompt template"]) <= 80
+    assert rows(augment_turns=True)["augmentation"].endswith("itself, and others turned by quarters")
+    assert rows(tune="full", batch_size=16).keys() == usual.keys() - {"vision features"}, "what follows is no change"
+
+
 def test_the_settings_say_that_the_class_list_is_left_out(classifier):
     def rows(**more):
-        settings = resolve({"model": "x"} | more)
+        settings = resolve({"model": "x"} | more).complete(8, "both")
         return dict(settings_rows(settings, classifier, "cpu", torch.float32, 1))
 
     assert "class list" not in rows()

@@ -1,5 +1,6 @@
 """Notes and progress, on a terminal and without one."""
 
+import io
 import os
 import sys
 
@@ -27,6 +28,13 @@ def test_note_goes_to_stderr_of_the_main_process_only(capsys, monkeypatch):
     note("three")
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err == "one\ntwo\n"
+
+
+def test_in_a_notebook_a_note_is_not_shown_as_an_error(capsys, monkeypatch):
+    stream = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})()
+    monkeypatch.setattr(sys, "stdout", stream)
+    note("epoch 1")
+    assert stream.getvalue() == "epoch 1\n" and capsys.readouterr().err == ""
 
 
 def test_without_a_terminal_lines_come_every_ten_seconds_with_rate_and_time_left(capsys, clock):

@@ -73,9 +73,9 @@ def test_nothing_is_asked_of_the_loader_without_the_flags():
 # With bitsandbytes
 
 
-def quantized(folder, bits: int) -> VLMClassifier:
+def quantized(folder, bits: int, variant: str) -> VLMClassifier:
     family = load_family(folder, torch.float32, CPU, {}, bits)
-    prepare_tuning(family, resolve({"tune": "lora", "lora_dropout": 0.0}))
+    prepare_tuning(family, resolve({"tune": "lora", "lora_dropout": 0.0, "lora_variant": variant}))
     return VLMClassifier(family, tiny_prompts(tuple(NAMES[:4])))
 
 
@@ -93,13 +93,13 @@ def multiply_plainly(classifier: VLMClassifier) -> None:
 
 @pytest.mark.slow
 @needs_bitsandbytes
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("bits", "variant"), [(4, "lora"), (8, "lora"), (4, "dora")])
 @pytest.mark.parametrize("kind", BUILDERS)
-def test_only_the_language_model_is_quantized_and_the_saved_model_is_a_plain_one(kind, bits, tmp_path):
+def test_only_the_language_model_is_quantized_and_the_saved_model_is_a_plain_one(kind, bits, variant, tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     BUILDERS[kind](folder)
-    classifier = quantized(folder, bits)
+    classifier = quantized(folder, bits, variant)
     family = classifier.family
     inside = {id(module) for module in family.language.modules()}
     for module in family.model.modules():

@@ -194,7 +194,7 @@ def known_flags() -> set[str]:
         path.read_text(encoding="utf-8")
         for path in [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("docs/*.py"), *ROOT.glob("*.sh")]
     ]
-    return {
+    return {"--local-dir"} | {  # of `hf download`
         flag for text in [*(done.stdout for done in helps), *others] for flag in re.findall(r"--[a-z][a-z0-9-]*", text)
     }
 

@@ -161,3 +161,17 @@ def test_a_finished_or_interrupted_run_is_not_overwritten_by_chance(unbroken, tm
     with pytest.raises(Stopped, match="after step 1 of"):
         fit(settings(tmp_path, overwrite=True, **more), stop_after(1))
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["dora", "rslora", "pissa"])
+def test_each_variant_of_lora_goes_on_exactly(tmp_path, variant):
+    more = {"tune": "lora", "lora_variant": variant, "learning_rate": 1e-3, "epochs": 1}
+    fit(settings(tmp_path / "unbroken", **more))
+    with pytest.raises(Stopped):
+        fit(settings(tmp_path / "resumed", **more), stop_after(2))
+    fit(resumed(tmp_path / "resumed"))
+    for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        one, other = (load_file(tmp_path / run / "final_model" / name) for run in ("unbroken", "resumed"))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one), name

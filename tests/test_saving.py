@@ -10,7 +10,7 @@ from damage import flip_bit
 from safetensors.torch import load_file
 from tiny import tiny_classifier
 
-from vlm.common import RunError
+from vlm.common import RunError, resume_command
 from vlm.config import PREVIOUS_STATE, STATE
 from vlm.training.resume_state import Belonging, Progress, load_state, read_state
 from vlm.training.saving import Saver
@@ -117,7 +117,7 @@ def test_at_the_end_it_is_an_error_that_says_what_is_missing(run, disk):
         saver.final_model()
     assert str(error.value) == (
         f"best_model and final_model could not be saved in {run.output} (no space left on device). Make room, then "
-        f"continue with --resume --output-dir {run.output}."
+        f"continue with {resume_command(run.output)}."
     )
 
 

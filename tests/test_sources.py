@@ -177,7 +177,7 @@ def test_a_missing_column_lists_those_there_with_the_likely_one(tmp_path):
         image_column="imge",
     )
     refuse(
-        r"--label-column LABEL: no such column. .*image, label \(image has another use\). Did you mean label\?",
+        r"--label-column LABEL: no such column. .*image, label \(image is the image column\). Did you mean label\?",
         tmp_path / "set",
         label_column="LABEL",
     )

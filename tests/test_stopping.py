@@ -14,7 +14,7 @@ from commands import PATIENCE, TRACEBACK, command, names_in, surroundings, train
 from safetensors.torch import load_file
 
 from vlm.classifier.classifier import LossOutput, VLMClassifier
-from vlm.common.errors import Stopped
+from vlm.common import Stopped, resume_command
 from vlm.training.loop import Trainer
 from vlm.training.stopping import TESTING, TRAINING, StopSignals
 
@@ -64,9 +64,8 @@ def test_ctrl_c_saves_the_state_and_says_how_to_go_on(tmp_path, unbroken):
     assert code == 130 and TRACEBACK not in err
     assert "stopping after this step; once more to stop at once." in err
     last = err.splitlines()[-1]
-    assert last.startswith("stopped after step ") and last.endswith(
-        f" of 80; continue with --resume --output-dir {tmp_path}"
-    )
+    assert last.startswith("stopped after step ") and " of 80; continue with " in last
+    assert last.endswith(f"train_vlm.py --resume --output-dir {tmp_path}")
     assert goes_on_to_the_same_end(tmp_path, unbroken)
 
 
@@ -100,9 +99,7 @@ def test_sigterm_as_clusters_send_it_saves_the_state_too(tmp_path, unbroken, mon
     with monkeypatch.context() as patched:
         send_after(patched, 13, signal.SIGTERM)
         assert train(*FLAGS, "--output-dir", tmp_path) == 130
-    assert capsys.readouterr().err.endswith(
-        f"stopped after step 13 of 80; continue with --resume --output-dir {tmp_path}\n"
-    )
+    assert capsys.readouterr().err.endswith(f"stopped after step 13 of 80; continue with {resume_command(tmp_path)}\n")
     assert goes_on_to_the_same_end(tmp_path, unbroken)
 
 
@@ -136,7 +133,7 @@ def test_during_the_final_test_it_ends_at_once_and_can_be_tested_later(tmp_path,
         send_from(patched, "vlm.training.running.finish")
         assert train(*FLAGS, "--output-dir", tmp_path) == 130
     err = capsys.readouterr().err
-    assert err.endswith(f"stopped after the training; continue with the test by --resume --output-dir {tmp_path}\n")
+    assert err.endswith(f"stopped after the training; continue with the test by {resume_command(tmp_path)}\n")
     assert "stopping after this step" not in err and not (tmp_path / "results.json").exists()
     assert train("--resume", "--output-dir", tmp_path) == 0
     assert (tmp_path / "results.json").exists()
@@ -310,21 +307,21 @@ def test_a_run_on_a_full_disk_goes_on_and_says_what_is_missing(tmp_path, monkeyp
     assert err.count("could not be saved in") == 1, "one warning, not one at each save"
     assert err.splitlines()[-1] == (
         "stopped after step 35 of 80; the state could not be saved (no space left on device), so make room, and that "
-        f"of step 0 is taken; continue with --resume --output-dir {tmp_path}"
+        f"of step 0 is taken; continue with {resume_command(tmp_path)}"
     )
     with monkeypatch.context() as patched:
         fill_disk(patched, "final_model")
         assert train("--resume", "--output-dir", tmp_path) == 1
     assert capsys.readouterr().err.splitlines()[-1] == (
         f"error: final_model could not be saved in {tmp_path} (no space left on device). Make room, then continue with "
-        f"--resume --output-dir {tmp_path}."
+        f"{resume_command(tmp_path)}."
     )
     with monkeypatch.context() as patched:
         fill_disk(patched, ".report.html")
         assert train("--resume", "--output-dir", tmp_path) == 1
     assert capsys.readouterr().err.splitlines()[-1] == (
         f"error: {tmp_path / 'report.html'} could not be written (no space left on device). The training is done: make "
-        f"room, then continue with the test by --resume --output-dir {tmp_path}."
+        f"room, then continue with the test by {resume_command(tmp_path)}."
     )
     (tmp_path / "final_model").rename(tmp_path / "final_model_of_this_test")
     assert goes_on_to_the_same_end(tmp_path, unbroken)

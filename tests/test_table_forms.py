@@ -82,6 +82,33 @@ def test_columns_of_other_names_are_found_if_only_one_has_image_paths_and_one_is
     assert (data.source["image_column"], data.source["label_column"]) == ("scan", "breed")
 
 
+@pytest.mark.parametrize("label", ["label", "breed"])
+def test_names_without_an_ending_are_the_images_if_a_flag_makes_them_paths(tmp_path, label):
+    path = text_table(tmp_path / "a.csv", [f"id,{label}", *(f"{i},{i % 2}" for i in range(8))])
+    data = load(path, image_folder=str(tmp_path / "pics"), image_suffix=".png")
+    assert sum(counts(data)) == 8 and data.class_names == ["0", "1"], "the labels are names of files, too"
+    assert (data.source["image_column"], data.source["label_column"]) == ("id", label)
+    refuse("--image-column: no column was recognized", path)
+
+
+@pytest.mark.parametrize("label", ["label", "breed"])
+def test_the_column_of_names_is_found_even_if_their_ending_is_wrong(tmp_path, label):
+    path = text_table(tmp_path / "a.csv", [f"id,{label}", *(f"{i},{'ab'[i % 2]}" for i in range(8))])
+    wrong = "no file 0.jpg of the column id in .*, but there is 0.png. Give: --image-suffix .png instead of .jpg"
+    refuse(wrong, path, image_folder=str(tmp_path / "pics"), image_suffix=".jpg")
+
+
+def test_a_column_that_is_mostly_empty_is_not_taken_for_the_labels(tmp_path):
+    lines = ["Datei;Planet;Bemerkung", *(f"{path};{label};{'blurred' * (path == ROWS[3][0])}" for path, label in ROWS)]
+    path = text_table(tmp_path / "a.csv", lines)
+    data = load(path)
+    check(data)
+    assert data.source["label_column"] == "Planet"
+    refuse(
+        r"no such column. Columns there: Datei, Planet, Bemerkung \(Datei is the image column\)", path, label_column="x"
+    )
+
+
 def test_empty_fields_at_the_end_of_lines_are_no_columns(tmp_path):
     lines = ["image,label", *(f"{path},{label},," for path, label in ROWS), ""]
     check(load(text_table(tmp_path / "a.csv", lines)))

@@ -1,5 +1,6 @@
 """Small models of the true architecture for tests, built in a second."""
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -71,6 +72,13 @@ def full_row_logits(classifier: VLMClassifier, row: list[int], pixels: dict) -> 
     return classifier.model(input_ids=ids, **pixels, use_cache=False).logits[0]
 
 
-def save_classifier(folder: Path, classifier: VLMClassifier, metadata: dict, dtype: torch.dtype) -> None:
+def save_classifier(
+    folder: Path,
+    classifier: VLMClassifier,
+    metadata: dict,
+    dtype: torch.dtype,
+    write_more: Callable[[Path], None] | None = None,
+) -> None:
     """Write the model folder that a training would write."""
-    save_model_folder(folder, classifier.family, merged_state_dict(classifier.model, dtype), metadata, dtype)
+    state = merged_state_dict(classifier.model, dtype)
+    save_model_folder(folder, classifier.family, state, metadata, dtype, write_more)

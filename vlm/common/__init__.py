@@ -6,11 +6,12 @@ environment and the doctor run before any package is installed.
 
 from typing import TYPE_CHECKING
 
-from vlm.common.checksums import CHECKSUMS, check_checksums, read_checksums
+from vlm.common.checksums import CHECKSUMS, check_checksums, read_checksums, write_checksums
 from vlm.common.errors import (
     RunError,
     Stopped,
     UsageError,
+    Worded,
     WriteError,
     did_you_mean,
     doing,
@@ -26,7 +27,7 @@ from vlm.common.folders import existing, files_of_others, read_folder, recover, 
 from vlm.common.lazy import lazy_names
 from vlm.common.modes import evaluation_mode
 from vlm.common.processes import OTHER_ENDED, is_main_process
-from vlm.common.programs import command_of
+from vlm.common.programs import command_of, resume_command
 from vlm.common.streams import any_text, drop_closed_pipes
 from vlm.common.switches import switches_as_before
 from vlm.common.tables import format_table, text_width
@@ -54,6 +55,7 @@ __all__ = [
     "RunError",
     "Stopped",
     "UsageError",
+    "Worded",
     "WriteError",
     "any_text",
     "brief",
@@ -85,6 +87,7 @@ __all__ = [
     "read_folder",
     "read_json",
     "reason",
+    "resume_command",
     "recover",
     "remove",
     "replacing",
@@ -96,6 +99,7 @@ __all__ = [
     "write_failure",
     "write_folder",
     "write_json",
+    "write_checksums",
     "writing",
 ]
 

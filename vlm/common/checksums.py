@@ -6,7 +6,7 @@ against somebody who changes a file on purpose.
 
 import zlib
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from vlm.common.errors import UsageError, reason
 from vlm.common.files import read_json, write_json
@@ -25,17 +25,18 @@ def checksum(path: Path) -> str:
 
 
 def write_checksums(folder: Path, known: Mapping[str, str]) -> None:
-    """Write `CHECKSUMS` for the files of a folder; those of its subfolders are not in it.
+    """Write `CHECKSUMS` for the files of a folder and its subfolders.
 
     Args:
         known: checksums by name that need not be computed again.
     """
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != CHECKSUMS)
-    write_json(folder / CHECKSUMS, {path.name: known.get(path.name) or checksum(path) for path in files})
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    files.pop(CHECKSUMS, None)
+    write_json(folder / CHECKSUMS, {name: known.get(name) or checksum(path) for name, path in files.items()})
 
 
 def read_checksums(folder: Path) -> dict[str, str]:
-    """Checksums by file name; none in a folder without `CHECKSUMS`, as of an earlier version.
+    """Checksums by path in the folder, such as adapter/adapter_config.json; none without `CHECKSUMS`.
 
     Raises:
         UsageError: the file cannot be read.
@@ -46,25 +47,35 @@ def read_checksums(folder: Path) -> dict[str, str]:
     cure = "Copy the folder again, or delete this file to use the folder without a check."
     values = read_json(path, cure)
     if not isinstance(values, dict) or not all(
-        isinstance(value, str) and name == Path(name).name for name, value in values.items()
+        isinstance(value, str) and _lies_inside(name) for name, value in values.items()
     ):
         raise UsageError(f"{path} is damaged: it does not name files with their checksums. {cure}")
     return values
 
 
-def check_checksums(folder: Path, cure: str, movable: str = "") -> None:
+def _lies_inside(name: str) -> bool:
+    """Whether a text is the path of something in a folder."""
+    path = PurePosixPath(name)
+    return name == str(path) != "." and not path.is_absolute() and ".." not in path.parts and "\\" not in name
+
+
+def check_checksums(folder: Path, cure: str, movable: str = "", editable: str = "") -> None:
     """Compare the files of a folder with its `CHECKSUMS`; a folder without them is not checked.
+
+    A subfolder may be left out as a whole.
 
     Args:
         cure: what the user can do about a damaged file; the end of the message.
         movable: the file that may be missing, because it may lie elsewhere.
+        editable: the file that may be missing or have another content, because it is for people.
 
     Raises:
         UsageError: a file is missing or has another content.
     """
     for name, expected in read_checksums(folder).items():
         path = folder / name
-        if name == movable and not path.exists():
+        part = folder / PurePosixPath(name).parts[0]  # the file itself, or the subfolder that it is in
+        if name == editable or (name == movable or part != path) and not part.exists():
             continue
         if not path.is_file():
             raise UsageError(f"{path} is missing: {CHECKSUMS} next to it names it. {cure}")

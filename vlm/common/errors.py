@@ -8,21 +8,41 @@ import errno
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from vlm.common.processes import OTHER_ENDED, is_main_process, is_of_another_process, tell_launcher
 from vlm.common.streams import any_text, drop_closed_pipes
 from vlm.common.text import CONTINUED, message_text
 
 ERROR = "error: "  # how messages of errors begin
+WHILE = "while "  # how notes begin that say what was being done
 
 
-class UsageError(Exception):
+class Worded:
+    """What errors have whose message says all that a user needs: a notebook shows it without a traceback.
+
+    Attributes:
+        debug: True shows the traceback, too.
+    """
+
+    debug = False
+
+    def _render_traceback_(self: Any) -> list[str]:
+        """Called by IPython. Notes about what was being done (see `doing`) are left out, as on the command line."""
+        if self.debug:
+            return traceback.format_exception(self)
+        notes = [note for note in getattr(self, "__notes__", []) if not note.startswith(WHILE)]
+        return [f"{type(self).__name__}: {_own_text(self)}", *notes]
+
+
+class UsageError(Worded, Exception):
     """The command or its input is wrong: what was found, what was expected, what to do next. Exit code 2."""
 
 
-class RunError(Exception):
+class RunError(Worded, Exception):
     """A run that was set up correctly could not go on. Exit code 1."""
 
 
@@ -38,7 +58,7 @@ class WriteError(RunError):
         self.path, self.reason = path, reason
 
 
-class Stopped(KeyboardInterrupt):
+class Stopped(Worded, KeyboardInterrupt):
     """The user stopped the run; the message says what is left of it. Exit code 130.
 
     It is no `Exception`, so that no `except Exception` catches it.
@@ -87,7 +107,7 @@ def doing(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        error.add_note(f"while {what}")
+        error.add_note(f"{WHILE}{what}")
         raise
 
 

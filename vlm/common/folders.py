@@ -76,7 +76,9 @@ def files_of_others(folder: Path) -> list[str]:
         return []
     if not own or not all((folder / name).exists() for name in own):
         return []
-    names = (path.name for path in folder.iterdir())
+    folders = {name.partition("/")[0] for name in own if "/" in name}
+    inside = {path.relative_to(folder).as_posix() for name in folders for path in (folder / name).rglob("*")}
+    names = inside | {path.name for path in folder.iterdir()} - folders
     return sorted(name for name in names if name not in own and name != CHECKSUMS and not name.startswith("."))
 
 
@@ -84,8 +86,9 @@ def _carry_over(folder: Path, new: Path) -> None:
     """Copy what others have put into a folder that is replaced."""
     for name in files_of_others(folder) if folder.is_dir() else []:
         if (folder / name).is_dir():
-            shutil.copytree(folder / name, new / name, symlinks=True)
+            shutil.copytree(folder / name, new / name, symlinks=True, dirs_exist_ok=True)
         elif not (new / name).exists():
+            (new / name).parent.mkdir(exist_ok=True)
             shutil.copy2(folder / name, new / name, follow_symlinks=False)
 
 
@@ -138,7 +141,7 @@ def usual_modes(folder: Path) -> None:
     """Give the files of a folder the user's usual mode: safetensors writes them readable by their owner only."""
     mask = os.umask(0o022)
     os.umask(mask)
-    for path in folder.iterdir():
+    for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(0o666 & ~mask)
 

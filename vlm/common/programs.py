@@ -1,6 +1,7 @@
 """How a user starts the programs from here, for messages that name a command."""
 
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -20,6 +21,17 @@ def command_of(script: str, installed: str) -> str:
         return program.name if shutil.which(program.name) == str(program) else _from_here(program)
     python, file = _from_here(Path(sys.executable)), _from_here(Path(__file__).parents[2] / script)
     return f"{'python' if shutil.which('python') == sys.executable else python} {file}"
+
+
+def resume_command(output: Path) -> str:
+    """How to continue the run in an output folder, for messages.
+
+    With several processes these are only the flags: they belong to the command that started the processes.
+    """
+    flags = f"--resume --output-dir {shlex.quote(str(output))}"
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        return flags
+    return f"{command_of('train_vlm.py', 'vlm-train')} {flags}"
 
 
 def _from_here(path: Path) -> str:

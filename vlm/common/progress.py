@@ -2,13 +2,17 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from time import monotonic
 from typing import Any, TypeVar
 
 from tqdm.asyncio import tqdm_asyncio
-from tqdm.auto import tqdm
+
+with warnings.catch_warnings():  # in a notebook without ipywidgets, where plain lines are written
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    from tqdm.auto import tqdm
 
 from vlm.common.processes import is_main_process
 from vlm.common.text import printable, printable_lines
@@ -21,9 +25,13 @@ Item = TypeVar("Item")
 
 
 def note(text: str) -> None:
-    """Print a line to stderr, above an open progress bar. Other processes than the main one print nothing."""
+    """Print a line to stderr, above an open progress bar. Other processes than the main one print nothing.
+
+    In a notebook, which shows stderr in red as if it were an error, the line goes to stdout.
+    """
     if is_main_process():
-        tqdm.write(printable_lines(text), file=sys.stderr)
+        in_notebook = type(sys.stdout).__module__.startswith("ipykernel")
+        tqdm.write(printable_lines(text), file=sys.stdout if in_notebook else sys.stderr)
 
 
 def _can_draw() -> bool:

@@ -14,6 +14,7 @@ TUNING_DEFAULTS: dict[str, dict[str, Any]] = {
     "connector": {"learning_rate": 5e-4, "epochs": 5},
     "full": {"learning_rate": 1e-5, "epochs": 3},
 }
+LORA, DORA, RSLORA, PISSA = "lora", "dora", "rslora", "pissa"  # of --lora-variant, by PEFT's names
 RESPONSE, POSTERIOR, BOTH = "response", "posterior", "both"  # objectives, see vlm/classifier/objective.py
 # The demo trains a very small model from scratch, which needs other values than fine-tuning.
 DEMO_DEFAULTS: dict[str, Any] = {
@@ -29,6 +30,8 @@ DEMO_DEFAULTS: dict[str, Any] = {
     "task_description": "handwritten digit recognition",
     "probe": True,
 }
+# For messages: how to train the demo's model, which a demo leaves in its output folder, on other images.
+TRAIN_DEMO_MODEL = "--model {folder} --tune full --learning-rate 1.5e-3 --batch-size 16 --dataset YOURS"
 AUTO = "auto"
 PROMPTS_OF_MODEL, NEW_PROMPTS = "model", "new"  # --prompts
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")  # each writes to a folder of this name in the output folder

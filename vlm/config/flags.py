@@ -88,7 +88,7 @@ def add_flag(parser: Any, name: str, *more_names: str, **changes: Any) -> None:
     """
     item = next(item for item in dataclasses.fields(Settings) if item.name == name)
     details = {key: value for key, value in item.metadata.items() if key != "group"}
-    kind = _value_type(item)
+    kind = value_type(item)
     if kind is bool:
         details["action"] = "store_true"
     else:
@@ -98,7 +98,7 @@ def add_flag(parser: Any, name: str, *more_names: str, **changes: Any) -> None:
     parser.add_argument(flag_of(name), *more_names, **details | changes)
 
 
-def _value_type(item: dataclasses.Field) -> type:
+def value_type(item: dataclasses.Field) -> type:
     """The type of one value of a field: `list[str] | None` -> `str`."""
     kind: Any = item.type
     if isinstance(kind, types.UnionType):

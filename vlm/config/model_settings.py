@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from vlm.config.declare import flag
-from vlm.config.defaults import AUTO, DEFAULT_MODEL
+from vlm.config.defaults import AUTO, DEFAULT_MODEL, DORA, LORA, PISSA, RSLORA
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,13 @@ class ModelSettings:
     lora_alpha: float = flag(32.0, "model", "scale of LoRA: the update is multiplied by alpha / rank (default: 32)")
     lora_dropout: float = flag(
         0.0, "model", "dropout before the LoRA matrices (default: 0); a step takes longer with it"
+    )
+    lora_variant: str = flag(
+        LORA,
+        "model",
+        "dora: lengths and directions of the weights are trained apart, slower; rslora: the scale is alpha / square "
+        "root of rank; pissa: LoRA starts as the largest singular values of the weights (default: lora)",
+        choices=(LORA, DORA, RSLORA, PISSA),
     )
     device: str = flag(
         AUTO,

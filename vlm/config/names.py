@@ -11,6 +11,8 @@ STATE = "resume_state"
 PREVIOUS_STATE = "resume_state_previous"
 BEST_MODEL = "best_model"
 FINAL_MODEL = "final_model"
+MODEL_CARD = "README.md"  # in a model folder
+ADAPTER_FOLDER = "adapter"  # in a model folder: what LoRA learned, in PEFT's format
 DEMO_IMAGES = "demo_images"
 DEMO_MODEL = "demo_model"
 MANIFEST = ".run_files.json"  # names what the run has written (vlm/training/run_files.py)
@@ -35,7 +37,7 @@ def written_by(folds: int | None) -> tuple[str, ...]:
     """All that a run writes or, with `folds`, a cross-validation of so many, besides the folders of trackers."""
     if folds is None:
         return WRITTEN
-    return (*(fold_folder(number) for number in range(1, folds + 1)), METADATA, RESULTS, PREDICTIONS)
+    return (*(fold_folder(number) for number in range(1, folds + 1)), METADATA, RESULTS, PREDICTIONS, PAGE)
 
 
 def fold_folder(number: int) -> str:

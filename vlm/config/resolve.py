@@ -50,12 +50,16 @@ NOT_PART_OF_THE_RUN = {
     "use_wandb",
     "wandb_project",
     "metrics",
+    "push_to_hub",
+    "public",
     "dry_run",
     "show_data",
 }
 # Not taken over from the interrupted run. Its folder may have been moved, or be from somebody else: the run goes on in
-# the folder that is named now, and code (--metrics) runs only if this command names it.
-OF_ONE_START = {"resume", "overwrite", "debug", "output_dir", "metrics", "dry_run", "show_data"}
+# the folder that is named now, and code runs (--metrics) and a model is uploaded only if this command says so.
+OF_ONE_START = {
+    *("resume", "overwrite", "debug", "output_dir", "metrics", "push_to_hub", "public", "dry_run", "show_data"),
+}
 SMALL_TEST = 0.01  # share of the images that a run tests which follows a cross-validation
 NO_METRICS = ["none"]
 ABSTAINING = {"abstain_below", "target_precision"}  # only one of the two at a time
@@ -174,6 +178,17 @@ def _next_to(output: Path) -> str:
 
 def _flags_of(given: dict[str, Any], saved: RunSettings, left_out: Collection[str]) -> list[str]:
     """What was given, and the settings of a run that differ from the defaults, as words of a command line."""
+    return [word for name, value in _given(given, saved, left_out).items() for word in _as_flag(name, value)]
+
+
+def other_settings(settings: RunSettings) -> dict[str, Any]:
+    """The settings of a run that differ from the defaults, by name, without those of one start."""
+    return _given({"demo": True} if settings.demo else {}, settings, OF_ONE_START)
+
+
+def _given(given: dict[str, Any], saved: RunSettings, left_out: Collection[str]) -> dict[str, Any]:
+    """What was given, and the settings of a run that differ from the defaults, by name."""
+    given = dict(given)
     decided = {"batch_size", "gradient_accumulation_steps"}
     usual = saved.batch_size * saved.gradient_accumulation_steps == IMAGES_PER_STEP
     for name, value in saved.to_json().items():
@@ -181,7 +196,7 @@ def _flags_of(given: dict[str, Any], saved: RunSettings, left_out: Collection[st
             continue
         if value != getattr(_fill(DEMO_DEFAULTS | given if saved.demo else given), name):
             given[name] = value
-    return [word for name, value in given.items() for word in _as_flag(name, value)]
+    return given
 
 
 def _as_flag(name: str, value: Any) -> list[str]:

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from vlm.common import shorten
-from vlm.config.defaults import AUTO, POSTERIOR, PROMPTS_OF_MODEL, RESPONSE
+from vlm.config.defaults import AUTO, DORA, LORA, PISSA, POSTERIOR, PROMPTS_OF_MODEL, RESPONSE, TRAIN_DEMO_MODEL
+from vlm.config.names import DEMO_MODEL
 from vlm.config.settings import Settings
 
 
@@ -151,6 +152,7 @@ VALUES = (
     ),
 )
 
+OF_THE_DEMO = TRAIN_DEMO_MODEL.format(folder=f"{{s.output_dir}}/{DEMO_MODEL}")
 CONFLICTS = (
     Conflict(
         lambda s: not s.output_dir.strip(),
@@ -182,7 +184,8 @@ CONFLICTS = (
     ),
     Conflict(
         lambda s: s.demo and (s.model or s.dataset),
-        "--demo brings its own model and dataset: leave out --model and --dataset, or leave out --demo.",
+        "--demo brings its own model and dataset: leave out --model and --dataset. "
+        f"To train its small model on your images after a demo: {OF_THE_DEMO}",
     ),
     Conflict(
         lambda s: s.prompts == PROMPTS_OF_MODEL and (s.given_texts or s.demo),
@@ -210,6 +213,20 @@ CONFLICTS = (
     Conflict(
         lambda s: s.bits and s.tune != "lora",
         "--load-in-{s.bits}bit needs --tune lora, not {s.tune}: quantized weights cannot be trained themselves.",
+    ),
+    Conflict(
+        lambda s: s.lora_variant != LORA and s.tune != "lora",
+        "--lora-variant {s.lora_variant} needs --tune lora, not {s.tune}: leave one of the two out.",
+    ),
+    Conflict(
+        lambda s: s.lora_variant == PISSA and s.bits,
+        "--lora-variant pissa and --load-in-{s.bits}bit exclude each other: PiSSA takes a part out of the weights, and "
+        "quantized ones cannot be changed. Give --lora-variant lora.",
+    ),
+    Conflict(
+        lambda s: s.lora_variant == DORA and s.load_in_8bit,
+        "--lora-variant dora and --load-in-8bit exclude each other: bitsandbytes cannot use weights of 8 bits after "
+        "DoRA has read them. Give --load-in-4bit, or --lora-variant lora.",
     ),
     Conflict(
         lambda s: s.freeze_connector and s.tune != "lora",
@@ -280,6 +297,14 @@ CONFLICTS = (
     Conflict(
         lambda s: s.folds and s.test_ratio != Settings.test_ratio,
         "--folds and --test-ratio exclude each other: each fold is the test split once.",
+    ),
+    Conflict(
+        lambda s: s.folds and s.fold is None and s.push_to_hub,
+        "--folds and --push-to-hub exclude each other: a cross-validation has no model of its own to push.",
+    ),
+    Conflict(
+        lambda s: s.public and not s.push_to_hub,
+        "--public says how to push, and not where to: add --push-to-hub OWNER/NAME, or leave it out.",
     ),
     Conflict(
         lambda s: s.fold and (s.folds is None or s.fold > s.folds),

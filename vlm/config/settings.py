@@ -16,6 +16,7 @@ from vlm.config.defaults import (
     FEW_NODES,
     FEW_VIEWS,
     IMAGES_PER_STEP,
+    LORA,
     NEW_PROMPTS,
     POSTERIOR,
     PROMPTS_OF_MODEL,
@@ -213,6 +214,16 @@ class Settings(DataSettings, ModelSettings):
     save_minutes: float = flag(
         10.0, "output", "save a checkpoint for --resume at least this often, in minutes (default: 10)"
     )
+    push_to_hub: str | None = flag(
+        None,
+        "output",
+        "upload the tested model with its card and metadata, and no data, to this repository on the hub, which is made "
+        "if there is none; needs a login (`hf auth login`)",
+        metavar="OWNER/NAME",
+    )
+    public: bool = flag(
+        False, "output", "with --push-to-hub: everybody may see the repository (without it, it is private)"
+    )
     metrics: list[str] | None = flag(
         None,
         "output",
@@ -305,7 +316,9 @@ class Settings(DataSettings, ModelSettings):
         """The same settings with another `--tune`, without the flags that only lora has."""
         if mode == "lora":
             return dataclasses.replace(self, tune=mode)
-        return dataclasses.replace(self, tune=mode, load_in_4bit=False, load_in_8bit=False, freeze_connector=False)
+        return dataclasses.replace(
+            self, tune=mode, load_in_4bit=False, load_in_8bit=False, freeze_connector=False, lora_variant=LORA
+        )
 
     def complete(self, batch_size: int, objective: str) -> "RunSettings":
         """The settings of a run, once the model and the free memory have decided what the flags left open.

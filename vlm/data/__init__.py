@@ -8,8 +8,11 @@ from vlm.data.augmentation import as_seen
 from vlm.data.classes import problem_of_name
 from vlm.data.cutting import balanced_positions
 from vlm.data.finding import find_images
+from vlm.data.formats import readable_formats
 from vlm.data.hub import model_folder
-from vlm.data.images import UnreadableImage, open_image
+from vlm.data.hub_errors import again, trouble_of, within
+from vlm.data.hub_names import hub_name, looks_like_path
+from vlm.data.images import ImageSource, UnreadableImage, open_image
 from vlm.data.known import Found, KnownImages
 from vlm.data.load import load_data
 from vlm.data.model_files import COPY_AGAIN, check_model_files, read_object
@@ -30,6 +33,7 @@ __all__ = [
     "ROLES",
     "Data",
     "Found",
+    "ImageSource",
     "KnownImages",
     "LabeledImages",
     "Place",
@@ -39,15 +43,18 @@ __all__ = [
     "Step",
     "Stream",
     "UnreadableImage",
+    "again",
     "as_seen",
     "balanced_positions",
     "check_model_files",
     "epoch_plan",
     "find_images",
+    "hub_name",
     "leave_out_refused",
     "check_what_is_known",
     "leave_out_unreadable",
     "load_data",
+    "looks_like_path",
     "match_classes",
     "model_folder",
     "note_unreadable",
@@ -56,8 +63,11 @@ __all__ = [
     "problem_of_name",
     "read_images",
     "read_object",
+    "readable_formats",
     "refuse_unreadable",
     "short_key",
     "tidy",
+    "trouble_of",
     "unpack_keys",
+    "within",
 ]

@@ -22,7 +22,7 @@ Labels = Sequence[int] | np.ndarray
 
 
 def check_enough(labels: Labels, missing: Sequence[str], names: Sequence[str], counted: str = "") -> None:
-    """Refuse to cut the missing splits out of classes that have less than one image for each split.
+    """Refuse to cut the missing splits out of classes that have fewer than one image for each split.
 
     Args:
         labels: of the images that may be drawn.
@@ -31,7 +31,7 @@ def check_enough(labels: Labels, missing: Sequence[str], names: Sequence[str], c
     needed = len(missing) + 1
     if missing and (small := _smaller(labels, names, needed)):
         raise UsageError(
-            f"train has less than {needed} images of {small}, so {' and '.join(missing)} cannot be cut from it. "
+            f"train has fewer than {needed} images of {small}, so {' and '.join(missing)} cannot be cut from it. "
             f"Expected at least {needed} of each class, or a dataset with these splits. {counted}".rstrip()
         )
 
@@ -270,6 +270,6 @@ def _what_counts(train: Split) -> str:
 
 
 def _smaller(labels: Labels, names: Sequence[str], least: int) -> str:
-    """The classes with less than `least` images, each with its count; empty if there are none."""
+    """The classes with fewer than `least` images, each with its count; empty if there are none."""
     counts = np.bincount(labels, minlength=len(names))
     return listed(f"{name} ({count})" for name, count in zip(names, counts, strict=True) if count < least)

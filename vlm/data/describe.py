@@ -27,7 +27,8 @@ def detected_rows(
     """
     columns, names = source.columns, data.class_names
     name = source.hub_id or settings.dataset
-    rows = [("dataset", source.kind if settings.demo else f"{name} ({source.kind})")]
+    rows = [("fold", f"{settings.fold or 1} of {settings.folds}")] if settings.folds else []
+    rows.append(("dataset", source.kind if settings.demo else f"{name} ({source.kind})"))
     if columns:
         rows += [("image column", columns.image), ("label column", columns.label)]
     if groups := _groups(settings, data):

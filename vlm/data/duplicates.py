@@ -66,13 +66,25 @@ def without_copies(splits: Mapping[str, Split], cut: Sequence[str]) -> dict[str,
     return kept
 
 
-def find_overlap(splits: Mapping[str, Split], class_names: Sequence[str], checked: bool = True) -> Overlap:
+def cure_of_near(has_columns: bool, is_cut: bool) -> str:
+    """What keeps images in one split that look almost the same.
+
+    Args:
+        has_columns: whether the dataset has columns. is_cut: whether a split is cut from another one.
+    """
+    if not is_cut:
+        return "the splits are those of the dataset: move such images into one of them"
+    return f"keep such images in one split, see {'--group-column' if has_columns else '--group-pattern'}"
+
+
+def find_overlap(splits: Mapping[str, Split], class_names: Sequence[str], cure: str, checked: bool = True) -> Overlap:
     """Count the images that another split has too, that a split has more than once, that have two labels, and that look
     almost like one in another split.
 
     Notes name the first ones.
 
     Args:
+        cure: what to do about near-duplicates.
         checked: whether the images were decoded; if not, only groups are looked for.
     """
     has_groups = splits["train"].has_groups
@@ -87,13 +99,13 @@ def find_overlap(splits: Mapping[str, Split], class_names: Sequence[str], checke
         if kind == TWO_LABELS:  # here both images of a pair have one; it is shown once
             pairs = [(one, other) for one, other in pairs if one.label < other.label]
         shown = [" = ".join(_show(place, kind, class_names) for place in pair) for pair in pairs[:MOST_SHOWN]]
-        cure = ". Correct their labels" if kind == TWO_LABELS else ""
-        note(f"{phrase}: {', '.join(shown)}{', ...' if len(pairs) > MOST_SHOWN else ''}{cure}")
+        then = ". Correct their labels" if kind == TWO_LABELS else ""
+        note(f"{phrase}: {', '.join(shown)}{', ...' if len(pairs) > MOST_SHOWN else ''}{then}")
     near = find_near(splits) if checked else []
     counts = {kind: len(pairs) for kind, pairs in found.items()} | (_count_near(near) if checked else {})
     counts |= {kind: len(shared) for kind, shared in groups.items()}
     of_groups = [_group_phrase(kind, shared) for kind, shared in groups.items() if shared]
-    rows = [("equal images", [*of_groups, *phrases.values()]), ("near-duplicates", _note_near(near, splits))]
+    rows = [("equal images", [*of_groups, *phrases.values()]), ("near-duplicates", _note_near(near, splits, cure))]
     return Overlap(counts, [(name, "; ".join(said)) for name, said in rows if said], near)
 
 
@@ -115,7 +127,7 @@ def _count_near(near: Sequence[NearPair]) -> dict[str, int]:
     return {kind: counted[kind] for role, other in LEAKS for kind in [near_kind(role, other)]}
 
 
-def _note_near(near: Sequence[NearPair], splits: Mapping[str, Split]) -> list[str]:
+def _note_near(near: Sequence[NearPair], splits: Mapping[str, Split], cure: str) -> list[str]:
     """Name the first near-duplicates of each kind in a note.
 
     Returns:
@@ -131,7 +143,7 @@ def _note_near(near: Sequence[NearPair], splits: Mapping[str, Split]) -> list[st
         names, others = splits[role].names, splits[other].names
         shown = [f"{brief(names[p.position])} ~ {brief(others[p.other_position])}" for p in pairs[:MOST_SHOWN]]
         more = ", ..." if len(pairs) > MOST_SHOWN else ""
-        note(f"{phrases[-1]} (keep such images in one split, see --group-column): {', '.join(shown)}{more}")
+        note(f"{phrases[-1]} ({cure}): {', '.join(shown)}{more}")
     return phrases
 
 

@@ -36,7 +36,7 @@ def cut_fold(images: Split, names: Sequence[str], settings: Settings) -> dict[st
     """
     count = settings.folds or 1
     units = units_of(images)
-    _check_enough(images, units, names, count)
+    _check_enough(images, units, names, settings)
     parts = share_units(units, images.labels, [1 / count] * count, [settings.seed, FOLDS])
     # All of them, so that a fold that cannot be cut is known before the first one is trained.
     cuts = [_cut(images, part, number, names, settings) for number, part in enumerate(parts, 1)]
@@ -61,18 +61,25 @@ def _about(split: Split) -> list[tuple[Any, ...]]:
     return list(zip(split.source_rows, split.keys, split.labels, split.groups, split.reasonings, strict=True))
 
 
-def _check_enough(images: Split, units: Sequence[Sequence[int]], names: Sequence[str], count: int) -> None:
+def _asked(settings: Settings) -> str:
+    """The flags that decide how many images a fold has."""
+    limited = "" if settings.max_samples is None else f" with --max-samples {settings.max_samples}"
+    return f"--folds {settings.folds}{limited}"
+
+
+def _check_enough(images: Split, units: Sequence[Sequence[int]], names: Sequence[str], settings: Settings) -> None:
+    count = settings.folds or 1
     if images.has_groups:
         if len(units) < count:
             raise UsageError(
-                f"--folds {count}: there are {len(units)} groups, and none is cut apart. Expected at least {count}: "
+                f"{_asked(settings)}: there are {len(units)} groups, and none is cut apart. Expected at least {count}: "
                 "give a smaller --folds, or other groups."
             )
         return
     having = Counter(label for unit in units for label in {images.labels[i] for i in unit})
     if few := listed(f"{name} ({having[number]})" for number, name in enumerate(names) if having[number] < count):
         raise UsageError(
-            f"--folds {count}: there are less than {count} different images of {few}. Expected at least {count} of "
+            f"{_asked(settings)}: there are fewer than {count} different images of {few}. Expected at least {count} of "
             "each class: give a smaller --folds, or more images."
         )
 
@@ -83,11 +90,11 @@ def _cut(images: Split, fold: list[int], number: int, names: Sequence[str], sett
     try:
         splits = cut_from_train({"train": others, "test": images.take(fold)}, ["validation"], names, settings)
     except UsageError as error:
-        raise UsageError(f"--folds {settings.folds}: without fold {number}, {error}") from error
+        raise UsageError(f"{_asked(settings)}: without fold {number}, {error}") from error
     learned = set(splits["train"].labels)
     if lost := listed(name for label, name in enumerate(names) if label not in learned):
         raise UsageError(
-            f"--folds {settings.folds}: without fold {number}, train has no image of {lost}, whose groups are too few. "
+            f"{_asked(settings)}: without fold {number}, train has no image of {lost}, whose groups are too few. "
             "Give a smaller --folds, or more groups of each class."
         )
     return splits

@@ -3,7 +3,7 @@
 import fnmatch
 import glob
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +12,7 @@ from huggingface_hub import DatasetInfo, HfApi, ModelInfo, constants, is_offline
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from vlm.common import RunError, UsageError, did_you_mean, note, one_line
+from vlm.config import DEMO_MODEL, TRAIN_DEMO_MODEL, Settings
 from vlm.data.hub_errors import TOO_MANY, Trouble, again, failure, refusal, trouble_of, within
 from vlm.data.hub_names import HubName, Kind, hub_name, looks_like_path
 from vlm.data.model_files import MissingFiles, check_file_names, check_model_files
@@ -20,7 +21,7 @@ REQUEST_SECONDS = 15  # for one answer
 PATIENCE_SECONDS = 35  # for all answers to a question: an old name is answered twice
 MAIN = "main"
 # Nothing that runs code when it is loaded: no *.py, and no pickles (*.bin, *.pt).
-MODEL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
+MODEL_FILES = ["README.md", "*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
 # What says how a dataset is to be read, and no data.
 CARD_FILES = ("README.md", ".huggingface.yaml", "dataset_infos.json")
 NOT_DATA = ("*.py", "*.pyc", "*.ipynb", "*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.safetensors", "*.md", ".*")
@@ -28,12 +29,15 @@ NOT_DATA = ("*.py", "*.pyc", "*.ipynb", "*.bin", "*.pt", "*.pth", "*.pkl", "*.pi
 Info = TypeVar("Info", ModelInfo, DatasetInfo)
 
 
-def model_folder(name: str, revision: str | None = None) -> tuple[Path, str | None]:
+def model_folder(
+    name: str, revision: str | None = None, needed: Mapping[str, str] | None = None
+) -> tuple[Path, str | None]:
     """The folder of a model; a model on the hub is downloaded, or taken from the cache.
 
     Args:
         name: a folder, or a model on the hub as `hub_name` understands it.
         revision: branch, tag or commit on the hub; None: the one in the name, or the main branch.
+        needed: further files that a model on the hub must have, and what to say if it has not.
 
     Returns:
         The folder with config.json and safetensors weights.
@@ -56,7 +60,8 @@ def model_folder(name: str, revision: str | None = None) -> tuple[Path, str | No
     asked = asked if revision is None else asked._replace(revision=revision)
     info, silence = _ask(HfApi().model_info, "model", asked)
     if info is not None:
-        check_file_names(name, [file.rfilename for file in info.siblings or []])  # before gigabytes are downloaded
+        files = [file.rfilename for file in info.siblings or []]
+        check_file_names(name, files, needed)  # before gigabytes are downloaded
         asked = asked._replace(id=_new_id("model", asked.id, info.id))
     try:
         folder = _snapshot("model", asked, MODEL_FILES, silence, ignored=["*/*"])
@@ -263,5 +268,6 @@ def _not_cached(kind: Kind, name: str, silence: Trouble | None, which: str = "")
         return RunError(f"{kind} {name}: {what}, and the cache has no complete copy{which}. {cure}.")
     return UsageError(
         f"{kind} {name}: no local folder, {what}, and the cache has no complete copy{which}.\n"
-        "       Without the hub, give a model and a dataset in folders (--model, --dataset), or try --demo."
+        "       Without the hub, give folders to --model and --dataset. If you have no model, run --demo once, "
+        f"then give {TRAIN_DEMO_MODEL.format(folder=f'{Settings.output_dir}/{DEMO_MODEL}')}"
     )

@@ -4,16 +4,15 @@ import hashlib
 import io
 import os
 import stat
-from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from vlm.common import printable, reason
+from vlm.common import Worded, printable, reason
 from vlm.data.formats import LONGEST_START, readable_formats, what_else
 
-ImageSource = str | Path | bytes | bytearray | memoryview | np.ndarray | Image.Image
+ImageSource = str | os.PathLike[str] | bytes | bytearray | memoryview | np.ndarray | Image.Image
 
 
 # What may have the name of an image. Opening a FIFO would wait for ever.
@@ -26,7 +25,7 @@ NO_FILES = {
 }
 
 
-class UnreadableImage(ValueError):
+class UnreadableImage(Worded, ValueError):
     """An image that cannot be used. The message is one line: its name and why."""
 
 
@@ -71,9 +70,14 @@ def _read(source: ImageSource | None) -> Image.Image:
     if isinstance(source, np.ndarray):
         return _to_rgb(_from_array(source))
     if isinstance(source, Image.Image):
+        _check_size(source.width, source.height)
         return _to_rgb(source)
     if isinstance(source, bytes | bytearray | memoryview):
         return _decode(io.BytesIO(source))
+    if not isinstance(source, str | os.PathLike):  # a number would be taken for an open file
+        raise ValueError(
+            f"of the type {type(source).__name__}; expected a path, a PIL image, an array or the bytes of a file"
+        )
     if (kind := stat.S_IFMT(os.stat(source).st_mode)) != stat.S_IFREG:
         raise ValueError(f"{NO_FILES.get(kind, 'something else')}, not a file")
     with open(source, "rb") as file:
@@ -87,10 +91,15 @@ def _decode(file: BinaryIO) -> Image.Image:
         file.seek(0)
         raise ValueError(what_else(file.read(LONGEST_START))) from error
     with opened as image:
-        limit = Image.MAX_IMAGE_PIXELS  # PIL itself refuses only images that are twice as large
-        if limit and image.width * image.height > limit:
-            raise ValueError(f"{image.width}x{image.height} is more than the {limit} pixels that are safe to decode")
+        _check_size(image.width, image.height)
         return _to_rgb(image)
+
+
+def _check_size(width: int, height: int) -> None:
+    """Refuse what decoding or copying would fill the memory with. PIL refuses only what is twice as large."""
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit and width * height > limit:
+        raise ValueError(f"{width}x{height} is more than the {limit} pixels that are safe to decode")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -113,6 +122,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
         array = array[:, :, 0]
     if not array.size or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
         raise ValueError(f"an array of shape {array.shape}; expected HxW, HxWx1, HxWx3 or HxWx4")
+    _check_size(array.shape[1], array.shape[0])
     if array.dtype == bool:
         array = array.astype(np.uint8) * 255
     elif np.issubdtype(array.dtype, np.floating) and array.min() >= 0 and array.max() <= 1:
@@ -136,4 +146,4 @@ def _stretch(values: np.ndarray) -> np.ndarray:
 
 
 def _name_of(source: ImageSource | None) -> str:
-    return str(source) if isinstance(source, str | Path) else f"an image given as {type(source).__name__}"
+    return str(source) if isinstance(source, str | os.PathLike) else f"an image given as {type(source).__name__}"

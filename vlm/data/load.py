@@ -12,7 +12,7 @@ from vlm.config import Settings
 from vlm.data.classes import NO_LABEL, PERHAPS_NO_LABEL, Classes, is_missing, number_labels
 from vlm.data.cutting import check_enough, cut_from_train, limit_splits, take_shots
 from vlm.data.describe import data_metadata, detected_rows
-from vlm.data.duplicates import find_overlap, without_copies
+from vlm.data.duplicates import cure_of_near, find_overlap, without_copies
 from vlm.data.folds import cut_fold, fold_metadata, rows_of_folds
 from vlm.data.known import KnownImages
 from vlm.data.readable import Readable, decode, keep_readable, only_say, refuse
@@ -54,7 +54,9 @@ def load_data(settings: Settings, dataset: object = None) -> Data:
     splits["train"] = take_shots(splits["train"], names, settings)
     _check_reasonings(source, splits["train"])
     _note_missing_classes(splits, names)
-    overlap = find_overlap(splits, names, checked)
+    _note_large_validation(splits, "validation" in cut or bool(settings.folds), settings)
+    cure = cure_of_near(source.columns is not None, bool(cut or settings.folds))
+    overlap = find_overlap(splits, names, cure, checked)
     data = Data(
         splits["train"],
         splits["validation"],
@@ -69,7 +71,7 @@ def load_data(settings: Settings, dataset: object = None) -> Data:
         checked=checked,
         known=known,
     )
-    origins = {role: _origin(role, source, hidden, settings) for role in ROLES}
+    origins = {role: _origin(role, source, hidden, settings, data) for role in ROLES}
     data.summary = detected_rows(settings, source, origins, classes.how, data, overlap.rows)
     data.source = data_metadata(settings, source, origins, data) | fold
     return data
@@ -138,8 +140,8 @@ def check_column_flags(source: Source, settings: Settings) -> None:
     """
     if source.columns is None and (given := [flag for flag, value in _table_flags(settings).items() if value]):
         raise UsageError(
-            f'{" and ".join(given)}: the dataset is of the kind "{source.kind}", which has no columns. Leave out '
-            f"{'it' if len(given) == 1 else 'them'}."
+            f'{" and ".join(given)}: the dataset is of the kind "{source.kind}", which has no columns. Leave '
+            f"{'it' if len(given) == 1 else 'them'} out."
         )
     if settings.no_header and source.kind != "CSV file":
         raise UsageError(f"--no-header: the dataset is of the kind {source.kind}, not a CSV file. Leave it out.")
@@ -224,13 +226,32 @@ def _note_missing_classes(splits: dict[str, Split], names: Sequence[str]) -> Non
             note(f"warning: {role} has no image of {listed(missing)}, so its accuracy says nothing about them.")
 
 
+def _note_large_validation(splits: dict[str, Split], is_cut: bool, settings: Settings) -> None:
+    """Say that much more of the images is validation than was asked for, since no group is cut apart."""
+    count = len(splits["validation"])
+    both = count + len(splits["train"])
+    if is_cut and splits["train"].has_groups and count > 2 * settings.validation_ratio * both:
+        note(
+            f"note: validation has {count:,} of the {both:,} images that are not in the test, which is more than "
+            f"--validation-ratio {settings.validation_ratio:g}: no group is cut apart, and each class needs one there."
+        )
+
+
 def _check_reasonings(source: Source, train: Split) -> None:
     column = source.columns and source.columns.reasoning
     if column and not any(train.reasonings):
         raise UsageError(f"--reasoning-column {column}: no training image has a text there. Name another column.")
 
 
-def _origin(role: str, source: Source, hidden: Sequence[str], settings: Settings) -> str:
+def _drawn(role: str, source: Source, settings: Settings, data: Data) -> str:
+    """Of how many images those of a split were drawn by `--max-samples`."""
+    if settings.max_samples is None or len(getattr(data, role)) < settings.max_samples or settings.shots:
+        return ""
+    total = len(source.splits[role].labels) if role in source.splits and not (role == "train" and data.cut) else 0
+    return f", drawn from {total:,}" if total > settings.max_samples else ", drawn by --max-samples"
+
+
+def _origin(role: str, source: Source, hidden: Sequence[str], settings: Settings, data: Data) -> str:
     """Where the images of a role are from, in words."""
     shots = settings.shots
     if settings.folds:
@@ -239,5 +260,5 @@ def _origin(role: str, source: Source, hidden: Sequence[str], settings: Settings
     elif role in hidden:
         return f"cut from train, as {source.split_names[role]} has no labels"
     else:
-        origin = source.split_names.get(role, "cut from train")
+        origin = source.split_names.get(role, "cut from train") + _drawn(role, source, settings, data)
     return f"{origin}, {shots} of each class" if role == "train" and shots is not None else origin

@@ -4,7 +4,7 @@ Weights are safetensors files that lie in the folder itself. An index that names
 or a place outside, and a link that leads outside, are refused.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,13 @@ class MissingFiles(UsageError):
     """A folder, or a model on the hub, lacks files that every model has."""
 
 
-def check_file_names(name: str, files: Collection[str]) -> None:
+def check_file_names(name: str, files: Collection[str], needed: Mapping[str, str] | None = None) -> None:
     """Check that a model has the files that are needed.
 
     Args:
         name: what messages call the model.
         files: their paths, relative to its folder.
+        needed: further files that have to be there, and what to say if they are not.
 
     Raises:
         UsageError: no config.json, no weights as safetensors, or an adapter.
@@ -53,6 +54,9 @@ def check_file_names(name: str, files: Collection[str]) -> None:
         )
     if CONFIG not in files:
         raise MissingFiles(f"model {name}: no {CONFIG} there. Expected a model as transformers saves it.")
+    for file, expected in (needed or {}).items():
+        if file not in files:
+            raise MissingFiles(f"model {name}: no {file} there. {expected}")
     if not any(file.endswith(WEIGHTS) and "/" not in file for file in files):
         others = [(file, OTHER_WEIGHTS.get(Path(file).suffix)) for file in sorted(files)]
         found = next((f", only {printable(file)} ({what})" for file, what in others if what), "")

@@ -14,6 +14,8 @@ from vlm.data.splits import ROLES, Split
 
 MOST_UNREADABLE = 0.05  # share of a split
 MOST_SHOWN = 5
+NO_FILE = "no such file"  # as `open_image` says it
+TABLE = " Paths in a table are relative to the table, or to --image-folder."
 IMAGES_AT_ONCE = 1000
 Complain = Callable[[str], None]
 
@@ -142,6 +144,5 @@ def check_share(
             parts = f" ({' and '.join(cut)} are cut from it)" if roles[0] == "train" and cut else ""
             complain(
                 f"{len(lost)} of {count} images of {roles[0]}{parts} are unreadable, more than {MOST_UNREADABLE:.0%}. "
-                f"First: {lost[0]}\n"
-                "       Repair or remove these files. Paths in a table are relative to the table."
+                f"First: {lost[0]}\n       Repair or remove these files.{TABLE if NO_FILE in lost[0] else ''}"
             )

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection
 
 from vlm.data.describe import count_again
-from vlm.data.duplicates import find_overlap
+from vlm.data.duplicates import cure_of_near, find_overlap
 from vlm.data.readable import keep_readable
 from vlm.data.splits import ROLES, Data
 from vlm.data.unchecked import note_unreadable
@@ -41,7 +41,8 @@ def leave_out_refused(data: Data, refusal: Refusal) -> None:
     kept = keep_readable(splits, data.class_names, data.cut)
     data.train, data.validation, data.test = (kept.splits[role] for role in ROLES)
     data.skipped += kept.skipped
-    overlap = find_overlap(kept.splits, data.class_names)
+    cure = cure_of_near(data.source.get("image_column") is not None, bool(data.cut or "fold" in data.source))
+    overlap = find_overlap(kept.splits, data.class_names, cure)
     data.overlap, data.near = overlap.counts, overlap.near
     count_again(data)
 

@@ -159,6 +159,14 @@ class GenericFamily(Family):
         ids = together[len(alone) :] if together[: len(alone)] == alone else self.tokenize(text)
         return ids + self._closing_ids
 
+    def plain_prompt(self, prompts: Prompts) -> dict[str, Any]:
+        """As in `Family`, once `render` has laid out the conversation."""
+        return {"text": self._layout.opening, "special_tokens": not self._begins(self._layout.opening)}
+
+    def _begins(self, opening: str) -> bool:
+        """Whether a text has the token already that begins one."""
+        return self.tokenizer.bos_token is not None and opening.startswith(self.tokenizer.bos_token)
+
     # Images
 
     @property
@@ -226,13 +234,12 @@ class GenericFamily(Family):
             pixels: all other tensors that the processor gives.
         """
         opening = self._layout.opening
-        twice = self.tokenizer.bos_token is not None and opening.startswith(self.tokenizer.bos_token)
         batch = self.processor(
             text=[opening] * len(images),
             images=[[image] for image in images],
             return_tensors="pt",
             padding=True,
-            add_special_tokens=not twice,
+            add_special_tokens=not self._begins(opening),
         )
         rows = [
             ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)

@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from vlm.common import CHECKSUMS, UsageError, check_checksums, printable
-from vlm.config import METADATA
+from vlm.config import METADATA, MODEL_CARD
 from vlm.data import check_model_files
 from vlm.families.base import Family
 from vlm.families.configuration import build_config, read_config
@@ -50,7 +50,7 @@ def load_family(
     if device.type == "cpu":
         # torch's attention on a CPU lets query heads share keys and values; with a mask, no other device does.
         os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
-    check_checksums(folder, CURE, movable=METADATA)
+    check_checksums(folder, CURE, movable=METADATA, editable=MODEL_CARD)
     check_model_files(folder)
     model_type = read_config(folder)["model_type"]
     family = _family_of(model_type)

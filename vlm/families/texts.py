@@ -113,6 +113,15 @@ class FamilyTexts:
         """Messages -> text. Raises UsageError if the chat template is missing or damaged."""
         return chat_text(self.processor, messages, add_generation_prompt)
 
+    def plain_prompt(self, prompts: Prompts) -> dict[str, Any] | None:
+        """What the model's processor in transformers has to be given, with an image, to read the same conversation.
+
+        Returns:
+            text: with the placeholder of the image. special_tokens: whether the processor adds the tokens that begin
+            a text. None if transformers cannot load the model without code of its own.
+        """
+        return {"text": self.apply_template(prompts.messages(), add_generation_prompt=True), "special_tokens": False}
+
     def tokenize(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 from vlm.common import lazy_names
 
 if TYPE_CHECKING:
-    from vlm.inference.arguments import build_parser, check_arguments
+    from vlm.inference.arguments import build_parser, check_arguments, check_push_arguments
     from vlm.inference.batch_predictor import BatchPredictor
-    from vlm.inference.classifying import Options, Outcome, classify_items, image_result
+    from vlm.inference.classifying import NOT_FINITE, Options, Outcome, classify_items, image_result
     from vlm.inference.evaluating import evaluate
     from vlm.inference.items import Files, Item, Items
     from vlm.inference.job import Job, about_rows, check_all_read, run_job, show_table
     from vlm.inference.labeled import LABEL, match_items
-    from vlm.inference.model_folder import save_model_folder, trained_with, update_metadata
+    from vlm.inference.model_folder import read_metadata, save_model_folder, trained_with, update_metadata
     from vlm.inference.predictor import (
         load_model_and_metadata,
         predict_batch,
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LABEL",
+    "NOT_FINITE",
     "BatchPredictor",
     "Files",
     "Item",
@@ -45,6 +46,7 @@ __all__ = [
     "build_parser",
     "check_all_read",
     "check_arguments",
+    "check_push_arguments",
     "check_replaceable",
     "classify_items",
     "correct_of",
@@ -56,6 +58,7 @@ __all__ = [
     "predict_each",
     "predict_single_image",
     "print_results",
+    "read_metadata",
     "run_job",
     "save_model_folder",
     "show_table",
@@ -66,14 +69,14 @@ __all__ = [
 __getattr__ = lazy_names(
     __name__,
     {
-        ".arguments": ("build_parser", "check_arguments"),
+        ".arguments": ("build_parser", "check_arguments", "check_push_arguments"),
         ".batch_predictor": ("BatchPredictor",),
-        ".classifying": ("Options", "Outcome", "classify_items", "image_result"),
+        ".classifying": ("NOT_FINITE", "Options", "Outcome", "classify_items", "image_result"),
         ".evaluating": ("evaluate",),
         ".items": ("Files", "Item", "Items"),
         ".job": ("Job", "about_rows", "check_all_read", "run_job", "show_table"),
         ".labeled": ("LABEL", "match_items"),
-        ".model_folder": ("save_model_folder", "trained_with", "update_metadata"),
+        ".model_folder": ("read_metadata", "save_model_folder", "trained_with", "update_metadata"),
         ".predictor": (
             "load_model_and_metadata",
             "predict_batch",

@@ -24,6 +24,7 @@ from vlm.config import (
     user_path,
     whole_number,
 )
+from vlm.inference.serve_arguments import add_serve_flags, check_serve
 
 # The flags of the training that say how a dataset is read; they are fields of `Settings`. What is different here:
 OF_A_DATASET: dict[str, dict[str, str]] = {
@@ -50,6 +51,7 @@ OF_A_DATASET: dict[str, dict[str, str]] = {
 REPORT = (PAGE, "confusion_matrix.png", "reliability.png")  # written into --report-dir with results.json
 ENDINGS = (".csv", ".jsonl", ".parquet")  # of --output
 LONGEST_NAME = 200  # bytes of the name of --output: most file systems allow 255, and .1of2.jsonl.part.json follows
+OF_A_PUSH = ("push_to_hub", "public")
 
 
 def build_parser() -> Parser:
@@ -60,7 +62,7 @@ def build_parser() -> Parser:
         "--model-dir",
         default="vlm_results/best_model",
         metavar="FOLDER",
-        help="the trained model (default: vlm_results/best_model)",
+        help="the trained model, or owner/name of one on the hub (default: vlm_results/best_model)",
     )
     parser.add_argument(
         "--output",
@@ -108,6 +110,10 @@ def build_parser() -> Parser:
         metavar="FOLDER",
         help="write the page of the test, its figures and results.json into this folder",
     )
+    add_serve_flags(parser)
+    group = parser.add_argument_group("instead of classifying")
+    for name in OF_A_PUSH:
+        add_flag(group, name, default=getattr(Settings, name))
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -118,10 +124,14 @@ def check_arguments(args: argparse.Namespace) -> None:
     Raises:
         UsageError: something that cannot be asked for.
     """
+    if args.public:
+        raise UsageError("--public says how to push, and not where to: add --push-to-hub OWNER/NAME, or leave it out.")
+    check_serve(args)
     args.images, args.model_dir = [user_path(path) for path in args.images], user_path(args.model_dir)
     args.output = args.output and user_path(args.output)
     args.report_dir = args.report_dir and user_path(args.report_dir)
-    _check_what_is_classified(args)
+    if not args.serve:
+        _check_what_is_classified(args)
     for name, value, most in (("batch-size", args.batch_size, MOST), ("threads", args.threads, MOST_AT_ONCE)):
         if value is not None and not 1 <= value <= most:
             raise UsageError(f"--{name} {value}: expected a whole number of at least 1, and at most {most:,}.")
@@ -136,6 +146,20 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise UsageError(f"{what}: name the file of the predictions with --output, such as predictions.csv.")
     if args.output is not None:
         check_output(Path(args.output), Path(args.model_dir))
+
+
+def check_push_arguments(args: argparse.Namespace) -> None:
+    """Check that --push-to-hub is given with nothing that it does not need, and expand the path of the model.
+
+    Raises:
+        UsageError: there is more.
+    """
+    usual, needed = vars(build_parser().parse_args([])), {"model_dir", "debug", *OF_A_PUSH}
+    for name, value in vars(args).items():
+        if name not in needed and value != usual[name]:
+            given = args.images[0] if name == "images" else _shown_flag(name)
+            raise UsageError(f"--push-to-hub uploads the model and classifies nothing: leave out {given}.")
+    args.model_dir = user_path(args.model_dir)
 
 
 def check_output(path: Path, model_dir: Path) -> None:
@@ -159,7 +183,9 @@ def _check_what_is_classified(args: argparse.Namespace) -> None:
     given = {name: getattr(args, name) for name in OF_A_DATASET if getattr(args, name) not in (None, False)}
     if args.dataset is None:
         if not args.images:
-            raise UsageError("nothing to classify: name images or folders (IMAGE_OR_FOLDER), or give --dataset.")
+            raise UsageError(
+                "nothing to classify: name images or folders (IMAGE_OR_FOLDER), or give --dataset or --serve."
+            )
         flags = [_shown_flag(name) for name in given] + (["--report-dir"] if args.report_dir else [])
         if flags:
             raise UsageError(f"{' and '.join(flags)}: only with --dataset. Leave out what is not needed.")

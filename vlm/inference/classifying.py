@@ -28,6 +28,7 @@ Result = dict[str, Any]
 Prepared = tuple[Batch | None, dict[int, str]]  # the batch of the readable images, and why the others are not in it
 
 MOST_READERS = 8  # threads that decode images
+NOT_FINITE = "the model's scores are not finite: try --dtype float32"  # the error of an image that could be read
 BATCHES_AHEAD = 2  # that are read while the model is busy with the ones before
 
 
@@ -209,7 +210,7 @@ def image_result(
 ) -> Result:
     """What `predict_batch` returns for one image, from its (C,) probabilities."""
     if probabilities.isnan().any():
-        return {"prediction": None, "error": "the model's scores are not finite: try --dtype float32"}
+        return {"prediction": None, "error": NOT_FINITE}
     result = {
         "prediction": prompts.class_names[best],
         **({READABLE_NAME: prompts.readable_names[best]} if prompts.readable_names else {}),

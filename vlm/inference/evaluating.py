@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.common import doing, format_table, note, switches_as_before
-from vlm.config import IN_MEMORY, classify_settings, split_names
+from vlm.config import IN_MEMORY, classify_settings, from_keywords
 from vlm.data import read_images
 from vlm.inference.arguments import OF_A_DATASET, check_output, check_report_dir
 from vlm.inference.classifying import Options
@@ -57,12 +57,9 @@ def evaluate(
 
     Raises:
         UsageError: the model or the dataset cannot be read, or none of the dataset's classes is one of the model.
-        TypeError: there is no such flag.
+        UnknownKeyword: there is no such flag; it is a TypeError, too.
     """
-    if unknown := columns.keys() - (OF_A_DATASET.keys() - {"dataset", "dataset_split", "metrics"}):
-        raise TypeError(f"evaluate() has no argument {', '.join(sorted(unknown))}")
-    if isinstance(columns.get("class_names"), str):
-        columns["class_names"] = split_names([columns["class_names"]])
+    columns = from_keywords("evaluate", columns, OF_A_DATASET.keys() - {"dataset", "dataset_split", "metrics"})
     named = isinstance(dataset, str | os.PathLike)
     given = {"dataset": str(dataset) if named else IN_MEMORY, "dataset_split": split, **columns}
     with switches_as_before():

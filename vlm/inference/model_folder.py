@@ -4,25 +4,46 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlm.common import UsageError, note, read_checksums, read_json, write_folder, write_json
-from vlm.config import BEST_MODEL, DEMO_MODEL, LAYOUTS, METADATA, fold_folder, read_settings
+from vlm.common import UsageError, existing, note, read_checksums, read_json, write_folder, write_json
+from vlm.config import (
+    ADAPTER_FOLDER,
+    BEST_MODEL,
+    DEMO_MODEL,
+    FINAL_MODEL,
+    LAYOUTS,
+    METADATA,
+    MODEL_CARD,
+    PREVIOUS_RUN,
+    fold_folder,
+    read_settings,
+)
 from vlm.conversation import Prompts
+from vlm.data import looks_like_path, model_folder
 from vlm.families import Family
+from vlm.sharing import model_card
 
 WEIGHTS = ".safetensors"
+WRITTEN_BY_US = "Expected a model that train_vlm.py --push-to-hub has put there."
 WRITTEN_BY = "It is written by train_vlm.py with the model: copy both again, or train again."
 
 
 def save_model_folder(
-    folder: Path, family: Family, weights: dict[str, Tensor], metadata: dict[str, Any], dtype: torch.dtype
+    folder: Path,
+    family: Family,
+    weights: dict[str, Tensor],
+    metadata: dict[str, Any],
+    dtype: torch.dtype,
+    write_more: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write a model folder: all that inference needs, and loadable without this program.
+    """Write a model folder: all that inference needs, loadable without this program, and a card of a model that is not
+    tested.
 
     Args:
         folder: replaced as a whole.
@@ -30,6 +51,7 @@ def save_model_folder(
         weights: the weights by the names that transformers knows, LoRA merged.
         metadata: the content of `training_metadata.json`.
         dtype: the number format of the weights.
+        write_more: writes further files into the folder whose path it is given.
 
     Raises:
         WriteError: the folder cannot be written.
@@ -38,23 +60,38 @@ def save_model_folder(
     def write(new: Path) -> None:
         family.save(new, weights, dtype)
         write_json(new / METADATA, metadata)
+        if write_more:
+            write_more(new)
+        model_card(metadata, name=folder.name, adapter=(new / ADAPTER_FOLDER).is_dir()).save(new / MODEL_CARD)
 
     write_folder(folder, write)
 
 
-def update_metadata(folder: Path, metadata: dict[str, Any]) -> None:
-    """Give a model folder other metadata. The folder is replaced, so that metadata and checksums change together.
+def update_metadata(
+    folder: Path,
+    metadata: dict[str, Any],
+    results: dict[str, Any] | None = None,
+    warnings: Sequence[str] = (),
+) -> None:
+    """Give a model folder other metadata, and its card what is known of the model now. The folder is replaced, so that
+    files and checksums change together.
+
+    Args:
+        results, warnings: see `model_card`.
 
     Raises:
         WriteError: the folder cannot be written.
     """
 
     def write(new: Path) -> None:
-        others = shutil.ignore_patterns(METADATA)
+        others = shutil.ignore_patterns(*changed)
         shutil.copytree(folder, new, ignore=others, copy_function=_link, dirs_exist_ok=True)
         write_json(new / METADATA, metadata)
+        adapter = (new / ADAPTER_FOLDER).is_dir()
+        model_card(metadata, results, warnings, folder.name, adapter).save(new / MODEL_CARD)
 
-    known = {name: value for name, value in read_checksums(folder).items() if name != METADATA}
+    changed = {METADATA, MODEL_CARD}
+    known = {name: value for name, value in read_checksums(folder).items() if name not in changed}
     write_folder(folder, write, known=known)
 
 
@@ -64,6 +101,33 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
+
+
+def find_model_folder(model_dir: str | Path) -> Path:
+    """The folder of a trained model; one on the hub is downloaded, or taken from the cache.
+
+    Args:
+        model_dir: a folder, or owner/name on the hub.
+
+    Raises:
+        UsageError: there is none, or the one on the hub was not trained by this program.
+        RunError: the hub fails.
+    """
+    folder = Path(model_dir).expanduser()
+    if existing(folder).is_dir():
+        return folder
+    previous = folder.parent / PREVIOUS_RUN / folder.name
+    if previous.is_dir():
+        raise UsageError(
+            f"{folder} is not there: the run that overwrites it has no model yet. The model of the run before is "
+            f"{previous}."
+        )
+    name = str(model_dir)
+    if "/" in name and not looks_like_path(name) and folder.name not in (BEST_MODEL, FINAL_MODEL):
+        return model_folder(name, needed={METADATA: WRITTEN_BY_US})[0]
+    raise UsageError(
+        f"{folder} is not a folder: train a model first (./run_vlm_training.sh --demo), or name its folder."
+    )
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:

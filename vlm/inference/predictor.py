@@ -6,18 +6,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
 from vlm.classifier import Calibration, VLMClassifier
-from vlm.common import RunError, UsageError, existing, read_folder
-from vlm.config import PREVIOUS_RUN
-from vlm.data import Sample, UnreadableImage, open_image
+from vlm.common import RunError, read_folder
+from vlm.data import ImageSource, Sample, UnreadableImage, open_image
 from vlm.families import load_family
 from vlm.inference.classifying import Options, classify_items, collate, predict
-from vlm.inference.items import Files
-from vlm.inference.model_folder import model_identity, read_metadata, read_prompts
+from vlm.inference.items import Item
+from vlm.inference.model_folder import find_model_folder, model_identity, read_metadata, read_prompts
+from vlm.inference.naming import named_images
 from vlm.machine import pick_device, pick_dtype
 
 
@@ -30,7 +28,8 @@ def load_model_and_metadata(
     """Load what `train_vlm.py` saved.
 
     Args:
-        model_dir: folder with the weights; `training_metadata.json` is in it or next to it.
+        model_dir: folder with the weights; `training_metadata.json` is in it or next to it. Or a model on the hub that
+            `--push-to-hub` has put there: owner/name, with @revision if that is not the newest.
         device: auto, cpu, cuda or mps.
         dtype: auto, float32, bfloat16 or float16.
         abstain_below: predictions with a smaller confidence become None; default: as stored with the model; 0: none do.
@@ -42,17 +41,9 @@ def load_model_and_metadata(
 
     Raises:
         UsageError: the folder does not exist, holds no trained classifier, or has a damaged file.
+        UsageError, RunError: the model on the hub cannot be found or downloaded.
     """
-    folder = Path(model_dir).expanduser()
-    if not existing(folder).is_dir():
-        if (folder.parent / PREVIOUS_RUN / folder.name).is_dir():
-            raise UsageError(
-                f"{folder} is not there: the run that overwrites it has no model yet. The model of the run before is "
-                f"{folder.parent / PREVIOUS_RUN / folder.name}."
-            )
-        raise UsageError(
-            f"{folder} is not a folder: train a model first (./run_vlm_training.sh --demo), or name its folder."
-        )
+    folder = find_model_folder(model_dir)
     chosen, _ = pick_device(device)
     classifier, metadata = read_folder(folder, partial(_load, device=chosen, dtype=pick_dtype(dtype, chosen)))
     if abstain_below is not None:
@@ -72,7 +63,7 @@ def _load(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[VLMCl
 def predict_single_image(
     model: VLMClassifier,
     processor: Any,
-    image: str | Path | Image.Image | np.ndarray,
+    image: ImageSource,
     metadata: dict[str, Any],
     explain: bool = True,
 ) -> tuple[str | None, float, str]:
@@ -80,7 +71,7 @@ def predict_single_image(
 
     Args:
         model, processor, metadata: what `load_model_and_metadata` returned.
-        image: path, PIL image, or array (HxW, HxWx1, HxWx3 or HxWx4).
+        image: path, PIL image, array (HxW, HxWx1, HxWx3 or HxWx4), or the bytes of a file.
         explain: give the text; without it `full_response` is empty, and nothing is written but what scoring needs.
 
     Returns:
@@ -106,7 +97,7 @@ def predict_single_image(
 def predict_batch(
     model: VLMClassifier,
     processor: Any,
-    image_paths: Iterable[str | Path],
+    image_paths: Iterable[ImageSource],
     metadata: dict[str, Any],
     batch_size: int | None = None,
     explain: bool = True,
@@ -114,11 +105,12 @@ def predict_batch(
     exhaustive: bool = False,
     feature_cache: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """Classify many image files, with a progress bar on stderr.
+    """Classify many images, with a progress bar on stderr.
 
     Args:
         model, processor, metadata: what `load_model_and_metadata` returned.
-        image_paths: files; a file that is named twice is classified once.
+        image_paths: what `predict_single_image` takes, in any mixture, or one array (N, H, W, channels). A file that is
+            named twice is classified once.
         batch_size: images in one forward pass; default: as many as the free memory has room for, up to 16 on the CPU
             and 128 on a GPU.
         explain: give the texts; without it `full_response` is empty, and nothing is written but what scoring needs.
@@ -129,7 +121,8 @@ def predict_batch(
             on the same images skips the vision encoder.
 
     Returns:
-        For each path, in the order given:
+        For each image, in the order given. The key of a file is its path; that of another image is its place in
+        `image_paths`, from 0, such as "image 3":
         prediction: the class, or None if the model abstains or there is an error.
         readable_name: what the model calls the class, only if it was trained with `--class-map` and gives a prediction.
         confidence: its probability within the label set, 0 to 1.
@@ -137,7 +130,7 @@ def predict_batch(
         error_bound: how much a probability can be wrong at most, 0 to 0.0001.
         full_response: the text; empty if the model abstains.
         abstained: True, only if it abstains.
-        error: the reason, only if the file cannot be read or the processor refuses the image; then there is nothing but
+        error: the reason, only if the image cannot be read or the processor refuses it; then there is nothing but
             this and the prediction.
 
     Raises:
@@ -163,7 +156,7 @@ def predict_batch(
 def predict_each(
     model: VLMClassifier,
     processor: Any,
-    image_paths: Iterable[str | Path],
+    image_paths: Iterable[ImageSource],
     metadata: dict[str, Any],
     batch_size: int | None = None,
     explain: bool = True,
@@ -171,13 +164,11 @@ def predict_each(
     exhaustive: bool = False,
     feature_cache: bool = False,
 ) -> Generator[tuple[str, dict[str, Any]], None, None]:
-    """`predict_batch`, which yields each path with its result when its batch is computed."""
+    """`predict_batch`, which yields each key with its result when the batch of the image is computed."""
     _check_same_model(model, processor, metadata)
-    if isinstance(image_paths, str | Path):
-        raise TypeError(f"image_paths is one path ({image_paths}): pass a list of paths, or use predict_single_image.")
+    items = [Item(name, partial(open_image, image, name)) for name, image in named_images(image_paths)]
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected at least 1")
-    items = Files(list(dict.fromkeys(map(str, image_paths))))
     options = Options(batch_size, explain, show_progress, exhaustive, feature_cache)
     for item, result, _ in classify_items(model, metadata, items, options, len(items)):
         yield item.name, result

@@ -35,7 +35,7 @@ import torch
 from torch import nn
 
 from vlm.classifier import LOGITS_AT_ONCE, NODES_AT_ONCE, NODES_KEPT
-from vlm.config import BOTH, POSTERIOR, RESPONSE, Settings
+from vlm.config import BOTH, DORA, POSTERIOR, RESPONSE, Settings
 from vlm.conversation import Prompts, Rendered
 from vlm.families import Family
 
@@ -138,6 +138,7 @@ def _count(family: Family, settings: Settings) -> tuple[int, int, int]:
     quantized = sum(m.weight.numel() for m in layers) if settings.bits else 0
     if settings.tune == "lora":
         trained += settings.lora_rank * sum(m.in_features + m.out_features for m in layers)
+        trained += sum(m.out_features for m in layers) if settings.lora_variant == DORA else 0
     return trained, frozen - quantized, quantized
 
 
@@ -277,14 +278,17 @@ def _kept_by_language(family: Family, settings: Settings, size: int, device: str
 
 
 def _inputs_of_lora(family: Family, settings: Settings, size: int, device: str, block: Block) -> int:
-    """Bytes that LoRA keeps for a token: the inputs of its layers, and with dropout its masks."""
-    inputs = sum(m.in_features for m in _language_layers(family))
+    """Bytes that LoRA keeps for a token: the inputs of its layers, with dropout its masks, and with DoRA what the
+    layers give without LoRA and what LoRA gives."""
+    layers = _language_layers(family)
+    inputs = sum(m.in_features for m in layers)
+    results = 2 * sum(m.out_features for m in layers) * size if settings.lora_variant == DORA else 0
     if settings.lora_dropout:
         mask = 1 if device == "cuda" else FLOAT32  # CUDA keeps which values are dropped, others the factors
-        return inputs * (size + mask)
+        return inputs * (size + mask) + results
     if size == FLOAT32:  # layers with the same input keep it once; else autocast converts it for each layer
         inputs = block.count * (2 * block.width + block.inner)
-    return inputs * size
+    return inputs * size + results
 
 
 def _kept_by_vision(family: Family, settings: Settings, size: int) -> float:

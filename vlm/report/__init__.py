@@ -11,18 +11,27 @@ from vlm.common import lazy_names
 if TYPE_CHECKING:
     from vlm.report.cards import Prediction, shown_images
     from vlm.report.data_page import DataContent, is_data_page, write_data_page
+    from vlm.report.folds_page import COLUMNS, fold_rows, write_folds_report
+    from vlm.report.notebook import figures_of, result_html
     from vlm.report.page import write_report
     from vlm.report.summary import per_class_table, summary_rows, warnings_of
+    from vlm.report.templates import render
 
 __all__ = [
+    "COLUMNS",
     "DataContent",
     "Prediction",
+    "figures_of",
+    "fold_rows",
     "is_data_page",
     "per_class_table",
+    "render",
+    "result_html",
     "shown_images",
     "summary_rows",
     "warnings_of",
     "write_data_page",
+    "write_folds_report",
     "write_report",
 ]
 
@@ -31,7 +40,10 @@ __getattr__ = lazy_names(
     {
         ".cards": ("Prediction", "shown_images"),
         ".data_page": ("DataContent", "is_data_page", "write_data_page"),
+        ".notebook": ("figures_of", "result_html"),
+        ".folds_page": ("COLUMNS", "fold_rows", "write_folds_report"),
         ".page": ("write_report",),
         ".summary": ("per_class_table", "summary_rows", "warnings_of"),
+        ".templates": ("render",),
     },
 )

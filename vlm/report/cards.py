@@ -115,6 +115,12 @@ def near_pairs(data: Data) -> list[tuple[Place, Place]]:
     return [(place(p.role, p.position), place(p.other, p.other_position)) for p in pairs]
 
 
+def fold_text(data: Data) -> list[str]:
+    """Which fold of a cross-validation a dataset is; nothing if it is none."""
+    fold = data.source.get("fold")
+    return [f"fold {fold['number']} of {fold['of']}"] if fold else []
+
+
 def thumbnail(split: Split, position: int, edge: int = THUMBNAIL) -> Thumbnail | None:
     """A small copy of an image of a split, with a longest edge of `edge` pixels; None if it can no longer be read."""
     try:

@@ -4,7 +4,7 @@ N = test images, C = classes.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,6 +20,7 @@ from vlm.report.cards import (
     Thumbnail,
     card,
     confident_mistakes,
+    fold_text,
     least_certain,
     near_pairs,
     thumbnail,
@@ -27,6 +28,7 @@ from vlm.report.cards import (
 from vlm.report.summary import (
     MEANING,
     abstention_line,
+    calibrated_validation_accuracy,
     lowest_first,
     probed_encoder,
     uncalibrated_accuracy,
@@ -38,6 +40,13 @@ MOST_SAMPLES = 100  # classes with an image in the section on the data
 MOST_ROWS = 100  # classes in the table of classes
 WIDE = 0.1  # an interval of accuracy that is wider says little
 HOW_IT_WAS_STARTED = {"resume", "overwrite"}  # not what the result depends on
+# Settings that had no part in a run, if something is said of its settings.
+WITHOUT_EFFECT: tuple[tuple[Callable[[Mapping[str, Any]], Any], tuple[str, ...]], ...] = (
+    (lambda given: given.get("tune", "lora") != "lora", ("lora_rank", "lora_alpha", "lora_dropout")),
+    (lambda given: given.get("tune") == "full" or given.get("no_feature_cache"), ("cache_size", "cache_dtype")),
+    (lambda given: not given.get("streaming"), ("shuffle_buffer",)),
+    (lambda given: not given.get("use_wandb") and not given.get("track"), ("wandb_project",)),
+)
 
 Measured = tuple[float, float | None, float | None]  # value and its interval, if there is one
 
@@ -78,8 +87,8 @@ class Content:
 
     @property
     def readable_names(self) -> dict[str, str]:
-        """Class name -> what the model was shown instead (`--class-map`)."""
-        return self.results.get("readable_names", {})
+        """Class name -> the other name that the model was shown (`--class-map`)."""
+        return {code: name for code, name in self.results.get("readable_names", {}).items() if code != name}
 
     @property
     def title(self) -> str:
@@ -91,7 +100,7 @@ class Content:
         settings = self.results["settings"]
         model = settings.get("model") or ("the demo's model" if settings.get("demo") else None)
         counts = [f"{len(self.names):,} classes", f"{self.total:,} test images"]
-        return [str(fact) for fact in (model, self.data.source.get("dataset"), *counts) if fact]
+        return [str(fact) for fact in (*fold_text(self.data), model, self.data.source.get("dataset"), *counts) if fact]
 
     @cached_property
     def counts(self) -> np.ndarray:
@@ -210,6 +219,7 @@ class Content:
         lacks = ", not calibrated" if uncalibrated_accuracy(self.results) else ""
         if "validation" in self.results:
             rows.append((f"Validation accuracy{lacks}", self.results["validation"]["accuracy"], None))
+            rows.append(("Validation accuracy, calibrated", self.validation_calibrated, None))
         return [(name, figure, measured(earlier)) for name, now, earlier in rows if (figure := measured(now))]
 
     @property
@@ -231,6 +241,11 @@ class Content:
         """NLL on validation of each score that was compared."""
         compared = [(name, measured(figures["nll"])) for name, figures in self.calibration["scores"].items()]
         return [(name, nll[0]) for name, nll in compared if nll]
+
+    @property
+    def validation_calibrated(self) -> float | None:
+        """The accuracy on validation by the score and with the biases of the test; None if it is that of the curve."""
+        return calibrated_validation_accuracy(self.calibration)
 
     @property
     def best_step(self) -> int | None:
@@ -295,10 +310,12 @@ def used_settings(results: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that had a part in the result: with the device, number format and image size that were taken,
     without what was off."""
     given = results["settings"]
-    taken = {"device": results["device"]["type"], "dtype": results["device"]["dtype"]}
-    if results["image_size"]:
+    taken = {"device": results["device"]["type"], "dtype": results["device"]["dtype"]} if "device" in results else {}
+    if results.get("image_size"):
         taken["image_size"] = results["image_size"]
+    if "cache_size" in given:
+        taken["cache_size"] = f"{given['cache_size']:g} GB"
     off = {name for name, value in given.items() if value in (None, "") or value is False}
-    if given.get("tune", "lora") != "lora":
-        off |= {name for name in given if name.startswith("lora_")}
+    off |= {name for rule, names in WITHOUT_EFFECT if rule(given) for name in names}
+    off |= set() if taken.get("image_size") else {"image_size"}  # the model has one size, or its own ones
     return {name: taken.get(name, value) for name, value in given.items() if name not in off | HOW_IT_WAS_STARTED}

@@ -1,7 +1,7 @@
 """data.html: what a dataset looks like before anything is trained on it (`--show-data`). It needs no model."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +10,7 @@ import numpy as np
 
 from vlm.common import with_bar
 from vlm.data import ROLES, Data, Split
-from vlm.report.cards import Place, Thumbnail, near_pairs, thumbnail
+from vlm.report.cards import Place, Thumbnail, fold_text, near_pairs, thumbnail
 from vlm.report.templates import render, write_page
 
 TEMPLATE = "data_page.html.jinja"
@@ -21,6 +21,7 @@ MOST_OF_A_CLASS = 12
 SHARES = {"train": 0.5, "validation": 0.25, "test": 0.25}  # of a class's thumbnails
 MOST_CLASSES = 1000  # with a sheet and a row in the table
 MOST_SIZES, MOST_COPIES, MOST_LEFT_OUT = 10, 24, 100
+MOST_AUGMENTED, MOST_VIEWS = 6, 6  # images, and views of each
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,18 @@ class Sizes:
 
 @dataclass
 class DataContent:
-    """All that the page shows; see `write_data_page`."""
+    """All that the page shows; see `write_data_page`.
+
+    readable_names: class name -> the other name that the model is shown; views: of a training image, with itself;
+    train_in: an epoch -> the training images as it sees them, if they are augmented.
+    """
 
     data: Data
     dataset: str
     seed: int = 0
     readable_names: Mapping[str, str] = field(default_factory=dict)
+    views: int = 1
+    train_in: Callable[[int], Split] | None = None
 
     @property
     def title(self) -> str:
@@ -73,7 +80,7 @@ class DataContent:
     @property
     def subtitle(self) -> list[str]:
         counts = [f"{len(split):,} {role}" for role, split in self.splits.items()]
-        return [f"{len(self.data.class_names):,} classes", *counts]
+        return [*fold_text(self.data), f"{len(self.data.class_names):,} classes", *counts]
 
     @cached_property
     def splits(self) -> dict[str, Split]:
@@ -155,6 +162,27 @@ class DataContent:
         groups.sort(key=lambda group: -len({(role, self.splits[role].labels[i]) for role, i in group}))
         self.copied = len(groups)
         return [[self._picture(*place) for place in group[:2]] for group in groups[:MOST_COPIES]]
+
+    @property
+    def augmented(self) -> list[tuple[str, list[Thumbnail | None]]]:
+        """The first image of some classes in all its views, itself first, with the name of the class."""
+        if self.train_in is None or self.views == 1:
+            return []
+        first: dict[int, int] = {}
+        for position, label in enumerate(self.data.train.labels):
+            first.setdefault(label, position)
+        places = [(self.data.class_names[label], first[label]) for label in sorted(first)[:MOST_AUGMENTED]]
+        shown = []
+        for name, position in places:
+            # An epoch sees the view `epoch + position` of an image, counted in a circle.
+            epochs = [(view - position) % self.views for view in range(min(self.views, MOST_VIEWS))]
+            shown.append((name, [thumbnail(self.train_in(epoch), position, EDGE) for epoch in epochs]))
+        return shown
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether all images were looked at, and nothing is wrong with them."""
+        return self.data.checked and not (self.left_out or self.copies or self.data.near)
 
     @property
     def near(self) -> list[tuple[Place, Place]]:

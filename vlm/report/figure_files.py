@@ -24,7 +24,14 @@ COLORS_OF_THE_PAGE = {INK: "currentColor", BLUE: "rgb(var(--blue))", ORANGE: "rg
 def save_png(figure: Figure, path: str | Path) -> None:
     """Save a figure as a PNG, whole or not at all."""
     with replacing(path) as temporary:
-        _save(figure, temporary, format="png", pad_inches=0.15, dpi=DPI)
+        temporary.write_bytes(to_png(figure, DPI))
+
+
+def to_png(figure: Figure, dpi: int) -> bytes:
+    """A figure as the content of a PNG file, with so many pixels an inch."""
+    file = io.BytesIO()
+    _save(figure, file, format="png", pad_inches=0.15, dpi=dpi)
+    return file.getvalue()
 
 
 def to_svg(figure: Figure, name: str, alt: str) -> str:
@@ -61,7 +68,7 @@ def _of_the_page(key: str, value: str, name: str) -> str:
     return value
 
 
-def _save(figure: Figure, file: Path | IO[bytes], **options: Any) -> None:
+def _save(figure: Figure, file: IO[bytes], **options: Any) -> None:
     with rc_context(STYLE), warnings.catch_warnings():
         # A name in a script that the font lacks is drawn as boxes.
         warnings.filterwarnings("ignore", message="Glyph .* missing")

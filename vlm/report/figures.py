@@ -27,6 +27,7 @@ MOST_NAMED_CLASSES = 100  # on the axes of the confusion matrix
 NAMES_OF_MORE_CLASSES = 50  # above, so many are named, about
 LONGEST_NAME = 24  # characters, on the axes of the confusion matrix
 FAINTEST = 0.2  # opacity of a cell; a single image is seen, too
+LEAST_OF_A_POINT = 5  # images of a point of the reliability diagram
 STRONG = 0.85  # share of the true class; on the color of a larger one white is easier to read than black
 
 # Title and unit of each loss; logs of earlier versions have only their sum, as `loss`.
@@ -212,7 +213,8 @@ def _draw_grid(axes: Axes, classes: int, points: float) -> None:
     axes.tick_params(which="minor", length=0)
     for i in range(classes):
         width = min(1.2, points / 12)
-        axes.add_patch(Rectangle((i - 0.5, i - 0.5), 1, 1, fill=False, edgecolor=BLUE, linewidth=width))
+        frame = Rectangle((i - 0.5, i - 0.5), 1, 1, fill=False, edgecolor=BLUE, linewidth=width)
+        axes.add_patch(frame).set(zorder=2.6, clip_on=False)  # above the lines next to it
 
 
 def _name_classes(axes: Axes, class_names: Sequence[str], points: float) -> None:
@@ -256,7 +258,7 @@ def reliability_diagram(calibration: dict[str, Any]) -> Figure:
     """
     figure = Figure(figsize=(6, 6.4), layout="constrained")
     axes = figure.subplots()
-    bins = {state: np.array(rows, dtype=float) for state, rows in calibration["reliability"].items()}
+    bins = {state: merged_bins(np.array(rows, dtype=float)) for state, rows in calibration["reliability"].items()}
     lowest = min(float(rows[:, :2].min()) for rows in bins.values())
     start = math.floor(10 * min(lowest, 0.9)) / 10
     limits = (start - 0.03 * (1 - start), 1 + 0.03 * (1 - start))
@@ -277,3 +279,22 @@ def reliability_diagram(calibration: dict[str, Any]) -> Figure:
     axes.grid(color=INK, alpha=0.15)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=1)
     return figure
+
+
+def merged_bins(bins: np.ndarray) -> np.ndarray:
+    """(n, 3) mean confidence, accuracy and images of each bin -> fewer bins of at least `LEAST_OF_A_POINT` images each,
+    unless there are fewer images in all: the accuracy on one or two images is 0 or 1 by chance."""
+    merged: list[np.ndarray] = []
+    for row in bins:
+        if merged and merged[-1][2] < LEAST_OF_A_POINT:
+            merged[-1] = _together(merged[-1], row)
+        else:
+            merged.append(row)
+    if len(merged) > 1 and merged[-1][2] < LEAST_OF_A_POINT:
+        merged[-2:] = [_together(*merged[-2:])]
+    return np.array(merged)
+
+
+def _together(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    images = first[2] + second[2]
+    return np.array([*((first[:2] * first[2] + second[:2] * second[2]) / images), images])

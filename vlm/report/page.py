@@ -11,10 +11,11 @@ from vlm.data import Data
 from vlm.report.cards import Prediction
 from vlm.report.content import Content
 from vlm.report.figure_files import describe, save_png, to_svg
-from vlm.report.figures import MOST_CLASSES_WITH_COUNTS, draw, names_every
+from vlm.report.figures import MOST_CLASSES_WITH_COUNTS, confusion_matrix, draw, names_every
 from vlm.report.templates import render, write_page
 
 TEMPLATE = "page.html.jinja"
+MATRIX = "Confusion matrix: rows are the true classes, columns the predicted ones."
 MOST_CLASSES_ON_A_PHONE = 7  # a wider matrix is cut off there
 
 
@@ -38,14 +39,21 @@ def write_report(folder: Path, results: dict[str, Any], data: Data, predictions:
 def render_page(content: Content, figures: dict[str, Figure]) -> str:
     """The page as text. All that the template is given is escaped, other than the figures."""
     alts = {name: describe(figure) for name, figure in figures.items()}
-    alts["confusion_matrix"] = "Confusion matrix: rows are the true classes, columns the predicted ones."
+    alts["confusion_matrix"] = MATRIX
     svgs = {name: to_svg(figure, name, alts[name]) for name, figure in figures.items()}
+    return render(TEMPLATE, page=content, figures=svgs, **_matrix_layout(content))
+
+
+def draw_matrix(content: Content) -> dict[str, Any]:
+    """What `confusion.html.jinja` needs besides the content of the page."""
+    figure = confusion_matrix(content.counts.tolist(), content.names)
+    return {"figures": {"confusion_matrix": to_svg(figure, "confusion_matrix", MATRIX)}, **_matrix_layout(content)}
+
+
+def _matrix_layout(content: Content) -> dict[str, Any]:
     classes = len(content.names)
-    return render(
-        TEMPLATE,
-        page=content,
-        figures=svgs,
-        names_every=names_every(classes),
-        has_counts=classes <= MOST_CLASSES_WITH_COUNTS,
-        is_wide=classes > MOST_CLASSES_ON_A_PHONE,
-    )
+    return {
+        "names_every": names_every(classes),
+        "has_counts": classes <= MOST_CLASSES_WITH_COUNTS,
+        "is_wide": classes > MOST_CLASSES_ON_A_PHONE,
+    }

@@ -37,6 +37,18 @@ def summary_rows(results: dict[str, Any]) -> list[Row]:
     ]
 
 
+def fold_rows(results: dict[str, Any]) -> list[Row]:
+    """Name and value of each measure of a cross-validation."""
+    folds = len(results["folds"])
+    rows = []
+    for name, figures in results["over_folds"].items():
+        low, high = figures["interval"]
+        rows.append(
+            (name.replace("_", " "), f"{figures['mean']:.4f}  (mean of {folds} folds, {low:.4f} to {high:.4f})")
+        )
+    return rows
+
+
 def warnings_of(results: dict[str, Any]) -> list[str]:
     """Why the accuracy may mean less than it seems, one sentence each; the most important last."""
     lacks = [f"{_unknown_classes(results)}: the accuracy is that on the others."] if _unknown(results) else []
@@ -180,8 +192,16 @@ def _before_fit(calibration: dict[str, Any]) -> str:
     and only these change what is predicted."""
     if not calibration["bias"] and calibration["score"] == "sum":
         return ""
+    measured = calibrated_validation_accuracy(calibration)
+    return "; not calibrated" if measured is None else f"; {measured:.4f} with the calibration"
+
+
+def calibrated_validation_accuracy(calibration: dict[str, Any]) -> float | None:
+    """The accuracy on validation with the calibration, if that changes what is predicted and was measured."""
+    if not calibration["bias"] and calibration["score"] == "sum":
+        return None
     measured = calibration["scores"].get(calibration["score"])
-    return f"; {measured['accuracy']:.4f} with the calibration" if measured else "; not calibrated"
+    return measured.get("accuracy") if measured else None
 
 
 def _calibration_rows(calibration: dict[str, Any]) -> list[Row]:

@@ -8,9 +8,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from vlm.common import replacing, shorten
 
 
-def render(template: str, **values: Any) -> str:
-    """A page as text. All that the template is given is escaped, unless it says otherwise."""
-    room = FileSystemLoader(Path(__file__).parent)
+def render(template: str, folder: Path = Path(__file__).parent, **values: Any) -> str:
+    """A page as text. All that the template is given is escaped, unless it says otherwise.
+
+    Args:
+        folder: where the template is.
+    """
+    room = FileSystemLoader(folder)
     environment = Environment(
         loader=room, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

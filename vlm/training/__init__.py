@@ -12,11 +12,13 @@ if TYPE_CHECKING:
     from vlm.training.dry_run import look_at_run
     from vlm.training.folds import fit_folds
     from vlm.training.output import check_output, check_resumable, clean_up
+    from vlm.training.result import Result
     from vlm.training.running import fit
     from vlm.training.show_data import look_at_data
     from vlm.training.stopping import StopSignals
 
 __all__ = [
+    "Result",
     "StopSignals",
     "check_output",
     "check_resumable",
@@ -33,6 +35,7 @@ __getattr__ = lazy_names(
         ".dry_run": ("look_at_run",),
         ".folds": ("fit_folds",),
         ".output": ("check_output", "check_resumable", "clean_up"),
+        ".result": ("Result",),
         ".running": ("fit",),
         ".show_data": ("look_at_data",),
         ".stopping": ("StopSignals",),

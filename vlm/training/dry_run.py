@@ -35,11 +35,12 @@ MOST_CLASSES = 40  # rows of the table
 @dataclass(frozen=True)
 class Seconds:
     """What was timed. feature: of one image, None if no features are kept; step: of an optimizer step, None if there is
-    none; evaluation: of one image of an evaluation during the training."""
+    none; evaluation: of one image of an evaluation during the training; start: of reading the data and the model."""
 
     feature: float | None
     step: float | None
     evaluation: float
+    start: float
 
 
 def look_at_run(settings: Settings, dataset: object = None) -> None:
@@ -60,11 +61,13 @@ def look_at_run(settings: Settings, dataset: object = None) -> None:
         load_metric(name)
     free = free_memory(pick_device(settings.device)[0])
     with TemporaryDirectory(prefix="vlm_dry_run_") as folder:
+        started = time.monotonic()
         run = set_up(settings, dataset, draft=Path(folder))
+        start = time.monotonic() - started
         trainer = trainer_of(run)
         with _features_in(Path(folder)):
             rows = _token_rows(trainer) + _memory_rows(run, free)
-            seconds = _time(trainer)
+            seconds = _time(trainer, start)
         rows += _measured_rows(run) + time_rows(trainer, seconds)
     print(format_table(class_rows(run.data, run.readable_names), headers=("class", *ROLES)) + "\n")
     print(format_table(rows))
@@ -91,8 +94,12 @@ def _features_in(folder: Path) -> Iterator[None]:
 # Timing
 
 
-def _time(trainer: Trainer) -> Seconds:
-    """Run and time features, steps and an evaluation, each on a few images of the run. The model is trained by them."""
+def _time(trainer: Trainer, start: float) -> Seconds:
+    """Run and time features, steps and an evaluation, each on a few images of the run. The model is trained by them.
+
+    Args:
+        start: seconds that were timed before.
+    """
     run, settings = trainer.run, trainer.settings
     steps = trainer.plan(0)[: WARM_UP + TIMED] if settings.epochs else []
     count = min(len(run.data.validation), max(EVALUATED, settings.eval_batch_size))
@@ -104,7 +111,7 @@ def _time(trainer: Trainer) -> Seconds:
     started = time.monotonic()
     split_metrics(small, "validation", "timing an evaluation")
     validation_losses(small)
-    return Seconds(feature, step, (time.monotonic() - started) / count)
+    return Seconds(feature, step, (time.monotonic() - started) / count, start)
 
 
 def _time_features(run: Run, trained: Sequence[int], validation: Split) -> float | None:
@@ -164,7 +171,10 @@ def class_rows(data: Data, readable_names: dict[str, str]) -> list[tuple[Any, ..
     """
     labels = [np.asarray(getattr(data, role).labels, dtype=np.int64) for role in ROLES]
     counts = np.stack([np.bincount(numbers, minlength=len(data.class_names)) for numbers in labels], axis=1)
-    shown = [f"{name} ({readable_names[name]})" if name in readable_names else name for name in data.class_names]
+    readable = [readable_names.get(name, name) for name in data.class_names]
+    shown = [
+        f"{code} ({name})" if code != name else code for code, name in zip(data.class_names, readable, strict=True)
+    ]
     rows = [(name, *count) for name, count in zip(shown[:MOST_CLASSES], counts.tolist(), strict=False)]
     if len(shown) > MOST_CLASSES:
         rows.append((f"{len(shown) - MOST_CLASSES:,} more classes", *counts[MOST_CLASSES:].sum(0).tolist()))
@@ -208,7 +218,7 @@ def time_rows(trainer: Trainer, seconds: Seconds) -> list[tuple[str, str]]:
     """How long the parts of the run take, and the whole of it."""
     data, settings = trainer.run.data, trainer.settings
     rows: list[tuple[str, str]] = []
-    parts: list[float] = []
+    parts = [seconds.start]
     if seconds.feature is not None:
         views = min(settings.views, settings.epochs) if data.stream is None else 0
         images = views * len(data.train) + len(data.validation) + len(data.test)
@@ -225,9 +235,9 @@ def time_rows(trainer: Trainer, seconds: Seconds) -> list[tuple[str, str]]:
     parts.append(images * seconds.evaluation)
     rows.append(("evaluation", f"{_time_of(parts[-1])} for {validations:,} on validation, calibration and test"))
     more = (("--align-connector", settings.align_connector), ("--probe", settings.probe))
-    others = [flag for flag, asked_for in more if asked_for]
-    without = f", without {' and '.join(others)}" if others else ""
-    return [*rows, ("the whole run", f"about {_time_of(sum(parts))}, on a machine as busy as now{without}")]
+    others = ["saving", "the checks after the test", *(flag for flag, asked_for in more if asked_for)]
+    without = f"without {', '.join(others[:-1])} and {others[-1]}"
+    return [*rows, ("the whole run", f"about {_time_of(sum(parts))} {without}, on a machine as busy as now")]
 
 
 def evaluations(total_steps: int, steps_per_epoch: int, every: int | None) -> int:

@@ -16,9 +16,10 @@ from typing import Any
 
 import vlm
 from vlm.classifier import key_of
-from vlm.common import Stopped, UsageError, command_of, format_table, note, write_json
+from vlm.common import Stopped, UsageError, command_of, format_table, note, resume_command, write_json
 from vlm.config import (
     METADATA,
+    PAGE,
     PREDICTIONS,
     RESULTS,
     RunSettings,
@@ -28,14 +29,23 @@ from vlm.config import (
     read_run,
     written_by,
 )
-from vlm.training.out_of_fold import Fold, fold_figures, mean_figures, pooled_figures, read_fold, write_predictions
+from vlm.data import Data
+from vlm.report import COLUMNS, fold_rows, write_folds_report
+from vlm.training.out_of_fold import (
+    Fold,
+    fold_figures,
+    mean_figures,
+    pooled_figures,
+    predictions_of,
+    read_fold,
+    write_predictions,
+)
 from vlm.training.output import output_folder
 from vlm.training.run_files import begin, claim_results, drop_previous
 from vlm.training.running import fit
 from vlm.training.setup import Run
 from vlm.training.stopping import TRAINING
 
-COLUMNS = {"accuracy": "accuracy", "macro_f1": "macro F1", "nll": "NLL", "ece": "ECE"}
 # What has to be the same for all folds, by the name of its digest.
 SAME = {"digest": "the images, labels or groups", "texts": "the class names or the texts of the conversation"}
 DECIDED = ("batch_size", "gradient_accumulation_steps", "objective")  # by the first fold, for all
@@ -57,6 +67,7 @@ class CrossValidation:
         self.count = settings.folds or 0
         self.digests = _saved_digests(self.output) if settings.resume else {}
         self.metadata: dict[str, Any] = {}
+        self.data: Data | None = None  # of the fold that was trained last
 
     def train(self, number: int) -> Fold:
         """Train and test a fold, unless that is done already."""
@@ -64,7 +75,6 @@ class CrossValidation:
         if (folder / RESULTS).is_file():
             note(f"fold {number} of {self.count}: finished before, and kept.")
             return read_fold(folder, number)
-        note("\n" * (number > 1) + f"note: fold {number} of {self.count} is in {folder}.")
         resume = (folder / METADATA).is_file()
         settings = replace(self.settings, fold=number, output_dir=str(folder), resume=resume, overwrite=False)
         self.enter("")  # nothing is trained until the fold is set up
@@ -82,6 +92,7 @@ class CrossValidation:
 
     def _set_up(self, run: Run) -> None:
         """A fold can start: what it has decided holds for the others, and its images have to be those of the others."""
+        self.data = run.data
         self.settings = replace(self.settings, **{name: getattr(run.settings, name) for name in DECIDED})
         now = {"digest": run.data.source["fold"]["digest"], "texts": key_of(run.classifier.prompts)}
         for name, what in SAME.items():
@@ -112,7 +123,7 @@ class CrossValidation:
         return Stopped(f"fold {number} of {self.count} {done}. {self._resumable()}")
 
     def _resumable(self) -> str:
-        return f"Continue with --resume --output-dir {self.output}; folds that are finished are kept."
+        return f"Continue with {resume_command(self.output)}; folds that are finished are kept."
 
     def finish(self, folds: Sequence[Fold]) -> dict[str, Any]:
         """Write and print the results of all folds; returns the content of `results.json`."""
@@ -128,13 +139,18 @@ class CrossValidation:
             "settings": self.settings.to_json(),
         }
         claim_results(self.output, written_by(self.count))
+        look = ""
+        if self.data is not None:  # it is None if all folds were finished before
+            look = f"Look at {self.output / PAGE}; each fold has a page, too.\n"
+            shown = results | {"readable_names": folds[0].results.get("readable_names", {})}
+            write_folds_report(self.output, shown, self.data, predictions_of(folds))
         write_predictions(self.output / PREDICTIONS, folds)
         write_json(self.output / RESULTS, results)  # last: it says that the cross-validation is finished
         print(folds_table(results))
         note(
-            f"\nThe predictions of all images, each by the model that was not trained on it, are in "
-            f"{self.output / PREDICTIONS}.\nFor one model to use, train once on all images: its accuracy is about that "
-            f"of the folds, and its own small test says little.\n  {command_to_train_once(self.settings)}"
+            "\nThe predictions of all images, each by the model that was not trained on it, are in "
+            f"{self.output / PREDICTIONS}.\n{look}For one model to use, train once on all images: its accuracy is "
+            f"about that of the folds, and its own small test says little.\n  {command_to_train_once(self.settings)}"
         )
         return results
 
@@ -171,26 +187,8 @@ def command_to_train_once(settings: Settings) -> str:
 
 def folds_table(results: dict[str, Any]) -> str:
     """The table at the end, from the content of `results.json`."""
-    over, pooled = results["over_folds"], results["out_of_fold"]
-    rows: list[list[Any]] = [
-        [f"fold {fold['fold']}", f"{fold['pictures']:,}", *(_digits(fold[name]) for name in COLUMNS)]
-        for fold in results["folds"]
-    ]
-    for what, key in (("mean of the folds", "mean"), ("standard deviation", "standard_deviation")):
-        rows.append([what, None, *(_digits(over[name][key]) for name in COLUMNS)])
-    rows.append(["95% interval of the mean", None, *(_range(over[name]["interval"]) for name in COLUMNS)])
-    values = {name: pooled[name] if isinstance(pooled[name], list) else [pooled[name]] for name in COLUMNS}
-    rows.append(["all images together", f"{pooled['samples']:,}", *(_digits(values[name][0]) for name in COLUMNS)])
-    rows.append(["95% interval", None, *(_range(values[name][1:]) for name in COLUMNS)])
+    rows = [[name, f"{images:,}" if images else None, *values] for name, _, images, values in fold_rows(results)]
     return format_table(rows, ("", "images", *COLUMNS.values()))
-
-
-def _digits(value: float) -> str:
-    return f"{value:.4f}"
-
-
-def _range(ends: Sequence[float]) -> str | None:
-    return f"{ends[0]:.4f} to {ends[1]:.4f}" if len(ends) == 2 else None
 
 
 def _saved_digests(output: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vlm.classifier import Batch, key_of
-from vlm.common import Bar, RunError, Stopped, note, write_json
+from vlm.common import Bar, RunError, Stopped, note, resume_command, write_json
 from vlm.config import BEST_MODEL, DEMO_MODEL, METADATA, STATE, read_run
 from vlm.conversation import response_lengths
 from vlm.data import Sample, Step, epoch_plan
@@ -179,7 +179,7 @@ class Trainer:
         if STATE in self.saver.missing:
             reason = f"the state could not be saved ({self.saver.missing[STATE]}), so make room, and that of step"
             done += f"; {reason} {self.saver.saved_step} is taken"
-        return Stopped(f"{done}; continue with --resume --output-dir {self.run.output}")
+        return Stopped(f"{done}; continue with {resume_command(self.run.output)}")
 
     def _count_step(self, epoch: int) -> bool:
         """Count a step that was done; returns whether an evaluation follows it."""

@@ -18,6 +18,7 @@ from vlm.config import FOLD_PREDICTIONS, RESULTS
 from vlm.data import Split
 from vlm.evaluation import LEVEL, classification_metrics, reliability_figures
 from vlm.inference import PredictionFile, image_result
+from vlm.report import Prediction
 
 SHARES = ("accuracy", "macro_f1", "weighted_f1", "ece")  # figures between 0 and 1
 MORE_COLUMNS = ("label", "fold")
@@ -131,10 +132,26 @@ def pooled_figures(folds: Sequence[Fold], seed: int) -> dict[str, Any]:
         What `classification_metrics` returns, with accuracy, nll, brier and ece as `reliability_figures` has them: the
         value and both ends of its 95% interval.
     """
+    names, labels, probabilities = _together(folds)
+    with np.errstate(divide="ignore"):  # a probability of 0
+        scores = np.log(probabilities)  # (N, C)
+    return classification_metrics(labels, scores, names) | reliability_figures(scores, labels, seed=seed)
+
+
+def predictions_of(folds: Sequence[Fold]) -> list[Prediction]:
+    """The N out-of-fold predictions as the page shows them."""
+    _, labels, probabilities = _together(folds)
+    images = [(name, result["full_response"]) for fold in folds for name, result in fold.rows]
+    return [
+        Prediction(name, label, row, text)
+        for (name, text), label, row in zip(images, labels, probabilities, strict=True)
+    ]
+
+
+def _together(folds: Sequence[Fold]) -> tuple[list[str], list[int], np.ndarray]:
+    """The class names, the N labels and the (N, C) probabilities of all folds."""
     rows = [result for fold in folds for _, result in fold.rows]
     names = list(rows[0]["probabilities"])
     numbers = {name: number for number, name in enumerate(names)}
-    labels = [numbers[result["label"]] for result in rows]
-    with np.errstate(divide="ignore"):  # a probability of 0
-        scores = np.log(np.array([[result["probabilities"][name] for name in names] for result in rows]))  # (N, C)
-    return classification_metrics(labels, scores, names) | reliability_figures(scores, labels, seed=seed)
+    probabilities = np.array([[result["probabilities"][name] for name in names] for result in rows])
+    return names, [numbers[result["label"]] for result in rows], probabilities

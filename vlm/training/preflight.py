@@ -1,12 +1,20 @@
 """What is printed before the first step: settings, contradictions in the texts, one sample as the model sees it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from vlm.classifier import IGNORED, VLMClassifier, vlm_collate_fn
-from vlm.common import UsageError, dtype_name, joined, listed, note
-from vlm.config import IMAGES_PER_STEP, PROMPTS_OF_MODEL, RunSettings, Settings, stated_format
+from vlm.common import UsageError, dtype_name, joined, note, shorten
+from vlm.config import (
+    IMAGES_PER_STEP,
+    PROMPTS_OF_MODEL,
+    RunSettings,
+    Settings,
+    other_settings,
+    stated_format,
+)
 from vlm.conversation import LONGEST_LIST, Prompts, leaves_list_out
 from vlm.data import Sample
 from vlm.families import cache_root
@@ -25,7 +33,8 @@ SHOWN_SETTINGS = (
     "seed",
     "output_dir",
 )
-MOST_RENAMES_SHOWN = 12
+SHOWN_ELSEWHERE = {"model", "dataset", "device", "dtype", "response_format", "demo", "cache_size", "prompts"}
+LONGEST_VALUE = 80  # characters of a setting
 
 
 def settings_rows(
@@ -53,6 +62,12 @@ def settings_rows(
     if settings.batch_size == 1:
         shown["batch_size"] += f" (with --batch-size {IMAGES_PER_STEP} a step is faster; it needs more memory)"
     rows += [(name.replace("_", " "), value) for name, value in shown.items()]
+    rows += _augmentation_row(settings)
+    rows += [
+        (name.replace("_", " "), _shown(value))
+        for name, value in other_settings(settings).items()
+        if name not in {*SHOWN_SETTINGS, *SHOWN_ELSEWHERE} and not name.startswith("augment")
+    ]
     if processes > 1:
         rows.append(("processes", f"{processes}, each with batches of its own"))
     if settings.tune != "full" and not settings.no_feature_cache and classifier.family.can_cache:
@@ -71,6 +86,23 @@ def _prompt_rows(settings: Settings, prompts: Prompts) -> list[tuple[str, str]]:
     return [("response format", _format_row(settings)), *_class_list_row(settings, prompts.shown_names)]
 
 
+def _augmentation_row(settings: Settings) -> list[tuple[str, str]]:
+    """What the training sees of each image, if that is more than itself."""
+    if settings.views == 1:
+        return []
+    how = [] if settings.augment == "none" else [f"changed as by --augment {settings.augment}"]
+    how += ["mirrored half of the time"] if settings.augment_flips else []
+    how += ["turned by quarters"] if settings.augment_turns else []
+    return [("augmentation", f"{settings.views} views of each training image: itself, and others {', '.join(how)}")]
+
+
+def _shown(value: Any) -> str:
+    """A setting as the table shows it."""
+    if value is True:
+        return "yes"
+    return shorten(" ".join(map(str, value)) if isinstance(value, list) else str(value), LONGEST_VALUE)
+
+
 def _class_list_row(settings: Settings, shown_names: Sequence[str]) -> list[tuple[str, str]]:
     if not leaves_list_out(settings, shown_names):
         return []
@@ -82,20 +114,6 @@ def _class_list_row(settings: Settings, shown_names: Sequence[str]) -> list[tupl
 def _format_row(settings: Settings) -> str:
     stated = stated_format(settings.prompt_template) == settings.response_format
     return f"{settings.response_format}{', as --prompt-template states it' if stated else ''}"
-
-
-def point_out_names(prompts: Prompts) -> None:
-    """Print which names the model is shown in the place of the class names (`--class-map`)."""
-    pairs = list(zip(prompts.class_names, prompts.readable_names, strict=False))
-    if not pairs:
-        return
-    note(
-        "the model reads and writes readable names, and results keep the class names: "
-        f"{listed((f'{code} -> {name}' for code, name in pairs if code != name), MOST_RENAMES_SHOWN)}."
-    )
-    if kept := [code for code, name in pairs if code == name]:
-        note(f"--class-map has no other name for {listed(kept)}: the model is shown the class name.")
-    note("")
 
 
 def point_out_contradictions(settings: Settings) -> None:
@@ -137,8 +155,8 @@ def preflight(classifier: VLMClassifier, sample: Sample) -> None:
         parts.append("the class is learned from the tokens that tell the responses apart")
     note(
         f"One sample as the model sees it ({sample.name}, {classifier.class_names[sample.label]}): "
-        f"{len(rendered.prefix_ids)} tokens run once for all, then {len(ids)} with {images} image tokens; "
-        f"{', and '.join(parts)}."
+        f"{len(rendered.prefix_ids)} tokens that all images share, and {len(ids)} of its own, "
+        f"{images} of them image tokens; {', and '.join(parts)}."
     )
     note(render_sample(classifier, ids.tolist(), targets.tolist()) + "\n")
     if not images:

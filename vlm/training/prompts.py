@@ -101,6 +101,6 @@ def _point_to_the_test(settings: Settings) -> None:
     dataset = "DATASET" if settings.dataset in (None, IN_MEMORY) else shlex.quote(str(settings.dataset))
     command = f"{command_of('inference_vlm.py', 'vlm-predict')} --model-dir {shlex.quote(str(settings.model))}"
     note(
-        f"note: --epochs 0 trains nothing, but cuts and calibrates on this dataset, so it is no test of "
-        f"{settings.model}. To test it as it is:{CONTINUED}{command} --dataset {dataset}\n"
+        "note: --epochs 0 trains nothing, but the calibration is fitted again, on a part of this dataset: this is no "
+        f"test of {settings.model} as it is. To test it:{CONTINUED}{command} --dataset {dataset}\n"
     )

@@ -1,5 +1,6 @@
 """After the last step: the best model is loaded from its folder, as a user would, and tested once."""
 
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from vlm.evaluation import (
     score_split,
 )
 from vlm.families import FeatureCache, load_family
-from vlm.inference import Tested, correct_of, load_model_and_metadata, update_metadata
+from vlm.inference import Tested, correct_of, load_model_and_metadata, read_metadata, update_metadata
 from vlm.report import per_class_table, summary_rows, warnings_of, write_report
 from vlm.training.out_of_fold import write_fold_predictions
 from vlm.training.resume_state import Progress, delete_states
@@ -53,6 +54,8 @@ def finish(run: Run, progress: Progress, metrics: Sequence[Callable[..., Any]]) 
     }
     claim_results(output)
     write_report(output, results, run.data, tested.predictions())
+    best = output / BEST_MODEL
+    update_metadata(best, read_metadata(best), results, warnings_of(results))
     of_test = {name: tested.metrics[name] for name in ("accuracy", "macro_f1")}
     write_json(output / METADATA, run.metadata | calibration | {"test": of_test})
     if run.settings.demo:
@@ -186,8 +189,10 @@ def save_demo_images(split: Split, folder: Path) -> None:
 def _print(run: Run, results: dict[str, Any]) -> None:
     print(per_class_table(results["test"]))
     print("\n" + format_table(summary_rows(results)))
-    images = str(run.output / DEMO_IMAGES) if run.settings.demo else "IMAGE_OR_FOLDER..."
-    hint = f"{command_of('inference_vlm.py', 'vlm-predict')} --model-dir {run.output / BEST_MODEL} {images}"
-    note(f"\nClassify images with:\n  {hint}\nThe results are in {run.output}; look at {run.output / PAGE} first.")
+    images = shlex.quote(str(run.output / DEMO_IMAGES)) if run.settings.demo else "IMAGE_OR_FOLDER..."
+    model = shlex.quote(str(run.output / BEST_MODEL))
+    hint = f"{command_of('inference_vlm.py', 'vlm-predict')} --model-dir {model} {images}"
+    use = "" if run.settings.folds else f"Classify images with:\n  {hint}\n"
+    note(f"\n{use}The results are in {run.output}; look at {run.output / PAGE} first.")
     for warning in warnings_of(results):  # last, where they are seen
         note(f"warning: {warning}")

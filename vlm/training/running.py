@@ -1,11 +1,15 @@
 """fit: a run from its settings to its results."""
 
+import shlex
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from vlm.common import RunError, WriteError
-from vlm.config import Settings
+from vlm.common import RunError, UsageError, WriteError, command_of, is_main_process, note, resume_command
+from vlm.config import BEST_MODEL, Settings, read_run
 from vlm.evaluation import load_metric
+from vlm.inference import read_metadata
+from vlm.sharing import check_push, push_model
 from vlm.training.loop import Trainer
 from vlm.training.output import output_folder
 from vlm.training.results import finish
@@ -47,20 +51,43 @@ def fit(
         Stopped: it was asked to stop.
     """
     check_trackers(settings.trackers)
+    if settings.push_to_hub and is_main_process():
+        check_push(settings.push_to_hub, settings.public)
     with output_folder(settings):
         metrics = [load_metric(name) for name in settings.metrics or ()]  # a mistake here should not wait for the end
         run = set_up(settings, dataset)
         when_set_up(run)
         trainer = trainer_of(run, should_stop, enter)
         if settings.resume:
+            _point_out_push(settings)
             trainer.resume()
         trainer.train()
         if not run.accelerator.is_main_process:
             return {}
         try:
-            return finish(run, trainer.progress, metrics)
+            results = finish(run, trainer.progress, metrics)
         except WriteError as error:
             raise RunError(
                 f"{error.path} could not be written ({error.reason}). The training is done: make room, then continue "
-                f"with the test by --resume --output-dir {run.output}."
+                f"with the test by {resume_command(run.output)}."
             ) from error
+        if settings.push_to_hub:
+            _push(run.output / BEST_MODEL, settings.push_to_hub, settings.public)
+        return results
+
+
+def _point_out_push(settings: Settings) -> None:
+    """Say that the interrupted run was to push its model, if this command does not: a folder cannot start an upload."""
+    before = read_run(Path(settings.output_dir)).get("settings", {}).get("push_to_hub")
+    if before and not settings.push_to_hub:
+        note(f"note: the interrupted run had --push-to-hub {before}. Give it again if the model is to be pushed.")
+
+
+def _push(folder: Path, repo: str, public: bool) -> None:
+    """Push the best model. If that fails, the run is none the worse: a warning says how to do it later."""
+    try:
+        note(f"The model is at {push_model(folder, read_metadata(folder), repo, public)}")
+    except (UsageError, RunError) as error:
+        arguments = ["--model-dir", str(folder), "--push-to-hub", repo, *(["--public"] if public else [])]
+        command = f"{command_of('inference_vlm.py', 'vlm-predict')} {shlex.join(arguments)}"
+        note(f"warning: the model was not pushed. {error} The run is finished. To push its model later:\n  {command}")

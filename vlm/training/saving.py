@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm.common import RunError, WriteError, note
+from vlm.common import RunError, WriteError, note, resume_command
 from vlm.config import BEST_MODEL, FINAL_MODEL, STATE
 from vlm.inference import save_model_folder
+from vlm.training.adapter import adapter_writer
 from vlm.training.resume_state import Belonging, Progress, SavedState, save_state
 from vlm.training.run_files import drop_previous
 from vlm.training.setup import Run
@@ -31,6 +32,8 @@ class Saver:
         self.missing: dict[str, str] = {}
         self.saved_step = 0
         self._newest_is_damaged = False
+        revision = run.metadata["model_revision"]
+        self._write_adapter = adapter_writer(run.classifier.family, run.settings, revision)
         self.last_try = time.monotonic()
         self._best: tuple[dict[str, Tensor], dict[str, Any]] | None = None  # trained weights and metadata
 
@@ -60,7 +63,7 @@ class Saver:
         if unsaved:
             raise RunError(
                 f"{' and '.join(unsaved)} could not be saved in {self.run.output} ({self.missing[unsaved[0]]}). "
-                f"Make room, then continue with --resume --output-dir {self.run.output}."
+                f"Make room, then continue with {resume_command(self.run.output)}."
             )
 
     def state(self, progress: Progress, belonging: Belonging) -> None:
@@ -107,7 +110,7 @@ class Saver:
         family, dtype = self.run.classifier.family, self.run.dtype
         weights = merged_state_dict(self.run.classifier.model, dtype)
         try:
-            save_model_folder(self.run.output / name, family, weights, metadata, dtype)
+            save_model_folder(self.run.output / name, family, weights, metadata, dtype, self._write_adapter)
         except WriteError as error:
             self._failed(name, error.reason)
             return False

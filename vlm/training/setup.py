@@ -33,7 +33,9 @@ from vlm.families import (
     load_family,
 )
 from vlm.machine import Texts, check_compiler, fit_to_memory, pick_device, pick_dtype, pick_threads, share_of_cores
-from vlm.training.preflight import point_out_contradictions, point_out_names, preflight, settings_rows
+from vlm.sharing import origin_of
+from vlm.training.class_map import point_out_names
+from vlm.training.preflight import point_out_contradictions, preflight, settings_rows
 from vlm.training.prompts import choose_prompts
 from vlm.training.run_files import NEW_DEMO_MODEL
 from vlm.training.tuning import parameter_groups, prepare_tuning, trained_parameters
@@ -89,7 +91,7 @@ class Run:
 
     @property
     def readable_names(self) -> dict[str, str]:
-        """Class name -> what the model is shown instead (`--class-map`); empty if it is shown the class names."""
+        """Class name -> what the model is shown (`--class-map`); empty if it is shown the class names."""
         prompts = self.metadata["prompts"]
         return dict(zip(prompts["class_names"], prompts.get("readable_names", ()), strict=False))
 
@@ -151,7 +153,7 @@ def set_up(settings: Settings, dataset: object = None, draft: Path | None = None
         cache=cache,
         optimizer=optimizer,
         learned=learned,
-        metadata=_metadata(run_settings, data, classifier, chosen.texts, revision, image_size),
+        metadata=_metadata(run_settings, data, classifier, chosen.texts, folder, revision, image_size),
         workers=workers,
     )
 
@@ -250,6 +252,7 @@ def _metadata(
     data: Data,
     classifier: VLMClassifier,
     texts: dict[str, Any],
+    folder: Path,
     revision: str | None,
     image_size: str | None,
 ) -> dict[str, Any]:
@@ -259,10 +262,12 @@ def _metadata(
         "run_id": uuid4().hex,  # a resumed run takes over that of the interrupted one
         "model": DEMO_NAME if settings.demo else settings.model,
         "model_revision": revision,
+        "origin": origin_of(folder, settings.model, revision),
         "model_type": classifier.model.config.model_type,
         "class_names": list(classifier.class_names),
         "task_description": texts["task_description"],
         "prompts": classifier.prompts.to_json(),
+        "plain_prompt": classifier.family.plain_prompt(classifier.prompts),
         "texts": texts,
         "dataset": data.source,
         "train_images": None if data.stream else pack_keys(data.train.keys),

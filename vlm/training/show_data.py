@@ -1,12 +1,14 @@
 """--show-data: the dataset as the run would read it, on a page. No model is loaded."""
 
+from functools import partial
 from pathlib import Path
 
 from vlm.common import UsageError, doing, format_table, note, printable
 from vlm.config import DATA_PAGE, Settings
 from vlm.conversation import build_prompts
-from vlm.data import load_data
+from vlm.data import as_seen, load_data
 from vlm.report import DataContent, is_data_page, write_data_page
+from vlm.training.class_map import point_out_names, renamed
 from vlm.training.output import check_place
 
 
@@ -28,8 +30,12 @@ def look_at_data(settings: Settings, dataset: object = None) -> None:
         data = load_data(settings, dataset)
     note("\n" + format_table(data.summary) + "\n")
     prompts = build_prompts(settings, data.class_names)  # finds mistakes in the files about the classes
-    readable = dict(zip(prompts.class_names, prompts.readable_names, strict=False))
+    point_out_names(prompts)
+    if settings.trains_folds:
+        note(f"note: the page is about fold 1 of {settings.folds}; --fold N shows another one.")
     name = "the demo" if settings.demo else str(data.source["dataset"])
     page.parent.mkdir(parents=True, exist_ok=True)
-    write_data_page(page, DataContent(data, name, settings.seed, readable))
+    train_in = partial(as_seen, data.train, settings)
+    content = DataContent(data, name, settings.seed, renamed(prompts), settings.views, train_in)
+    write_data_page(page, content)
     print(f"Look at {printable(str(page))}")

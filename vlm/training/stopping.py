@@ -5,9 +5,10 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from vlm.common import Stopped, is_main_process
+from vlm.common import Stopped, is_main_process, resume_command
 
 TRAINING, TESTING = "training", "testing"  # phases that `Trainer` enters; before them there is nothing to save
 
@@ -69,5 +70,5 @@ class StopSignals:
 
     def _stopped(self) -> Stopped:
         if self.phase == TESTING:
-            return Stopped(f"stopped after the training; continue with the test by --resume --output-dir {self.output}")
+            return Stopped(f"stopped after the training; continue with the test by {resume_command(Path(self.output))}")
         return Stopped("stopped before the first step.")

@@ -3,13 +3,13 @@
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from vlm.classifier import VLMClassifier
-from vlm.config import Settings
+from vlm.config import DORA, PISSA, RSLORA, Settings
 from vlm.families import Family
 
 ADAPTER = "default"
@@ -32,8 +32,13 @@ def prepare_tuning(family: Family, settings: Settings) -> None:
             lora_dropout=settings.lora_dropout,
             target_modules=targets,
             bias="none",
+            use_dora=settings.lora_variant == DORA,
+            use_rslora=settings.lora_variant == RSLORA,
+            init_lora_weights="pissa" if settings.lora_variant == PISSA else True,
         )
         inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+        if settings.lora_variant == PISSA:  # with them the adapter is made to fit the model as it was
+            model.lora_at_start = {name: tensor.detach().clone() for name, tensor in lora_weights(model).items()}
     if settings.tune in ("lora", "connector") and (settings.align_connector or not settings.freeze_connector):
         family.connector.requires_grad_(True)
     for parameter in model.parameters():
@@ -43,6 +48,11 @@ def prepare_tuning(family: Family, settings: Settings) -> None:
             )
 
 
+def lora_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of LoRA, by the names that PEFT's files have, without their `base_model.model.`."""
+    return get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+
+
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that are trained, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -50,6 +60,8 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def merged_state_dict(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     """The weights on the CPU with LoRA merged, under the names they had before LoRA, quantized ones as plain ones.
+
+    PiSSA has taken what LoRA starts with out of the weights, and the merging puts it back.
 
     Merging into the model and taking it back out would change the weights by rounding, and a resumed run with them.
     """
@@ -62,10 +74,20 @@ def merged_state_dict(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]
             state[f"{layer}.{part}" if part else name] = tensor.detach().to("cpu", kind)
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            update = cast(Any, module).get_delta_weight(ADAPTER)  # each kind of LoRA layer has it, their base has not
-            weight = dequantize_module_weight(module.get_base_layer())
-            state[f"{name}.weight"] = (weight.to(update.dtype) + update).detach().to("cpu", dtype)
+            state[f"{name}.weight"] = _merged_weight(module).detach().to("cpu", dtype)
     return state
+
+
+def _merged_weight(layer: Any) -> Tensor:
+    """The weight of a layer with its LoRA, in the number format of the latter."""
+    update = layer.get_delta_weight(ADAPTER)
+    weight = dequantize_module_weight(layer.get_base_layer()).to(update.dtype)
+    if ADAPTER not in layer.lora_magnitude_vector:
+        return weight + update
+    # DoRA: each row has a length of its own, which is learned
+    magnitude = layer.lora_magnitude_vector[ADAPTER]
+    factors = magnitude.weight / magnitude.get_weight_norm(weight, update, scaling=1)
+    return factors.unsqueeze(1) * (weight + update)
 
 
 def parameter_groups(

@@ -97,14 +97,14 @@ def unpacked(archives: Mapping[Path, Path], others: Sequence[Path] = ()) -> Path
                 shutil.rmtree(folder, ignore_errors=True)
                 _drop_unused(root)
                 _fill(folder, archives, others)
+                what = "is" if len(archives) == 1 else "are"
+                note(f"note: {listed((path.name for path in archives), 3)} {what} unpacked in {folder}.")
             os.utime(folder)
     except OSError as error:
         raise UsageError(
             f"{listed(map(str, archives), 3)} cannot be unpacked into {root} ({reason(error)}). Make room or set "
             "VLM_CACHE to another folder, or unpack it yourself and give the folder."
         ) from error
-    what = "is" if len(archives) == 1 else "are"
-    note(f"note: {listed((path.name for path in archives), 3)} {what} unpacked in {folder}.")
     return folder
 
 

@@ -5,12 +5,13 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from vlm.common import UsageError, brief, printable
 from vlm.data.images import ImageSource, UnreadableImage
 from vlm.data.sources.packed import by_names, packed_place
-from vlm.data.sources.places import Place, is_of_label_studio, locate, say_why
+from vlm.data.sources.places import MOST_FILES, Place, is_of_label_studio, locate, say_why
 
 LONGEST_NAME = 255  # bytes of the name of a file on every usual system
 SURELY_SHORT = 60  # characters; a text of no more is neither an image in base64 nor a name that is too long
@@ -86,6 +87,18 @@ def find_images(place: Place, cells: Sequence[Any], column: str, source: str) ->
     if not found:
         say_why(place, tried, column, source)
     return found or place
+
+
+def are_files(place: Place, cells: Sequence[Any]) -> bool:
+    """Whether the first cells of a column name different files, most of which are there, maybe with another ending."""
+    texts = [path_text(cell) for cell in cells[:CELLS_TRIED]]
+    if len(set(texts)) < len(texts):
+        return False
+    found = sum(bool(text) and place.file(text).is_file() for text in texts)
+    if not found:
+        stems = {path.stem for path in islice(place.folder.iterdir(), MOST_FILES)}
+        found = sum(text in stems for text in texts)
+    return 2 * found > len(texts)
 
 
 def check_cells(cells: Sequence[Any], column: str, source: str) -> None:

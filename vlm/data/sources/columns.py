@@ -1,6 +1,6 @@
 """Which column of a table has the images, the labels and the reasonings."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +48,7 @@ LABEL_COLUMNS = (
     "choice",
     "cls",
 )
+NOTHING: Mapping[str, str] = {}
 ROWS_LOOKED_AT = 1000  # of a column, to tell whether it has paths of images
 
 
@@ -81,6 +82,7 @@ def choose_columns(
     classes: Sequence[str] = (),
     *,
     values: Callable[[str], Sequence[object]],
+    names_files: Callable[[Sequence[object]], bool] | None = None,
 ) -> Columns:
     """The columns that the settings name; those not named are found by their type, then by their name.
 
@@ -89,11 +91,14 @@ def choose_columns(
         images: those whose type is image.
         classes: those whose type is class label.
         values: the values of a column, for those that are found by their content: paths of images, and 0 and 1.
+        names_files: whether values are names of files that are there; None if no flag says how names become paths.
 
     Raises:
         UsageError: a named column is not there, or no column was recognized.
     """
     by_content = [] if images else [name for name in columns if _has_image_paths(values(name))]
+    if not by_content and not images and names_files:
+        by_content = [name for name in columns if names_files(values(name))] or _left_over(settings, columns, classes)
     image = _choose("--image-column", settings.image_column, columns, images, IMAGE_COLUMNS, only=by_content)
     rest = [column for column in columns if column != image]
     classes = [column for column in classes if column != image]
@@ -101,10 +106,10 @@ def choose_columns(
     reasoning = settings.reasoning_column
     if reasoning is not None:
         rest = [column for column in rest if column not in (label, *one_hot)]
-        _check_given("--reasoning-column", reasoning, rest, used=[image, label])
+        _check_given("--reasoning-column", reasoning, rest, {image: "image column", label: "label column"})
     if settings.group_column is not None:
         rest = [column for column in columns if column not in (image, label, *one_hot)]
-        _check_given("--group-column", settings.group_column, rest, used=[image, label])
+        _check_given("--group-column", settings.group_column, rest, {image: "image column", label: "label column"})
     return Columns(image, label, reasoning, one_hot=one_hot, group=settings.group_column)
 
 
@@ -129,10 +134,10 @@ def _choose_labels(
     """
     if not settings.labels_needed and settings.label_column == NO_LABELS and NO_LABELS not in columns:
         return "", ()
-    only = columns if len(columns) == 1 else ()
+    only = columns if len(columns) == 1 else _only_labels(columns, values) if settings.labels_needed else ()
     try:
         named = settings.label_column
-        return _choose("--label-column", named, columns, classes, LABEL_COLUMNS, used=[image], only=only), ()
+        return _choose("--label-column", named, columns, classes, LABEL_COLUMNS, {image: "image column"}, only), ()
     except UsageError:
         one_hot = () if settings.label_column else tuple(one_hot_columns(columns, values))
         if one_hot and not any(_could_be_labels(values(name)) for name in columns if name not in one_hot):
@@ -140,6 +145,24 @@ def _choose_labels(
         if settings.labels_needed or settings.label_column:
             raise
         return "", ()
+
+
+def _left_over(settings: Settings, columns: Sequence[str], classes: Sequence[str]) -> list[str]:
+    """The only column that is left if that of the labels was named, or has a usual name or type; else none."""
+    labels = [settings.label_column] if settings.label_column else [*classes, *usual_labels(columns)][:1]
+    rest = [name for name in columns if name not in labels]
+    return rest if labels and len(rest) == 1 else []
+
+
+def _only_labels(columns: Sequence[str], values: Callable[[str], Sequence[object]]) -> list[str]:
+    """The only column that could have labels, next to others that are mostly empty, such as remarks; else none."""
+    filled = [name for name in columns if not _is_mostly_empty(values(name))]
+    return filled if len(filled) == 1 and _could_be_labels(values(filled[0])) else []
+
+
+def _is_mostly_empty(values: Sequence[object]) -> bool:
+    first = values[:ROWS_LOOKED_AT]
+    return 2 * sum(value in (None, "") for value in first) > len(first)
 
 
 def _could_be_labels(values: Sequence[object]) -> bool:
@@ -183,7 +206,7 @@ def _choose(
     columns: Sequence[str],
     typed: Sequence[str],
     names: Sequence[str],
-    used: Sequence[str] = (),
+    used: Mapping[str, str] = NOTHING,
     only: Sequence[str] = (),
 ) -> str:
     """The column given, else of the columns of the right type (of all, if there are none) the best named one, else the
@@ -194,7 +217,7 @@ def _choose(
         columns: all columns that come into question.
         typed: those of them that have the right type.
         names: usual names, best first.
-        used: columns that have another use already, for messages.
+        used: columns that have a use already, with what it is, for messages.
         only: columns that could be the right one by their content.
     """
     if given is not None:
@@ -211,11 +234,11 @@ def _choose(
     )
 
 
-def _check_given(flag: str, given: str, columns: Sequence[str], used: Sequence[str]) -> None:
+def _check_given(flag: str, given: str, columns: Sequence[str], used: Mapping[str, str]) -> None:
     if given not in columns:
         raise UsageError(f"{flag} {given}: no such column. {_list(columns, used)}{did_you_mean(given, columns)}")
 
 
-def _list(columns: Sequence[str], used: Sequence[str]) -> str:
-    taken = f" ({listed(used)} {'has' if len(used) == 1 else 'have'} another use)" if used else ""
+def _list(columns: Sequence[str], used: Mapping[str, str]) -> str:
+    taken = f" ({listed(f'{name} is the {use}' for name, use in used.items())})" if used else ""
     return f"Columns there: {listed([*used, *columns]) or 'none'}{taken}."

@@ -46,7 +46,7 @@ def read_folder(folder: Path, settings: Settings, nested: int = 0) -> Source:
     Raises:
         UsageError: the layout is not understood, or the files in it cannot be read.
     """
-    folder = _unwrapped(folder)
+    folder = _unwrapped(folder, Path(settings.dataset or "").name if nested else str(folder))
     if is_saved(folder):
         return read_saved(folder, settings)
     if archives := _archives(folder):
@@ -152,10 +152,13 @@ def _note_without_rows(source: Source, files: list[Path]) -> None:
         note(f"note: not used: {images - rows:,} images without a row in a metadata file.")
 
 
-def _unwrapped(folder: Path) -> Path:
+def _unwrapped(folder: Path, name: str) -> Path:
     """The folder itself, or the only one in it that holds everything, as an unpacked archive often has it.
 
     A folder that is called like a split or has images as a class has is not such a one.
+
+    Args:
+        name: what messages call the folder.
     """
     inner, seen = folder, set()
     while (wrapped := _only_folder(inner)) and wrapped.resolve() not in seen:
@@ -163,7 +166,8 @@ def _unwrapped(folder: Path) -> Path:
         seen.add(inner.resolve())
     if inner == folder or not _could_be_dataset(inner):
         return folder
-    note(f"note: {folder} has nothing but {inner.relative_to(folder)}, which is read as the dataset.")
+    if not (is_archive(Path(name)) and inner.name == stem_of(Path(name))):
+        note(f"note: {name} has nothing but {inner.relative_to(folder)}, which is read as the dataset.")
     return inner
 
 

@@ -1,5 +1,6 @@
 """What the `datasets` library reads: Parquet files, folders with Parquet or metadata files, folders by save_to_disk."""
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,33 +86,13 @@ def read_data_files(files: Mapping[str, Sequence[Path]], folder: Path, settings:
     Raises:
         UsageError: a file is damaged, or a column is missing.
     """
-    import datasets
-
     first = next(iter(files.values()))[0]
     refuse_damaged([path for some in files.values() for path in some])
     kind = "parquet" if first.suffix.lower() == ".parquet" else "arrow"
     with errors_in_one_line(first):
         paths = {split: [str(path) for path in some] for split, some in files.items()}
-        data = datasets.load_dataset(kind, data_files=paths)
+        data = _load_dataset(kind, data_files=paths)
     return to_source(_by_name(data), settings, f"{kind.capitalize()} file", folder)
-
-
-def read_object(data: object, settings: Settings) -> Source:
-    """Read a `Dataset` or `DatasetDict` that a program has made.
-
-    Raises:
-        UsageError: it is none, or a column is missing.
-    """
-    import datasets
-
-    if isinstance(data, datasets.DatasetDict):
-        return to_source(_by_name(data), settings, type(data).__name__, Path())
-    if isinstance(data, datasets.Dataset):
-        return to_source({"train": data}, settings, type(data).__name__, Path())
-    raise UsageError(
-        f"the dataset is of the type {type(data).__name__}. Expected a Dataset or DatasetDict of the datasets library, "
-        "or the name of a dataset as text."
-    )
 
 
 def open_streams(name: str, settings: Settings, revision: str | None) -> "IterableDatasetDict":
@@ -136,14 +117,21 @@ def load_files(
         paths: by split.
         features: the types of the columns; None: as the files say.
     """
-    import datasets
-
     with errors_in_one_line(name):
         files = {split: list(some) for split, some in paths.items()}
         if module in ("parquet", "arrow"):
-            return _by_name(datasets.load_dataset(module, data_files=files, features=features))
+            return _by_name(_load_dataset(module, data_files=files, features=features))
         no_counts = {"verification_mode": "no_checks"}  # other splits than those in the card
-        return _by_name(datasets.load_dataset(str(folder), config, data_files=files, features=features, **no_counts))
+        return _by_name(_load_dataset(str(folder), config, data_files=files, features=features, **no_counts))
+
+
+def _load_dataset(*what: Any, **how: Any) -> Any:
+    """`datasets.load_dataset`, without the library's bars where they would become many lines."""
+    import datasets
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    return datasets.load_dataset(*what, **how)
 
 
 def refuse_configuration(name: str, config: str | None, there: Sequence[str]) -> UsageError | None:
@@ -158,7 +146,7 @@ def _load(name: str, config: str | None) -> "DatasetDict":
     import datasets
 
     try:
-        return datasets.load_dataset(name, config)
+        return _load_dataset(name, config)
     except ValueError as error:
         raise refuse_configuration(name, config, datasets.get_dataset_config_names(name)) or error from error
 

@@ -74,7 +74,9 @@ def asked_place(settings: Settings, folder: Path) -> Place:
     if given.is_file() and is_archive(given):
         return Place(unpacked({given: Path()}), suffix=suffix, given=True)
     if not given.is_dir():
-        raise UsageError(f"--image-folder {given}: no such folder. Name the folder that the paths are relative to.")
+        near = folder / given
+        cure = f"Give {shlex.quote(str(near))}" if near.is_dir() else "Name the folder that the paths are relative to"
+        raise UsageError(f"--image-folder {given}: no such folder{' here' if near.is_dir() else ''}. {cure}.")
     return Place(given, suffix=suffix, given=True)
 
 
@@ -168,23 +170,33 @@ def say_why(place: Place, tried: Sequence[str], column: str, source: str) -> Non
         tried, column, source: see `locate`.
     """
     tried = [_plain(text, place.folder) for text in tried]
-    what = f"{source}: no file {brief(tried[0])} of the column {column} in {_shown(place.folder)}"
+    what = f"{source}: no file {brief(place.relative(tried[0]))} of the column {column} in {_shown(place.folder)}"
     name = PurePosixPath(_slashed(tried[0])).name
     for file in _image_files(place.folder):
         if file.name != name and file.stem != name:
             continue
-        suffix = "" if file.name == name else file.suffix
-        there = replace(place, folder=file.parent, suffix=suffix or place.suffix)
+        there = _place_with(place, file, tried[0])
         if len(tried) > 1 and not any(map(there.has, tried[1:])):
             continue
         # What is unpacked is looked through, so that its folder need not be given (packed.py).
-        found_anyway = file.parent == place.folder or is_unpacked(place.folder)
-        flags = [] if found_anyway else ["--image-folder", shlex.quote(str(file.parent))]
-        flags += ["--image-suffix", suffix] if suffix else []
+        found_anyway = there.folder == place.folder or is_unpacked(place.folder)
+        flags = [] if found_anyway else ["--image-folder", shlex.quote(str(there.folder))]
+        flags += ["--image-suffix", there.suffix] if there.suffix != place.suffix else []
+        instead = f" instead of {place.suffix}" if place.suffix and there.suffix != place.suffix else ""
         found = brief(file.relative_to(place.folder).as_posix())
-        raise UsageError(f"{what}, but there is {found}. Add: {' '.join(flags)}")
+        raise UsageError(f"{what}, but there is {found}. {'Give' if instead else 'Add'}: {' '.join(flags)}{instead}")
     if "\\" in tried[0]:
         raise UsageError(f"{what}: it is a Windows path. Name the folder that holds the images with --image-folder.")
+
+
+def _place_with(place: Place, file: Path, text: str) -> Place:
+    """The place at which a text names a file, whose name is the last part of the text, or that without its ending."""
+    *parents, name = _slashed(text).split("/")
+    same = 0  # folders that both end with
+    while same < min(len(parents), len(file.parts) - 1) and parents[-1 - same] == file.parts[-2 - same]:
+        same += 1
+    cut = "".join(f"{part}/" for part in parents[: len(parents) - same])
+    return replace(place, folder=file.parents[same], cut=cut, suffix=place.suffix if file.name == name else file.suffix)
 
 
 def _image_files(folder: Path) -> Iterator[Path]:

@@ -13,7 +13,8 @@ from vlm.data.sources.asked_splits import take_parts
 from vlm.data.sources.folders import read_archive, read_folder
 from vlm.data.sources.foreign import refuse_file
 from vlm.data.sources.hub import read_hub
-from vlm.data.sources.library import ENDINGS, read_data_files, read_object
+from vlm.data.sources.library import ENDINGS, read_data_files
+from vlm.data.sources.objects import read_object
 from vlm.data.sources.places import find_file
 from vlm.data.sources.rows import EXPECTED, Rows, Source
 from vlm.data.sources.shards import is_shard, read_shards
@@ -43,7 +44,7 @@ def _read(settings: Settings, data: object) -> Source:
     if name == IN_MEMORY:
         raise UsageError(
             f"--dataset {IN_MEMORY}: the run was started by a program with a dataset of its own. Continue it with "
-            "train_on(dataset, resume=True, output_dir=...)."
+            "train(dataset=..., resume=True, output_dir=...)."
         )
     if settings.demo or name is None:
         return _read_digits()

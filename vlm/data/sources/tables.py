@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from vlm.common import UsageError, first_line, note
 from vlm.config import Settings
 from vlm.data.finding import is_hidden, is_image
-from vlm.data.sources.cells import Cells, check_cells, find_images, names_of
+from vlm.data.sources.cells import Cells, are_files, check_cells, find_images, names_of
 from vlm.data.sources.columns import Columns, choose_columns, missing_column, reasoning_texts, usual_labels
 from vlm.data.sources.delimited import is_text_table, read_delimited
 from vlm.data.sources.exports import (
@@ -105,21 +106,48 @@ def read_tables(paths: dict[str, Path], others: list[str], settings: Settings) -
     for role, table in tables.items():
         if not len(table):
             raise UsageError(f"{paths[role]}: no rows. Expected a header (CSV) and one line for each image.")
-    names = list(dict.fromkeys(name for table in tables.values() for name in table.columns))
-    train = tables["train"] if "train" in tables else next(iter(tables.values()))  # none is needed to classify
-    columns = choose_columns(settings, names, (), [train.label] if train.label else (), values=train.values)
-    for role, table in tables.items():
-        if columns.image not in table.columns:
-            raise missing_column(columns.image, paths[role].name, table.columns)
-        if not columns.one_hot and columns.label not in table.columns:
-            _use_other_label(table, columns, train, paths[role].name)
-    splits = {
-        role: _rows(table, str(paths[role]), columns, asked_place(settings, paths[role].parent))
-        for role, table in tables.items()
-    }
     # Two files of the same name in folders of splits are told apart by the folder.
     same = len({path.name for path in paths.values()}) < len(paths)
     split_names = {role: f"{path.parent.name}/{path.name}" if same else path.name for role, path in paths.items()}
+    names = {role: str(path) for role, path in paths.items()}
+    folders = {role: path.parent for role, path in paths.items()}
+    return source_of_tables(tables, names, folders, split_names, others, settings)
+
+
+def source_of_tables(
+    tables: Mapping[str, Table],
+    shown: Mapping[str, str],
+    folders: Mapping[str, Path],
+    split_names: dict[str, str],
+    others: list[str],
+    settings: Settings,
+) -> Source:
+    """The rows of one table for each split. The train split decides the columns.
+
+    Args:
+        tables, split_names: by role.
+        shown: by role, what messages call the table.
+        folders: by role, what paths of images are relative to.
+        others: the names of further tables, which are not read.
+
+    Raises:
+        UsageError: a column is missing.
+    """
+    names = list(dict.fromkeys(name for table in tables.values() for name in table.columns))
+    train = tables["train"] if "train" in tables else next(iter(tables.values()))  # none is needed to classify
+    names_files = None
+    if settings.image_folder or settings.image_suffix:
+        names_files = partial(are_files, asked_place(settings, next(iter(folders.values()))))
+    classes = [train.label] if train.label else ()
+    columns = choose_columns(settings, names, (), classes, values=train.values, names_files=names_files)
+    for role, table in tables.items():
+        if columns.image not in table.columns:
+            raise missing_column(columns.image, split_names[role], table.columns)
+        if not columns.one_hot and columns.label not in table.columns:
+            _use_other_label(table, columns, train, split_names[role])
+    splits = {
+        role: _rows(table, shown[role], columns, asked_place(settings, folders[role])) for role, table in tables.items()
+    }
     rest = [name for name in names if name not in columns.used]
     unused = {role: {name: table.values(name) for name in rest} for role, table in tables.items()}
     source = Source(train.kind, splits, split_names, others, columns=columns)

@@ -56,9 +56,12 @@ def size_text(
         edge, published: of an image, as it is processed and as published, in pixels.
         load, published_load: patches and tokens of an image of these sizes (see `Family.image_load`).
     """
-    why = f" (auto: 95% of the images are at most {wish.pixels} px)" if wish.auto else ""
+    images = f"95% of the images are at most {wish.pixels} px" if wish.auto else ""
     if edge == published:
-        return f"{edge} px, as published{why}: {load[1]} image tokens."
+        smaller = f", so larger images are made smaller ({images})" if wish.auto and wish.pixels > edge else ""
+        fits = f" ({images})" if wish.auto and not smaller else ""
+        return f"{edge} px, the size of the model{smaller}{fits}: {load[1]} image tokens."
+    why = f" (auto: {images})" if wish.auto else ""
     return (
         f"{edge} of {published} px{why}: {load[1]} image tokens instead of {published_load[1]}, "
         f"about {load[0] / published_load[0]:.0%} of the vision work."

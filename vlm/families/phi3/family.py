@@ -108,6 +108,9 @@ class Phi3VisionFamily(Family):
                 content = naming_its_code(content) | {"torch_dtype": dtype_name(dtype)}
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
+    def plain_prompt(self, prompts: Prompts) -> None:
+        return None
+
     # The parts. The published layout has vision encoder and connector in one module, inside the language model.
 
     @property
