@@ -130,10 +130,10 @@ def main() -> int:
         found = [json.loads(line) for line in command.output.read_text(encoding="utf-8").splitlines()]
         same = same and [result["path"] for result in found] == paths
         same = same and np.allclose([result["confidence"] for result in found], confidences, atol=SAME)
-    command = commands["1 process"]
-    taken = command(make_links(options.cache, long))
     loops = [statistics.median(seconds[LOOP]) * long / count]
-    rows.append(row("1 process", long, loops, [taken], command.mebibytes))
+    for name, command in commands.items():
+        taken = command(make_links(options.cache, long))
+        rows.append(row(name, long, loops, [taken], command.mebibytes))
     return common.report(options, rows, bool(same))
 
 
