@@ -145,6 +145,7 @@ def test_big_job(benchmark, demo_run):
         ("1 process", 12),
         ("2 processes", 12),
         ("1 process", 24),
+        ("2 processes", 24),
     ]
 
 

@@ -68,8 +68,8 @@ def begin(infer, images, monkeypatch):
             code, err = infer(images, "--output", output, *flags)
         assert code == 130
         part = next(output.parent.glob(f"{output.name}*.part"))
-        assert err == (
-            f"stopped after 5 of {COUNT} images. Their rows are in {part}. The same command with --resume goes on.\n"
+        assert err.splitlines()[-1] == (  # on a busy machine the progress stands before it
+            f"stopped after 5 of {COUNT} images. Their rows are in {part}. The same command with --resume goes on."
         )
         part.write_bytes(part.read_bytes()[:-20])
         return part
@@ -82,7 +82,7 @@ def begin(infer, images, monkeypatch):
 def test_a_killed_job_goes_on_without_a_row_twice_or_lost(infer, images, unbroken, begin, tmp_path, ending):
     begin(tmp_path / f"x.{ending}")
     code, err = infer(images, "--output", tmp_path / f"x.{ending}", "--resume")
-    assert code == 1 and err.splitlines()[0] == f"{COUNT} rows in {tmp_path / f'x.{ending}'}"
+    assert code == 1 and f"{COUNT} rows in {tmp_path / f'x.{ending}'}" in err.splitlines()
     assert f"1 of {COUNT} images could not be read, such as {images / '8.png'}; the others" in err
     assert (tmp_path / f"x.{ending}").read_bytes() == unbroken(ending)
     assert names_in(tmp_path) == {f"x.{ending}"}
@@ -220,7 +220,7 @@ def test_two_processes_make_one_file_in_the_order_of_the_images(demo_run, images
     program = ("run_vlm_inference.sh", *flags, "--output")
     result = run(*program, tmp_path / "x.parquet", images, VLM_PROCESSES=2)
     assert result.returncode == 1 and result.stdout == ""
-    assert result.stderr.splitlines() == [
+    assert result.stderr.splitlines()[-2:] == [
         f"{COUNT} rows in {tmp_path / 'x.parquet'}",
         f"error: 1 of {COUNT} images could not be read, such as {images / '8.png'}; the others are classified.",
     ]
@@ -232,7 +232,7 @@ def test_two_processes_make_one_file_in_the_order_of_the_images(demo_run, images
     assert names_in(tmp_path) == {"x.parquet", "one.parquet"}
     result = run(*program, tmp_path / "x.parquet", images, "--resume", VLM_PROCESSES=2)
     assert result.returncode == 2 and result.stderr.endswith("Leave out --resume to compute it again.\n")
-    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.count("error: ") == 1
 
 
 def test_several_processes_need_a_file(infer, images, monkeypatch):
