@@ -184,18 +184,24 @@ class TestQwen2VL(FamilyChecks):
     def test_saved_folder_has_the_published_names(self, folder, tmp_path):
         """After LoRA, which renames modules, and with our patch embedding: as transformers itself saves an untouched
         model."""
-        classifier = self.classifier(folder)
+        classifier, metadata = (
+            self.classifier(folder),
+            {"class_names": self.names, "prompts": tiny_prompts(tuple(self.names)).to_json()},
+        )
         prepare_tuning(classifier.family, resolve({"tune": "lora"}))
-        save_classifier(tmp_path / "ours", classifier, {}, torch.bfloat16)
+        save_classifier(tmp_path / "ours", classifier, metadata, torch.bfloat16)
         AutoModelForImageTextToText.from_pretrained(folder).save_pretrained(tmp_path / "theirs")
         assert saved_keys(tmp_path / "ours") == saved_keys(tmp_path / "theirs") == saved_keys(folder)
         config = json.loads((tmp_path / "ours" / "config.json").read_text(encoding="utf-8"))
         assert config["model_type"] == self.model_type and config["dtype"] == "bfloat16"
 
     def test_saved_image_sizes_are_kept_at_inference(self, folder, tmp_path):
-        classifier = self.classifier(folder)
+        classifier, metadata = (
+            self.classifier(folder),
+            {"class_names": self.names, "prompts": tiny_prompts(tuple(self.names)).to_json()},
+        )
         classifier.family.processor = type(classifier.family).load_processor(folder, min_pixels=7840, max_pixels=31360)
-        save_classifier(tmp_path / "model", classifier, {}, torch.float32)
+        save_classifier(tmp_path / "model", classifier, metadata, torch.float32)
         size = {"shortest_edge": 7840, "longest_edge": 31360}
         assert dict(load_family(tmp_path / "model", torch.float32, CPU).processor.image_processor.size) == size
         # What older programs, and the video half of transformers' own processor, read.

@@ -135,7 +135,8 @@ def test_an_interrupt_keeps_the_state_and_says_how_to_go_on(tmp_path, monkeypatc
         train(**flags)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
     message, hint = shown(caught.value).splitlines()
-    assert message.startswith("Stopped: stopped after step 5 of 20; continue with --resume")
+    assert message.startswith("Stopped: stopped after step 5 of 20; continue with ")
+    assert message.endswith(f"--resume --output-dir {tmp_path / 'out'}")
     assert hint == f"In Python: train(..., resume=True, output_dir={str(tmp_path / 'out')!r})"
     resumed = train(**flags, resume=True)
     unbroken = train(**flags | {"output_dir": tmp_path / "unbroken"})

@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 
+import numpy as np
 import pytest
 from commands import classify, names_in
 from tiny import random_image
@@ -235,3 +236,13 @@ def test_the_split_that_the_model_was_trained_on_is_pointed_out():
     assert seen_in_training(trained("train"), tested("train", dataset="stars")) is None
     assert seen_in_training(trained("train", commit="a"), tested("train", commit="b")) is None
     assert seen_in_training({}, tested("train")) is None, "a model of an earlier version"
+
+
+def test_a_list_of_pairs_is_tested_too(model, test_images):
+    pairs = [(sorted((test_images / word).iterdir())[0], word) for word in ("one", "two")]
+    pairs += [(np.asarray(random_image(1)), "Zero"), (random_image(2), None), (pairs[0][0].read_bytes(), "pluto")]
+    results = evaluate(model, {"train": pairs[:1], "test": pairs}, show_progress=False)
+    assert results["pictures"] == {"test": 3, "unlabeled": 1, "skipped": 0}
+    assert results["unknown_classes"]["classes"] == {"pluto": 1} and results["dataset"]["split"].endswith("test")
+    supports = {name: row["support"] for name, row in results["test"]["per_class"].items() if row["support"]}
+    assert supports == {"zero": 1, "one": 1, "two": 1}
