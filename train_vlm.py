@@ -9,6 +9,7 @@ from train_vlm import train
 import os
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,6 +139,7 @@ def start(given: dict[str, Any], dataset: object = None) -> dict[str, Any]:
     Returns:
         The content of `results.json`; empty if nothing was trained here.
     """
+    started = time.monotonic()
     if given.get("list_models"):
         from vlm.machine import list_models
 
@@ -155,10 +157,12 @@ def start(given: dict[str, Any], dataset: object = None) -> dict[str, Any]:
     signals = StopSignals(settings.output_dir)
     with signals.listening():  # before the heavy imports, which take seconds
         wait_politely()
-        from vlm.training import fit, fit_folds
+        from vlm.training import Deadline, fit, fit_folds
 
+        train_all = fit_folds if settings.trains_folds else fit
+        deadline = Deadline.of(settings, started)
         with switches_as_before():  # those of the libraries, which are imported now
-            return (fit_folds if settings.trains_folds else fit)(settings, signals.should_stop, signals.enter, dataset)
+            return train_all(settings, signals.should_stop, signals.enter, dataset, deadline=deadline)
 
 
 def look(given: dict[str, Any], dataset: object = None) -> None:
@@ -182,11 +186,11 @@ def saved_settings(output: Path, epochs: int | None = None) -> RunSettings:
     Raises:
         UsageError: there is no run, its metadata are damaged, or it is finished.
     """
-    from vlm.training import check_resumable
+    from vlm.training import check_resumable, may_go_on
 
     check_resumable(output)
     saved = read_settings(read_run(output)["settings"])
-    if (output / RESULTS).is_file():
+    if (output / RESULTS).is_file() and not may_go_on(output):
         once = saved.trains_folds
         flags = flags_to_train_once(saved, output) if once else flags_to_train_further(saved, output, epochs)
         command = f"{command_of('train_vlm.py', 'vlm-train')} {shlex.join(flags)}"

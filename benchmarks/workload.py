@@ -235,7 +235,7 @@ class OurTraining:
 
     def _all_steps(self) -> Iterator[tuple[Step, Iterator[dict[str, Any]]]]:
         for epoch in range(self.run.settings.epochs):
-            plan = [step for step in self.trainer.plan(epoch) if len(step.indices) == self.trainer.images_per_step()]
+            plan = [step for step in self.trainer.plan(epoch) if len(step.indices) == self.trainer.run.images_a_step]
             batches = self.trainer.batches(plan)
             for step in plan:
                 yield step, batches

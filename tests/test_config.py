@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vlm.common.errors import UsageError
-from vlm.config import RunSettings, Settings, build_parser, parse_arguments, read_settings, resolve
+from vlm.config import RunSettings, Settings, build_parser, from_keywords, parse_arguments, read_settings, resolve
 
 ROOT = Path(__file__).parent.parent
 
@@ -100,6 +100,8 @@ def test_settings_of_other_versions_are_read():
         (["--use-wandb"], ["wandb"]),
         (["--track", "tensorboard", "wandb", "tensorboard"], ["tensorboard", "wandb"]),
         (["--use-wandb", "--track", "wandb", "mlflow"], ["wandb", "mlflow"]),
+        (["--report-to", "trackio", "--use-wandb"], ["trackio", "wandb"]),
+        (["--use-wandb", "--report-to", "none"], []),
     ],
 )
 def test_use_wandb_is_one_of_the_trackers_and_each_is_started_once(flags, trackers):
@@ -319,3 +321,18 @@ def test_an_unknown_flag_is_answered_by_the_one_that_is_like_it(flag, meant, cap
     first, second = capsys.readouterr().err.splitlines()
     assert first == f"error: unrecognized arguments: {flag} x." + (f" Did you mean {meant}?" if meant else "")
     assert second.strip() == "train_vlm.py --help lists all flags."
+
+
+def test_the_trackers_of_a_run_have_one_key_under_both_names_of_their_flag():
+    assert parse_arguments(["--track", "wandb"]) == parse_arguments(["--report-to", "wandb"]) == {"track": ["wandb"]}
+    assert from_keywords("train", {"report_to": "wandb"}) == from_keywords("train", {"track": ["wandb"]})
+    with pytest.raises(UsageError, match="--report-to none excludes other trackers"):
+        resolve({"track": ["none", "wandb"]})
+    saved = resolve({"track": ["wandb"], "use_wandb": True}).complete(8, "both")
+    assert resolve({"resume": True}, saved).trackers == ["wandb"]
+    assert resolve({"resume": True, "track": ["none"]}, saved).trackers == []
+
+
+def test_patience_needs_a_training():
+    with pytest.raises(UsageError, match="--patience and --epochs 0 exclude each other"):
+        resolve({"patience": 2, "epochs": 0})

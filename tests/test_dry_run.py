@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from test_output import everything
 
 from vlm.data import Data, Rows, Split
 from vlm.families import cache_root
-from vlm.training.dry_run import MOST_CLASSES, class_rows, evaluations
+from vlm.training.dry_run import MOST_CLASSES, Seconds, class_rows, evaluations, steps_within
+from vlm.training.time_needed import MARGIN, OTHERS
 
 
 def data_of(classes, each=2):
@@ -40,7 +42,7 @@ def test_a_dry_run_of_a_published_kind_of_model_says_everything_and_leaves_nothi
     elsewhere, tiny_model, color_folder, capsys
 ):
     flags = ("--model", tiny_model, "--dataset", color_folder, "--epochs", 5, "--eval-steps", 2, "--batch-size", 4)
-    assert train(*flags, "--gradient-accumulation-steps", 1, "--dry-run") == 0
+    assert train(*flags, "--gradient-accumulation-steps", 1, "--time-limit", "9h", "--dry-run") == 0
     said = capsys.readouterr()
     rows = rows_of(said.out)
     assert [line.split()[-3:] for line in said.out.splitlines()[2:5]] == [["8", "2", "2"]] * 3
@@ -48,6 +50,7 @@ def test_a_dry_run_of_a_published_kind_of_model_says_everything_and_leaves_nothi
     assert rows["steps"].startswith("30 of 4 images (6 an epoch), ") and "GiB (estimated)" in rows["memory"]
     assert "for 36 images, less if some are kept already" in rows["vision features"]
     assert "for 15 on validation, calibration and test" in rows["evaluation"], "each second step ends each epoch, too"
+    assert rows["time limit"] == "9h: all 30 steps"
     assert rows["the whole run"].startswith("about ")
     assert rows["the whole run"].endswith("without saving and the checks after the test, on a machine as busy as now")
     assert rows["tokens of a response"].count("median") == 1
@@ -118,3 +121,19 @@ def test_the_table_of_many_classes_has_the_first_and_the_rest():
 )
 def test_evaluations_are_counted_as_the_training_makes_them(total, epoch, every, count):
     assert evaluations(total, epoch, every) == count
+
+
+@pytest.mark.parametrize(
+    ("limit", "said"),
+    [
+        (9, "no time for a step: give a longer one"),
+        (OTHERS + MARGIN * 4 + 10, "about 4 of 10 steps"),
+        (1000, "all 10 steps"),
+    ],
+)
+def test_a_time_limit_is_told_in_steps(limit, said):
+    """An image takes 1 s, and a step 2 s; 10 steps have 4 evaluations in between."""
+    data = SimpleNamespace(validation=[0], test=[0, 0])
+    settings = SimpleNamespace(eval_steps=2)
+    trainer = SimpleNamespace(run=SimpleNamespace(data=data), settings=settings, total_steps=10, steps_per_epoch=10)
+    assert steps_within(trainer, Seconds(None, 2.0, 1.0, 0.0), limit) == said

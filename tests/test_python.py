@@ -24,6 +24,7 @@ from inference_vlm import evaluate, predict_single_image
 from train_vlm import Result, train, train_on
 from vlm.common import RunError, Stopped, UsageError
 from vlm.config import Settings, from_keywords, parse_arguments, resolve
+from vlm.config.rules import RENAMED
 
 FLAGS = {"demo": True, "max_samples": 20, "batch_size": 2, "eval_batch_size": 20, "device": "cpu"}
 
@@ -37,7 +38,7 @@ def shown(error):
 
 
 def test_keywords_are_the_flags_and_notebooks_can_complete_them():
-    names = {item.name for item in fields(Settings)}
+    names = {RENAMED.get(item.name, item.name) for item in fields(Settings)}
     signature = inspect.signature(train)
     assert set(signature.parameters) == names and list(signature.parameters)[0] == "dataset"
     assert signature.parameters["seed"].default == 42 and signature.parameters["batch_size"].default is None
@@ -115,7 +116,7 @@ def test_evaluate_takes_the_flags_of_a_dataset_only():
 
 
 def test_a_failed_run_raises_its_error_without_what_was_being_done(monkeypatch, tmp_path):
-    def fail(*_):
+    def fail(*_, **__):
         error = RunError("the loss is no number.")
         error.add_note("while training")
         raise error
@@ -146,7 +147,7 @@ def test_an_interrupt_keeps_the_state_and_says_how_to_go_on(tmp_path, monkeypatc
 
 
 def test_an_interrupt_before_the_first_step_names_nothing_to_resume(tmp_path, monkeypatch):
-    def stop(*_):
+    def stop(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("vlm.training.running.set_up", stop)

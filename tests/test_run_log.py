@@ -4,17 +4,24 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import sys
+import threading
+import time
 import types
 
 import numpy as np
 import pytest
 from accelerate import PartialState
+from tiny import random_image
 
 from vlm.common.errors import UsageError
+from vlm.config import METADATA, PAGE, RESULTS, read_settings, resolve
 from vlm.config.settings import TRACKERS
+from vlm.training import fit, tracking
 from vlm.training.run_log import RunLog, read_log
+from vlm.training.tracked_results import CLASSES, FIGURES, MISTAKES, ShownResults, Table
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -105,7 +112,7 @@ def test_wandb_offline_run_holds_the_metrics_below_the_output_folder(tmp_path, w
 def test_missing_wandb_login_is_a_usage_error_before_anything_is_written(tmp_path, wandb_environment):
     wandb_environment.setenv("WANDB_MODE", "online")
     wandb_environment.setattr(sys, "stdin", io.StringIO())
-    with pytest.raises(UsageError, match=r"(?s)--track wandb: .*wandb login.*WANDB_MODE=offline"):
+    with pytest.raises(UsageError, match=r"(?s)--report-to wandb: .*wandb login.*WANDB_MODE=offline"):
         RunLog(tmp_path, ["wandb"], "test-project")
     assert not (tmp_path / "log.jsonl").exists()
 
@@ -194,7 +201,7 @@ def test_a_resumed_run_goes_on_with_its_wandb_run_and_a_failed_one_is_marked(tmp
 @pytest.mark.parametrize("name", TRACKERS)
 def test_a_missing_package_is_a_usage_error(tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UsageError, match=f"--track {name}: .*pip install {name}"):
+    with pytest.raises(UsageError, match=f"--report-to {name}: .*pip install {name}"):
         RunLog(tmp_path, [name])
     assert not (tmp_path / "log.jsonl").exists()
 
@@ -228,7 +235,7 @@ def test_when_a_second_tracker_cannot_start_the_first_one_is_ended(tmp_path, mon
     run = BrokenRun()
     fake_wandb_init(wandb_environment, run)
     monkeypatch.setitem(sys.modules, "mlflow", None)
-    with pytest.raises(UsageError, match="--track mlflow"):
+    with pytest.raises(UsageError, match="--report-to mlflow"):
         RunLog(tmp_path, ["wandb", "mlflow"], "p")
     assert run.exit_code == 1 and not (tmp_path / "log.jsonl").exists()
 
@@ -328,3 +335,159 @@ def test_a_damaged_line_is_left_out(tmp_path, line):
     (tmp_path / "log.jsonl").unlink()
     (tmp_path / "log.jsonl").mkdir()
     assert read_log(tmp_path / "log.jsonl") == []
+
+
+class SlowRun(BrokenRun):
+    """A run of W&B of which one call waits without an end."""
+
+    def __init__(self, waits_in, until):
+        super().__init__()
+        self.waits_in, self.until = waits_in, until
+
+    def log(self, figures, step):
+        self.logged.append((step, figures))
+        if self.waits_in == "log":
+            self.until.wait()
+
+    def finish(self, exit_code):
+        if self.waits_in == "finish":
+            self.until.wait()
+        super().finish(exit_code)
+
+
+@pytest.mark.parametrize(
+    ("waits_in", "said"),
+    [
+        ("log", "Weights & Biases: no answer for 0 s. The run goes on without it.\n"),
+        ("finish", "Weights & Biases: no answer for 0 s. Its record of the run may not be complete.\n"),
+    ],
+)
+def test_a_tracker_that_does_not_answer_is_left_out(tmp_path, wandb_environment, capsys, waits_in, said):
+    until = threading.Event()
+    for name in ("TO_LOG", "TO_FINISH"):
+        wandb_environment.setattr(tracking, name, 0.2)
+    run = SlowRun(waits_in, until)
+    fake_wandb_init(wandb_environment, run)
+    try:
+        with RunLog(tmp_path, ["wandb"], "p") as log:
+            log.log("train", 1, loss=1.0)
+            if waits_in == "log":
+                time.sleep(0.4)
+            log.log("train", 2, loss=1.0)
+    finally:
+        until.set()
+    assert capsys.readouterr().err == said
+    assert [entry["step"] for entry in read_log(log.path) if entry["kind"] == "train"] == [1, 2]
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_tracker_that_cannot_be_started_is_left_out(tmp_path, mlflow, monkeypatch, capsys, waits):
+    until = threading.Event()
+
+    def start_run(**named):
+        if waits:
+            until.wait()
+        raise ConnectionError("connection refused")
+
+    mlflow.start_run = start_run
+    monkeypatch.setattr(tracking, "TO_START", 0.3)
+    try:
+        with RunLog(tmp_path, ["mlflow"], "p") as log:
+            log.log("train", 1, loss=0.5)
+            log.show(1, pytest.fail)
+    finally:
+        until.set()
+    why = "no answer for 0 s" if waits else "connection refused"
+    assert capsys.readouterr().err == f"MLflow: {why}. The run goes on without it.\n"
+    assert read_log(log.path)[-1]["step"] == 1
+    assert int(os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"]) <= 5, "MLflow tries for minutes by default"
+
+
+def shown(folder):
+    """A small test with one mistake, whose figures are there as files."""
+    for file in FIGURES.values():
+        random_image(1).save(folder / file)
+    for file in (RESULTS, PAGE):
+        (folder / file).write_text("{}")
+    seen = [random_image(2), "a.png", "cat", "dog", 0.75, "Answer: dog | sure"]
+    mistakes = [seen, [None, "b.png", "dog", "cat", 0.5, ""]]
+    columns = ("image", "name", "true class", "prediction", "confidence", "text")
+    tables = {CLASSES: Table(("class", "F1"), [["cat", 0.5], ["dog", 0.25]]), MISTAKES: Table(columns, mistakes)}
+    return ShownResults(folder, {name: folder / file for name, file in FIGURES.items()}, tables)
+
+
+def test_tensorboard_shows_the_figures_and_tables_of_the_test(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with RunLog(tmp_path, ["tensorboard"], "p") as log:
+        log.show(7, lambda: shown(tmp_path))
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert set(events.Tags()["images"]) == {*FIGURES, "test/mistakes/01"}
+    assert events.Images("test/mistakes/01")[0].step == 7
+    (text,) = (event.tensor_proto.string_val[0].decode() for event in events.Tensors("test/mistakes/text_summary"))
+    assert text.splitlines()[2:] == [
+        "| test/mistakes/01 | a.png | cat | dog | 0.7500 | Answer: dog \\| sure |",
+        "|  | b.png | dog | cat | 0.5000 |  |",
+    ]
+
+
+def test_trackio_gets_the_figures_and_tables_with_images(tmp_path, monkeypatch):
+    run = Recorder("run")
+    run.name = "brave-fox-1"
+    package = Recorder("trackio", init=run)
+    package.Image, package.Table = lambda value: ("image", value), lambda dataframe: dataframe.values.tolist()
+    monkeypatch.setitem(sys.modules, "trackio", package)
+    with RunLog(tmp_path, ["trackio"], "p") as log:
+        log.show(7, lambda: shown(tmp_path))
+    (((values,), named),) = run.of("log")
+    assert named == {"step": 7} and set(values) == {*FIGURES, CLASSES, MISTAKES}
+    assert values["test/confusion_matrix"] == ("image", str(tmp_path / "confusion_matrix.png"))
+    assert values[MISTAKES][0][0][0] == "image" and values[MISTAKES][0][1:5] == ["a.png", "cat", "dog", 0.75]
+
+
+@pytest.mark.slow
+def test_wandb_gets_figures_and_mistakes_as_images_in_the_folder_of_the_run(tmp_path, wandb_environment):
+    """A `wandb.Table` would leave a copy of everything in the home folder."""
+    wandb_environment.setenv("WANDB_DATA_DIR", str(tmp_path / "elsewhere"))
+    with RunLog(tmp_path, ["wandb"], "p") as log:
+        log.show(7, lambda: shown(tmp_path))
+    sys.modules["wandb"].teardown()
+    (media,) = (tmp_path / "wandb").glob("offline-run-*/files/media")
+    images = {re.sub(r"_0_.*", "", path.relative_to(media).as_posix()) for path in media.rglob("*") if path.is_file()}
+    assert {f"images/{name}" for name in (*FIGURES, MISTAKES)} <= images and f"html/{CLASSES}" in images
+    (recorded,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    assert b"true class: cat, prediction: dog, confidence: 0.7500, text: Answer: dog | sure" in recorded.read_bytes()
+    assert not list((tmp_path / "elsewhere").rglob("*.*"))
+
+
+def test_mlflow_keeps_the_figures_and_tables_of_the_test_as_artifacts(tmp_path, mlflow):
+    with RunLog(tmp_path, ["mlflow"], "p") as log:
+        log.show(7, lambda: shown(tmp_path))
+    artifacts = [arguments for arguments, _ in mlflow.of("log_artifact")]
+    assert (str(tmp_path / "confusion_matrix.png"), "test") in artifacts and (str(tmp_path / RESULTS),) in artifacts
+    assert [arguments[1] for arguments, _ in mlflow.of("log_image")] == ["test/mistakes/01.png"]
+    (rows,) = (arguments[0]["rows"] for arguments, _ in mlflow.of("log_dict") if arguments[1] == "test/mistakes.json")
+    assert [row["image"] for row in rows] == ["test/mistakes/01.png", None] and rows[0]["prediction"] == "dog"
+
+
+@pytest.mark.slow
+def test_a_tracker_lives_until_the_test_is_shown_and_is_ended_if_that_fails(tmp_path, wandb_environment):
+    run = Recorder("run")
+    run.id, run.offline = "abc123", False
+    calls = fake_wandb_init(wandb_environment, run)
+    given = {"demo": True, "max_samples": 20, "epochs": 1, "zero_shot": True, "track": ["wandb"]}
+    with wandb_environment.context() as patched, pytest.raises(ZeroDivisionError):
+        patched.setattr("vlm.training.results.write_report", lambda *arguments: 1 / 0)
+        fit(resolve(given | {"output_dir": str(tmp_path / "out")}))
+    assert run.of("finish")[-1][1] == {"exit_code": 1}
+    saved = read_settings(json.loads((tmp_path / "out" / METADATA).read_text())["settings"])
+    results = fit(resolve({"resume": True, "output_dir": str(tmp_path / "out")}, saved))
+    assert run.of("finish")[-1][1] == {"exit_code": 0} and calls[1]["id"] == "abc123"
+    config = calls[0]["config"]
+    assert config["class_names"][0] == "zero" and config["dataset_kind"] == config["dataset_dataset"]
+    assert "dataset_commit" in config and config["epochs"] == 1
+    logged = {name: value for (figures,), _ in run.of("log") for name, value in figures.items()}
+    assert logged["test/accuracy"] == results["test"]["accuracy"]
+    assert logged["test/ece_high"] == results["test"]["calibration"]["after"]["ece"][2]
+    assert logged["zero_shot/accuracy"] == results["zero_shot"]["accuracy"]
+    assert {"train/loss", "validation/accuracy", *FIGURES, CLASSES, MISTAKES} <= logged.keys()
+    assert [entry["kind"] for entry in read_log(tmp_path / "out" / "log.jsonl")].count("test") == 1

@@ -7,6 +7,7 @@ from commands import names_in, train
 from damage import cut_short, empty, make_folder, nested, no_keys, other_type
 
 from vlm.config import METADATA, resolve
+from vlm.config.rules import flag_of
 
 SETTINGS = resolve({"demo": True}).complete(4, "both").to_json()
 
@@ -38,8 +39,10 @@ def test_settings_of_another_type_are_named(tmp_path, capsys, name, value):
     (tmp_path / METADATA).write_text(json.dumps({"settings": SETTINGS | {name: value}}))
     assert train("--resume", "--output-dir", tmp_path) == 2
     (said,) = capsys.readouterr().err.splitlines()
-    flag = f"--{name.replace('_', '-')}"
-    assert said == f"error: {METADATA} is damaged: its {flag} is {value!r}. Copy its folder again, or train again."
+    assert (
+        said
+        == f"error: {METADATA} is damaged: its {flag_of(name)} is {value!r}. Copy its folder again, or train again."
+    )
 
 
 def test_a_copy_of_the_metadata_that_is_there_is_named(tmp_path, capsys):

@@ -11,6 +11,7 @@ import torch
 from commands import ROOT, TRACEBACK, run, train
 from PIL import Image
 from safetensors.torch import load_file
+from test_ending import fit_for
 from tiny import random_image
 
 from vlm.common import Stopped, UsageError
@@ -218,10 +219,18 @@ def test_a_resumed_run_goes_on_at_the_same_place(tiny_model, shards, tmp_path):
         answers = iter([False] * (stop - 1) + [True])
         with pytest.raises(Stopped, match=f"stopped after step {stop} of 18"):
             fit(settings(shards, output, workers=workers, **more), lambda answers=answers: next(answers))
-        saved = read_settings(json.loads((output / METADATA).read_text())["settings"])
-        fit(resolve({"resume": True, "output_dir": str(output)}, saved))
-        expected = final_weights(tmp_path / "unbroken")
-        assert all(torch.equal(tensor, expected[name]) for name, tensor in final_weights(output).items())
+        goes_on_to_the_same_end(output, tmp_path / "unbroken")
+    output = tmp_path / "limited"
+    assert fit_for(11, settings(shards, output, **more))["ended_early"]["step"] == 11
+    goes_on_to_the_same_end(output, tmp_path / "unbroken")
+
+
+def goes_on_to_the_same_end(output, unbroken):
+    """A resumed run finishes with the weights of an unbroken one."""
+    saved = read_settings(json.loads((output / METADATA).read_text())["settings"])
+    fit(resolve({"resume": True, "output_dir": str(output)}, saved))
+    expected = final_weights(unbroken)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in final_weights(output).items())
 
 
 @pytest.mark.slow

@@ -9,7 +9,8 @@ from tiny import NAMES, random_image, save_tiny_model
 
 from vlm.config import resolve
 from vlm.evaluation.evaluate import score_split
-from vlm.training.loop import Trainer, learning_rate_at, step_seed
+from vlm.training.loop import Trainer
+from vlm.training.schedule import learning_rate_at, step_seed
 from vlm.training.setup import set_up
 
 

@@ -23,6 +23,7 @@ from vlm.config.defaults import (
     TRAIN_DEMO_MODEL,
     TUNING_DEFAULTS,
 )
+from vlm.config.durations import in_words, seconds_of
 from vlm.config.flags import Parser, add_flag, build_parser, number, parse_arguments, split_names, whole_number
 from vlm.config.formats import DEFAULT_FORMAT, LAYOUTS, lay_out, reasoning_of, stated_format
 from vlm.config.keywords import from_keywords, with_flags
@@ -121,6 +122,7 @@ __all__ = [
     "flags_to_train_once",
     "fold_folder",
     "from_keywords",
+    "in_words",
     "lay_out",
     "number",
     "other_settings",
@@ -129,6 +131,7 @@ __all__ = [
     "read_settings",
     "reasoning_of",
     "resolve",
+    "seconds_of",
     "split_names",
     "stated_format",
     "user_path",

@@ -9,6 +9,6 @@ def flag(default: Any, group: str, help: str, **more: Any) -> Any:
 
     Args:
         default: the value without the flag; MISSING if `resolve` computes it from other flags.
-        more: choices, metavar, nargs.
+        more: choices, metavar, nargs; aliases: other names of the flag.
     """
     return field(default=default, metadata={"group": group, "help": help, **more})

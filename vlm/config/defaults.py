@@ -34,6 +34,7 @@ DEMO_DEFAULTS: dict[str, Any] = {
 TRAIN_DEMO_MODEL = "--model {folder} --tune full --learning-rate 1.5e-3 --batch-size 16 --dataset YOURS"
 AUTO = "auto"
 PROMPTS_OF_MODEL, NEW_PROMPTS = "model", "new"  # --prompts
+NO_TRACKER = "none"
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")  # each writes to a folder of this name in the output folder
 EVALUATIONS = 10  # of a run on a stream, unless --eval-steps says otherwise
 IMAGES_PER_STEP = 8  # images of an optimizer step, unless flags say otherwise

@@ -95,7 +95,8 @@ def add_flag(parser: Any, name: str, *more_names: str, **changes: Any) -> None:
         details["type"] = TYPES.get(kind, kind)
         if "choices" not in details:
             details.setdefault("metavar", {int: "N", float: "X"}.get(kind, "TEXT"))
-    parser.add_argument(flag_of(name), *more_names, **details | changes)
+    names = (*details.pop("aliases", ()), flag_of(name), *more_names)
+    parser.add_argument(*names, dest=changes.pop("dest", name), **details | changes)
 
 
 def value_type(item: dataclasses.Field) -> type:

@@ -10,6 +10,7 @@ from typing import Any
 
 from vlm.common import UsageError, did_you_mean, shorten
 from vlm.config.flags import TYPES, split_names, value_type
+from vlm.config.rules import RENAMED
 from vlm.config.settings import Settings
 
 LONGEST_SHOWN = 80  # characters of a value in a message
@@ -31,12 +32,13 @@ def from_keywords(function: str, given: Mapping[str, Any], names: Collection[str
         UnknownKeyword: there is no such flag.
         UsageError: a value has the wrong type, or is none of the choices.
     """
-    known = {item.name: item for item in dataclasses.fields(Settings) if names is None or item.name in names}
+    taken = [item for item in dataclasses.fields(Settings) if names is None or item.name in names]
+    known = {name: item for item in taken for name in (item.name, RENAMED.get(item.name, item.name))}
     for name in given:
         if name not in known:
             hint = did_you_mean(name.replace("-", "_"), list(known))
             raise UnknownKeyword(f"{function}() has no setting {name}.{hint} docs/options.md has all flags.")
-    return {name: _value(known[name], value) for name, value in given.items() if value is not None}
+    return {known[name].name: _value(known[name], value) for name, value in given.items() if value is not None}
 
 
 def with_flags(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -45,9 +47,9 @@ def with_flags(function: Callable[..., Any]) -> Callable[..., Any]:
     parameters = [item for item in own.parameters.values() if item.kind is not inspect.Parameter.VAR_KEYWORD]
     names = {item.name for item in parameters}
     flags = [
-        inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=_default(item), annotation=item.type)
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=_default(item), annotation=item.type)
         for item in dataclasses.fields(Settings)
-        if item.name not in names
+        if (name := RENAMED.get(item.name, item.name)) not in names
     ]
     vars(function)["__signature__"] = own.replace(parameters=[*parameters, *flags])
     return function

@@ -46,6 +46,8 @@ NOT_PART_OF_THE_RUN = {
     "threads",
     "compile",
     "save_minutes",
+    "patience",
+    "time_limit",
     "track",
     "use_wandb",
     "wandb_project",
@@ -56,9 +58,11 @@ NOT_PART_OF_THE_RUN = {
     "show_data",
 }
 # Not taken over from the interrupted run. Its folder may have been moved, or be from somebody else: the run goes on in
-# the folder that is named now, and code runs (--metrics) and a model is uploaded only if this command says so.
+# the folder that is named now, and code runs (--metrics) and a model is uploaded only if this command says so. A time
+# limit is that of one command.
 OF_ONE_START = {
-    *("resume", "overwrite", "debug", "output_dir", "metrics", "push_to_hub", "public", "dry_run", "show_data"),
+    *("resume", "overwrite", "debug", "output_dir", "metrics", "push_to_hub", "public", "time_limit"),
+    *("dry_run", "show_data"),
 }
 SMALL_TEST = 0.01  # share of the images that a run tests which follows a cross-validation
 NO_METRICS = ["none"]

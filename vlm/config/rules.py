@@ -11,7 +11,18 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from vlm.common import shorten
-from vlm.config.defaults import AUTO, DORA, LORA, PISSA, POSTERIOR, PROMPTS_OF_MODEL, RESPONSE, TRAIN_DEMO_MODEL
+from vlm.config.defaults import (
+    AUTO,
+    DORA,
+    LORA,
+    NO_TRACKER,
+    PISSA,
+    POSTERIOR,
+    PROMPTS_OF_MODEL,
+    RESPONSE,
+    TRAIN_DEMO_MODEL,
+)
+from vlm.config.durations import seconds_of
 from vlm.config.names import DEMO_MODEL
 from vlm.config.settings import Settings
 
@@ -61,6 +72,7 @@ MOST = 10**9  # of anything that is counted; a larger number is a slip, and over
 MOST_AT_ONCE = 1024  # threads and processes
 MOST_FOLDS = 1000
 LONGEST_PATTERN = 200
+RENAMED = {"track": "report_to"}  # settings whose key in saved files is older than their flag
 LONGEST_VALUE = 200  # characters of a value in a message
 
 VALUES = (
@@ -76,6 +88,7 @@ VALUES = (
                 "max_steps",
                 "shuffle_buffer",
                 "fold",
+                "patience",
             ),
         ),
         lambda value: 1 <= value <= MOST,
@@ -124,6 +137,11 @@ VALUES = (
         ),
         lambda value: bool(value.strip()),
         "a text that is not empty (leave out the flag for its default)",
+    ),
+    Values(
+        ("time_limit",),
+        lambda value: (seconds_of(value) or 0) > 0,
+        "hours, minutes and seconds with their units, such as 2h, 90m, 1h30m or 45s",
     ),
     Values(
         ("group_pattern",),
@@ -311,6 +329,14 @@ CONFLICTS = (
         "--fold {s.fold}: expected it with --folds, and at most as large.",
     ),
     Conflict(
+        lambda s: NO_TRACKER in (s.track or []) and len(set(s.track or [])) > 1,
+        "--report-to none excludes other trackers: leave out none, or the others.",
+    ),
+    Conflict(
+        lambda s: s.patience and s.epochs == 0,
+        "--patience and --epochs 0 exclude each other: with 0 epochs nothing is trained.",
+    ),
+    Conflict(
         lambda s: s.resume and s.overwrite,
         "--resume and --overwrite exclude each other: continue the earlier run, or delete it.",
     ),
@@ -327,7 +353,7 @@ CONFLICTS = (
 
 def flag_of(name: str) -> str:
     """The flag of a setting: batch_size -> --batch-size."""
-    return f"--{name.replace('_', '-')}"
+    return f"--{RENAMED.get(name, name).replace('_', '-')}"
 
 
 def problems(settings: Settings) -> list[str]:

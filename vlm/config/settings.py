@@ -18,6 +18,7 @@ from vlm.config.defaults import (
     IMAGES_PER_STEP,
     LORA,
     NEW_PROMPTS,
+    NO_TRACKER,
     POSTERIOR,
     PROMPTS_OF_MODEL,
     RESPONSE,
@@ -163,6 +164,18 @@ class Settings(DataSettings, ModelSettings):
     eval_batch_size: int = flag(
         MISSING, "training", "images in one batch of an evaluation (default: 8, or --batch-size if larger; demo: 64)"
     )
+    patience: int | None = flag(
+        None,
+        "training",
+        "stop after this many evaluations without a better model; the learning rate falls as without it",
+    )
+    time_limit: str | None = flag(
+        None,
+        "training",
+        "end with a tested model in this time, counted from the start of the command, such as 2h, 90m or 1h30m; "
+        "--resume goes on later",
+        metavar="TIME",
+    )
     zero_shot: bool = flag(False, "training", "test the model before the training too, for comparison")
     workers: int | None = flag(
         None, "training", "processes that prepare images (default: 0 on the CPU, up to 8 on a GPU)"
@@ -235,12 +248,13 @@ class Settings(DataSettings, ModelSettings):
     track: list[str] | None = flag(
         None,
         "output",
-        f"trackers that get the figures of the run too: {', '.join(TRACKERS)}",
-        choices=TRACKERS,
+        f"trackers that the run is reported to: {', '.join(TRACKERS)}, several of them, or none; --track is the same",
+        choices=(*TRACKERS, NO_TRACKER),
         nargs="+",
         metavar="NAME",
+        aliases=("--track",),
     )
-    use_wandb: bool = flag(False, "output", "log to Weights & Biases too: the same as --track wandb")
+    use_wandb: bool = flag(False, "output", "report to Weights & Biases: the same as --report-to wandb")
     wandb_project: str = flag(
         "vlm-classification", "output", "project of the run in all trackers (default: vlm-classification)"
     )
@@ -284,7 +298,9 @@ class Settings(DataSettings, ModelSettings):
 
     @property
     def trackers(self) -> list[str]:
-        """The trackers that --track and --use-wandb ask for, each once."""
+        """The trackers that --report-to and --use-wandb ask for, each once."""
+        if NO_TRACKER in (self.track or []):
+            return []
         return list(dict.fromkeys([*(self.track or []), *(["wandb"] if self.use_wandb else [])]))
 
     @property

@@ -245,10 +245,11 @@ def _check_reasonings(source: Source, train: Split) -> None:
 
 def _drawn(role: str, source: Source, settings: Settings, data: Data) -> str:
     """Of how many images those of a split were drawn by `--max-samples`."""
-    if settings.max_samples is None or len(getattr(data, role)) < settings.max_samples or settings.shots:
+    most = settings.max_samples
+    if most is None or data.stream or settings.shots or len(getattr(data, role)) < most:
         return ""
     total = len(source.splits[role].labels) if role in source.splits and not (role == "train" and data.cut) else 0
-    return f", drawn from {total:,}" if total > settings.max_samples else ", drawn by --max-samples"
+    return f", drawn from {total:,}" if total > most else ", drawn by --max-samples"
 
 
 def _origin(role: str, source: Source, hidden: Sequence[str], settings: Settings, data: Data) -> str:

@@ -6,6 +6,7 @@ with other images and with a linear classifier; reliability.py has the figures a
 
 from vlm.evaluation.calibrating import add_test_figures, calibrate, is_calibrated, missed_target
 from vlm.evaluation.evaluate import (
+    TEXTS,
     check_texts,
     evaluate_vlm_model,
     explanations,
@@ -13,13 +14,15 @@ from vlm.evaluation.evaluate import (
     score_split,
     split_losses,
 )
-from vlm.evaluation.image_check import check_images
-from vlm.evaluation.linear_probe import compare, probe
+from vlm.evaluation.image_check import IMAGES, check_images
+from vlm.evaluation.linear_probe import compare, pooled_features, probe
 from vlm.evaluation.metrics import classification_metrics, load_metric
 from vlm.evaluation.reliability import LEVEL, accuracy_interval, confidence_and_correctness, reliability_figures
 
 __all__ = [
+    "IMAGES",
     "LEVEL",
+    "TEXTS",
     "accuracy_interval",
     "add_test_figures",
     "calibrate",
@@ -34,6 +37,7 @@ __all__ = [
     "load_metric",
     "metrics_of_sums",
     "missed_target",
+    "pooled_features",
     "probe",
     "reliability_figures",
     "score_split",

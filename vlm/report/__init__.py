@@ -9,18 +9,21 @@ from typing import TYPE_CHECKING
 from vlm.common import lazy_names
 
 if TYPE_CHECKING:
-    from vlm.report.cards import Prediction, shown_images
+    from vlm.report.cards import MOST_SHOWN, Prediction, confident_mistakes, shown_images
     from vlm.report.data_page import DataContent, is_data_page, write_data_page
     from vlm.report.folds_page import COLUMNS, fold_rows, write_folds_report
     from vlm.report.notebook import figures_of, result_html
-    from vlm.report.page import write_report
-    from vlm.report.summary import per_class_table, summary_rows, warnings_of
+    from vlm.report.page import time_to_draw, write_report
+    from vlm.report.summary import ended_early, per_class_table, summary_rows, warnings_of
     from vlm.report.templates import render
 
 __all__ = [
     "COLUMNS",
+    "MOST_SHOWN",
     "DataContent",
     "Prediction",
+    "confident_mistakes",
+    "ended_early",
     "figures_of",
     "fold_rows",
     "is_data_page",
@@ -29,6 +32,7 @@ __all__ = [
     "result_html",
     "shown_images",
     "summary_rows",
+    "time_to_draw",
     "warnings_of",
     "write_data_page",
     "write_folds_report",
@@ -38,12 +42,12 @@ __all__ = [
 __getattr__ = lazy_names(
     __name__,
     {
-        ".cards": ("Prediction", "shown_images"),
+        ".cards": ("MOST_SHOWN", "Prediction", "confident_mistakes", "shown_images"),
         ".data_page": ("DataContent", "is_data_page", "write_data_page"),
         ".notebook": ("figures_of", "result_html"),
         ".folds_page": ("COLUMNS", "fold_rows", "write_folds_report"),
-        ".page": ("write_report",),
-        ".summary": ("per_class_table", "summary_rows", "warnings_of"),
+        ".page": ("time_to_draw", "write_report"),
+        ".summary": ("ended_early", "per_class_table", "summary_rows", "warnings_of"),
         ".templates": ("render",),
     },
 )

@@ -12,6 +12,7 @@ from PIL import Image
 from vlm.data import Data, Split, UnreadableImage
 
 MOST_IMAGES = 12  # mistakes, and as many uncertain images
+MOST_SHOWN = 2 * MOST_IMAGES
 MOST_PAIRS = 12  # near-duplicates
 MOST_PROBABLE = 3  # classes of an image
 THUMBNAIL = 128  # pixels, the longer side

@@ -29,6 +29,7 @@ from vlm.report.summary import (
     MEANING,
     abstention_line,
     calibrated_validation_accuracy,
+    ended_early,
     lowest_first,
     probed_encoder,
     uncalibrated_accuracy,
@@ -253,6 +254,12 @@ class Content:
         step = self.results["validation"]["step"]
         checked = {entry["step"] for entry in self.results["history"] if entry["kind"] == "validation"}
         return step if step in checked else None
+
+    @property
+    def ended_early(self) -> str | None:
+        """Why and when the training ended before its last step, if it did."""
+        ended = self.results.get("ended_early")
+        return ended_early(ended) if ended else None
 
     @cached_property
     def split_counts(self) -> dict[str, np.ndarray]:

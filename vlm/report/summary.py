@@ -255,7 +255,18 @@ def _time_row(results: dict[str, Any]) -> Row:
         return "time", f"{timings['test_seconds']:.1f} s, {timings['test_pictures_per_second']} images/s"
     if not results["settings"]["epochs"]:
         return "training", "none (--epochs 0)"
-    return "training", f"{timings['train_seconds']:.1f} s, {timings['train_pictures_per_second']} images/s"
+    early = f"; {ended_early(results['ended_early'])}" if "ended_early" in results else ""
+    return "training", f"{timings['train_seconds']:.1f} s, {timings['train_pictures_per_second']} images/s{early}"
+
+
+def ended_early(ended: dict[str, Any]) -> str:
+    """In words, why and when a training ended before its last step, as `ended_early` in `results.json` has it."""
+    if ended["by"] == "patience":
+        count = ended["given"]
+        why = f"{count} evaluation{'s' * (count != 1)} without a better model (--patience)"
+    else:
+        why = f"for --time-limit {ended['given']}"
+    return f"ended after step {ended['step']:,} of {ended['steps']:,}: {why}"
 
 
 def _own(value: Any) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from vlm.common import UsageError, format_table, note
-from vlm.config import Settings
+from vlm.config import Settings, in_words, seconds_of
 from vlm.data import ROLES, Data, Rows, Sample, Split, Step
 from vlm.evaluation import load_metric
 from vlm.families import fill_cache, outline, read_config
@@ -23,6 +23,7 @@ from vlm.training.loop import Trainer
 from vlm.training.output import check_place, why_not_here
 from vlm.training.running import trainer_of
 from vlm.training.setup import Run, set_up
+from vlm.training.time_needed import MARGIN, OTHERS
 from vlm.training.trackers import check_trackers
 from vlm.training.validation import split_metrics, validation_losses
 
@@ -223,21 +224,45 @@ def time_rows(trainer: Trainer, seconds: Seconds) -> list[tuple[str, str]]:
         views = min(settings.views, settings.epochs) if data.stream is None else 0
         images = views * len(data.train) + len(data.validation) + len(data.test)
         parts.append(images * seconds.feature)
-        rows.append(("vision features", f"{_time_of(parts[-1])} for {images:,} images, less if some are kept already"))
+        rows.append(("vision features", f"{in_words(parts[-1])} for {images:,} images, less if some are kept already"))
+    before = sum(parts)
     if seconds.step is not None:
         steps, each = trainer.total_steps, trainer.steps_per_epoch
         parts.append(steps * seconds.step)
-        text = f"{steps:,} of {trainer.images_per_step()} images ({each:,} an epoch), {seconds.step:.3g} s each"
-        rows += [("steps", text), ("training", _time_of(parts[-1]))]
+        text = f"{steps:,} of {trainer.run.images_a_step} images ({each:,} an epoch), {seconds.step:.3g} s each"
+        rows += [("steps", text), ("training", in_words(parts[-1]))]
     validations = evaluations(trainer.total_steps, trainer.steps_per_epoch, settings.eval_steps)
     # Calibration looks at validation once more.
     images = (validations + 1) * len(data.validation) + (1 + settings.zero_shot) * len(data.test)
     parts.append(images * seconds.evaluation)
-    rows.append(("evaluation", f"{_time_of(parts[-1])} for {validations:,} on validation, calibration and test"))
+    rows.append(("evaluation", f"{in_words(parts[-1])} for {validations:,} on validation, calibration and test"))
     more = (("--align-connector", settings.align_connector), ("--probe", settings.probe))
     others = ["saving", "the checks after the test", *(flag for flag, asked_for in more if asked_for)]
     without = f"without {', '.join(others[:-1])} and {others[-1]}"
-    return [*rows, ("the whole run", f"about {_time_of(sum(parts))} {without}, on a machine as busy as now")]
+    if settings.time_limit:
+        left = (seconds_of(settings.time_limit) or 0.0) - before
+        allowed = steps_within(trainer, seconds, left / ((settings.folds or 1) if settings.trains_folds else 1))
+        rows.append(("time limit", f"{settings.time_limit}: {allowed}{' in each fold' * settings.trains_folds}"))
+    return [*rows, ("the whole run", f"about {in_words(sum(parts))} {without}, on a machine as busy as now")]
+
+
+def steps_within(trainer: Trainer, seconds: Seconds, limit: float) -> str:
+    """In words, how many steps a time limit leaves time for.
+
+    Args:
+        limit: seconds, without those before the first step.
+    """
+    total, data = trainer.total_steps, trainer.run.data
+    if seconds.step is None:
+        return "there are no steps"
+    validation = len(data.validation) * seconds.evaluation
+    # After the last step come an evaluation, the calibration and the test; between steps, the other evaluations.
+    after = MARGIN * (2 * validation + len(data.test) * seconds.evaluation) + OTHERS
+    others = evaluations(total, trainer.steps_per_epoch, trainer.settings.eval_steps) - 1
+    steps = int((limit - after) / (seconds.step + others * validation / total))
+    if steps >= total:
+        return f"all {total:,} steps"
+    return f"about {steps:,} of {total:,} steps" if steps > 0 else "no time for a step: give a longer one"
 
 
 def evaluations(total_steps: int, steps_per_epoch: int, every: int | None) -> int:
@@ -246,10 +271,3 @@ def evaluations(total_steps: int, steps_per_epoch: int, every: int | None) -> in
         range(every, total_steps + 1, every) if every else ()
     )
     return max(1, len(at))
-
-
-def _time_of(seconds: float) -> str:
-    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"

@@ -31,6 +31,7 @@ from vlm.config import (
 )
 from vlm.data import Data
 from vlm.report import COLUMNS, fold_rows, write_folds_report
+from vlm.training.deadline import Deadline
 from vlm.training.out_of_fold import (
     Fold,
     fold_figures,
@@ -41,6 +42,7 @@ from vlm.training.out_of_fold import (
     write_predictions,
 )
 from vlm.training.output import output_folder
+from vlm.training.resume_state import delete_states
 from vlm.training.run_files import begin, claim_results, drop_previous
 from vlm.training.running import fit
 from vlm.training.setup import Run
@@ -56,15 +58,22 @@ class CrossValidation:
 
     Args:
         settings: of the whole; those that the first fold decides are filled in.
-        should_stop, enter, dataset: see `fit`.
+        should_stop, enter, dataset: see `fit`. deadline: of all folds; what is left is divided evenly among them.
     """
 
     def __init__(
-        self, settings: Settings, should_stop: Callable[[], bool], enter: Callable[[str], None], dataset: object
+        self,
+        settings: Settings,
+        should_stop: Callable[[], bool],
+        enter: Callable[[str], None],
+        dataset: object,
+        deadline: Deadline | None,
     ) -> None:
         self.settings, self.output = settings, Path(settings.output_dir)
         self.should_stop, self.enter, self.dataset = should_stop, enter, dataset
         self.count = settings.folds or 0
+        self.deadline = deadline or Deadline.of(settings)
+        self.of_fold = self.deadline
         self.digests = _saved_digests(self.output) if settings.resume else {}
         self.metadata: dict[str, Any] = {}
         self.data: Data | None = None  # of the fold that was trained last
@@ -77,10 +86,11 @@ class CrossValidation:
             return read_fold(folder, number)
         resume = (folder / METADATA).is_file()
         settings = replace(self.settings, fold=number, output_dir=str(folder), resume=resume, overwrite=False)
+        self.of_fold = replace(self.deadline)
         self.enter("")  # nothing is trained until the fold is set up
         try:
             with redirect_stdout(sys.stderr):  # stdout is for the table of all folds
-                fit(settings, self.should_stop, self._entered, self.dataset, self._set_up)
+                fit(settings, self.should_stop, self._entered, self.dataset, self._set_up, self.of_fold)
         except Stopped as stopped:
             raise self._stopped(number, stopped) from None
         except Exception:
@@ -91,7 +101,12 @@ class CrossValidation:
         return read_fold(folder, number)
 
     def _set_up(self, run: Run) -> None:
-        """A fold can start: what it has decided holds for the others, and its images have to be those of the others."""
+        """A fold can start: what it has decided holds for the others, and its images have to be those of the others.
+
+        The first one has computed the features of all; the rest of the time is for as many folds as are left.
+        """
+        left = [n for n in range(1, self.count + 1) if not (self.output / fold_folder(n) / RESULTS).is_file()]
+        self.of_fold.ends = self.deadline.end_of_part(len(left))
         self.data = run.data
         self.settings = replace(self.settings, **{name: getattr(run.settings, name) for name in DECIDED})
         now = {"digest": run.data.source["fold"]["digest"], "texts": key_of(run.classifier.prompts)}
@@ -146,6 +161,8 @@ class CrossValidation:
             write_folds_report(self.output, shown, self.data, predictions_of(folds))
         write_predictions(self.output / PREDICTIONS, folds)
         write_json(self.output / RESULTS, results)  # last: it says that the cross-validation is finished
+        for fold in folds:
+            delete_states(self.output / fold_folder(fold.number))  # of those that a time limit has ended
         print(folds_table(results))
         note(
             "\nThe predictions of all images, each by the model that was not trained on it, are in "
@@ -160,6 +177,7 @@ def fit_folds(
     should_stop: Callable[[], bool] = lambda: False,
     enter: Callable[[str], None] = lambda phase: None,
     dataset: object = None,
+    deadline: Deadline | None = None,
 ) -> dict[str, Any]:
     """Train and test a model for each fold; the arguments and errors are those of `fit`.
 
@@ -174,7 +192,7 @@ def fit_folds(
         )
     with output_folder(settings):
         begin(Path(settings.output_dir), settings.resume, settings.overwrite, written_by(settings.folds))
-        whole = CrossValidation(settings, should_stop, enter, dataset)
+        whole = CrossValidation(settings, should_stop, enter, dataset, deadline)
         return whole.finish([whole.train(number) for number in range(1, whole.count + 1)])
 
 

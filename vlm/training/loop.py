@@ -11,22 +11,25 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vlm.classifier import Batch, key_of
-from vlm.common import Bar, RunError, Stopped, note, resume_command, write_json
-from vlm.config import BEST_MODEL, DEMO_MODEL, METADATA, STATE, read_run
+from vlm.common import Bar, RunError, note, write_json
+from vlm.config import DEMO_MODEL, METADATA, read_run
 from vlm.conversation import response_lengths
 from vlm.data import Sample, Step, epoch_plan
+from vlm.report import ended_early
 from vlm.training.alignment import align_connector
-from vlm.training.losses import both_losses, losses_in_words, mean_since_evaluation, named_losses
+from vlm.training.deadline import Deadline
+from vlm.training.ending import Ended, Ending, any_process
+from vlm.training.losses import advice, both_losses, losses_in_words, mean_since_evaluation, named_losses
 from vlm.training.resume_state import Belonging, Progress, check_belonging, load_state, read_state
 from vlm.training.run_files import begin, list_tracked
 from vlm.training.run_log import RunLog
 from vlm.training.saving import Saver
+from vlm.training.schedule import learning_rate_at, step_seed
 from vlm.training.setup import Run
 from vlm.training.stopping import TESTING, TRAINING
 from vlm.training.unreadable import Unreadable
@@ -44,6 +47,7 @@ class Trainer:
         run: Run,
         should_stop: Callable[[], bool] = lambda: False,
         enter: Callable[[str], None] = lambda phase: None,
+        deadline: Deadline | None = None,
     ):
         self.run = run
         self.settings = run.settings
@@ -57,6 +61,10 @@ class Trainer:
         self.unreadable = Unreadable(run.data)
         self.losses: list[Tensor] = []  # (2,) each, as `run_step` returns them
         self.saver = Saver(run)
+        between = 1 if self.accelerator.num_processes == 1 else STEPS_PER_LINE
+        deadline = deadline or Deadline.of(self.settings)
+        self.ending = Ending(run, self.saver, deadline, self.total_steps, between)
+        self.ended: Ended | None = None
         texts = {"the texts of the conversation": key_of(run.classifier.prompts)}
         self.data_digests = run.data.fingerprint | texts
 
@@ -89,40 +97,41 @@ class Trainer:
         return Belonging(self.run.metadata["run_id"], self.settings.to_json(), self.data_digests, order)
 
     def train(self) -> None:
-        """All epochs that are left, then the final model."""
-        settings, images = self.settings, self.run.images_an_epoch
+        """All epochs that are left, or those until the training ends early; then the final model."""
+        settings = self.settings
         self.run.model.train()
-        done = self.progress.epoch * images + self.progress.step_in_epoch * self.images_per_step()
-        total = settings.epochs * images
-        self._begin()
-        with self._open_log() as self.log, Bar(total, "training", initial=min(done, total)) as bar:
+        total = settings.epochs * self.run.images_an_epoch
+        with Bar(total, "training", initial=self.run.images_until(self.progress)) as bar:
             with bar.paused():
                 if self.accelerator.is_main_process:
                     list_tracked(self.run.output)
                 self._before_training()
-            if not settings.epochs:
-                self._evaluate()
             for epoch in range(self.progress.epoch, settings.epochs):
-                self._epoch(epoch, bar)
+                if self.ended is None:
+                    self._epoch(epoch, bar)
             self.enter(TESTING)
         self.saver.final_model()
 
-    def _begin(self) -> None:
-        """From here on the run writes into its folder. All processes have loaded the model."""
+    def begin(self) -> RunLog:
+        """From here on the run writes into its folder. All processes have loaded the model.
+
+        Returns:
+            The log, to be used in `with` until the results are written.
+        """
         if self.accelerator.is_main_process:
             begin(self.run.output, self.settings.resume, self.settings.overwrite)
         if self.settings.demo:
             self.run.folder = self.run.output / DEMO_MODEL
-
-    def _open_log(self) -> RunLog:
-        settings = self.settings
-        return RunLog(
+        settings, metadata = self.settings, self.run.metadata
+        about = {name: metadata[name] for name in ("run_id", "class_names", "model_revision", "image_size", "versions")}
+        self.log = RunLog(
             self.run.output,
             settings.trackers,
             settings.wandb_project,
-            settings.to_json(),
+            settings.to_json() | about | {f"dataset_{name}": value for name, value in metadata["dataset"].items()},
             resume_after=self.progress.step if settings.resume else None,
         )
+        return self.log
 
     def _before_training(self) -> None:
         """The test of the untrained model and the alignment, if they were asked for and are not done yet."""
@@ -133,13 +142,30 @@ class Trainer:
         self.enter(TRAINING if self.settings.epochs else TESTING)
         if self.accelerator.is_main_process:
             write_json(self.run.output / METADATA, self.run.metadata)  # from here on there is a run to resume
+        if not self.settings.epochs:
+            self._evaluate()
+        elif self.progress.step < self.total_steps:
+            self._before_first_step()
+
+    def _before_first_step(self) -> None:
+        """A run that is resumed may have ended already; one without time for a step ends with what it has learned.
+
+        Raises:
+            RunError: there is no time for a step, and nothing was learned before.
+        """
+        p = self.progress
+        self.ending.begin(p)
+        (time_is_up,) = any_process(self.accelerator, self.ending.time_is_up(p, evaluation=False))
+        if time_is_up and not p.step:
+            raise self.ending.too_short()
+        if self.ending.why(p, time_is_up) and p.evaluated_step != p.step:
+            self._evaluate(planned=False)
+            self._save_state()
+        self._end_here(time_is_up)
 
     def count_steps(self) -> int:
         """The optimizer steps of an epoch."""
         return len(self.plan(0))
-
-    def images_per_step(self) -> int:
-        return self.settings.batch_size * self.settings.gradient_accumulation_steps * self.accelerator.num_processes
 
     def plan(self, epoch: int) -> Sequence[Step]:
         s, a = self.settings, self.accelerator
@@ -155,31 +181,36 @@ class Trainer:
             started = time.monotonic()
             self.losses.append(self.run_step(step, batches))
             evaluate = self._count_step(epoch)
-            stop, save = self._all_wish(evaluate)
+            stop, save, time_is_up = self._all_wish(evaluate)
             figures = self._write_losses() if save or self.progress.step % STEPS_PER_LINE == 0 else {}
             self.progress.seconds += time.monotonic() - started
             bar.update(len(step.indices), **figures)
             with bar.paused():  # its rate is only that of the training, as in the final table
-                if evaluate:
-                    self._evaluate()
+                if evaluate or time_is_up:
+                    self._evaluate(planned=evaluate)
                 if save:
-                    self.note_places()
-                    self.saver.state(self.progress, self._belonging())
-                    self.unreadable.refuse_too_many(self.progress, self.images_per_step())
+                    self._save_state()
+                    self.unreadable.refuse_too_many(self.progress, self.run.images_a_step)
             if stop:
                 self.accelerator.wait_for_everyone()
-                raise self._stopped()
+                raise self.saver.stopped(self.progress.step, self.total_steps)
+            if self._end_here(time_is_up):
+                return
+
+    def _end_here(self, time_is_up: bool) -> bool:
+        """Whether the training ends early, after this step, which is said."""
+        self.ended = self.ending.why(self.progress, time_is_up)
+        if self.ended:
+            note(f"{ended_early(self.ended.to_json())}. The best model, of step {self.progress.best_step}, is tested.")
+        return self.ended is not None
+
+    def _save_state(self) -> None:
+        self.note_places()
+        self.saver.state(self.progress, self._belonging())
 
     def note_places(self) -> None:
         """Put into the progress what a state needs besides the numbers of steps: the images that cannot be read."""
         self.unreadable.note_in(self.progress)
-
-    def _stopped(self) -> Stopped:
-        done = f"stopped after step {self.progress.step} of {self.total_steps}"
-        if STATE in self.saver.missing:
-            reason = f"the state could not be saved ({self.saver.missing[STATE]}), so make room, and that of step"
-            done += f"; {reason} {self.saver.saved_step} is taken"
-        return Stopped(f"{done}; continue with {resume_command(self.run.output)}")
 
     def _count_step(self, epoch: int) -> bool:
         """Count a step that was done; returns whether an evaluation follows it."""
@@ -261,16 +292,9 @@ class Trainer:
         rate = self._learning_rate(self.progress.step - 1, self.settings.learning_rate)
         self._log("train", **losses, learning_rate=rate)
         if not math.isfinite(loss):
-            raise RunError(f"the loss is {loss} after step {self.progress.step}: {self._advice()}")
+            hint = advice(self.settings, self.run.dtype, self.progress.best_step)
+            raise RunError(f"the loss is {loss} after step {self.progress.step}: {hint}")
         return {"loss": loss, "lr": rate}
-
-    def _advice(self) -> str:
-        """What helps if the loss is not finite, and what is left of the run."""
-        cures = [f"a lower --learning-rate (now {self.settings.learning_rate:g})", "a smaller --max-grad-norm"]
-        cures += ["--dtype float32"] if self.run.dtype != torch.float32 else []
-        step = self.progress.best_step
-        best = f" The best model so far (step {step}) is in {BEST_MODEL}." if step else ""
-        return f"try {' or '.join(cures)}.{best}"
 
     def _log(self, kind: str, **figures: float) -> None:
         epoch = self.progress.step / self.steps_per_epoch
@@ -278,20 +302,28 @@ class Trainer:
         if self.log:
             self.log.log(kind, self.progress.step, epoch=epoch, **figures)
 
-    def _evaluate(self) -> None:
-        """Metrics on the validation split; the best model so far is saved."""
+    def _evaluate(self, planned: bool = True) -> None:
+        """Metrics on the validation split; the best model so far is saved.
+
+        Args:
+            planned: False: an additional one, which does not count for --patience.
+        """
+        started = time.monotonic()
         metrics = split_metrics(self.run, "validation", "validating")
         p = self.progress
         losses = validation_losses(self.run)
+        self.ending.evaluated(time.monotonic() - started)
         loss = losses["loss"]
         of_training = mean_since_evaluation(p.history)
         self._log("validation", **losses, **{name: metrics[name] for name in ("accuracy", "macro_f1", "nll")})
+        p.evaluated_step = p.step
         better = (metrics["accuracy"], -loss) > (p.best_accuracy, -p.best_loss)
         best = " (best so far)" if metrics["accuracy"] > p.best_accuracy else " (best so far, by the smaller loss)"
         note(
             f"epoch {p.step / self.steps_per_epoch:.2f}, step {p.step}: validation accuracy {metrics['accuracy']:.4f}"
             f"{best if better else ''}; {losses_in_words(losses, of_training)}"
         )
+        p.without_better = 0 if better else p.without_better + planned
         if better:
             p.best_accuracy, p.best_loss, p.best_step = metrics["accuracy"], loss, p.step
             validation = {"step": p.step, "accuracy": metrics["accuracy"], "loss": loss}
@@ -303,30 +335,15 @@ class Trainer:
         self.progress.zero_shot = {name: metrics[name] for name in ("accuracy", "nll", "macro_f1")}
         note(f"before the training: test accuracy {metrics['accuracy']:.4f} (not calibrated)")
 
-    def _all_wish(self, evaluate: bool) -> tuple[bool, bool]:
-        """Whether any process was asked to stop, and whether a state is to be saved.
+    def _all_wish(self, evaluate: bool) -> tuple[bool, bool, bool]:
+        """Whether any process was asked to stop, whether a state is to be saved, and whether the time is up.
 
         Several processes ask each other only when they wait for each other anyway.
         """
+        if self.accelerator.num_processes > 1 and not evaluate and self.progress.step % STEPS_PER_LINE:
+            return False, False, False
         due = time.monotonic() - self.saver.last_try > 60 * self.settings.save_minutes
-        if self.accelerator.num_processes == 1:
-            stop = self.should_stop()
-            return stop, evaluate or stop or due
-        if not evaluate and self.progress.step % STEPS_PER_LINE:
-            return False, False
-        wishes = torch.tensor([float(self.should_stop()), float(due)], device=self.accelerator.device)
-        stop, due = (value > 0 for value in self.accelerator.reduce(wishes, "sum").tolist())
-        return stop, evaluate or stop or due
-
-
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """Seed of the dropout in one step of one process."""
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def learning_rate_at(step: int, total: int, warmup_ratio: float, peak: float) -> float:
-    """Linear warm-up, then a half cosine to zero. A function of only the step."""
-    warmup = math.ceil(total * warmup_ratio)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+        stop, due, up = any_process(
+            self.accelerator, self.should_stop(), due, self.ending.time_is_up(self.progress, evaluate)
+        )
+        return stop, evaluate or stop or due or up, up and not stop

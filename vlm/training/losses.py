@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vlm.classifier import Objective
+from vlm.config import BEST_MODEL, Settings
 
 # By name: mean over the response tokens, and mean over the images. `loss` is their sum, which is minimized.
 LOSSES = {"response_loss": "response loss per token", "class_loss": "class loss per image"}
@@ -51,3 +52,15 @@ def losses_in_words(validation: dict[str, float], training: dict[str, float]) ->
             seen = f" (training {training[name]:.4f})" if name in training else ""
             parts.append(f"{words} {validation[name]:.4f}{seen}")
     return ", ".join(parts)
+
+
+def advice(settings: Settings, dtype: torch.dtype, best_step: int) -> str:
+    """What helps if the loss is not finite, and what is left of the run.
+
+    Args:
+        best_step: the step of the best model; 0 if there is none.
+    """
+    cures = [f"a lower --learning-rate (now {settings.learning_rate:g})", "a smaller --max-grad-norm"]
+    cures += ["--dtype float32"] if dtype != torch.float32 else []
+    best = f" The best model so far (step {best_step}) is in {BEST_MODEL}." if best_step else ""
+    return f"try {' or '.join(cures)}.{best}"

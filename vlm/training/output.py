@@ -1,10 +1,12 @@
 """The output folder: it is made, and no other run in it is lost. Imported before torch, so it needs no package."""
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from vlm.common import UsageError, is_main_process, note, reason
 from vlm.config import BEST_MODEL, METADATA, PREVIOUS_RUN, RESULTS, Settings, user_path, written_by
@@ -93,15 +95,33 @@ def _check_content(output: Path, settings: Settings) -> None:
         )
     if settings.overwrite:
         _check_not_needed(output, settings)
-    elif (output / RESULTS).exists():
+    elif (output / RESULTS).exists() and not (settings.resume and may_go_on(output)):
         todo = "there is nothing to resume" if settings.resume else "choose another --output-dir, or --overwrite it"
-        raise UsageError(f"{output} holds a finished run: {todo}.")
+        goes_on = ", or continue it after its --time-limit with --resume" if may_go_on(output) else ""
+        raise UsageError(f"{output} holds a finished run: {todo}{goes_on}.")
     elif (output / METADATA).exists() and not settings.resume:
         raise UsageError(
             f"{output} holds an interrupted run: continue it with --resume, or delete it with --overwrite."
         )
     elif not (output / METADATA).exists() and has_work(output):
         raise UsageError(without_metadata(output))
+
+
+def can_go_on(results: Any) -> bool:
+    """Whether a finished run keeps its state, because only its --time-limit has ended the training.
+
+    Args:
+        results: the content of `results.json`.
+    """
+    ended = results.get("ended_early") if isinstance(results, dict) else None
+    return isinstance(ended, dict) and ended.get("by") == "time_limit"
+
+
+def may_go_on(output: Path) -> bool:
+    """The same of the run in an output folder, of which nothing else is known."""
+    with suppress(OSError, ValueError, RecursionError):
+        return can_go_on(json.loads((output / RESULTS).read_text(encoding="utf-8")))
+    return False
 
 
 def check_resumable(output: Path) -> None:

@@ -25,17 +25,25 @@ from vlm.evaluation import (
 from vlm.families import FeatureCache, load_family
 from vlm.inference import Tested, correct_of, load_model_and_metadata, read_metadata, update_metadata
 from vlm.report import per_class_table, summary_rows, warnings_of, write_report
+from vlm.training.ending import Ended
 from vlm.training.out_of_fold import write_fold_predictions
+from vlm.training.output import can_go_on
 from vlm.training.resume_state import Progress, delete_states
 from vlm.training.run_files import claim_results
+from vlm.training.run_log import RunLog
 from vlm.training.setup import Run
+from vlm.training.tracked_results import figures_of_test, results_of_test
 
 
-def finish(run: Run, progress: Progress, metrics: Sequence[Callable[..., Any]]) -> dict[str, Any]:
+def finish(
+    run: Run, progress: Progress, metrics: Sequence[Callable[..., Any]], log: RunLog, ended: Ended | None = None
+) -> dict[str, Any]:
     """Calibrate and test the best model, write `results.json`, the page and the figures, and print the results.
 
     Args:
         metrics: own metrics; see `evaluate_vlm_model`.
+        log: is told the figures of the test.
+        ended: why the training ended before its last step, if it did.
 
     Returns:
         The content of `results.json`.
@@ -49,11 +57,13 @@ def finish(run: Run, progress: Progress, metrics: Sequence[Callable[..., Any]]) 
         "test": tested.metrics,
         **({"zero_shot": progress.zero_shot} if progress.zero_shot else {}),
         **({"alignment": progress.alignment} if progress.alignment else {}),
+        **({"ended_early": ended.to_json()} if ended else {}),
         **_checks(run, tested, frozen),
         **_of_the_run(run, progress, tested),
     }
     claim_results(output)
-    write_report(output, results, run.data, tested.predictions())
+    predictions = tested.predictions()
+    write_report(output, results, run.data, predictions)
     best = output / BEST_MODEL
     update_metadata(best, read_metadata(best), results, warnings_of(results))
     of_test = {name: tested.metrics[name] for name in ("accuracy", "macro_f1")}
@@ -63,9 +73,21 @@ def finish(run: Run, progress: Progress, metrics: Sequence[Callable[..., Any]]) 
     if run.settings.folds:
         write_fold_predictions(output / FOLD_PREDICTIONS, tested.classifier, run.data.test, tested.sums)
     write_json(output / RESULTS, results)  # last: it says that the run is finished
-    delete_states(output)
+    if not can_go_on(results):
+        delete_states(output)
+    _track(log, progress.step, results)
+    log.show(progress.step, lambda: results_of_test(output, tested.metrics, run.data, predictions))
     _print(run, results)
     return results
+
+
+def _track(log: RunLog, step: int, results: dict[str, Any]) -> None:
+    """Log the figures of the test, next to which trackers show those of the untrained model and of the probe."""
+    log.log("test", step, **figures_of_test(results["test"]))
+    if "zero_shot" in results:
+        log.log("zero_shot", step, **results["zero_shot"])
+    if results["probe"]:
+        log.log("probe", step, accuracy=results["probe"]["accuracy"][0])
 
 
 def _test_best(run: Run, metrics: Sequence[Callable[..., Any]]) -> tuple[Tested, dict[str, Any]]:
@@ -152,7 +174,7 @@ def _probe(run: Run, tested: Tested, frozen: FeatureCache | None) -> dict[str, A
 
 def _of_the_run(run: Run, progress: Progress, tested: Tested) -> dict[str, Any]:
     """The figures that do not come from the test."""
-    data, images = run.data, run.images_an_epoch * run.settings.epochs
+    data, images = run.data, run.images_until(progress)
     return {
         "validation": {"accuracy": progress.best_accuracy, "loss": progress.best_loss, "step": progress.best_step},
         "pictures": {

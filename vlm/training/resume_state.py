@@ -29,6 +29,7 @@ class Progress:
     Attributes:
         epoch, step_in_epoch: the next step. step: optimizer steps done. seconds: of training so far.
         best_accuracy, best_loss, best_step: of the best model, on the validation split.
+        evaluated_step: the step of the last evaluation. without_better: evaluations since the best model.
         zero_shot: test metrics of the untrained model, if they were asked for.
         alignment: what `align_connector` returned, if it was asked for.
         history: the logged figures, in their order.
@@ -43,6 +44,8 @@ class Progress:
     best_accuracy: float = -1.0
     best_loss: float = float("inf")
     best_step: int = 0
+    evaluated_step: int = -1
+    without_better: int = 0
     zero_shot: dict[str, float] | None = None
     alignment: dict[str, Any] | None = None
     history: list[dict[str, Any]] = field(default_factory=list)

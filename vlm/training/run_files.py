@@ -119,6 +119,8 @@ def begin(output: Path, resume: bool, overwrite: bool, names: Sequence[str] = WR
             _put_back(output)
         _set_aside(output)
     own = files_of_run(output) if resume else []
+    if resume:
+        (output / RESULTS).unlink(missing_ok=True)  # of a run that goes on after its time limit: it is not finished
     written = [name for name in names if name not in AT_THE_END or name in own]
     _write_manifest(output, written, [name for name in _tracked(output) if name not in own])
     if (output / NEW_DEMO_MODEL).exists():

@@ -1,18 +1,18 @@
-"""The figures of a training run: one JSON line each in `log.jsonl`, and the trackers of --track."""
+"""The figures of a training run: one JSON line each in `log.jsonl`, and the trackers of --report-to."""
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from io import FileIO
 from pathlib import Path
 from time import time
 from typing import Any
 
-from accelerate.tracking import GeneralTracker
-
 from vlm.common import Stopped, is_main_process, note, reason, replacing
 from vlm.config import LOG
-from vlm.training.trackers import TITLES, TrackedRun, finish_tracker, in_short, start_tracker, tracked_id
+from vlm.training.tracked_results import ShownResults
+from vlm.training.trackers import TrackedRun
+from vlm.training.tracking import Tracking
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
@@ -38,7 +38,7 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
 class RunLog:
     """Writes the figures of one run to `log.jsonl` and passes them on to trackers. Usable in `with`.
 
-    It does nothing on processes other than the main one. A tracker that fails during the run is left out from then on.
+    It does nothing on processes other than the main one. A tracker that fails is left out (vlm/training/tracking.py).
 
     Args:
         folder: the output folder; it is made if it does not exist.
@@ -63,7 +63,7 @@ class RunLog:
         self.path = Path(folder) / LOG
         self._file: FileIO | None = None
         self._unsaved = b""  # what a full disk had no room for
-        self._trackers: list[GeneralTracker] = []
+        self._trackers: list[Tracking] = []
         if not is_main_process():
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,14 +74,14 @@ class RunLog:
         try:
             for name in trackers:
                 run = TrackedRun(self.path.parent, project, settings or {}, resume_after, ids.get(name))
-                self._trackers.append(start_tracker(name, run))
+                self._trackers.append(Tracking(name, run))
         except BaseException:
             self.close(failed=True)
             raise
         self._begin(entries)
         for tracker in self._trackers:
-            if (run_id := tracked_id(tracker)) and run_id != ids.get(tracker.name):
-                self._write({"kind": tracker.name, "step": 0, "id": run_id})
+            if tracker.id and tracker.id != ids.get(tracker.name):
+                self._write({"kind": tracker.name, "step": 0, "id": tracker.id})
 
     def log(self, kind: str, step: int, **figures: Any) -> None:
         """Append one line: kind, step, time (seconds since 1970) and the figures. NaN and infinity become null.
@@ -95,24 +95,23 @@ class RunLog:
             name if name == "epoch" else f"{kind}/{name}": _plain(value, float("nan"))
             for name, value in figures.items()
         }
-        for tracker in list(self._trackers):
-            try:
-                tracker.log(named, step=step)
-            except Exception as error:
-                note(f"{TITLES[tracker.name]}: {in_short(error)}. The run goes on without it.")
-                self._trackers.remove(tracker)
+        for tracker in self._trackers:
+            tracker.log(named, step)
+
+    def show(self, step: int, make: Callable[[], ShownResults]) -> None:
+        """Give the trackers the tables and figures of the test, which are made only if there is a tracker."""
+        if any(tracker.is_open for tracker in self._trackers):
+            results = make()
+            for tracker in self._trackers:
+                tracker.show(results, step)
 
     def close(self, failed: bool = False) -> None:
-        """Close the log and the trackers; W&B has a minute at most to upload the rest. A second call does nothing."""
+        """Close the log and the trackers, which have a bounded time to upload the rest. A second call does nothing."""
         if self._file is not None:
             self._file.close()
             self._file = None
         while self._trackers:
-            tracker = self._trackers.pop()
-            try:
-                finish_tracker(tracker, failed)
-            except Exception as error:
-                note(f"{TITLES[tracker.name]}: {in_short(error)}. Its record of the run may not be complete.")
+            self._trackers.pop().close(failed)
 
     def __enter__(self) -> "RunLog":
         return self

@@ -10,6 +10,7 @@ from vlm.config import BEST_MODEL, Settings, read_run
 from vlm.evaluation import load_metric
 from vlm.inference import read_metadata
 from vlm.sharing import check_push, push_model
+from vlm.training.deadline import Deadline
 from vlm.training.loop import Trainer
 from vlm.training.output import output_folder
 from vlm.training.results import finish
@@ -22,9 +23,10 @@ def trainer_of(
     run: Run,
     should_stop: Callable[[], bool] = lambda: False,
     enter: Callable[[str], None] = lambda phase: None,
+    deadline: Deadline | None = None,
 ) -> Trainer:
     """What trains a run: on a stream, or on images at known places."""
-    return (StreamTrainer if run.data.stream else Trainer)(run, should_stop, enter)
+    return (StreamTrainer if run.data.stream else Trainer)(run, should_stop, enter, deadline)
 
 
 def fit(
@@ -33,6 +35,7 @@ def fit(
     enter: Callable[[str], None] = lambda phase: None,
     dataset: object = None,
     when_set_up: Callable[[Run], None] = lambda run: None,
+    deadline: Deadline | None = None,
 ) -> dict[str, Any]:
     """Train, evaluate, save.
 
@@ -41,6 +44,7 @@ def fit(
         dataset: a `Dataset` or `DatasetDict` in the place of the one that the settings name.
         enter: told when the training begins, and when it is over (vlm/training/stopping.py).
         when_set_up: told of the run when it can start.
+        deadline: when the run has to be done; None: in the time of the settings from now on.
 
     Returns:
         The content of `results.json`; empty on processes other than the main one.
@@ -55,22 +59,24 @@ def fit(
         check_push(settings.push_to_hub, settings.public)
     with output_folder(settings):
         metrics = [load_metric(name) for name in settings.metrics or ()]  # a mistake here should not wait for the end
-        run = set_up(settings, dataset)
+        deadline = deadline or Deadline.of(settings)
+        run = set_up(settings, dataset, check=deadline.check_features)
         when_set_up(run)
-        trainer = trainer_of(run, should_stop, enter)
+        trainer = trainer_of(run, should_stop, enter, deadline)
         if settings.resume:
             _point_out_push(settings)
             trainer.resume()
-        trainer.train()
-        if not run.accelerator.is_main_process:
-            return {}
-        try:
-            results = finish(run, trainer.progress, metrics)
-        except WriteError as error:
-            raise RunError(
-                f"{error.path} could not be written ({error.reason}). The training is done: make room, then continue "
-                f"with the test by {resume_command(run.output)}."
-            ) from error
+        with trainer.begin() as log:
+            trainer.train()
+            if not run.accelerator.is_main_process:
+                return {}
+            try:
+                results = finish(run, trainer.progress, metrics, log, trainer.ended)
+            except WriteError as error:
+                raise RunError(
+                    f"{error.path} could not be written ({error.reason}). The training is done: make room, then "
+                    f"continue with the test by {resume_command(run.output)}."
+                ) from error
         if settings.push_to_hub:
             _push(run.output / BEST_MODEL, settings.push_to_hub, settings.public)
         return results

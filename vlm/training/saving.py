@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm.common import RunError, WriteError, note, resume_command
+from vlm.common import RunError, Stopped, WriteError, note, resume_command
 from vlm.config import BEST_MODEL, FINAL_MODEL, STATE
 from vlm.inference import save_model_folder
 from vlm.training.adapter import adapter_writer
@@ -14,6 +14,8 @@ from vlm.training.resume_state import Belonging, Progress, SavedState, save_stat
 from vlm.training.run_files import drop_previous
 from vlm.training.setup import Run
 from vlm.training.tuning import merged_state_dict
+
+SLOW_DISK = 100e6  # bytes a second
 
 
 class Saver:
@@ -25,6 +27,7 @@ class Saver:
     Attributes:
         missing: why something could not be saved, by the name of its folder.
         saved_step: the step of the last state that was saved.
+        took: the longest time that saving took, in seconds: of a model, and of a state.
     """
 
     def __init__(self, run: Run) -> None:
@@ -35,7 +38,22 @@ class Saver:
         revision = run.metadata["model_revision"]
         self._write_adapter = adapter_writer(run.classifier.family, run.settings, revision)
         self.last_try = time.monotonic()
+        self.took = {"model": 0.0, "state": 0.0}
         self._best: tuple[dict[str, Tensor], dict[str, Any]] | None = None  # trained weights and metadata
+
+    def seconds(self, what: str) -> float:
+        """How long saving takes: as long as before, or what a slow disk needs.
+
+        Args:
+            what: model or state.
+        """
+        if self.took[what]:
+            return self.took[what]
+        learned = 3 * sum(p.nbytes for p in self.run.learned.values())  # the optimizer has two numbers for each
+        return (learned if what == "state" else sum(p.nbytes for p in self.run.model.parameters())) / SLOW_DISK
+
+    def _timed(self, what: str, started: float) -> None:
+        self.took[what] = max(self.took[what], time.monotonic() - started)
 
     def resumed_from(self, state: SavedState) -> None:
         """Go on after a state that was saved before."""
@@ -76,6 +94,7 @@ class Saver:
             self._failed(STATE, self.missing[BEST_MODEL])
             return
         scaler = self.run.accelerator.scaler
+        started = time.monotonic()
         try:
             save_state(
                 self.run.output,
@@ -90,7 +109,20 @@ class Saver:
             self._failed(STATE, error.reason)
         else:
             self._saved(STATE)
+            self._timed("state", started)
             self.saved_step, self._newest_is_damaged = progress.step, False
+
+    def stopped(self, step: int, steps: int) -> Stopped:
+        """What the user who stopped the run is told.
+
+        Args:
+            step: the last one of `steps`.
+        """
+        done = f"stopped after step {step} of {steps}"
+        if STATE in self.missing:
+            reason = f"the state could not be saved ({self.missing[STATE]}), so make room, and that of step"
+            done += f"; {reason} {self.saved_step} is taken"
+        return Stopped(f"{done}; continue with {resume_command(self.run.output)}")
 
     def _best_again(self) -> None:
         """Try again to write the best model, whose trained weights take the place of the current ones meanwhile."""
@@ -107,6 +139,7 @@ class Saver:
 
     def _model(self, name: str, metadata: dict[str, Any]) -> bool:
         """Save the model as it is now; returns whether that was possible."""
+        started = time.monotonic()
         family, dtype = self.run.classifier.family, self.run.dtype
         weights = merged_state_dict(self.run.classifier.model, dtype)
         try:
@@ -115,6 +148,7 @@ class Saver:
             self._failed(name, error.reason)
             return False
         self._saved(name)
+        self._timed("model", started)
         drop_previous(self.run.output)
         return True
 

@@ -1,7 +1,8 @@
 """From settings to a run that can start: device, data, model, what is trained, and a look at one sample."""
 
 import platform
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -37,6 +38,7 @@ from vlm.sharing import origin_of
 from vlm.training.class_map import point_out_names
 from vlm.training.preflight import point_out_contradictions, preflight, settings_rows
 from vlm.training.prompts import choose_prompts
+from vlm.training.resume_state import Progress
 from vlm.training.run_files import NEW_DEMO_MODEL
 from vlm.training.tuning import parameter_groups, prepare_tuning, trained_parameters
 
@@ -57,6 +59,7 @@ class Run:
         learned: the trained weights by name, which are saved to resume from.
         metadata: what the model folder says about the run.
         workers: processes that prepare images.
+        seconds_to_load: the model.
     """
 
     settings: RunSettings
@@ -71,6 +74,7 @@ class Run:
     learned: dict[str, Tensor]
     metadata: dict[str, Any]
     workers: int
+    seconds_to_load: float = 0.0
 
     def train_in(self, epoch: int) -> Split:
         """The training images as an epoch sees them."""
@@ -79,11 +83,19 @@ class Run:
     @property
     def images_an_epoch(self) -> int:
         """How many images an epoch trains on; those of a stream are one epoch."""
-        settings = self.settings
-        if self.data.stream is None or settings.max_steps is None:
+        if self.data.stream is None or self.settings.max_steps is None:
             return len(self.data.train)
-        batches = settings.gradient_accumulation_steps * self.accelerator.num_processes
-        return settings.max_steps * settings.batch_size * batches
+        return self.settings.max_steps * self.images_a_step
+
+    @property
+    def images_a_step(self) -> int:
+        """The images of an optimizer step, in all processes; the last step of an epoch may have fewer."""
+        return self.settings.batch_size * self.settings.gradient_accumulation_steps * self.accelerator.num_processes
+
+    def images_until(self, progress: Progress) -> int:
+        """How many images the training has seen so far."""
+        in_epoch = min(progress.step_in_epoch * self.images_a_step, self.images_an_epoch)
+        return progress.epoch * self.images_an_epoch + in_epoch
 
     @property
     def output(self) -> Path:
@@ -96,12 +108,15 @@ class Run:
         return dict(zip(prompts["class_names"], prompts.get("readable_names", ()), strict=False))
 
 
-def set_up(settings: Settings, dataset: object = None, draft: Path | None = None) -> Run:
+def set_up(
+    settings: Settings, dataset: object = None, draft: Path | None = None, check: Callable[[], None] = lambda: None
+) -> Run:
     """Load and print everything, in the order in which a mistake is cheapest to find: device, data, model, one sample.
 
     Args:
         dataset: see `load_data`.
         draft: only look: a folder that takes the place of the output folder. No vision features are computed.
+        check: called while the vision features are computed; what it raises ends that, and those so far are kept.
 
     Raises:
         UsageError: anything in settings or data with which the run cannot start.
@@ -125,7 +140,9 @@ def set_up(settings: Settings, dataset: object = None, draft: Path | None = None
             point_out_contradictions(settings)
         point_out_names(prompts)
         batch_size = _fit_batch(folder, settings, prompts, data, dtype, accelerator)
+        started = time.monotonic()
         family, image_size = _load_model(folder, settings, data, dtype, accelerator)
+        seconds_to_load = time.monotonic() - started
     classifier = _build_classifier(family, prompts, settings, data)
     run_settings = settings.complete(batch_size, classifier.objective.name)
     rows = settings_rows(run_settings, classifier, reason, dtype, accelerator.num_processes)
@@ -133,7 +150,7 @@ def set_up(settings: Settings, dataset: object = None, draft: Path | None = None
     preflight(classifier, data.train.example)
 
     workers = _loader_processes(settings, device)
-    cache = None if draft else _fill_cache(family, settings, data, accelerator, workers)
+    cache = None if draft else _fill_cache(family, settings, data, accelerator, workers, check)
     learned: dict[str, Tensor] = dict(trained_parameters(classifier))
     if settings.freeze_connector:  # trainable until here if it is aligned, so that the cache holds what it reads
         family.connector.requires_grad_(False)
@@ -155,6 +172,7 @@ def set_up(settings: Settings, dataset: object = None, draft: Path | None = None
         learned=learned,
         metadata=_metadata(run_settings, data, classifier, chosen.texts, folder, revision, image_size),
         workers=workers,
+        seconds_to_load=seconds_to_load,
     )
 
 
@@ -230,7 +248,12 @@ def _loader_processes(settings: Settings, device: torch.device) -> int:
 
 
 def _fill_cache(
-    family: Family, settings: Settings, data: Data, accelerator: Accelerator, workers: int
+    family: Family,
+    settings: Settings,
+    data: Data,
+    accelerator: Accelerator,
+    workers: int,
+    check: Callable[[], None],
 ) -> FeatureCache | None:
     """The vision features of the images, of as many as fit; None if none are kept."""
     if settings.no_feature_cache:
@@ -241,7 +264,7 @@ def _fill_cache(
     if settings.views > 1:  # after train, since their keys follow from those of its images
         splits += tuple(as_seen(data.train, settings, epoch) for epoch in range(min(settings.views, settings.epochs)))
     with accelerator.local_main_process_first():  # the others of this machine find what the first one has computed
-        cache = fill_cache(family, splits, settings.cache_size, settings.cache_dtype, workers, data.known)
+        cache = fill_cache(family, splits, settings.cache_size, settings.cache_dtype, workers, data.known, check)
     if not data.checked:
         check_what_is_known(data)
     return cache

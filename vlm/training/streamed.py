@@ -31,7 +31,7 @@ class StreamTrainer(Trainer):
 
     def plan(self, epoch: int) -> Sequence[Step]:
         """As many steps as there are; which images each has is not known before."""
-        step = Step([], counts=True, indices=range(self.images_per_step()))
+        step = Step([], counts=True, indices=range(self.run.images_a_step))
         return [step] * self.steps_per_epoch
 
     def train(self) -> None:

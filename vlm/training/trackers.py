@@ -6,9 +6,7 @@ WANDB_MODE, MLFLOW_TRACKING_URI or TRACKIO_DIR, are respected.
 
 import importlib.util
 import os
-import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,9 @@ TITLES = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases", "trackio": 
 # wandb waits 90 s for an unreachable server by default, and without end for the upload after the last step.
 # Its capture of stdout and stderr is off, so the program prints the same with and without it.
 WANDB_SETTINGS: dict[str, Any] = {"init_timeout": 20.0, "finish_timeout": 60.0, "console": "off"}
+
+# MLflow tries to reach a server for minutes by default.
+MLFLOW_WAITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 
 
 @dataclass(frozen=True)
@@ -62,23 +63,19 @@ def start_tracker(name: str, run: TrackedRun) -> GeneralTracker:
     """A started tracker. `name` is one of `TITLES`.
 
     Raises:
-        UsageError: its package is missing, or it cannot be used as it is set up.
+        UsageError: its package is missing, or it cannot be used as it is set up. Any other error is the tracker's own.
     """
     start = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio, "mlflow": _mlflow}[name]
     try:
-        with redirect_stdout(sys.stderr):
-            return start(run)
+        return start(run)
     except ImportError as error:
         raise UsageError(_not_importable(name, one_line(error))) from error
-    except UsageError:
-        raise
-    except Exception as error:
-        raise UsageError(f"--track {name}: {in_short(error)}. Correct this, or leave out --track {name}.") from error
 
 
 def _not_importable(name: str, reason: str) -> str:
     return (
-        f"--track {name}: {name} cannot be imported ({reason}). Run `pip install {name}`, or leave out --track {name}."
+        f"--report-to {name}: {name} cannot be imported ({reason}). Run `pip install {name}`, or leave out "
+        f"--report-to {name}."
     )
 
 
@@ -96,19 +93,18 @@ def tracked_id(tracker: GeneralTracker) -> str | None:
 
 def finish_tracker(tracker: GeneralTracker, failed: bool) -> None:
     """End the run of a tracker; W&B and MLflow show whether it failed."""
-    with redirect_stdout(sys.stderr):
-        match tracker.name:
-            case "wandb":
-                tracker.tracker.finish(exit_code=int(failed))
-            case "mlflow":
-                import mlflow
+    match tracker.name:
+        case "wandb":
+            tracker.tracker.finish(exit_code=int(failed))
+        case "mlflow":
+            import mlflow
 
-                mlflow.end_run("FAILED" if failed else "FINISHED")
-            case _:
-                tracker.finish()
+            mlflow.end_run("FAILED" if failed else "FINISHED")
+        case _:
+            tracker.finish()
 
 
-def in_short(error: Exception) -> str:
+def in_short(error: BaseException) -> str:
     """An error of a tracker in one line of at most 300 characters, without a full stop."""
     return shorten(one_line(error).rstrip("."), 300)
 
@@ -165,8 +161,8 @@ def _wandb(run: TrackedRun) -> GeneralTracker:
 
 def _wandb_login(error: Exception) -> UsageError:
     return UsageError(
-        f"--track wandb: {in_short(error)}.\n"
-        "       Log in with `wandb login`, or set WANDB_MODE=offline, or leave out --track wandb (or --use-wandb)."
+        f"--report-to wandb: {in_short(error)}.\n"
+        "       Log in with `wandb login`, or set WANDB_MODE=offline, or leave out --report-to wandb (or --use-wandb)."
     )
 
 
@@ -186,6 +182,8 @@ def _trackio(run: TrackedRun) -> GeneralTracker:
 
 
 def _mlflow(run: TrackedRun) -> GeneralTracker:
+    for variable, value in MLFLOW_WAITS.items():
+        os.environ.setdefault(variable, value)
     import mlflow
 
     artifacts = None

@@ -33,6 +33,7 @@ def fill_cache(
     cache_dtype: str = "float32",
     workers: int = 0,
     known: KnownImages | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> FeatureCache | None:
     """Compute the features that are missing for the images of some splits, in batches, with a progress bar.
 
@@ -43,6 +44,7 @@ def fill_cache(
         limit_gb, cache_dtype: see `open_cache`.
         workers: processes that prepare the images.
         known: what earlier runs found about images that this one did not decode yet; what is found now is added.
+        check: called before each batch; what it raises is raised here, when the features so far are kept.
 
     Returns:
         the cache with the features that fit; None if there are none, because the vision encoder is trained, the family
@@ -56,13 +58,22 @@ def fill_cache(
     missing = _missing(splits, cache, known)
     if len(missing):
         with evaluation_mode(family.model):
-            _fill(family, cache, missing, workers, known)
-        if known:
-            known.save()
+            try:
+                _fill(family, cache, missing, workers, known, check)
+            finally:
+                if known:
+                    known.save()
     return None if cache.is_empty else cache
 
 
-def _fill(family: Family, cache: FeatureCache, missing: "_Places", workers: int, known: KnownImages | None) -> None:
+def _fill(
+    family: Family,
+    cache: FeatureCache,
+    missing: "_Places",
+    workers: int,
+    known: KnownImages | None,
+    check: Callable[[], None],
+) -> None:
     """Compute and keep the features of as many images as fit. A few of them tell first how large all are."""
     tried = sorted({i * len(missing) // TRIED for i in range(TRIED)})
     first: dict[str, Entry] = {}
@@ -80,11 +91,14 @@ def _fill(family: Family, cache: FeatureCache, missing: "_Places", workers: int,
     with Bar(fit, "vision features") as bar:
         kept = cache.keep(dict(islice(first.items(), fit)))
         bar.update(min(fit, len(tried)))
-        for images, count in _batches(family, cache, others, workers, known) if kept else ():
-            if images and not cache.add(family, images):
-                break
-            bar.update(count)
-        cache.flush()
+        try:
+            for images, count in _batches(family, cache, others, workers, known) if kept else ():
+                check()
+                if images and not cache.add(family, images):
+                    break
+                bar.update(count)
+        finally:
+            cache.flush()
 
 
 def _say_size(cache: FeatureCache, room: Room, each: float, count: int, fit: int) -> None:

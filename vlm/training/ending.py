@@ -1,0 +1,103 @@
+"""Whether a training ends before its last step: because no model gets better (--patience), or for --time-limit."""
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from vlm.common import RunError, note
+from vlm.config import in_words
+from vlm.training.deadline import Deadline
+from vlm.training.resume_state import Progress
+from vlm.training.saving import Saver
+from vlm.training.setup import Run
+from vlm.training.time_needed import TimeNeeded
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A training that ended early.
+
+    Attributes:
+        by: patience or time_limit. given: the value of that flag. step: the last one. steps: of the whole training.
+    """
+
+    by: str
+    given: int | str
+    step: int
+    steps: int
+
+    def to_json(self) -> dict[str, Any]:
+        """`ended_early` in `results.json`."""
+        return asdict(self)
+
+
+class Ending:
+    """Decides between two steps whether the training goes on.
+
+    Args:
+        steps: of the whole training. between: the steps after which that is asked.
+    """
+
+    def __init__(self, run: Run, saver: Saver, deadline: Deadline, steps: int, between: int) -> None:
+        self.run, self.deadline, self.steps, self.between = run, deadline, steps, between
+        is_asked = deadline.limit and run.accelerator.is_main_process  # it decides for all
+        self._needed = TimeNeeded(run, saver) if is_asked else None
+        self._began = 0.0
+        self._before = Progress()
+
+    def begin(self, progress: Progress) -> None:
+        """The training begins, or goes on after a step."""
+        if self._needed is not None:
+            self._needed.measure()
+            note(f"time limit: evaluation, saving and test need about {in_words(self._needed.seconds)}.\n")
+        self._began = time.monotonic()
+        self._before = Progress(step=progress.step, seconds=progress.seconds)
+
+    def evaluated(self, seconds: float) -> None:
+        """An evaluation took so long."""
+        if self._needed is not None:
+            self._needed.evaluation = seconds
+
+    def time_is_up(self, progress: Progress, evaluation: bool) -> bool:
+        """Whether there is no time for more steps. Processes other than the main one do not know, and answer no.
+
+        Args:
+            evaluation: whether one comes before these steps.
+        """
+        if self._needed is None:
+            return False
+        more = self.between * self._step_seconds(progress) + (self._needed.evaluation if evaluation else 0.0)
+        return self.deadline.left < more + self._needed.seconds
+
+    def why(self, progress: Progress, time_is_up: bool) -> Ended | None:
+        """Why the training ends here, after the evaluation of this step; None if it goes on, or was the last step."""
+        patience, limit = self.run.settings.patience, self.deadline.limit
+        if progress.step >= self.steps:
+            return None
+        if time_is_up and limit:
+            return Ended("time_limit", limit, progress.step, self.steps)
+        if patience and progress.without_better >= patience:
+            return Ended("patience", patience, progress.step, self.steps)
+        return None
+
+    def too_short(self) -> RunError:
+        """The error of a run that has no time for a first step."""
+        return self.deadline.too_short(self._needed.seconds if self._needed else 0.0, self.run.output)
+
+    def _step_seconds(self, progress: Progress) -> float:
+        """The mean of a step of this command; the seconds of the last one are counted only after this is asked."""
+        steps = progress.step - self._before.step
+        if steps <= 1:
+            return steps * (time.monotonic() - self._began)
+        return (progress.seconds - self._before.seconds) / (steps - 1)
+
+
+def any_process(accelerator: Accelerator, *wishes: bool) -> list[bool]:
+    """For each wish, whether any process has it. All processes wait for each other here."""
+    if accelerator.num_processes == 1:
+        return list(wishes)
+    found = torch.tensor([float(wish) for wish in wishes], device=accelerator.device)
+    return [value > 0 for value in accelerator.reduce(found, "sum").tolist()]
