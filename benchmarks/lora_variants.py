@@ -20,7 +20,7 @@ import train_vlm
 
 VARIANTS = ("lora", "dora", "rslora", "pissa")
 BASE = ["--demo", "--max-samples", "300", "--epochs", "8", "--device", "cpu"]
-FLAGS = ["--shots", "10", "--max-samples", "200", "--epochs", "6", "--learning-rate", "1e-3", "--batch-size", "8"]
+FLAGS = ["--shots", "10", "--max-samples", "200", "--epochs", "24", "--learning-rate", "1e-3", "--batch-size", "8"]
 
 
 def main() -> int:

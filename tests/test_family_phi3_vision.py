@@ -253,6 +253,7 @@ def test_saved_folder_has_the_published_layout(folder, tmp_path):
     code = "microsoft/Phi-3.5-vision-instruct--"
     for name, changed in (("config.json", {"torch_dtype": "float16"}), ("preprocessor_config.json", {"num_crops": 16})):
         expected = json.loads((folder / name).read_bytes()) | changed
+        expected.pop("_attn_implementation", None)  # asks for one kind of GPU, so it is not kept
         expected["auto_map"] = {kind: code + place for kind, place in expected["auto_map"].items()}
         assert json.loads((tmp_path / name).read_bytes()) == expected
     assert not list(tmp_path.glob("*.py"))

@@ -22,6 +22,7 @@ from vlm.families.configuration import build_config, read_config
 from vlm.families.encoded import CONNECTED_FEATURES, ENCODER_FEATURES, EncodedImages, all_features, besides_pixels
 from vlm.families.images.sizes import size_text
 from vlm.families.pretrained import blaming, brief
+from vlm.families.processors import write_for_older_programs
 from vlm.families.texts import FamilyTexts
 from vlm.families.weights import cache_argument, read_model, write_model
 
@@ -109,6 +110,7 @@ class Family(FamilyTexts):
         """Write weights (`state`, all of `dtype`) and processor so that transformers reads them by itself."""
         write_model(self.model, folder, state, dtype)
         self.processor.save_pretrained(folder)
+        write_for_older_programs(folder)
 
     # The parts
 

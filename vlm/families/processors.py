@@ -1,5 +1,6 @@
 """Processors as transformers publishes them, without what needs torchvision; and their chat templates."""
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from vlm.families.pretrained import CHOOSE_ANOTHER, brief, load_pretrained
 TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
 LARGEST = 10_000  # pixels of an edge, or tokens of an image
 BOUNDED = re.compile(r"image_seq_len$|num_image_tokens$|max_image_size")  # settings that memory depends on
+OF_THE_LOADING = {"backend", "is_local", "local_files_only"}  # how a tokenizer was loaded; version 5 writes it too
 IMAGE_SETTINGS = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -156,3 +158,16 @@ class _ImagesAndText:
 
 def _new_instance(published: Any) -> ProcessorMixin:
     return ProcessorMixin.__new__(without_videos(published))
+
+
+def write_for_older_programs(folder: Path) -> None:
+    """Name the tokenizer's settings in a folder as transformers 4 does, which version 5 reads too."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return
+    config = {name: value for name, value in read_object(path).items() if name not in OF_THE_LOADING}
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

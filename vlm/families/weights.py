@@ -128,6 +128,8 @@ def write_model(model: PreTrainedModel, folder: Path, state: dict[str, Tensor], 
         model.save_pretrained(folder, state_dict=state)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["dtype"] = dtype_name(dtype)  # of the saved weights, which may differ from the trained ones
+    if isinstance(text := config.get("text_config"), dict) and "tie_word_embeddings" in config:
+        text.setdefault("tie_word_embeddings", config["tie_word_embeddings"])  # transformers 4 looks there
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -67,7 +67,7 @@ def model_card(
         adapter: whether the folder has the adapter too.
     """
     measures = _measures(results) if results else []
-    origin, classes = metadata.get("origin") or {}, metadata["class_names"]
+    origin, classes = metadata.get("origin") or {}, metadata.get("class_names", [])
     license = {key: origin[key] for key in ("license", "license_name", "license_link") if key in origin}
     data = ModelCardData(
         base_model=origin.get("hub_id"),
@@ -101,7 +101,7 @@ def model_card(
         code=prompt and CODE.format(folder=repr(name), prompt=repr(prompt["text"]), special=prompt["special_tokens"]),
         name=name,
         adapter=adapter and ADAPTER_FOLDER,
-        prompts=metadata["prompts"],
+        prompts=metadata.get("prompts"),
     )
 
 

@@ -106,6 +106,7 @@ class Phi3VisionFamily(Family):
         for name, content in self.published.items():
             if name == "config.json":
                 content = naming_its_code(content) | {"torch_dtype": dtype_name(dtype)}
+                content.pop("_attn_implementation", None)  # of the published model: asks for one kind of GPU
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     def plain_prompt(self, prompts: Prompts) -> None:
