@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tiny import tiny_classifier
 
 from vlm.common import RunError, resume_command
-from vlm.config import PREVIOUS_STATE, STATE
+from vlm.config import PREVIOUS_STATE, STATE, resolve
 from vlm.training.resume_state import Belonging, Progress, load_state, read_state
 from vlm.training.saving import Saver
 from vlm.training.tuning import trained_parameters
@@ -46,6 +46,7 @@ def run(tiny_model, tmp_path):
         learned=learned,
         optimizer=torch.optim.AdamW(learned.values()),
         dtype=torch.float32,
+        settings=resolve({"tune": "full"}),
         metadata={"class_names": [], "prompts": {}, "model_revision": None},
         accelerator=SimpleNamespace(is_main_process=True, scaler=None),
     )
