@@ -199,7 +199,7 @@ def test_a_login_that_fails_is_no_interrupted_run(tmp_path, monkeypatch, capsys)
     def fail(*arguments, **options):
         raise UsageError("--use-wandb: user is not logged in")
 
-    monkeypatch.setattr("vlm.training.run_log.start_tracker", fail)
+    monkeypatch.setattr("vlm.training.tracking.start_tracker", fail)
     for name in ("there", "new"):
         assert train(*flags, tmp_path / name) == 2
         assert "user is not logged in" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from tiny import random_image
 
 from vlm.common.errors import UsageError
 from vlm.config import METADATA, PAGE, RESULTS, read_settings, resolve
-from vlm.config.settings import TRACKERS
+from vlm.config.defaults import TRACKERS
 from vlm.training import fit, tracking
 from vlm.training.run_log import RunLog, read_log
 from vlm.training.tracked_results import CLASSES, FIGURES, MISTAKES, ShownResults, Table

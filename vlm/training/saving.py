@@ -83,6 +83,7 @@ class Saver:
                 f"{' and '.join(unsaved)} could not be saved in {self.run.output} ({self.missing[unsaved[0]]}). "
                 f"Make room, then continue with {resume_command(self.run.output)}."
             )
+        self._write_adapter = None  # it holds the model, which makes room for the best one
 
     def state(self, progress: Progress, belonging: Belonging) -> None:
         """Save the state to resume from."""
