@@ -4,7 +4,7 @@ import os
 import tempfile
 
 import pytest
-from commands import train
+from commands import classify, train
 
 # Set before any library reads them. Kept in a variable, since the folder goes away with it when the tests end.
 _CACHES = tempfile.TemporaryDirectory(prefix="vlm_tests_")
@@ -31,6 +31,17 @@ def demo_run(tmp_path_factory):
     output = tmp_path_factory.mktemp("demo") / "vlm_results"
     assert train("--demo", "--max-samples", 100, "--epochs", 1, "--batch-size", 4, "--output-dir", output) == 0
     return output
+
+
+@pytest.fixture
+def infer(demo_run, capsys):
+    """Runs the command line on the demo's model; returns the exit code, stdout and stderr."""
+
+    def call(*arguments):
+        capsys.readouterr()
+        return classify("--model-dir", demo_run / "best_model", "--device", "cpu", *arguments), *capsys.readouterr()
+
+    return call
 
 
 @pytest.fixture(scope="session")

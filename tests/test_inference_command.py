@@ -26,17 +26,6 @@ def images(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def infer(demo_run, capsys):
-    """Runs the command line on the demo's model; returns the exit code, stdout and stderr."""
-
-    def call(*arguments):
-        capsys.readouterr()
-        return classify("--model-dir", demo_run / "best_model", "--device", "cpu", *arguments), *capsys.readouterr()
-
-    return call
-
-
 def test_the_table_goes_to_stdout_and_nothing_else(infer, images):
     code, out, err = infer(images)
     lines = out.splitlines()

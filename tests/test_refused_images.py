@@ -8,7 +8,7 @@ from commands import train
 from hub_layout_qwen2_vl import save_published
 from PIL import Image
 from test_data import images, load
-from tiny import random_image, tiny_classifier
+from tiny import random_image, refusing, tiny_classifier
 
 from vlm.common import RunError, UsageError
 from vlm.data import Sample, UnreadableImage, leave_out_refused
@@ -78,14 +78,7 @@ def test_a_refusal_is_tried_on_the_processor_of_any_other_family(tiny_model, mon
 
 def test_an_image_that_fails_in_the_middle_of_a_run_is_named(tiny_model, monkeypatch):
     family = tiny_classifier(tiny_model).family
-    encode = family.encode_images
-
-    def encode_all_but_one(images):
-        if any(image.size == (7, 9) for image in images):
-            raise ValueError("no such shape")
-        return encode(images)
-
-    monkeypatch.setattr(family, "encode_images", encode_all_but_one)
+    monkeypatch.setattr(family, "encode_images", refusing((7, 9), family.encode_images))
     with pytest.raises(RunError, match=r"b\.png: 7 x 9 pixels, .*no such shape.*--resume"):
         family.encode_samples([Sample(random_image(0), 0, "a.png"), Sample(random_image(1, 7, 9), 0, "b.png")])
 

@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from commands import classify, names_in
+from commands import names_in
 from tiny import random_image
 
 from inference_vlm import evaluate
@@ -32,17 +32,6 @@ def test_images(demo_run, tmp_path_factory):
         place.mkdir(exist_ok=True)
         split[i].image.save(place / f"{i}.png")
     return folder
-
-
-@pytest.fixture
-def infer(demo_run, capsys):
-    """Runs the command line on the demo's model; returns the exit code, stdout and stderr."""
-
-    def call(*arguments):
-        capsys.readouterr()
-        return classify("--model-dir", demo_run / "best_model", "--device", "cpu", *arguments), *capsys.readouterr()
-
-    return call
 
 
 @pytest.fixture

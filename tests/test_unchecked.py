@@ -13,7 +13,7 @@ from feature_checks import classifier_of
 from safetensors.torch import load_file
 from test_data import images
 from test_resume import resumed, stop_after
-from tiny import random_image, samples, tiny_classifier
+from tiny import random_image, refusing, samples, tiny_classifier
 
 from vlm.classifier import Objective
 from vlm.classifier.plain import PlainForward
@@ -140,14 +140,7 @@ def test_an_unreadable_image_has_no_part_in_the_losses(tmp_path, model, name):
 def test_an_image_that_the_processor_refuses_is_unreadable_too(tiny_model, monkeypatch):
     classifier = tiny_classifier(tiny_model)
     family = classifier.family.without_weights()
-    encode = family.encode_images
-
-    def encode_all_but_one(images):
-        if any(image.size == (7, 9) for image in images):
-            raise ValueError("no such shape")
-        return encode(images)
-
-    monkeypatch.setattr(family, "encode_images", encode_all_but_one)
+    monkeypatch.setattr(family, "encode_images", refusing((7, 9), family.encode_images))
     monkeypatch.setattr(classifier.family, "without_weights", lambda: family)
     some = [Sample(partial(random_image, i, *size), 0, f"{i}.png") for i, size in enumerate([(20, 14), (7, 9)])]
     batch = classifier.collate(True)(some)

@@ -1,8 +1,9 @@
 """Small models of the true architecture for tests, built in a second."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,6 +60,17 @@ def random_image(seed: int, width: int = 20, height: int = 14) -> Image.Image:
 
 def samples(labels: list[int]) -> list[Sample]:
     return [Sample(random_image(i), label, f"image {i}") for i, label in enumerate(labels)]
+
+
+def refusing(size: tuple[int, int], encode: Callable[..., Any]) -> Callable[..., Any]:
+    """`encode_images` of a processor that does not take images of this size."""
+
+    def encode_others(images: Sequence[Image.Image]) -> Any:
+        if any(image.size == size for image in images):
+            raise ValueError("no such shape")
+        return encode(images)
+
+    return encode_others
 
 
 def batch_of(classifier: VLMClassifier, labels: list[int], with_response: bool = True) -> Batch:

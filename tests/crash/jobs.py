@@ -25,7 +25,7 @@ os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OF
 import numpy as np  # noqa: E402
 from faults import Watch, kill_at_write  # noqa: E402
 from PIL import Image  # noqa: E402
-from rig import Ended, prepare_for_forks, wait_for  # noqa: E402
+from rig import Ended, prepare_for_forks, run_apart  # noqa: E402
 from sklearn.datasets import load_digits  # noqa: E402
 
 import inference_vlm  # noqa: E402
@@ -69,33 +69,13 @@ class Jobs:
 
     def start(self, output: Path, disturb: Callable[[Path], Any], kill_after: float | None = None) -> Ended:
         """Start the inference or go on with it, in a process of its own, and wait for its end."""
-        log = self.folder / "printed.txt"
-        sys.stdout.flush()
-        child = os.fork()
-        if not child:
-            self._be_the_child(output, log, disturb)
-        status = wait_for(child, kill_after)
-        code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-        return Ended(code, log.read_text(errors="replace"), 0.0)
 
-    def _be_the_child(self, output: Path, log: Path, disturb: Callable[[Path], Any]) -> None:
-        """Never returns."""
-        code = 99
-        try:
-            printed = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-            os.dup2(printed, 1)
-            os.dup2(printed, 2)
+        def infer() -> tuple[int, Any]:
             watch = disturb(output)
             flags = ["--device", "cpu", "--threads", "1", "--batch-size", "8", "--resume", "--output", str(output)]
-            code = inference_vlm.main(["--model-dir", str(self.model), *flags, str(self.images)])
-            if isinstance(watch, Watch):
-                (self.folder / "counts.json").write_text(json.dumps(watch.counts))
-        except BaseException as error:
-            print(f"Traceback: {error!r}")
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+            return inference_vlm.main(["--model-dir", str(self.model), *flags, str(self.images)]), watch
+
+        return run_apart(infer, self.folder, kill_after)
 
     def kill(self, kind: str, output: Path, chance: random.Random) -> bool:
         """Run until a kill of this kind; returns whether it came to it."""

@@ -89,40 +89,17 @@ class Rig:
         """
         resumes = (output / "training_metadata.json").exists()
         arguments = ["--resume", "--output-dir", str(output)] if resumes else self._fresh(output)
-        log = output.parent / "printed.txt"
-        sys.stdout.flush()
-        began = time.monotonic()
-        child = os.fork()
-        if not child:
-            self._be_the_child(arguments, output, log, disturb)
-        status = wait_for(child, kill_after)
-        code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-        return Ended(code, log.read_text(errors="replace"), time.monotonic() - began)
 
-    def _fresh(self, output: Path) -> list[str]:
-        return [*self.flags, "--output-dir", str(output)]
-
-    def _be_the_child(self, arguments: list[str], output: Path, log: Path, disturb: Callable[[Path], Any]) -> None:
-        """Never returns."""
-        code = 99
-        try:
-            printed = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-            os.dup2(printed, 1)
-            os.dup2(printed, 2)
+        def train() -> tuple[int, Any]:
             os.environ["VLM_CACHE"] = str(output.parent / "cache")
             Figure.savefig = self._savefig(Figure.savefig)
             watch = disturb(output)
-            code = train_vlm.main(arguments)
-            if isinstance(watch, Watch):
-                (output.parent / "counts.json").write_text(json.dumps(watch.counts))
-        except SystemExit as end:
-            code = end.code
-        except BaseException as error:
-            print(f"Traceback: {error!r}")
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+            return train_vlm.main(arguments), watch
+
+        return run_apart(train, output.parent, kill_after)
+
+    def _fresh(self, output: Path) -> list[str]:
+        return [*self.flags, "--output-dir", str(output)]
 
     def _savefig(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Draws each figure once for all runs: it takes longer than the rest of a run, and says nothing about files."""
@@ -192,6 +169,44 @@ def phase(output: Path) -> str:
         if (output / name).exists():
             return words
     return "set-up"
+
+
+def run_apart(work: Callable[[], tuple[int, Any]], folder: Path, kill_after: float | None) -> Ended:
+    """Do some work in a process of its own, and wait for its end, or kill it after so many seconds.
+
+    Args:
+        work: returns the exit code, and what disturbed it.
+        folder: gets printed.txt and, if a `Watch` was there to the end, its counts.json.
+    """
+    log = folder / "printed.txt"
+    sys.stdout.flush()
+    began = time.monotonic()
+    child = os.fork()
+    if not child:
+        _be_the_child(work, folder, log)
+    status = wait_for(child, kill_after)
+    code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+    return Ended(code, log.read_text(errors="replace"), time.monotonic() - began)
+
+
+def _be_the_child(work: Callable[[], tuple[int, Any]], folder: Path, log: Path) -> None:
+    """Never returns."""
+    code = 99
+    try:
+        printed = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.dup2(printed, 1)
+        os.dup2(printed, 2)
+        code, watch = work()
+        if isinstance(watch, Watch):
+            (folder / "counts.json").write_text(json.dumps(watch.counts))
+    except SystemExit as end:
+        code = end.code
+    except BaseException as error:
+        print(f"Traceback: {error!r}")
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def wait_for(child: int, kill_after: float | None) -> int:

@@ -56,17 +56,8 @@ VALUES = (
     Values(
         (
             *("batch_size", "gradient_accumulation_steps", "eval_batch_size", "eval_steps", "max_samples", "shots"),
-            *(
-                "lora_rank",
-                "min_pixels",
-                "max_pixels",
-                "num_crops",
-                "augment_views",
-                "max_steps",
-                "shuffle_buffer",
-                "fold",
-                "patience",
-            ),
+            *("lora_rank", "min_pixels", "max_pixels", "num_crops", "augment_views", "max_steps", "shuffle_buffer"),
+            *("fold", "patience"),
         ),
         lambda value: 1 <= value <= MOST,
         f"a whole number of at least 1, and at most {MOST:,}",
