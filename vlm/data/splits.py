@@ -75,7 +75,7 @@ class Split:
         labels: the class numbers, without decoding.
         keys: the `image_key` of each image, None if it is not known.
         checks: the `Check` of each image, None if it was not decoded.
-        drawn: whether images are drawn anew from other ones, as augmented views are.
+        drawn: whether images are drawn from other ones each time, as augmented views are.
     """
 
     drawn = False

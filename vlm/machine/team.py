@@ -16,7 +16,7 @@ SECONDS_BETWEEN_LOOKS = 0.1
 
 
 class Team:
-    """The processes that `accelerate launch` has started, or this process alone.
+    """The processes that `accelerate launch` has started, or only this process.
 
     They tell each other nothing but that they are done, through the store of torch's launcher. No group of processes
     is needed for that, which would have a time limit. If a process fails, the launcher ends the others.

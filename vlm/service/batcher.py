@@ -37,11 +37,11 @@ class Batcher(Generic[Image]):
 
     Args:
         classify: (images, with their texts) -> as many results. It is called in one thread only. If it raises an
-            error, both halves of the batch are tried, so that an image that cannot be classified fails alone, and a
-            batch that is too large for the memory is computed in parts.
+            error, both halves of the batch are tried, so that an image that cannot be classified does
+            not fail others, and a batch that is too large for the memory is computed in parts.
         batch_size: images of a batch.
         places: images that are admitted at one time.
-        batch_pixels: pixels of a batch; a larger image is classified alone.
+        batch_pixels: pixels of a batch; a larger image has a batch of its own.
     """
 
     def __init__(

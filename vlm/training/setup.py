@@ -154,11 +154,7 @@ def set_up(
     learned: dict[str, Tensor] = dict(trained_parameters(classifier))
     if settings.freeze_connector:  # trainable until here if it is aligned, so that the cache holds what it reads
         family.connector.requires_grad_(False)
-    groups = parameter_groups(
-        classifier, settings.weight_decay, settings.learning_rate, settings.connector_learning_rate
-    )
-    optimizer = torch.optim.AdamW(groups, fused=accelerator.device.type in ("cpu", "cuda"))
-    model, optimizer = accelerator.prepare(classifier, optimizer)
+    model, optimizer = accelerator.prepare(classifier, _optimizer(classifier, settings, accelerator.device))
     return Run(
         settings=run_settings,
         accelerator=accelerator,
@@ -174,6 +170,14 @@ def set_up(
         workers=workers,
         seconds_to_load=seconds_to_load,
     )
+
+
+def _optimizer(classifier: VLMClassifier, settings: Settings, device: torch.device) -> torch.optim.AdamW:
+    """AdamW over the trained parameters, with the learning rate and the weight decay of each."""
+    groups = parameter_groups(
+        classifier, settings.weight_decay, settings.learning_rate, settings.connector_learning_rate
+    )
+    return torch.optim.AdamW(groups, fused=device.type in ("cpu", "cuda"))
 
 
 def least(accelerator: Accelerator, number: int) -> int:

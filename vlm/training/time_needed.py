@@ -24,7 +24,7 @@ class TimeNeeded:
     """Seconds for evaluation, saving, loading, calibration, test and probe. Own metrics are not in it.
 
     Attributes:
-        evaluation: of an evaluation during the training, measured anew at each of them.
+        evaluation: of an evaluation during the training, measured again at each of them.
     """
 
     def __init__(self, run: Run, saver: Saver) -> None:
