@@ -26,7 +26,7 @@ from vlm.common.files import cache_folder, read_json, replacing, write_json, wri
 from vlm.common.folders import existing, files_of_others, read_folder, recover, remove, usual_modes, write_folder
 from vlm.common.lazy import lazy_names
 from vlm.common.modes import evaluation_mode
-from vlm.common.processes import OTHER_ENDED, is_main_process
+from vlm.common.processes import OTHER_ENDED, is_main_process, process_count
 from vlm.common.programs import command_of, resume_command
 from vlm.common.streams import any_text, drop_closed_pipes
 from vlm.common.switches import switches_as_before
@@ -83,6 +83,7 @@ __all__ = [
     "one_line",
     "printable",
     "printable_lines",
+    "process_count",
     "read_checksums",
     "read_folder",
     "read_json",

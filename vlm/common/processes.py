@@ -17,10 +17,14 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def process_count() -> int:
+    """How many processes train or classify together; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
 def is_of_another_process(error: BaseException) -> bool:
     """Whether an error says nothing but that another process of the run has ended."""
-    several = os.environ.get("WORLD_SIZE", "1") != "1"
-    return several and isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
+    return process_count() > 1 and isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
 
 
 def tell_launcher(message: str) -> bool:

@@ -6,6 +6,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from vlm.common.processes import process_count
+
 
 def command_of(script: str, installed: str) -> str:
     """How to start a program from the current folder, with this Python.
@@ -29,7 +31,7 @@ def resume_command(output: Path) -> str:
     With several processes these are only the flags: they belong to the command that started the processes.
     """
     flags = f"--resume --output-dir {shlex.quote(str(output))}"
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if process_count() > 1:
         return flags
     return f"{command_of('train_vlm.py', 'vlm-train')} {flags}"
 

@@ -4,7 +4,7 @@ evaluate.py scores a split; calibrating.py fits and stores the calibration; imag
 with other images and with a linear classifier; reliability.py has the figures and their intervals.
 """
 
-from vlm.evaluation.calibrating import add_test_figures, calibrate, is_calibrated, missed_target
+from vlm.evaluation.calibrating import add_test_figures, calibrate, is_calibrated, method_of, missed_target
 from vlm.evaluation.evaluate import (
     TEXTS,
     check_texts,
@@ -35,6 +35,7 @@ __all__ = [
     "explanations",
     "is_calibrated",
     "load_metric",
+    "method_of",
     "metrics_of_sums",
     "missed_target",
     "pooled_features",

@@ -61,7 +61,7 @@ def calibrate(
         note(remark)
     classifier.calibration = replace(calibration, abstain_below=threshold)
     result = {
-        "method": _method(calibration, settings.calibration),
+        "method": method_of(calibration, settings.calibration),
         "score": calibration.score,
         "scores": compared,
         "temperature": calibration.temperature,
@@ -114,7 +114,7 @@ def is_calibrated(calibration: dict[str, Any]) -> bool:
     )
 
 
-def _method(calibration: Calibration, asked: str) -> str:
+def method_of(calibration: Calibration, asked: str) -> str:
     """What was fitted in the end: with few images nothing, and with a bounded temperature no biases."""
     if calibration.bias is not None:
         return asked

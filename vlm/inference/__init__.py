@@ -12,7 +12,7 @@ from vlm.common import lazy_names
 if TYPE_CHECKING:
     from vlm.inference.arguments import build_parser, check_arguments, check_push_arguments
     from vlm.inference.batch_predictor import BatchPredictor
-    from vlm.inference.classifying import NOT_FINITE, Options, Outcome, classify_items, image_result
+    from vlm.inference.classifying import NOT_FINITE, Options, Outcome, classify_items, image_result, settings_of
     from vlm.inference.evaluating import evaluate
     from vlm.inference.items import Files, Item, Items
     from vlm.inference.job import Job, about_rows, check_all_read, run_job, show_table
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         predict_each,
         predict_single_image,
     )
-    from vlm.inference.tested import Tested, correct_of
+    from vlm.inference.tested import Tested
     from vlm.inference.testing import SavedModelTest, print_results
     from vlm.inference.writing import PredictionFile, PredictionTable, check_replaceable
 
@@ -49,7 +49,6 @@ __all__ = [
     "check_push_arguments",
     "check_replaceable",
     "classify_items",
-    "correct_of",
     "evaluate",
     "image_result",
     "load_model_and_metadata",
@@ -61,6 +60,7 @@ __all__ = [
     "read_metadata",
     "run_job",
     "save_model_folder",
+    "settings_of",
     "show_table",
     "trained_with",
     "update_metadata",
@@ -71,7 +71,7 @@ __getattr__ = lazy_names(
     {
         ".arguments": ("build_parser", "check_arguments", "check_push_arguments"),
         ".batch_predictor": ("BatchPredictor",),
-        ".classifying": ("NOT_FINITE", "Options", "Outcome", "classify_items", "image_result"),
+        ".classifying": ("NOT_FINITE", "Options", "Outcome", "classify_items", "image_result", "settings_of"),
         ".evaluating": ("evaluate",),
         ".items": ("Files", "Item", "Items"),
         ".job": ("Job", "about_rows", "check_all_read", "run_job", "show_table"),
@@ -83,7 +83,7 @@ __getattr__ = lazy_names(
             "predict_each",
             "predict_single_image",
         ),
-        ".tested": ("Tested", "correct_of"),
+        ".tested": ("Tested",),
         ".testing": ("SavedModelTest", "print_results"),
         ".writing": ("PredictionFile", "PredictionTable", "check_replaceable"),
     },

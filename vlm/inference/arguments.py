@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vlm.common import UsageError
+from vlm.common import UsageError, process_count
 from vlm.config import (
     MOST,
     MOST_AT_ONCE,
@@ -140,8 +140,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name in (args.model_dir, *args.images):
         if not can_be_a_path(name):
             raise UsageError(f"{name}: expected a name that is not too long for a file or folder.")
-    processes = os.environ.get("WORLD_SIZE", "1")
-    for what, asked in (("--resume", args.resume), (f"{processes} processes", processes != "1")):
+    processes = process_count()
+    for what, asked in (("--resume", args.resume), (f"{processes} processes", processes > 1)):
         if asked and args.output is None:
             raise UsageError(f"{what}: name the file of the predictions with --output, such as predictions.csv.")
     if args.output is not None:

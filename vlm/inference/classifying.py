@@ -128,9 +128,8 @@ def batches_ahead(
     try:
         while chunk := list(islice(rest, batch_size)):
             opened = [readers.submit(item.open) for item in chunk]
-            waiting.append((chunk, partial(prepare, opened, chunk)))
-            if in_thread:
-                waiting[-1] = chunk, maker.submit(prepare, opened, chunk).result
+            later = maker.submit(prepare, opened, chunk).result if in_thread else partial(prepare, opened, chunk)
+            waiting.append((chunk, later))
             if len(waiting) > BATCHES_AHEAD:
                 first, made = waiting.pop(0)
                 yield first, made()

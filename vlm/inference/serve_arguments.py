@@ -1,10 +1,9 @@
 """The flags of `--serve`, and what does not go together with it. Needs no package, as `arguments.py`."""
 
 import argparse
-import os
 
-from vlm.common import UsageError
-from vlm.config import can_be_a_path, user_path, whole_number
+from vlm.common import UsageError, process_count
+from vlm.config import can_be_a_path, flag_of, user_path, whole_number
 
 HOST, PORT, LAST_PORT = "127.0.0.1", 7860, 65535
 ONLY_SERVED = ("host", "port", "examples")
@@ -44,14 +43,14 @@ def check_serve(args: argparse.Namespace) -> None:
     """
     given = [name for name, value in vars(args).items() if value is not None and value is not False and value != []]
     for name in given:
-        flag = "images" if name == "images" else "--" + name.replace("_", "-")
+        flag = "images" if name == "images" else flag_of(name)
         if args.serve and name not in SERVED:
             raise UsageError(
                 f"--serve does not take {flag}: images come to the page, which shows all of their results."
             )
         if not args.serve and name in ONLY_SERVED:
             raise UsageError(f"{flag} needs --serve.")
-    if args.serve and (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+    if args.serve and (processes := process_count()) > 1:
         raise UsageError(f"--serve is one process, and these are {processes}: leave out VLM_PROCESSES.")
     args.host, args.port = args.host or HOST, PORT if args.port is None else args.port
     if not 0 <= args.port <= LAST_PORT:

@@ -3,7 +3,6 @@
 N = images, C = classes.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from vlm.classifier import VLMClassifier
 from vlm.data import Split
-from vlm.evaluation import check_images, check_texts, confidence_and_correctness, explanations
+from vlm.evaluation import accuracy_interval, check_images, check_texts, confidence_and_correctness, explanations
 from vlm.families import FeatureCache
 from vlm.report import Prediction, shown_images
 
@@ -38,7 +37,18 @@ class Tested:
     @property
     def correct(self) -> np.ndarray:
         """(N,) bool, whether each prediction is right."""
-        return correct_of(self.classifier, self.sums, self.split.labels)
+        log_probabilities = self.classifier.calibration.log_probabilities(self.sums)
+        return confidence_and_correctness(log_probabilities.numpy(), self.split.labels)[1]
+
+    def count_unseen(self, unseen: np.ndarray) -> None:
+        """Add the accuracy on the images that train does not have, with its interval; nothing if that is all of them.
+
+        Args:
+            unseen: (N,) bool, whether train does not have an image.
+        """
+        if not unseen.all():
+            accuracy = accuracy_interval(self.correct[unseen]) if unseen.any() else None
+            self.metrics["not_in_train"] = {"pictures": int(unseen.sum()), "accuracy": accuracy}
 
     def picture_check(self, seed: int) -> dict[str, Any]:
         """The accuracy with other images; see `check_images`."""
@@ -64,8 +74,3 @@ class Tested:
         for i, text in zip(shown, texts, strict=True):
             predictions[i].text = text
         return predictions
-
-
-def correct_of(classifier: VLMClassifier, sums: Tensor, labels: Sequence[int]) -> np.ndarray:
-    """(N,) bool, whether the prediction of each image is right."""
-    return confidence_and_correctness(classifier.calibration.log_probabilities(sums).numpy(), labels)[1]

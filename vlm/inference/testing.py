@@ -21,7 +21,7 @@ from vlm.classifier import Calibration, VLMClassifier
 from vlm.common import UsageError, dtype_name, format_table, note, write_json, writing
 from vlm.config import RESULTS, ClassifySettings, flag_of
 from vlm.data import Data, Split
-from vlm.evaluation import accuracy_interval, add_test_figures, metrics_of_sums
+from vlm.evaluation import accuracy_interval, add_test_figures, method_of, metrics_of_sums
 from vlm.inference.arguments import OF_A_DATASET
 from vlm.inference.classifying import Options, Outcome, settings_of
 from vlm.inference.items import Item
@@ -176,10 +176,7 @@ class SavedModelTest:
         test = metrics_of_sums(self.model, labels, sums, metrics)
         test |= add_test_figures(_as_fitted(calibration), calibration, sums, labels, self._seed)
         tested = Tested(self.model, split, sums, test, seconds, self.options.batch_size or BATCH_SIZE)
-        unseen = np.array([i not in self.items.seen for i in positions])
-        if not unseen.all():  # as after a training
-            accuracy = accuracy_interval(tested.correct[unseen]) if unseen.any() else None
-            test["not_in_train"] = {"pictures": int(unseen.sum()), "accuracy": accuracy}
+        tested.count_unseen(np.array([i not in self.items.seen for i in positions]))
         return tested
 
     def _unknown(self, tested: Tested | None) -> dict[str, Any]:
@@ -208,9 +205,8 @@ class SavedModelTest:
 def _as_fitted(calibration: Calibration) -> dict[str, Any]:
     """The calibration of a saved model as `calibrate` returns one that it has fitted. It is never fitted again."""
     biases = None if calibration.bias is None else list(calibration.bias)
-    plain = calibration.temperature == 1.0 and calibration.is_temperature
     fitted: dict[str, Any] = {
-        "method": "bias" if biases else "none" if plain else "temperature",
+        "method": method_of(calibration, "bias"),
         "score": calibration.score,
         "scores": {},
         "temperature": calibration.temperature,

@@ -10,6 +10,8 @@ from typing import TypeVar
 import torch
 from torch.distributed import Store, rendezvous
 
+from vlm.common import process_count
+
 Item = TypeVar("Item")
 SECONDS_TO_MEET = 600  # that a process waits for the others when it starts; loading a model may take that long
 SECONDS_BETWEEN_LOOKS = 0.1
@@ -26,7 +28,7 @@ class Team:
     """
 
     def __init__(self) -> None:
-        self.number, self.size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.number, self.size = int(os.environ.get("RANK", "0")), process_count()
         self._store: Store | None = None
         if self.size > 1:
             self._store = next(iter(rendezvous("env://", timeout=timedelta(seconds=SECONDS_TO_MEET))))[0]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from vlm.common import lazy_names
 
 if TYPE_CHECKING:
-    from vlm.report.cards import MOST_SHOWN, Prediction, confident_mistakes, shown_images
+    from vlm.report.cards import MOST_SHOWN, Prediction, confident_mistakes, image_address, shown_images
     from vlm.report.data_page import DataContent, is_data_page, write_data_page
     from vlm.report.folds_page import COLUMNS, fold_rows, write_folds_report
     from vlm.report.notebook import figures_of, result_html
@@ -26,6 +26,7 @@ __all__ = [
     "ended_early",
     "figures_of",
     "fold_rows",
+    "image_address",
     "is_data_page",
     "per_class_table",
     "render",
@@ -42,7 +43,7 @@ __all__ = [
 __getattr__ = lazy_names(
     __name__,
     {
-        ".cards": ("MOST_SHOWN", "Prediction", "confident_mistakes", "shown_images"),
+        ".cards": ("MOST_SHOWN", "Prediction", "confident_mistakes", "image_address", "shown_images"),
         ".data_page": ("DataContent", "is_data_page", "write_data_page"),
         ".notebook": ("figures_of", "result_html"),
         ".folds_page": ("COLUMNS", "fold_rows", "write_folds_report"),

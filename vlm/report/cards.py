@@ -130,10 +130,11 @@ def thumbnail(split: Split, position: int, edge: int = THUMBNAIL) -> Thumbnail |
         return None
     coarse = max(copy.size) <= SMALL
     copy.thumbnail((edge, edge))
-    return Thumbnail(_address(copy, "PNG") if coarse else _address(copy, "JPEG", quality=80), coarse)
+    return Thumbnail(image_address(copy, "PNG") if coarse else image_address(copy, "JPEG", quality=80), coarse)
 
 
-def _address(image: Image.Image, kind: str, **options: Any) -> str:
+def image_address(image: Image.Image, kind: str, **options: Any) -> str:
+    """An image as a `data:` address, so that it stands in a page itself. kind: PNG or JPEG; options: of Pillow."""
     file = io.BytesIO()
     image.save(file, kind, **options)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"

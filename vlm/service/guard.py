@@ -35,7 +35,7 @@ class Guard:
         app: the application. routes: what is answered; all else is not found.
         host: the address that the server is bound to. If it is this machine's own, only names of this machine are
             answered: the page of another site could give its own name this address (DNS rebinding).
-        room_for: (path, bytes that are announced) -> why a request has to wait, or None.
+        room_for: path -> why a request has to wait, or None.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Guard:
     ) -> None:
         self.app, self.room_for = app, room_for
         self.routes = [(re.compile(route.path), route.most) for route in routes]
-        self.hosts = None if host in EVERYWHERE else LOCAL | {host} if host in LOCAL else {host} | LOCAL
+        self.hosts = None if host in EVERYWHERE else LOCAL | {host}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -11,9 +11,9 @@ from PIL import Image
 
 from vlm.classifier import VLMClassifier
 from vlm.common import UsageError, read_json
-from vlm.config import BEST_MODEL, DEMO_IMAGES, METADATA, RESULTS, read_settings
+from vlm.config import BEST_MODEL, DEMO_IMAGES, METADATA, RESULTS
 from vlm.data import find_images, open_image, readable_formats
-from vlm.inference import Item, Options, classify_items
+from vlm.inference import Item, Options, classify_items, settings_of
 from vlm.machine import largest_batch
 
 Result = dict[str, Any]
@@ -84,7 +84,7 @@ class Served:
     @property
     def batch_size(self) -> int:
         """How many images the memory has room for."""
-        return largest_batch(self.model, read_settings(self.metadata.get("settings", {})))
+        return largest_batch(self.model, settings_of(self.metadata))
 
     def classify(self, uploads: Sequence[Upload], explain: bool) -> list[Result]:
         """One forward pass; what `predict_batch` returns for each."""

@@ -1,7 +1,5 @@
 """The page for people: drop images, see predictions. Made with Gradio, and mounted into the application of app.py."""
 
-import base64
-import io
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +11,7 @@ from gradio.data_classes import ListFiles
 
 from vlm.common import message_text, note, one_line, printable
 from vlm.data import open_image
-from vlm.report import render
+from vlm.report import image_address, render
 from vlm.service.app import IMAGE_BYTES, MULTIPART_BYTES
 from vlm.service.batcher import Batcher, QueueFull
 from vlm.service.guard import Route
@@ -198,9 +196,7 @@ def _cards(served: Served, batcher: Batcher[Upload], dropped: Sequence[Dropped])
 
 def _as_address(upload: Upload) -> str:
     """A small copy of an image that stands in the page itself, so that no file of it is kept."""
-    file = io.BytesIO()
-    _small(upload.data).save(file, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+    return image_address(_small(upload.data), "JPEG", quality=85)
 
 
 def _small(source: bytes | Path) -> Any:

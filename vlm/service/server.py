@@ -5,7 +5,6 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -27,6 +26,8 @@ def check_packages() -> None:
     Raises:
         UsageError: it is not installed, or in another version.
     """
+    from importlib import metadata
+
     from packaging.version import Version
 
     try:

@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from vlm.common import printable, printable_lines, shorten
 from vlm.config import ADAPTER_FOLDER, BEST_MODEL
+from vlm.sharing.origin import LICENSE_KEYS
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 TAGS = ["vlm-classification", "image-classification", "vision-language-model"]
@@ -68,7 +69,7 @@ def model_card(
     """
     measures = _measures(results) if results else []
     origin, classes = metadata.get("origin") or {}, metadata.get("class_names", [])
-    license = {key: origin[key] for key in ("license", "license_name", "license_link") if key in origin}
+    license = {key: origin[key] for key in LICENSE_KEYS if key in origin}
     data = ModelCardData(
         base_model=origin.get("hub_id"),
         datasets=_hub_dataset(metadata),

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vlm.common import UsageError, format_table, note
+from vlm.common import UsageError, format_table, note, process_count
 from vlm.config import Settings, in_words, seconds_of
 from vlm.data import ROLES, Data, Rows, Sample, Split, Step
 from vlm.evaluation import load_metric
@@ -53,7 +53,7 @@ def look_at_run(settings: Settings, dataset: object = None) -> None:
     Raises:
         UsageError: settings or data with which a run cannot start; an earlier run in the output folder is only noted.
     """
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if process_count() > 1:
         raise UsageError("--dry-run looks at one process: start it without the launcher, as python train_vlm.py.")
     check_place(settings)
     problem = why_not_here(settings)

@@ -3,7 +3,6 @@
 A fold that is finished is kept when the cross-validation is resumed; one that was interrupted is resumed.
 """
 
-import os
 import platform
 import shlex
 import sys
@@ -16,7 +15,7 @@ from typing import Any
 
 import vlm
 from vlm.classifier import key_of
-from vlm.common import Stopped, UsageError, command_of, format_table, note, resume_command, write_json
+from vlm.common import Stopped, UsageError, command_of, format_table, note, process_count, resume_command, write_json
 from vlm.config import (
     METADATA,
     PAGE,
@@ -185,7 +184,7 @@ def fit_folds(
         The content of `results.json`: folds (the figures of each), over_folds (mean, standard deviation and interval),
         out_of_fold (the figures of all images together), versions, settings.
     """
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if process_count() > 1:
         raise UsageError(
             "--folds trains with one process: start it without the launcher, as python train_vlm.py. To use several "
             "machines, start one fold on each with --fold."

@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from vlm.classifier import TOLERANCE, VLMClassifier
+from vlm.classifier import TOLERANCE
 from vlm.common import RunError, command_of, dtype_name, format_table, note, replacing, write_json
 from vlm.config import BEST_MODEL, DEMO_IMAGES, FOLD_PREDICTIONS, METADATA, PAGE, RESULTS
 from vlm.data import Data, Split, leave_out_unreadable
 from vlm.evaluation import (
-    accuracy_interval,
     add_test_figures,
     calibrate,
     compare,
@@ -23,7 +21,7 @@ from vlm.evaluation import (
     score_split,
 )
 from vlm.families import FeatureCache, load_family
-from vlm.inference import Tested, correct_of, load_model_and_metadata, read_metadata, update_metadata
+from vlm.inference import Tested, load_model_and_metadata, read_metadata, update_metadata
 from vlm.report import per_class_table, summary_rows, warnings_of, write_report
 from vlm.training.ending import Ended
 from vlm.training.out_of_fold import write_fold_predictions
@@ -128,21 +126,18 @@ def _test_best(run: Run, metrics: Sequence[Callable[..., Any]]) -> tuple[Tested,
     test = metrics_of_sums(classifier, data.test.labels, sums, metrics)
     seconds = time.monotonic() - started
     test |= add_test_figures(fitted, classifier.calibration, sums, data.test.labels, settings.seed)
-    test |= _not_in_train(data, classifier, sums)
-    return Tested(classifier, data.test, sums, test, seconds, settings.eval_batch_size, cache), calibration
+    tested = Tested(classifier, data.test, sums, test, seconds, settings.eval_batch_size, cache)
+    tested.count_unseen(_unseen(data))
+    return tested, calibration
 
 
-def _not_in_train(data: Data, classifier: VLMClassifier, sums: Tensor) -> dict[str, Any]:
-    """The accuracy on the test images that train does not have, with its interval; nothing if that is all of them."""
+def _unseen(data: Data) -> np.ndarray:
+    """(N,) bool, which of the test images train does not have."""
     known = set(data.train.keys) - {None}
     unseen = np.array([key not in known for key in data.test.keys])
     if not data.checked:  # else they were counted before the training
         data.overlap["test_in_train"] = int((~unseen).sum())
-    if unseen.all():
-        return {}
-    correct = correct_of(classifier, sums, data.test.labels)[unseen]
-    accuracy = accuracy_interval(correct) if len(correct) else None
-    return {"not_in_train": {"pictures": len(correct), "accuracy": accuracy}}
+    return unseen
 
 
 def _checks(run: Run, tested: Tested, frozen: FeatureCache | None) -> dict[str, Any]:
