@@ -3,7 +3,7 @@
 
 Both sides are the same server with another batch size; the clients post image files to /predict, each the next one when
 its answer is there. The answers are compared with predictions of single images. "MB more" is how much more memory the
-process has after all requests than after the first round.
+process has after all rounds than after those that are not counted, in which the C library gathers memory that it keeps.
 
 python benchmarks/serve.py --output benchmarks/results/serve.json
 """
@@ -31,6 +31,7 @@ CLIENTS = 16
 CLASSES = 15
 REQUESTS = {"full": 200, "quick": 32, "tiny": 20}
 DIFFERENT = 16  # image files
+WARM_UP = {"full": 3, "quick": 3, "tiny": 100}  # rounds
 TOLERANCE = 1e-4  # of a confidence
 
 
@@ -81,9 +82,10 @@ def main() -> int:
                 wanted = expected[i % DIFFERENT]
                 same = found["prediction"] == wanted["prediction"]
                 differs = max(differs, abs(found["confidence"] - wanted["confidence"]) if same else 1.0)
-        before = common.resident()["RssAnon"]
         sides = {size: (lambda port=port: post_all(port, bodies)) for size, port in ports.items()}
-        seconds = common.take_turns(sides, options.rounds)
+        common.take_turns(sides, 0, WARM_UP[options.size])
+        before = common.resident()["RssAnon"]
+        seconds = common.take_turns(sides, options.rounds, 0)
         more = common.resident()["RssAnon"] - before
     row = {
         **common.ratio(seconds[1], seconds[CLIENTS]),
