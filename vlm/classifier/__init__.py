@@ -7,6 +7,7 @@ all classes, and reasoning.py puts reading, scoring and writing together.
 from vlm.classifier.batching import IGNORED, Batch, batch_without_image, vlm_collate_fn
 from vlm.classifier.calibration import Calibration, key_of
 from vlm.classifier.classifier import VLMClassifier
+from vlm.classifier.head import Head, features, read_head
 from vlm.classifier.objective import Objective, balanced_weights, usual_objective
 from vlm.classifier.reasoning import classify, explain, names_class, write_freely
 from vlm.classifier.search import LOGITS_AT_ONCE, NODES_AT_ONCE, NODES_KEPT, TOLERANCE
@@ -19,14 +20,17 @@ __all__ = [
     "TOLERANCE",
     "Batch",
     "Calibration",
+    "Head",
     "Objective",
     "VLMClassifier",
     "balanced_weights",
     "batch_without_image",
     "classify",
     "explain",
+    "features",
     "key_of",
     "names_class",
+    "read_head",
     "usual_objective",
     "vlm_collate_fn",
     "write_freely",

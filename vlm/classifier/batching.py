@@ -35,6 +35,8 @@ class Batch:
         begun: (B,) how many of a row's last tokens belong to a response that was begun, or None if none was
             (see `vlm.classifier.reasoning.continue_rows`).
         counted: (B,) bool, False for the gray stand-in of an image that cannot be read; None if there is none.
+        vectors: (cached images, S, W) what the block that the head reads has made of them (vlm/families/pooling.py).
+        cached: (B,) bool, which images these are; None if there are none.
         faults: the rows of these stand-ins, with the name of each image and why it cannot be read.
     """
 
@@ -48,6 +50,8 @@ class Batch:
     predicting: Tensor
     begun: Tensor | None = None
     counted: Tensor | None = None
+    vectors: Tensor | None = None
+    cached: Tensor | None = None
     faults: dict[int, str] = field(default_factory=dict)
 
     @property
@@ -84,6 +88,7 @@ def vlm_collate_fn(
     rendered: Rendered,
     with_response: bool = True,
     cache: FeatureCache | None = None,
+    layer: int | None = None,
 ) -> Batch:
     """Encode images and lay out one row a sample.
 
@@ -93,11 +98,12 @@ def vlm_collate_fn(
         rendered: the conversation as token ids.
         with_response: add the response that is trained.
         cache: if it has the features of these images, they take the place of pixels, and no image is opened.
+        layer: the block of the vision encoder whose vectors are wanted of these images, if any.
 
     Raises:
         UsageError: a sample is longer than the model can read. Samples with an image are never truncated.
     """
-    encoded, faults = _encode(samples, family, cache)
+    encoded, faults = _encode(samples, family, cache, layer)
     rows, targets, lengths, prompt_lengths = [], [], [], []
     for i, (sample, image_ids) in enumerate(zip(samples, encoded.token_ids, strict=True)):
         prompt = [*image_ids, *rendered.question_ids]
@@ -123,12 +129,14 @@ def vlm_collate_fn(
         image_places=places(input_ids == family.image_token_id),
         predicting=places(padded_targets != IGNORED) - 1,
         counted=torch.tensor([i not in faults for i in range(len(samples))]) if faults else None,
+        vectors=encoded.vectors,
+        cached=None if encoded.cached is None else torch.tensor(encoded.cached),
         faults=faults,
     )
 
 
 def _encode(
-    samples: Sequence[Sample], family: Family, cache: FeatureCache | None
+    samples: Sequence[Sample], family: Family, cache: FeatureCache | None, layer: int | None
 ) -> tuple[EncodedImages, dict[int, str]]:
     """The images of some samples, gray ones in the place of those that cannot be read.
 
@@ -148,14 +156,14 @@ def _encode(
             faults[i] = str(error)
     used = [sample.stand_in() if i in faults else sample for i, sample in enumerate(samples)]
     try:
-        return encode(used, family, cache), faults
+        return encode(used, family, cache, layer), faults
     except RunError:
         refused = {i: why for i in unchecked if i not in faults and (why := family.refusal(used[i].image))}
         if not refused:
             raise
     faults |= {i: f"{samples[i].name}: {why}" for i, why in refused.items()}
     used = [sample.stand_in() if i in refused else sample for i, sample in enumerate(used)]
-    return encode(used, family, cache), faults
+    return encode(used, family, cache, layer), faults
 
 
 def _check_length(sample: Sample, tokens: int, rendered: Rendered) -> None:

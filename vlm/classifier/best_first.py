@@ -22,8 +22,8 @@ class Searches:
         images: B.
         tolerance: stop when the classes that were not visited have, together, no more than this share of the
             probability; 0 visits all.
-        temperature, bias: log-probabilities after the opening are divided by the first, and the second, one number or
-            (C,), is added before they are compared. The tolerance is that of the resulting probabilities (see
+        temperature, bias: log-probabilities after the opening are divided by the first, and the second, one number,
+            (C,) or (B, C), is added before they are compared. The tolerance is that of the resulting probabilities (see
             `Calibration.weighting`).
         labels: for each image a class that is visited whatever its probability.
         proven: this many of the most probable classes are proven to be the most probable, however improbable they are.
@@ -49,7 +49,8 @@ class Searches:
         self.tree = tree
         self.tolerance = tolerance
         self.temperature = temperature
-        self.bias = np.broadcast_to(bias, tree.leaves.shape).astype(float)
+        shape = (images if np.ndim(bias) == 2 else 1, len(tree.leaves))
+        self.bias = np.broadcast_to(bias, shape).astype(float)
         self.required = np.full(images, -1) if labels is None else tree.leaves[np.asarray(labels, dtype=int)]
         self.proven = min(proven, len(tree.leaves))
         self.reached = np.full((images, len(tree.tokens) + 1), np.nan)
@@ -92,7 +93,7 @@ class Searches:
         has all of P.
         """
         reached = self.reached[:, self.tree.heads[heads]]
-        return (reached - self.opening[:, None]) / self.temperature + self._spread[heads]
+        return (reached - self.opening[:, None]) / self.temperature + self._spread[:, heads]
 
     def weights(self) -> np.ndarray:
         """(B, C) log-weights of the classes that were visited, else -inf."""
@@ -200,10 +201,10 @@ def _masses(bounds: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def _spread(tree: LabelTree, bias: np.ndarray, share: float) -> np.ndarray:
-    """(H,) what `Searches.bounds` adds for the classes below each head."""
+    """(B, H), or (1, H), what `Searches.bounds` adds for the classes below each head."""
     first, stop = (places[tree.heads] for places in tree.class_places)
     pairs = np.stack([first, stop], axis=1).ravel()  # every second part lies between two heads
-    ordered = np.append(bias[tree.by_leaf], -np.inf)
+    ordered = np.pad(bias[:, tree.by_leaf], ((0, 0), (0, 1)), constant_values=-np.inf)
     if share >= 1:
-        return np.maximum.reduceat(ordered, pairs)[::2]
-    return (1 - share) * np.logaddexp.reduceat(ordered / (1 - share), pairs)[::2]
+        return np.maximum.reduceat(ordered, pairs, axis=1)[:, ::2]
+    return (1 - share) * np.logaddexp.reduceat(ordered / (1 - share), pairs, axis=1)[:, ::2]

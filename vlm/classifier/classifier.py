@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vlm.classifier.batching import Batch, vlm_collate_fn
 from vlm.classifier.calibration import Calibration
 from vlm.classifier.forward import Forward, LossOutput, Scored
+from vlm.classifier.head import Head
 from vlm.classifier.label_tree import LabelTree, build_label_tree
 from vlm.classifier.objective import Objective
 from vlm.classifier.plain import PlainForward
@@ -23,7 +24,7 @@ from vlm.common import UsageError, evaluation_mode, first_line, note
 from vlm.config import RESPONSE
 from vlm.conversation import Prompts
 from vlm.data import Sample
-from vlm.families import Family, FeatureCache
+from vlm.families import Family, FeatureCache, Listening, uncached_inputs
 
 # The largest difference between the log-probabilities of the shared and the plain forward: in float32, and in formats
 # of half the size.
@@ -43,6 +44,7 @@ class VLMClassifier(nn.Module):
         tree: the label tree of the scored texts.
         objective: what the training minimizes.
         calibration: turns scores into probabilities; fitted after the training, and loaded with a model.
+        head: gives evidence besides the text; fitted and loaded likewise. None: there is none.
         strategy: how the model is run, with a shared prefix or plain.
 
     Raises:
@@ -65,6 +67,7 @@ class VLMClassifier(nn.Module):
         self.inference_cache: FeatureCache | None = None  # opened by `predict_batch`, for as long as the weights stay
         self.objective = Objective(RESPONSE, self.tree, len(self.rendered.opening_ids))
         self.calibration = Calibration()
+        self.head: Head | None = None
         self.strategy: Forward = (SharedPrefix if family.shares_prefix else PlainForward)(
             family, self.rendered, self.tree
         )
@@ -102,6 +105,11 @@ class VLMClassifier(nn.Module):
     def class_names(self) -> tuple[str, ...]:
         return self.prompts.class_names
 
+    @property
+    def counted_head(self) -> Head | None:
+        """The head, if its evidence counts."""
+        return None if self.calibration.evidence is None else self.head
+
     def train(self, mode: bool = True) -> "VLMClassifier":
         self.strategy.forget()  # the weights are about to change, or have changed
         self.inference_cache = None
@@ -109,8 +117,14 @@ class VLMClassifier(nn.Module):
 
     def collate(self, with_response: bool, cache: FeatureCache | None = None) -> Callable[[Sequence[Sample]], Batch]:
         """`vlm_collate_fn` for this model's images and conversation, for a loader with any number of processes."""
-        family = self.family.without_weights()
-        return partial(vlm_collate_fn, family=family, rendered=self.rendered, with_response=with_response, cache=cache)
+        return partial(
+            vlm_collate_fn,
+            family=self.family.without_weights(),
+            rendered=self.rendered,
+            with_response=with_response,
+            cache=cache,
+            layer=None if self.head is None or with_response else self.head.layer,
+        )
 
     def forward(self, batch: Batch, first: bool = True, last: bool = True) -> LossOutput:
         """The summed losses that the objective asks for.
@@ -134,6 +148,30 @@ class VLMClassifier(nn.Module):
         """The batch with features in the place of pixels, if the model can be run from them."""
         return self.strategy.with_features(batch)
 
+    @torch.no_grad()
+    def look(self, batch: Batch) -> tuple[Batch, Tensor]:
+        """Encode the images of a batch, and have the head judge them.
+
+        Returns:
+            the batch with features in the place of pixels, if the model can be run from them.
+            (B, C) logits of the head.
+        """
+        assert self.head is not None
+        cached = torch.zeros(len(batch), dtype=torch.bool) if batch.cached is None else batch.cached.cpu()
+        new = (~cached).nonzero().squeeze(1)
+        with Listening(self.family, [self.head.layer]) as listening:
+            seen = self.strategy.with_features(batch)
+            if seen is batch and len(new):  # this strategy runs the encoder again when it reads the batch
+                self.family.encoder_features(batch.pixels)
+        parts = [] if batch.vectors is None else [batch.vectors.cpu()]
+        if len(new):
+            tokens = (batch.input_ids == self.family.image_token_id).sum(1).cpu()  # (B,)
+            shares = self.family.shares(uncached_inputs(batch.pixels), tokens[new].tolist())
+            parts.append(listening.vectors(shares)[:, 0])  # (new, 1, S, W) -> (new, S, W)
+        # cached ones and, after them, new ones -> the order of the batch
+        vectors = torch.cat(parts)[torch.cat([cached.nonzero().squeeze(1), new]).argsort()]
+        return seen, self.head.logits(vectors)
+
     def score(self, reading: Any) -> Tensor:
         """(B, C) exact log-probability of the scored text of each class, by a visit of the whole label tree."""
         return self.search(reading, tolerance=0.0).scores
@@ -144,6 +182,7 @@ class VLMClassifier(nn.Module):
         tolerance: float = TOLERANCE,
         labels: Sequence[int] | None = None,
         proven: int = PROVEN,
+        evidence: Tensor | None = None,
     ) -> Scored:
         """Log-probabilities of the scored texts, the most probable branches of the label tree first.
 
@@ -151,8 +190,10 @@ class VLMClassifier(nn.Module):
             tolerance, proven: see `best_first.Searches`. The probabilities are those after `calibration`; if that is
                 only a temperature, those before it, too.
             labels: for each image a class whose log-probability has to be exact.
+            evidence: (B, C) logits of the head, if they count.
         """
-        return self.strategy.search(reading, self.calibration, tolerance, labels, proven)
+        weighting = self.calibration.weighting(evidence)
+        return self.strategy.search(reading, weighting, tolerance, labels, proven)
 
     def write(self, reading: Any, max_new_tokens: int | None = None) -> list[str]:
         """The text of each sample by greedy decoding, stopped at the end of turn.

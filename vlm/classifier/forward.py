@@ -7,11 +7,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vlm.classifier.batching import Batch
-from vlm.classifier.calibration import Calibration
 from vlm.classifier.label_tree import LabelTree
 from vlm.classifier.objective import Objective
 from vlm.conversation import Rendered
@@ -76,12 +76,12 @@ class Forward(ABC):
     def search(
         self,
         reading: Any,
-        calibration: Calibration,
+        weighting: tuple[float, np.ndarray],
         tolerance: float,
         labels: Sequence[int] | None,
         proven: int,
     ) -> Scored:
-        """Log-probabilities of the scored texts; see `VLMClassifier.search`."""
+        """Log-probabilities of the scored texts; see `VLMClassifier.search`, and `Calibration.weighting`."""
 
     @abstractmethod
     def write(self, reading: Any, limit: int) -> list[str]:

@@ -8,12 +8,12 @@ B = images, K = tokens of a whole sequence, R = responses, V = vocabulary, C = c
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from vlm.classifier.batching import IGNORED, Batch
-from vlm.classifier.calibration import Calibration
 from vlm.classifier.forward import Forward, LossOutput, Scored
 from vlm.classifier.objective import Objective
 
@@ -67,7 +67,7 @@ class PlainForward(Forward):
     def search(
         self,
         reading: Batch,
-        calibration: Calibration | None = None,
+        weighting: tuple[float, np.ndarray] | None = None,
         tolerance: float = 0.0,
         labels: Sequence[int] | None = None,
         proven: int = 1,

@@ -27,18 +27,22 @@ class Classified:
     """What is known of a batch of images.
 
     Attributes:
-        scores: (B, C) log-probability of the scored text of each class (vlm/conversation/responses.py).
+        scores: (B, C) log-probability of the scored text of each class (vlm/conversation/responses.py), with the
+            evidence of the head if it counts.
         unexplored: (B,) how much the probability of a class can be wrong at most.
         reading: of the images and questions; see `VLMClassifier.read`.
         batch: what was read, with the features of the images if it may be read again.
         texts: what the model wrote freely, if its reasoning comes before the answer; else None.
+        sums: (B, C) the same as scores, without evidence. evidence: (B, C) logits of the head, None without one.
     """
 
     scores: Tensor
     unexplored: Tensor
     reading: Any
     batch: Batch
-    texts: list[str] | None = None
+    texts: list[str] | None
+    sums: Tensor
+    evidence: Tensor | None
 
 
 @torch.no_grad()
@@ -51,18 +55,25 @@ def classify(
     """Score the classes of a batch made with `with_response=False`, on the classifier's device.
 
     Args:
-        tolerance, labels: see `VLMClassifier.search`.
+        tolerance, labels: see `VLMClassifier.search`. If only the head counts, a tolerance above 0 leaves texts out.
     """
-    prompts = classifier.prompts
-    if prompts.free:
+    prompts, calibration = classifier.prompts, classifier.calibration
+    evidence, texts = None, None
+    if classifier.head is not None and batch.pixels:
+        batch, evidence = classifier.look(batch)
+    elif prompts.free:
         batch = classifier.with_features(batch)
-    reading = classifier.read(batch)
-    if prompts.answer_first or not prompts.free:
-        return Classified(*classifier.search(reading, tolerance, labels), reading, batch)
-    texts = write_freely(classifier, reading)
-    begun = [before_answer(classifier.family, classifier.rendered, reasoning_of(text)) for text in texts]
-    reasoned = classifier.read(continue_rows(classifier, batch, begun))
-    return Classified(*classifier.search(reasoned, tolerance, labels), reading, batch, texts)
+    scored = reading = classifier.read(batch)
+    if prompts.free and not prompts.answer_first:
+        texts = write_freely(classifier, reading)
+        begun = [before_answer(classifier.family, classifier.rendered, reasoning_of(text)) for text in texts]
+        scored = classifier.read(continue_rows(classifier, batch, begun))
+    if tolerance > 0 and not calibration.text:
+        sums, unexplored = torch.zeros(len(batch), len(classifier.class_names)), torch.zeros(len(batch))
+    else:
+        sums, unexplored = classifier.search(scored, tolerance, labels, evidence=evidence)
+    scores = calibration.with_evidence(sums, evidence)
+    return Classified(scores, unexplored, reading, batch, texts, sums, evidence)
 
 
 def continue_rows(classifier: VLMClassifier, batch: Batch, begun: Sequence[list[int]]) -> Batch:

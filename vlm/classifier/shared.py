@@ -11,13 +11,13 @@ label tree in a row, C = classes, D = width.
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from vlm.classifier.batching import Batch
 from vlm.classifier.best_first import Searches
-from vlm.classifier.calibration import Calibration
 from vlm.classifier.forward import Forward, LossOutput, Scored
 from vlm.classifier.label_tree import LabelTree
 from vlm.classifier.objective import Objective
@@ -158,13 +158,12 @@ class SharedPrefix(Forward):
     def search(
         self,
         reading: Reading,
-        calibration: Calibration,
+        weighting: tuple[float, np.ndarray],
         tolerance: float,
         labels: Sequence[int] | None,
         proven: int,
     ) -> Scored:
-        temperature, bias = calibration.weighting()
-        searches = Searches(self.tree, len(reading.states), tolerance, temperature, bias, labels, proven)
+        searches = Searches(self.tree, len(reading.states), tolerance, *weighting, labels, proven)
         run_searches(self.family, self.tree, reading, searches)
         dtype = torch.promote_types(reading.states.dtype, torch.float32)
         scores = torch.from_numpy(searches.class_log_probabilities())  # (B, C)

@@ -11,6 +11,7 @@ from vlm.config.defaults import (
     DEFAULT_MODEL,
     DORA,
     FEW_NODES,
+    HEAD,
     IMAGES_PER_STEP,
     IN_MEMORY,
     NEW_PROMPTS,
@@ -20,6 +21,7 @@ from vlm.config.defaults import (
     PROMPTS_OF_MODEL,
     RESPONSE,
     RSLORA,
+    TEXT,
     TRAIN_DEMO_MODEL,
     TUNING_DEFAULTS,
 )
@@ -36,6 +38,7 @@ from vlm.config.names import (
     FINAL_MODEL,
     FOLD_PREDICTIONS,
     FOLDERS,
+    HEAD_FILE,
     LOCK,
     LOG,
     MANIFEST,
@@ -68,6 +71,9 @@ from vlm.config.values import MOST, MOST_AT_ONCE, can_be_a_path
 
 __all__ = [
     "ADAPTER_FOLDER",
+    "HEAD_FILE",
+    "HEAD",
+    "TEXT",
     "AUTO",
     "BEST_MODEL",
     "BOTH",

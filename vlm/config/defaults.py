@@ -33,6 +33,7 @@ DEMO_DEFAULTS: dict[str, Any] = {
 # For messages: how to train the demo's model, which a demo leaves in its output folder, on other images.
 TRAIN_DEMO_MODEL = "--model {folder} --tune full --learning-rate 1.5e-3 --batch-size 16 --dataset YOURS"
 AUTO = "auto"
+TEXT, HEAD = "text", "head"  # what --evidence counts; BOTH is the third
 PROMPTS_OF_MODEL, NEW_PROMPTS = "model", "new"  # --prompts
 NO_TRACKER = "none"
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")  # each writes to a folder of this name in the output folder

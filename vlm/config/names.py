@@ -12,6 +12,7 @@ PREVIOUS_STATE = "resume_state_previous"
 BEST_MODEL = "best_model"
 FINAL_MODEL = "final_model"
 MODEL_CARD = "README.md"  # in a model folder
+HEAD_FILE = "evidence/head.safetensors"  # in a model folder: the linear classifier on vision features
 ADAPTER_FOLDER = "adapter"  # in a model folder: what LoRA learned, in PEFT's format
 DEMO_IMAGES = "demo_images"
 DEMO_MODEL = "demo_model"

@@ -32,6 +32,7 @@ from vlm.config.settings import ClassifySettings, RunSettings, Settings
 NOT_PART_OF_THE_RUN = {
     "calibration",
     "score",
+    "evidence",
     "abstain_below",
     "target_precision",
     "probe",

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 from vlm.common import shorten
 from vlm.config.defaults import (
     AUTO,
+    BOTH,
     DORA,
+    HEAD,
     LORA,
     NO_TRACKER,
     PISSA,
@@ -146,6 +148,14 @@ CONFLICTS = (
         lambda s: s.streaming and (s.shots or s.class_balance or s.align_connector or s.probe or s.views > 1),
         "--streaming excludes --shots, --class-balance, --align-connector, --augment and --probe, which need to know "
         "all training images: leave these out.",
+    ),
+    Conflict(
+        lambda s: s.evidence in (HEAD, BOTH) and s.streaming,
+        "--evidence {s.evidence} and --streaming exclude each other: the head is fitted to all images at once.",
+    ),
+    Conflict(
+        lambda s: s.evidence in (HEAD, BOTH) and s.calibration == "none",
+        "--evidence {s.evidence} needs a calibration, which weighs it: leave out --calibration none.",
     ),
     Conflict(
         lambda s: s.streaming and s.dataset_split,

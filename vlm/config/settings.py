@@ -15,6 +15,7 @@ from vlm.config.defaults import (
     BOTH,
     FEW_NODES,
     FEW_VIEWS,
+    HEAD,
     IMAGES_PER_STEP,
     LORA,
     NEW_PROMPTS,
@@ -22,6 +23,7 @@ from vlm.config.defaults import (
     POSTERIOR,
     PROMPTS_OF_MODEL,
     RESPONSE,
+    TEXT,
 )
 from vlm.config.formats import DEFAULT_FORMAT, LAYOUTS
 from vlm.config.model_settings import ModelSettings
@@ -205,6 +207,13 @@ class Settings(OutputSettings, DataSettings, ModelSettings):
         "score of a class: sum: log-probability of its response; prior: the same minus that without an image "
         "(default: auto: sum, unless prior is better on the validation split)",
         choices=(AUTO, "sum", "prior"),
+    )
+    evidence: str = flag(
+        AUTO,
+        "evaluation",
+        "what counts for a class: text: the score of its response; head: a linear classifier on features of the vision "
+        "encoder; both: the two added up (default: auto: text, unless another is better on the validation split)",
+        choices=(AUTO, TEXT, HEAD, BOTH),
     )
     abstain_below: float | None = flag(
         None, "evaluation", "give no prediction if its confidence is below this, such as 0.5"

@@ -7,19 +7,25 @@ with other images and with a linear classifier; reliability.py has the figures a
 from vlm.evaluation.calibrating import add_test_figures, calibrate, is_calibrated, method_of, missed_target
 from vlm.evaluation.evaluate import (
     TEXTS,
+    Parts,
     check_texts,
     evaluate_vlm_model,
     explanations,
     metrics_of_sums,
+    score_parts,
     score_split,
     split_losses,
 )
+from vlm.evaluation.evidence import evidence_figures
+from vlm.evaluation.head_fit import FittedHead, fit_head, image_vectors
 from vlm.evaluation.image_check import IMAGES, check_images
-from vlm.evaluation.linear_probe import compare, pooled_features, probe
+from vlm.evaluation.linear_probe import compare, probe, probe_figures
 from vlm.evaluation.metrics import classification_metrics, load_metric
 from vlm.evaluation.reliability import LEVEL, accuracy_interval, confidence_and_correctness, reliability_figures
 
 __all__ = [
+    "FittedHead",
+    "Parts",
     "IMAGES",
     "LEVEL",
     "TEXTS",
@@ -32,15 +38,19 @@ __all__ = [
     "compare",
     "confidence_and_correctness",
     "evaluate_vlm_model",
+    "evidence_figures",
     "explanations",
+    "fit_head",
+    "image_vectors",
     "is_calibrated",
     "load_metric",
     "method_of",
     "metrics_of_sums",
     "missed_target",
-    "pooled_features",
     "probe",
+    "probe_figures",
     "reliability_figures",
+    "score_parts",
     "score_split",
     "split_losses",
 ]

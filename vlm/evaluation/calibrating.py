@@ -11,7 +11,7 @@ from vlm.classifier import Calibration, VLMClassifier
 from vlm.common import note
 from vlm.config import AUTO, Settings
 from vlm.data import Split
-from vlm.evaluation.evaluate import score_split
+from vlm.evaluation.evaluate import score_parts
 from vlm.evaluation.fit_calibration import MIN_IMAGES, coverage_and_accuracy, pick_threshold
 from vlm.evaluation.reliability import confidence_and_correctness, reliability_bins, reliability_figures
 from vlm.evaluation.score_choice import choose_score
@@ -28,17 +28,19 @@ def calibrate(
     """Fit the classifier's calibration and its threshold to the validation split, and set them.
 
     Returns:
-        method: temperature, bias or none. score: sum or prior. scores: see `choose_score`.
+        method: temperature, bias or none. score: sum or prior. kind: text, head or both. scores: see `choose_score`.
+        evidence: what the logits of the head are multiplied by, None if they do not count.
         temperature, bias: what was fitted.
-        remarks: sentences, which are also printed.
+        remarks: sentences, which are also printed. candidates: see `Choice`.
         abstention: below, target_precision, validation (coverage and accuracy), if there is a threshold or one was
             asked for.
     """
     calibration, measured = Calibration(), None
+    candidates: dict[str, Calibration] = {}
     compared: dict[str, dict[str, float]] = {}
     remarks: list[str] = []
     if _is_needed(settings):
-        sums = score_split(
+        sums, evidence = score_parts(
             classifier,
             validation,
             settings.eval_batch_size,
@@ -49,9 +51,12 @@ def calibrate(
         )
         kept = validation.readable
         sums, labels = sums[kept], [validation.labels[i] for i in kept]
-        calibration, compared, remarks = choose_score(classifier, sums, labels, settings.calibration, settings.score)
+        evidence = None if evidence is None else evidence[kept]
+        calibration, compared, remarks, candidates = choose_score(
+            classifier, sums, labels, settings.calibration, settings.score, evidence, settings.evidence
+        )
         whole = ~sums.isnan().any(1)
-        log_probabilities = calibration.log_probabilities(sums)[whole].numpy()
+        log_probabilities = calibration.log_probabilities(calibration.with_evidence(sums, evidence))[whole].numpy()
         measured = confidence_and_correctness(log_probabilities, np.array(labels)[whole.numpy()])
     threshold = settings.abstain_below
     if settings.target_precision is not None and measured is not None:
@@ -60,13 +65,16 @@ def calibrate(
     for remark in remarks:
         note(remark)
     classifier.calibration = replace(calibration, abstain_below=threshold)
-    result = {
+    result: dict[str, Any] = {
         "method": method_of(calibration, settings.calibration),
         "score": calibration.score,
+        "kind": calibration.kind,
+        "evidence": calibration.evidence,
         "scores": compared,
         "temperature": calibration.temperature,
         "bias": calibration.bias,
         "remarks": remarks,
+        "candidates": candidates,
     }
     if threshold is not None or settings.target_precision is not None:
         known = None if threshold is None or measured is None else coverage_and_accuracy(*measured, threshold)
@@ -122,21 +130,27 @@ def method_of(calibration: Calibration, asked: str) -> str:
 
 
 def add_test_figures(
-    fitted: dict[str, Any], calibration: Calibration, sums: Tensor, labels: Sequence[int], seed: int
+    fitted: dict[str, Any],
+    calibration: Calibration,
+    sums: Tensor,
+    labels: Sequence[int],
+    seed: int,
+    text_sums: Tensor | None = None,
 ) -> dict[str, Any]:
     """What `calibrate` returned, with the figures of the test split.
 
     Args:
-        sums: (N, C) of the test split. labels: (N,).
+        sums: (N, C) of the test split. labels: (N,). text_sums: (N, C) without evidence, as before the calibration.
 
     Returns:
         `calibration` and, if there is one, `abstention`, for `results["test"]`.
     """
     after = calibration.log_probabilities(sums).numpy()
-    states = {"before": Calibration().log_probabilities(sums).numpy(), "after": after}
+    before = Calibration().log_probabilities(sums if text_sums is None else text_sums).numpy()
+    states = {"before": before, "after": after}
     figures = {state: reliability_figures(values, labels, seed=seed) for state, values in states.items()}
     bins = {state: reliability_bins(*confidence_and_correctness(values, labels)) for state, values in states.items()}
-    fitted = dict(fitted)
+    fitted = {name: value for name, value in fitted.items() if name != "candidates"}
     abstention = fitted.pop("abstention", None)
     result = {"calibration": {**fitted, **figures, "reliability": bins}}
     if abstention:

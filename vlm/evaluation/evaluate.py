@@ -5,7 +5,7 @@ N = images, C = classes.
 
 from collections.abc import Callable, Iterator, Sequence
 from operator import eq
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,13 @@ from vlm.families import FeatureCache
 TEXTS = 32  # images whose text is written in a test
 
 
+class Parts(NamedTuple):
+    """What the scores of a split are made of: sums and evidence, both (N, C); evidence is None without a head."""
+
+    sums: Tensor
+    evidence: Tensor | None
+
+
 def score_split(
     classifier: VLMClassifier,
     split: Split | Sequence[Sample],
@@ -33,7 +40,8 @@ def score_split(
     tolerance: float = TOLERANCE,
     cache: FeatureCache | None = None,
 ) -> Tensor:
-    """(N, C) log-probability of the scored text of each class (vlm/conversation/responses.py), on the CPU.
+    """(N, C) log-probability of the scored text of each class (vlm/conversation/responses.py), with the evidence of the
+    head if it counts, on the CPU.
 
     Args:
         indices: only these samples.
@@ -43,10 +51,27 @@ def score_split(
     An image that turns out to be unreadable has a row without a meaning; the split knows it from then on
     (`Split.faults`).
     """
+    parts = score_parts(classifier, split, batch_size, indices, workers, description, tolerance, cache)
+    return classifier.calibration.with_evidence(*parts)
+
+
+def score_parts(
+    classifier: VLMClassifier,
+    split: Split | Sequence[Sample],
+    batch_size: int = 8,
+    indices: Sequence[int] | None = None,
+    workers: int = 0,
+    description: str = "evaluating",
+    tolerance: float = TOLERANCE,
+    cache: FeatureCache | None = None,
+) -> Parts:
+    """Sums and evidence of a split from the same pass; see `score_split`."""
     samples: Any = split if indices is None else _some(split, indices)
     if not len(samples):
-        return torch.empty(0, len(classifier.class_names))
-    parts: list[Tensor] = []
+        none = torch.empty(0, len(classifier.class_names))
+        return Parts(none, None if classifier.head is None else none.double())
+    sums: list[Tensor] = []
+    evidence: list[Tensor] = []
     positions = range(len(split)) if indices is None else indices
     done = 0
     for batch in _batches(classifier, samples, batch_size, description, workers, cache):
@@ -54,8 +79,11 @@ def score_split(
             for row, fault in batch.faults.items():
                 split.leave_out(positions[done + row], fault)
         done += len(batch)
-        parts.append(classify(classifier, batch, tolerance, batch.labels.tolist()).scores.cpu())
-    return torch.cat(parts)
+        found = classify(classifier, batch, tolerance, batch.labels.tolist())
+        sums.append(found.sums.cpu())
+        if found.evidence is not None:
+            evidence.append(found.evidence)
+    return Parts(torch.cat(sums), torch.cat(evidence) if evidence else None)
 
 
 def split_losses(
@@ -125,20 +153,28 @@ def evaluate_vlm_model(
         loss: cross entropy of a scored token, in nats: of the whole response if each class has one, else of the answer.
         own_metrics: the results of own metrics, if there are any.
     """
-    sums = score_split(classifier, split, batch_size, workers=workers, description=description)
-    kept = split.readable
-    return metrics_of_sums(classifier, [split.labels[i] for i in kept], sums[kept], metrics)
+    parts = score_parts(classifier, split, batch_size, workers=workers, description=description)
+    sums, kept = classifier.calibration.with_evidence(*parts), split.readable
+    return metrics_of_sums(classifier, [split.labels[i] for i in kept], sums[kept], metrics, parts.sums[kept])
 
 
 def metrics_of_sums(
-    classifier: VLMClassifier, labels: Sequence[int], sums: Tensor, metrics: Sequence[Callable[..., Any]] = ()
+    classifier: VLMClassifier,
+    labels: Sequence[int],
+    sums: Tensor,
+    metrics: Sequence[Callable[..., Any]] = (),
+    text_sums: Tensor | None = None,
 ) -> dict[str, Any]:
-    """What `evaluate_vlm_model` returns, from the (N, C) result of `score_split`."""
+    """What `evaluate_vlm_model` returns, from the (N, C) result of `score_split`.
+
+    Args:
+        text_sums: (N, C) the same without evidence; default: there is none in them.
+    """
     truth = torch.as_tensor(list(labels))
     log_probabilities = classifier.calibration.log_probabilities(sums).numpy()
     names = list(classifier.class_names)
     result = classification_metrics(truth.tolist(), log_probabilities, names)
-    of_labels = sums.gather(1, truth.unsqueeze(1)).sum()  # (N, C) -> (N, 1) -> ()
+    of_labels = (sums if text_sums is None else text_sums).gather(1, truth.unsqueeze(1)).sum()  # (N, C) -> (N, 1) -> ()
     result["loss"] = float(-of_labels / classifier.tree.lengths[truth.numpy()].sum())
     if metrics:
         probabilities = np.exp(log_probabilities)

@@ -4,6 +4,7 @@ N = images, C = classes.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from scipy.optimize import brentq, minimize
@@ -14,6 +15,8 @@ from vlm.classifier import Calibration
 
 MIN_IMAGES = 20  # with fewer, a temperature would say more about these images than about the model
 COLDEST, HOTTEST = 0.01, 100.0  # bounds of the temperature
+SHARES = np.linspace(0.05, 0.95, 19)  # of the text in the evidence of both
+PRIOR_WIDTH = 2.0  # of log(r / (1 - r)), r that share
 LOWEST_SCORE = -1e4  # relative to the best class; an impossible class counts as this
 
 
@@ -43,7 +46,7 @@ def fit_calibration(scores: Tensor, labels: Sequence[int], method: str) -> tuple
             f"{len(truth)} validation images are fewer than {MIN_IMAGES}: not calibrated, the temperature is 1."
         )
         return Calibration(), remarks
-    values = np.maximum(values - values.max(axis=1, keepdims=True), LOWEST_SCORE)
+    values = _from_the_top(values)
     temperature, remark = fit_temperature(values, truth)
     remarks += [remark] if remark else []
     if method == "temperature":
@@ -126,6 +129,54 @@ def fit_bias(scores: np.ndarray, labels: np.ndarray, temperature: float) -> tupl
         options={"maxiter": 500, "gtol": 1e-8},
     )
     return float(temperature / (1 + found.x[0])), found.x[1:]
+
+
+def fit_evidence(
+    text: Calibration, sums: Tensor, evidence: Tensor, labels: Sequence[int], method: str
+) -> dict[str, Calibration]:
+    """Calibrations that count the evidence of the head: alone, and added to the text.
+
+    Both are brought to their own temperatures first. Of the mixtures r * text + (1 - r) * head that one is taken whose
+    NLL, with a temperature of its own, is the smallest. A normal prior of width 2 is on log(r / (1 - r)), worth one
+    image, so that few images do not throw one of both away.
+
+    Args:
+        text: fitted to the sums. sums, evidence: (N, C), finite. labels: (N,). method: temperature or bias.
+
+    Returns:
+        the calibrations named head and both.
+    """
+    truth = np.asarray(labels)
+    spoken = _from_the_top(text.log_probabilities(sums).numpy())
+    seen = _from_the_top(evidence.double().numpy())
+    alone, _ = fit_temperature(seen, truth)
+    found = []
+    for share in SHARES:
+        mixed = share * spoken + (1 - share) * seen / alone
+        temperature, _ = fit_temperature(mixed, truth)
+        scaled = mixed / temperature
+        nll = (logsumexp(scaled, axis=1) - scaled[np.arange(len(truth)), truth]).mean()
+        found.append((nll + np.log(share / (1 - share)) ** 2 / (2 * PRIOR_WIDTH**2 * len(truth)), share, temperature))
+    _, share, temperature = min(found)
+    # r * (sum / T + bias) + (1 - r) * head / A, divided by its temperature t, is, but for the bias,
+    # (sum + (1 - r) T / (r A) * head) / (T t / r)
+    both = Calibration(
+        text.temperature * temperature / share,
+        None if text.bias is None else tuple((np.array(text.bias) * share / temperature).tolist()),
+        prior=text.prior,
+        evidence=(1 - share) * text.temperature / (share * alone),
+    )
+    fitted = {"head": Calibration(alone, evidence=1.0, text=False), "both": both}
+    if method == "bias":
+        for name, one in fitted.items():
+            again, _ = fit_calibration(one.scores(one.with_evidence(sums, evidence)), labels, method)
+            fitted[name] = replace(one, temperature=again.temperature, bias=again.bias)
+    return fitted
+
+
+def _from_the_top(scores: np.ndarray) -> np.ndarray:
+    """(N, C) relative to the best class of each image, none below `LOWEST_SCORE`."""
+    return np.maximum(scores - scores.max(axis=1, keepdims=True), LOWEST_SCORE)
 
 
 def coverage_and_accuracy(confidence: np.ndarray, correct: np.ndarray, threshold: float) -> dict[str, float | None]:

@@ -1,10 +1,11 @@
-"""Which score of a class is used, sum or prior (see `Calibration`): compared on validation.
+"""Which score of a class is used (see `Calibration`): sum or prior, with the head or without, compared on validation.
 
 N = images, C = classes.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,26 +13,43 @@ from torch import Tensor
 
 from vlm.classifier import Calibration, VLMClassifier, batch_without_image, classify
 from vlm.common import first_line
-from vlm.config import AUTO
-from vlm.evaluation.fit_calibration import MIN_IMAGES, fit_calibration
+from vlm.config import AUTO, TEXT
+from vlm.evaluation.fit_calibration import MIN_IMAGES, fit_calibration, fit_evidence
 
+TOO_FEW = "so few validation images do not tell what the head is worth: it is left out."
 LEAST_GAIN = 1e-6  # nats; smaller differences are rounding
 
 
+class Choice(NamedTuple):
+    """What was chosen, and from what.
+
+    calibration: the chosen one. compared: temperature, nll (nats an image) and accuracy of each score on validation,
+    each with a fit of its own; empty if there is nothing to fit. remarks: what people should know, one sentence each.
+    candidates: the calibrations of text, head and both, if there is a head to choose.
+    """
+
+    calibration: Calibration
+    compared: dict[str, dict[str, float]]
+    remarks: list[str]
+    candidates: dict[str, Calibration]
+
+
 def choose_score(
-    classifier: VLMClassifier, sums: Tensor, labels: Sequence[int], method: str, wanted: str
-) -> tuple[Calibration, dict[str, dict[str, float]], list[str]]:
+    classifier: VLMClassifier,
+    sums: Tensor,
+    labels: Sequence[int],
+    method: str,
+    wanted: str,
+    evidence: Tensor | None = None,
+    counts: str = TEXT,
+) -> "Choice":
     """The calibration of the score that is wanted or, with auto, of the one that `better_score` names.
 
     Args:
         sums: (N, C) of the validation images, exact. labels: (N,). method: see `fit_calibration`. wanted: sum, prior or
             auto.
+        evidence: (N, C) logits of the head, if there is one. counts: text, head, both or, for what is better, auto.
 
-    Returns:
-        the calibration.
-        compared: temperature, nll (nats an image) and accuracy of each score on validation, each with a fit of its own;
-            empty if there is nothing to fit.
-        remarks: what people should know, one sentence each.
     """
     whole = ~sums.isnan().any(1).numpy()
     comparable = bool(method != "none" and whole.sum() >= MIN_IMAGES)
@@ -48,7 +66,22 @@ def choose_score(
     if comparable:
         losses, compared = _compare(fitted, sums[whole], np.asarray(labels)[whole])
     chosen = better_score(losses) if wanted == AUTO else wanted if wanted in kinds else "sum"
-    return fitted[chosen], compared, [*remarks, *fits[chosen][1]]
+    remarks += fits[chosen][1]
+    if evidence is None or counts == TEXT:
+        return Choice(fitted[chosen], compared, remarks, {})
+    if not comparable:
+        return Choice(fitted[chosen], compared, [*remarks, TOO_FEW], {})
+    truth = np.asarray(labels)[whole]
+    with_head = fit_evidence(fitted[chosen], sums[whole], evidence[whole], truth, method)
+    for name, calibration in with_head.items():
+        joined = calibration.with_evidence(sums[whole], evidence[whole])
+        more_losses, more = _compare({name: calibration}, joined, truth)
+        losses |= more_losses
+        compared |= more
+    best = better_score({"sum": losses[chosen]} | {name: losses[name] for name in with_head})
+    kind = (TEXT if best == "sum" else best) if counts == AUTO else counts
+    candidates = {TEXT: fitted[chosen], **with_head}
+    return Choice(candidates[kind], compared, remarks, candidates)
 
 
 def _compare(

@@ -8,9 +8,10 @@ from vlm.families.base import Family
 from vlm.families.blocks import checkpoint_blocks, compile_blocks
 from vlm.families.configuration import read_config
 from vlm.families.demo import DEMO_NAME, build_demo_model, build_model, build_processor
-from vlm.families.encoded import CONNECTED_FEATURES, ENCODER_FEATURES, EncodedImages
+from vlm.families.encoded import CONNECTED_FEATURES, ENCODER_FEATURES, EncodedImages, uncached_inputs
 from vlm.families.features import FeatureCache, cache_root, encode, fill_cache, open_cache
 from vlm.families.loading import FAMILIES, load_family, outline
+from vlm.families.pooling import STATISTICS, Listening, NoVectors, vectors_of
 from vlm.families.quantization import check_quantization
 
 __all__ = [
@@ -21,6 +22,9 @@ __all__ = [
     "EncodedImages",
     "Family",
     "FeatureCache",
+    "Listening",
+    "NoVectors",
+    "STATISTICS",
     "build_demo_model",
     "build_model",
     "build_processor",
@@ -34,4 +38,6 @@ __all__ = [
     "open_cache",
     "outline",
     "read_config",
+    "uncached_inputs",
+    "vectors_of",
 ]

@@ -251,6 +251,14 @@ class Family(FamilyTexts):
             return list(self.image_features(inputs).split(rows))
         return list(self.encoder_features(inputs).split([len(one.inputs["pixel_values"]) for one in images]))
 
+    def shares(self, inputs: dict[str, Tensor], tokens: Sequence[int]) -> list[int]:
+        """How much each image has of all rows of the vision encoder, as whole numbers in any unit.
+
+        Args:
+            inputs: what the images are, as in `EncodedImages.inputs`. tokens: how many image tokens each image has.
+        """
+        return list(tokens)
+
     @property
     def can_cache(self) -> bool:
         """Whether the features of several images are those of each image, one after the other."""

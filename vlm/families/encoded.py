@@ -20,10 +20,14 @@ class EncodedImages:
     Attributes:
         inputs: tensors of all images, one image after the other; an image may have several rows.
         token_ids: for each image the tokens that stand for it in the text, placeholders and what is around them.
+        vectors: (cached images, S, W) of one block of the vision encoder (pooling.py), if they were asked for.
+        cached: for each image whether its features, and its vectors, are from the cache; None if none are.
     """
 
     inputs: dict[str, Tensor]
     token_ids: list[list[int]]
+    vectors: Tensor | None = None
+    cached: list[bool] | None = None
 
 
 def besides_pixels(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -36,6 +40,13 @@ def besides_pixels(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def uncached_inputs(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs of the images whose features have to be computed: of all, if none are cached."""
+    if FEATURE_ORDER not in inputs:
+        return inputs
+    return {name.removeprefix(UNCACHED): tensor for name, tensor in inputs.items() if name.startswith(UNCACHED)}
+
+
 def all_features(known: Tensor, inputs: dict[str, Tensor], compute: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
     """The features of all images of a batch, in their order.
 
@@ -45,5 +56,4 @@ def all_features(known: Tensor, inputs: dict[str, Tensor], compute: Callable[[di
     """
     if FEATURE_ORDER not in inputs:
         return known
-    others = {name.removeprefix(UNCACHED): tensor for name, tensor in inputs.items() if name.startswith(UNCACHED)}
-    return torch.cat([known, compute(others).to(known.dtype)])[inputs[FEATURE_ORDER]]
+    return torch.cat([known, compute(uncached_inputs(inputs)).to(known.dtype)])[inputs[FEATURE_ORDER]]

@@ -33,11 +33,13 @@ BATCHES_AHEAD = 2  # that are read while the model is busy with the ones before
 
 
 class Outcome(NamedTuple):
-    """An item, what `predict_batch` returns for it, and its (C,) scores before the calibration; None if unreadable."""
+    """An item, what `predict_batch` returns for it, and its (C,) scores before the calibration, with the evidence that
+    counts and without; None if unreadable."""
 
     item: Item
     result: Result
     scores: Tensor | None
+    sums: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def classify_items(
                 exact = [item.exact or 0 for item in read] if any(item.exact is not None for item in read) else None
                 predicted = iter(predict(model, batch, options.explain, tolerance, exact) if batch else ())
                 for i, item in enumerate(chunk):
-                    fault = ({"prediction": None, "error": faults[i]}, None) if i in faults else None
+                    fault = ({"prediction": None, "error": faults[i]}, None, None) if i in faults else None
                     yield Outcome(item, *(fault or next(predicted)))
                 bar.update(len(chunk))
     finally:
@@ -184,8 +186,8 @@ def predict(
     explain: bool,
     tolerance: float = TOLERANCE,
     exact: Sequence[int] | None = None,
-) -> list[tuple[Result, Tensor]]:
-    """For each of the B images of a batch what `predict_batch` returns, and its (C,) scores.
+) -> list[tuple[Result, Tensor, Tensor]]:
+    """For each of the B images of a batch what `predict_batch` returns, and its (C,) scores, as in `Outcome`.
 
     Args:
         exact: B classes whose scores are to be exact.
@@ -193,7 +195,7 @@ def predict(
     if model.training:
         model.eval()
     found = classify(model, batch.to(model.device), tolerance, exact)
-    scores = found.scores.cpu()
+    scores, sums = found.scores.cpu(), found.sums.cpu()
     probabilities = model.calibration.log_probabilities(scores).exp()  # (B, C)
     predictions = probabilities.argmax(-1).tolist()
     abstained = [model.calibration.abstains(confidence) for confidence in probabilities.amax(-1).tolist()]
@@ -201,7 +203,7 @@ def predict(
     if explain and not all(abstained):
         texts = explain_predictions(model, found, predictions)
     rows = zip(probabilities, predictions, found.unexplored.tolist(), texts, abstained, strict=True)
-    return [(image_result(model.prompts, *row), scores[i]) for i, row in enumerate(rows)]
+    return [(image_result(model.prompts, *row), scores[i], sums[i]) for i, row in enumerate(rows)]
 
 
 def image_result(

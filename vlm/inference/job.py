@@ -129,7 +129,7 @@ def run_job(
         outcomes = classify_items(model, metadata, rest, batches, total, tally.rows - again)
         with keeping_rows(file, total), file, closing(outcomes):
             for outcome in islice(outcomes, again, None):
-                item, result, _ = outcome
+                item, result, *_ = outcome
                 file.add(item.name, {**result, **item.more})
                 tally.add(item.name, "error" in result)
                 each(outcome)
@@ -155,7 +155,7 @@ def show_table(
     outcomes = classify_items(model, metadata, items, options, len(items))
     with keeping_rows(shown, len(items)), shown, closing(outcomes):
         for outcome in outcomes:
-            item, result, _ = outcome
+            item, result, *_ = outcome
             if shows(item):
                 shown.add(item.name, result)
             tally.add(item.name, "error" in result)

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlm.classifier import Head
 from vlm.common import UsageError, existing, note, read_checksums, read_json, write_folder, write_json
 from vlm.config import (
     ADAPTER_FOLDER,
     BEST_MODEL,
     DEMO_MODEL,
     FINAL_MODEL,
+    HEAD_FILE,
     LAYOUTS,
     METADATA,
     MODEL_CARD,
@@ -72,12 +74,14 @@ def update_metadata(
     metadata: dict[str, Any],
     results: dict[str, Any] | None = None,
     warnings: Sequence[str] = (),
+    head: Head | None = None,
 ) -> None:
     """Give a model folder other metadata, and its card what is known of the model now. The folder is replaced, so that
     files and checksums change together.
 
     Args:
         results, warnings: see `model_card`.
+        head: put this one into the folder; else one that is there stays.
 
     Raises:
         WriteError: the folder cannot be written.
@@ -87,10 +91,12 @@ def update_metadata(
         others = shutil.ignore_patterns(*changed)
         shutil.copytree(folder, new, ignore=others, copy_function=_link, dirs_exist_ok=True)
         write_json(new / METADATA, metadata)
+        if head:
+            head.save(new / HEAD_FILE)
         adapter = (new / ADAPTER_FOLDER).is_dir()
         model_card(metadata, results, warnings, folder.name, adapter).save(new / MODEL_CARD)
 
-    changed = {METADATA, MODEL_CARD}
+    changed = {METADATA, MODEL_CARD} | ({HEAD_FILE, Path(HEAD_FILE).name} if head else set())
     known = {name: value for name, value in read_checksums(folder).items() if name not in changed}
     write_folder(folder, write, known=known)
 

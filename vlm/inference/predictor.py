@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from vlm.classifier import Calibration, VLMClassifier
+from vlm.classifier import Calibration, VLMClassifier, read_head
 from vlm.common import RunError, read_folder
+from vlm.config import HEAD_FILE
 from vlm.data import ImageSource, Sample, UnreadableImage, open_image
 from vlm.families import load_family
 from vlm.inference.classifying import Options, classify_items, collate, predict
@@ -56,6 +57,8 @@ def _load(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[VLMCl
     prompts = read_prompts(folder, metadata)
     classifier = VLMClassifier(load_family(folder, dtype, device), prompts).eval()
     classifier.calibration = Calibration.from_metadata(metadata, prompts)
+    if classifier.calibration.evidence is not None:
+        classifier.head = read_head(folder / HEAD_FILE, prompts.class_names)
     classifier.identity = model_identity(folder, metadata)
     return classifier, metadata
 
@@ -88,7 +91,7 @@ def predict_single_image(
     batch, refused = collate(model, None, {0: Sample(open_image(image), 0, "image")})
     if batch is None:
         raise UnreadableImage(refused[0])
-    result, _ = predict(model, batch, explain)[0]
+    result, _, _ = predict(model, batch, explain)[0]
     if "error" in result:
         raise RunError(result["error"])
     return result["prediction"], result["confidence"], result["full_response"]
@@ -170,7 +173,7 @@ def predict_each(
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected at least 1")
     options = Options(batch_size, explain, show_progress, exhaustive, feature_cache)
-    for item, result, _ in classify_items(model, metadata, items, options, len(items)):
+    for item, result, _, _ in classify_items(model, metadata, items, options, len(items)):
         yield item.name, result
 
 

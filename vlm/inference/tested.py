@@ -21,7 +21,8 @@ class Tested:
     """A model and its scores of labeled images.
 
     Attributes:
-        classifier: the model, calibrated. split: the images. sums: (N, C) log-probabilities of the scored texts.
+        classifier: the model, calibrated. split: the images. sums: (N, C) log-probabilities of the scored texts,
+        with the evidence that counts. evidence: (N, C) logits of the head, if there is one, whether it counts or not.
         metrics: what `results.json` calls test. seconds: they took. batch_size: images in one batch of what follows.
         cache: features that the model can be run from, if they are kept.
     """
@@ -33,6 +34,7 @@ class Tested:
     seconds: float
     batch_size: int
     cache: FeatureCache | None = None
+    evidence: Tensor | None = None
 
     @property
     def correct(self) -> np.ndarray:

@@ -55,7 +55,8 @@ class SavedModelTest:
     settings: ClassifySettings
     options: Options
     unreadable: int = 0
-    _scores: dict[int, Tensor] = field(default_factory=dict)  # (C,) of each image with a class of the model
+    # of each image with a class of the model: (2, C) its scores, and its sums without evidence
+    _scores: dict[int, Tensor] = field(default_factory=dict)
     _lacking: Counter[str] = field(default_factory=Counter)  # images of classes that the model lacks
     _next: int = 0
     _started: float = field(default_factory=time.monotonic)
@@ -102,10 +103,10 @@ class SavedModelTest:
         """Take the outcome of the next image."""
         position, self._next = self._next, self._next + 1
         label = self.items.images.labels[position]
-        if outcome.scores is None:
+        if outcome.scores is None or outcome.sums is None:
             self.unreadable += 1
         elif self.items.class_of(position) is not None:
-            self._scores[position] = outcome.scores
+            self._scores[position] = torch.stack([outcome.scores, outcome.sums.to(outcome.scores.dtype)])
         elif label is not None:
             self._lacking[self.items.images.class_names[label]] += 1
 
@@ -169,12 +170,13 @@ class SavedModelTest:
         return begin | self._given | shown | {"exhaustive_scoring": self.options.exhaustive}
 
     def _tested(self, metrics: Sequence[Callable[..., Any]], seconds: float) -> Tested:
-        positions, sums = list(self._scores), torch.stack(list(self._scores.values()))  # (N, C)
+        positions = list(self._scores)
+        sums, text_sums = torch.stack(list(self._scores.values()), dim=1)  # N times (2, C) -> (N, C) each
         labels = [self.items.class_of(i) or 0 for i in positions]
         split = Split(self.items.images.rows, positions, labels)
         calibration = self.model.calibration
-        test = metrics_of_sums(self.model, labels, sums, metrics)
-        test |= add_test_figures(_as_fitted(calibration), calibration, sums, labels, self._seed)
+        test = metrics_of_sums(self.model, labels, sums, metrics, text_sums)
+        test |= add_test_figures(_as_fitted(calibration), calibration, sums, labels, self._seed, text_sums)
         tested = Tested(self.model, split, sums, test, seconds, self.options.batch_size or BATCH_SIZE)
         tested.count_unseen(np.array([i not in self.items.seen for i in positions]))
         return tested
@@ -208,6 +210,8 @@ def _as_fitted(calibration: Calibration) -> dict[str, Any]:
     fitted: dict[str, Any] = {
         "method": method_of(calibration, "bias"),
         "score": calibration.score,
+        "kind": calibration.kind,
+        "evidence": calibration.evidence,
         "scores": {},
         "temperature": calibration.temperature,
         "bias": biases,

@@ -8,19 +8,24 @@ from typing import Any
 
 import numpy as np
 
-from vlm.classifier import TOLERANCE
+from vlm.classifier import TOLERANCE, VLMClassifier
 from vlm.common import RunError, command_of, dtype_name, format_table, note, replacing, write_json
-from vlm.config import BEST_MODEL, DEMO_IMAGES, FOLD_PREDICTIONS, METADATA, PAGE, RESULTS
+from vlm.config import BEST_MODEL, DEMO_IMAGES, FOLD_PREDICTIONS, METADATA, PAGE, RESULTS, TEXT
 from vlm.data import Data, Split, leave_out_unreadable
 from vlm.evaluation import (
+    FittedHead,
+    Parts,
     add_test_figures,
     calibrate,
     compare,
+    evidence_figures,
+    fit_head,
     metrics_of_sums,
     probe,
-    score_split,
+    probe_figures,
+    score_parts,
 )
-from vlm.families import FeatureCache, load_family
+from vlm.families import FeatureCache, NoVectors, load_family
 from vlm.inference import Tested, load_model_and_metadata, read_metadata, update_metadata
 from vlm.report import per_class_table, summary_rows, warnings_of, write_report
 from vlm.training.ending import Ended
@@ -48,15 +53,15 @@ def finish(
     """
     output = run.output
     frozen = run.cache  # features of the vision encoder as the training found it
-    tested, calibration = _test_best(run, metrics)
-    for role in ("train", "validation"):
-        leave_out_unreadable(run.data, role)
+    leave_out_unreadable(run.data, "train")
+    tested, calibration, fitted = _test_best(run, metrics)
+    leave_out_unreadable(run.data, "validation")
     results = {
         "test": tested.metrics,
         **({"zero_shot": progress.zero_shot} if progress.zero_shot else {}),
         **({"alignment": progress.alignment} if progress.alignment else {}),
         **({"ended_early": ended.to_json()} if ended else {}),
-        **_checks(run, tested, frozen),
+        **_checks(run, tested, fitted, frozen),
         **_of_the_run(run, progress, tested),
     }
     claim_results(output)
@@ -88,8 +93,9 @@ def _track(log: RunLog, step: int, results: dict[str, Any]) -> None:
         log.log("probe", step, accuracy=results["probe"]["accuracy"][0])
 
 
-def _test_best(run: Run, metrics: Sequence[Callable[..., Any]]) -> tuple[Tested, dict[str, Any]]:
-    """Load the best model, calibrate it on validation, and test it; its calibration is stored in its folder."""
+def _test_best(run: Run, metrics: Sequence[Callable[..., Any]]) -> tuple[Tested, dict[str, Any], FittedHead | None]:
+    """Load the best model, fit its head, calibrate it on validation, and test it. Head and calibration are stored in
+    its folder."""
     settings, data, folder = run.settings, run.data, run.output / BEST_MODEL
     cache = run.cache
     if not folder.is_dir():
@@ -108,27 +114,48 @@ def _test_best(run: Run, metrics: Sequence[Callable[..., Any]]) -> tuple[Tested,
         )
     if cache and not cache.fits(classifier.family):  # the frozen weights are saved in another number format
         cache = None
+    head = _fit_head(run, classifier, cache)
     fitted = calibrate(classifier, data.validation, settings, run.workers, cache)
     calibration = {"calibration": classifier.calibration.to_json(classifier.prompts)}
-    update_metadata(folder, metadata | calibration)
+    update_metadata(folder, metadata | calibration, head=classifier.counted_head)
     started = time.monotonic()
-    sums = score_split(
+    sums, evidence = score_parts(
         classifier,
         data.test,
         settings.eval_batch_size,
         workers=run.workers,
         description="testing",
-        # With biases or a prior, a search that stops early says nothing about the sums before calibration.
-        tolerance=TOLERANCE if classifier.calibration.is_temperature else 0.0,
+        # With biases, a prior or a head, a search that stops early says nothing about the sums before calibration.
+        tolerance=TOLERANCE if classifier.calibration.is_temperature and head is None else 0.0,
         cache=cache,
     )
-    sums = sums[leave_out_unreadable(data, "test")]
-    test = metrics_of_sums(classifier, data.test.labels, sums, metrics)
+    kept = leave_out_unreadable(data, "test")
+    parts = Parts(sums[kept], None if evidence is None else evidence[kept])
+    joined = classifier.calibration.with_evidence(*parts)
+    test = metrics_of_sums(classifier, data.test.labels, joined, metrics, parts.sums)
     seconds = time.monotonic() - started
-    test |= add_test_figures(fitted, classifier.calibration, sums, data.test.labels, settings.seed)
-    tested = Tested(classifier, data.test, sums, test, seconds, settings.eval_batch_size, cache)
+    test |= add_test_figures(fitted, classifier.calibration, joined, data.test.labels, settings.seed, parts.sums)
+    tested = Tested(classifier, data.test, joined, test, seconds, settings.eval_batch_size, cache, parts.evidence)
     tested.count_unseen(_unseen(data))
-    return tested, calibration
+    if head and fitted["candidates"]:
+        counts = {"counts": classifier.calibration.kind, "head": head.to_json()}
+        test["evidence"] = counts | evidence_figures(fitted["candidates"], parts, data.test.labels)
+    classifier.head = classifier.counted_head  # one that does not count is not run any more
+    return tested, calibration, head
+
+
+def _fit_head(run: Run, classifier: VLMClassifier, cache: FeatureCache | None) -> FittedHead | None:
+    """Give the classifier a head, unless it is not wanted or its vision encoder has no vectors (a note says so)."""
+    settings = run.settings
+    if settings.evidence == TEXT or settings.calibration == "none" or settings.streaming:
+        return None
+    try:
+        found = fit_head(classifier.family, run.data.train, run.data.class_names, cache, settings.seed)
+    except NoVectors as error:
+        note(f"no head: {error}.")
+        return None
+    classifier.head = found.head
+    return found
 
 
 def _unseen(data: Data) -> np.ndarray:
@@ -140,27 +167,31 @@ def _unseen(data: Data) -> np.ndarray:
     return unseen
 
 
-def _checks(run: Run, tested: Tested, frozen: FeatureCache | None) -> dict[str, Any]:
+def _checks(run: Run, tested: Tested, fitted: FittedHead | None, frozen: FeatureCache | None) -> dict[str, Any]:
     """Free texts, the image check, and the probe if it was asked for.
 
     Args:
-        frozen: features of the vision encoder as the training found it.
+        fitted: the head of the tested model. frozen: features of the vision encoder as the training found it.
     """
     return {
         "texts": tested.texts(),
         "picture_check": tested.picture_check(run.settings.seed),
-        "probe": _probe(run, tested, frozen) if run.settings.probe else None,
+        "probe": _probe(run, tested, fitted, frozen) if run.settings.probe else None,
     }
 
 
-def _probe(run: Run, tested: Tested, frozen: FeatureCache | None) -> dict[str, Any] | None:
-    """The probe on the vision encoder as the training found it, compared with the VLM; None if it has no features."""
-    family, encoder = tested.classifier.family, "frozen"
+def _probe(run: Run, tested: Tested, fitted: FittedHead | None, frozen: FeatureCache | None) -> dict[str, Any] | None:
+    """The probe on the vision encoder as the training found it, compared with the VLM; None if it has no features. If
+    the encoder was frozen, it is the head."""
+    family, encoder, seed = tested.classifier.family, "frozen", run.settings.seed
     if run.settings.tune == "full":  # the trained encoder has seen the labels, so the one before is probed
         family = load_family(run.folder, run.dtype, run.accelerator.device, run.settings.image_options(run.data.edge))
         family.render(tested.classifier.prompts)  # some processors encode images within the conversation
         encoder = "random weights" if run.settings.demo else "before the training"
-    result = probe(family, run.data, frozen)
+    elif fitted and tested.evidence is not None:
+        found, correct = probe_figures(fitted, run.data.test.labels, tested.evidence)
+        return {**found, "tower": encoder, "warning": compare(correct, tested.correct)}
+    result = probe(family, run.data, frozen, seed)
     if result is None:
         return None
     found, correct_by_probe = result

@@ -7,21 +7,24 @@ from math import ceil
 import numpy as np
 
 from vlm.common import evaluation_mode
+from vlm.config import TEXT
 from vlm.data import Split
-from vlm.evaluation import IMAGES, TEXTS, check_texts, pooled_features, score_split, split_losses
+from vlm.evaluation import IMAGES, TEXTS, check_texts, image_vectors, score_split, split_losses
+from vlm.families import NoVectors
 from vlm.report import MOST_SHOWN, time_to_draw
 from vlm.training.saving import Saver
 from vlm.training.setup import Run
 
 SAMPLED = 64  # validation images of the timed test
 UNCACHED = 4  # images that are timed without cached features, as gray ones have none
-PROBED = 16  # images of which the features of the probe are timed
+TIMED = 16  # images of which the features of the head are timed
+FITS = 1e-3  # seconds for an image and a class, of all fits of the head (docs/experiments.md)
 MARGIN = 1.25  # what was measured takes longer on a busy machine
 OTHERS = 5.0  # seconds for what is not measured: tables, pages, thumbnails, metadata
 
 
 class TimeNeeded:
-    """Seconds for evaluation, saving, loading, calibration, test and probe. Own metrics are not in it.
+    """Seconds for evaluation, saving, loading, calibration, test, head and probe. Own metrics are not in it.
 
     Attributes:
         evaluation: of an evaluation during the training, measured again at each of them.
@@ -49,7 +52,7 @@ class TimeNeeded:
         gray = (1 if alike else IMAGES) * uncached / len(new)
         images = len(validation) + len(run.data.test) + MOST_SHOWN  # calibration, test, explanations
         self._test = images * exact / count + texts * ceil(TEXTS / size) + gray + run.seconds_to_load
-        self._test += self._probe(few) + time_to_draw(run.data.class_names)
+        self._test += self._head(few) + time_to_draw(run.data.class_names)
 
     @property
     def seconds(self) -> float:
@@ -57,19 +60,23 @@ class TimeNeeded:
         saving = 2 * self.saver.seconds("model") + self.saver.seconds("state")  # best and final model
         return MARGIN * (self.evaluation + saving + self._test) + OTHERS
 
-    def _probe(self, few: Split) -> float:
-        """Of the features that the probe reads; 0 without one, or if the vision encoder has none of its own."""
-        run, data = self.run, self.run.data
-        if not run.settings.probe:
+    def _head(self, few: Split) -> float:
+        """Of the head and of the probe: features of the images, and the fits; 0 without them."""
+        run, data, settings = self.run, self.run.data, self.run.settings
+        head = settings.evidence != TEXT and not settings.streaming
+        probe = settings.probe and (settings.tune == "full" or not head)
+        if not (head or probe):
             return 0.0
-        samples = [few[i] for i in range(min(len(few), PROBED))]
+        samples = [few[i] for i in range(min(len(few), TIMED))]
         try:
             with evaluation_mode(run.classifier.family.model):
-                seconds = _seconds(lambda: pooled_features(run.classifier.family, samples, run.cache))
-        except Exception:  # `probe` says it later
+                seconds = _seconds(lambda: image_vectors(run.classifier.family, samples, run.cache))
+        except NoVectors:  # a note says it later
             return 0.0
-        loaded_again = run.seconds_to_load if run.settings.tune == "full" else 0.0
-        return loaded_again + seconds / len(samples) * sum(map(len, (data.train, data.validation, data.test)))
+        each = seconds / len(samples)
+        fits = FITS * len(data.train) * len(data.class_names)
+        loaded_again = run.seconds_to_load if settings.tune == "full" and settings.probe else 0.0
+        return loaded_again + (head + probe) * (each * len(data.train) + fits) + probe * each * len(data.test)
 
 
 def _some(split: Split, count: int) -> Split:

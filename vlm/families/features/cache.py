@@ -5,11 +5,12 @@ others.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from vlm.common import WriteError, cache_folder, note, reason, remove
 from vlm.data import Sample
@@ -18,8 +19,9 @@ from vlm.families.encoded import CONNECTED_FEATURES, ENCODER_FEATURES, EncodedIm
 from vlm.families.features.fingerprint import fingerprint
 from vlm.families.features.room import Room, make_room
 from vlm.families.features.shards import SHARD_BYTES, SHARD_IMAGES, Entry, Index, write_shards
+from vlm.families.pooling import Listening, NoVectors
 
-TOKEN_IDS = "token_ids"
+TOKEN_IDS, VECTORS = "token_ids", "vectors"
 SECONDS_AT_RISK = 60.0  # of computing that a killed run loses at most, if a shard takes longer to become full
 
 
@@ -68,7 +70,7 @@ class FeatureCache:
         return key in self._waiting or key in self._index
 
     def entry(self, key: str) -> Entry | None:
-        """Features, inputs other than pixels and token ids of an image; None if they are not there, or damaged."""
+        """Features, vectors, inputs other than pixels and token ids of an image; None if it has no whole ones."""
         entry = self._waiting.get(key) or self._index.entry(key)
         self._delete_damaged()
         if entry is None or not self.halved:
@@ -101,14 +103,14 @@ class FeatureCache:
 
     @torch.no_grad()
     def compute(self, family: Family, images: dict[str, EncodedImages]) -> dict[str, Entry]:
-        """The entry of each image: features, inputs other than pixels, and the image's tokens."""
-        features = family.features_of_each(list(images.values()), self.connected)
+        """The entry of each image: features, vectors (pooling.py), inputs other than pixels, and the image's tokens."""
+        features, vectors = _features_and_vectors(family, list(images.values()), self.connected)
         entries = {}
-        for (key, one), tensor in zip(images.items(), features, strict=True):
+        for (key, one), tensor, vector in zip(images.items(), features, vectors, strict=True):
             half = tensor.half() if self.halved else tensor
             own = {self.name: half if half.isfinite().all() else tensor}
             ids = {TOKEN_IDS: torch.tensor(one.token_ids[0], dtype=torch.int32)}
-            entry = besides_pixels(one.inputs) | own | ids
+            entry = besides_pixels(one.inputs) | own | ids | ({} if vector is None else {VECTORS: vector.half()})
             # a copy of its own, because features of one pass share their memory
             entries[key] = {name: kept.detach().cpu().contiguous().clone() for name, kept in entry.items()}
         return entries
@@ -165,6 +167,18 @@ class FeatureCache:
     def name(self) -> str:
         """What the features are called among the inputs of images."""
         return CONNECTED_FEATURES if self.connected else ENCODER_FEATURES
+
+
+def _features_and_vectors(
+    family: Family, images: list[EncodedImages], connected: bool
+) -> tuple[list[Tensor], Sequence[Tensor | None]]:
+    """The features of each image and, from the same pass, its vectors, (L, S, W); None where there are none."""
+    try:
+        with Listening(family) as listening:
+            features = family.features_of_each(images, connected)
+        return features, list(listening.vectors([len(one.inputs["pixel_values"]) for one in images]))
+    except NoVectors:
+        return family.features_of_each(images, connected), [None] * len(images)
 
 
 def nbytes(entry: Entry) -> int:

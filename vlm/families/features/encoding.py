@@ -1,6 +1,7 @@
 """Samples -> images as the model takes them: cached features where there are some, else pixels."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -8,22 +9,34 @@ from torch import Tensor
 from vlm.data import Sample
 from vlm.families.base import Family
 from vlm.families.encoded import CONNECTED_FEATURES, FEATURE_ORDER, UNCACHED, EncodedImages, besides_pixels
-from vlm.families.features.cache import TOKEN_IDS, FeatureCache
+from vlm.families.features.cache import TOKEN_IDS, VECTORS, FeatureCache
 from vlm.families.features.shards import Entry
 
 
-def encode(samples: Sequence[Sample], family: Family, cache: FeatureCache | None = None) -> EncodedImages:
+def encode(
+    samples: Sequence[Sample], family: Family, cache: FeatureCache | None = None, layer: int | slice | None = None
+) -> EncodedImages:
     """The images of some samples as the model takes them.
 
     Of images that the cache has, features take the place of pixels, and they are not opened. If it has only some of
     them, the pixels of the others are there too, and the model computes their features (`all_features`).
+
+    Args:
+        layer: the block of the vision encoder, or blocks, whose vectors are wanted, too. Of images with pixels the
+            model computes them.
     """
     entries = [cache.entry(sample.key) for sample in samples] if cache else []
+    if layer is not None:  # an image without vectors counts as one without features
+        entries = [entry if entry and VECTORS in entry else None for entry in entries]
     if cache is None or not any(entries):
         return family.encode_samples(samples)
     # each by itself, because it has to be known which rows are whose
     images = [entry or family.encode_samples([sample]) for entry, sample in zip(entries, samples, strict=True)]
-    return _joined(images, cache.name, family.image_token_id)
+    joined = _joined(images, cache.name, family.image_token_id)
+    if layer is None:
+        return joined
+    vectors = torch.stack([entry[VECTORS][layer].float() for entry in entries if entry])
+    return replace(joined, vectors=vectors, cached=[entry is not None for entry in entries])
 
 
 def _joined(images: list[Entry | EncodedImages], name: str, image_token_id: int) -> EncodedImages:
@@ -43,7 +56,7 @@ def _joined(images: list[Entry | EncodedImages], name: str, image_token_id: int)
             rows.append((False, count))
         else:
             token_ids.append(image[TOKEN_IDS].tolist())
-            rest.append({key: value for key, value in image.items() if key not in (TOKEN_IDS, name)})
+            rest.append({key: value for key, value in image.items() if key not in (TOKEN_IDS, VECTORS, name)})
             cached.append(image[name])
             rows.append((True, len(image[name])))
     inputs = _concatenated(rest) | {name: torch.cat(cached)}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlm.families.base import Family
 
-FORMAT = 5  # of the files; with another one the features are computed again
+FORMAT = 6  # of the files; with another one the features are computed again
 # In a configuration.
 CHANGES_NOTHING = ("dtype", "torch_dtype", "transformers_version", "_name_or_path", "architectures")
 

@@ -6,7 +6,7 @@ B = batch, L = tokens of a row, T = tiles of all images, N = image tokens of all
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -215,6 +215,10 @@ class Phi3VisionFamily(Family):
         """(T, 3, 336, 336) pixels -> (T, patches, vision width)."""
         pixels = inputs["pixel_values"].to(self.vision.dtype)
         return self.model.model.vision_embed_tokens.patches(pixels)
+
+    def shares(self, inputs: dict[str, Tensor], tokens: Sequence[int]) -> list[int]:
+        """The tiles of each image, and one more for the whole of it."""
+        return ((inputs["image_sizes"] // TILE).prod(1) + 1).tolist()
 
     def connect(self, hidden: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         """(T, patches, vision width) -> (N, D), with newlines and separators between the tokens of the tiles."""
