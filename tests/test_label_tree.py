@@ -190,6 +190,30 @@ def test_every_kind_of_score_has_a_search_that_is_wrong_by_no_more_than_it_says(
     assert left_out > 0 or temperature > 1, "or the test says little"
 
 
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+def test_evidence_of_each_image_is_part_of_its_own_search(temperature):
+    """A batch whose images have other evidence finds for each what a search of this image alone finds, and is wrong by
+    no more than it says."""
+    left_out = 0
+    for seed in range(4):
+        responses, log_probability, _ = opened_language(seed)
+        tree = build_label_tree(responses)
+        evidence = torch.from_numpy(np.random.default_rng(seed).normal(0, 4, (3, len(responses))))
+        calibration = Calibration(temperature, evidence=0.7)
+        for i in range(3):
+            search = Searches(tree, 1, 1e-2, *calibration.weighting(evidence[i : i + 1]))
+            seen = run(tree, log_probability, search, opening=len(OPENING))
+            left_out += len(tree.inner) - len(OPENING) - len(seen)
+            sums = torch.tensor(search.class_log_probabilities()[0][None])
+            joined = calibration.with_evidence(sums, evidence[i : i + 1])
+            found = calibration.log_probabilities(joined).exp()[0].numpy()
+            bias = 0.7 * evidence[i].numpy() / temperature
+            exact = slow_probabilities("sum", responses, log_probability, None, temperature, bias)
+            assert np.abs(found - exact).max() <= search.unexplored + 1e-12 and search.unexplored <= 1e-2
+            assert found.argmax() == exact.argmax()
+    assert left_out > 0, "or the test says little"
+
+
 @pytest.mark.parametrize(("kind", "temperature", "biased"), KINDS)
 def test_no_branch_has_more_weight_than_its_bound(kind, temperature, biased):
     for seed in range(6):

@@ -1,59 +1,17 @@
-"""The probe: each image's features are its own, whatever its neighbors, in every family; and the figures are
-scikit-learn's."""
+"""The probe is the head, tested alone; and what may be chance."""
 
 import numpy as np
 import pytest
-import test_family_generic
 import torch
-from feature_checks import MODELS
-from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
-from threadpoolctl import threadpool_info, threadpool_limits
-from tiny import random_image, save_tiny_model, tiny_prompts
+from tiny import random_image, save_tiny_model
 
 from vlm.config import resolve
-from vlm.data import Data, Rows, Sample, Split
-from vlm.evaluation import linear_probe as module
-from vlm.evaluation.linear_probe import compare, pooled_features, probe
+from vlm.data import Data, Rows, Split
+from vlm.evaluation.head_fit import fit_head, vectors_of_split
+from vlm.evaluation.linear_probe import compare, probe
 from vlm.evaluation.reliability import may_be_chance
 from vlm.families import fill_cache, load_family
 from vlm.training.tuning import prepare_tuning
-
-GENERIC = {
-    "llava_onevision": test_family_generic.TestLlavaOnevision,
-    "gemma3": test_family_generic.TestGemma3,
-    "paligemma": test_family_generic.TestPaliGemma,
-}
-BUILDERS = MODELS | {
-    name: (lambda folder, checks=checks: checks().build(folder), {}) for name, checks in GENERIC.items()
-}
-SIZES = ((40, 28), (20, 60), (40, 28), (90, 30))
-
-
-def family_of(name, folder):
-    build, options = BUILDERS[name]
-    build(folder)
-    family = load_family(folder, torch.float32, torch.device("cpu"), options)
-    family.render(tiny_prompts())
-    return family
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", BUILDERS)
-def test_pooled_features_are_the_mean_over_each_image_alone(name, tmp_path):
-    family = family_of(name, tmp_path)
-    images = [random_image(i, *size) for i, size in enumerate(SIZES)]
-    samples = [Sample(image, 0, "an image") for image in images]
-    expected = []
-    for image in images:
-        with torch.no_grad():
-            hidden = family.vision_features(family.encode_images([image]).inputs)
-        places = hidden.reshape(-1, hidden.shape[-1])
-        expected.append(torch.stack([place.double() for place in places]).sum(0) / len(places))
-    expected = torch.stack(expected).numpy()
-    assert np.abs(expected - expected[0]).max(1)[1:].min() > 1e-3, "the images should differ, or the test says little"
-    np.testing.assert_allclose(pooled_features(family, samples), expected, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(pooled_features(family, samples[::2]), expected[::2], rtol=1e-4, atol=1e-5)
 
 
 def split_of(labels, seed):
@@ -79,42 +37,15 @@ def family(tmp_path, monkeypatch):
     return family
 
 
-def test_the_figures_are_those_of_a_plain_logistic_regression(family, data):
+def test_the_figures_are_those_of_the_head_on_the_test_split(family, data):
     found, right = probe(family, data)
-    features = [
-        pooled_features(family, [split[i] for i in range(len(split))])
-        for split in (data.train, data.validation, data.test)
-    ]
-    scaler = StandardScaler().fit(features[0])
-    train, validation, test = map(scaler.transform, features)
-    accuracies = {}
-    for strength in module.STRENGTHS:
-        model = LogisticRegression(C=strength, max_iter=1000).fit(train, data.train.labels)
-        accuracies[strength] = (model.score(validation, data.validation.labels), model.score(test, data.test.labels))
-    best = max(accuracies, key=lambda strength: (accuracies[strength][0], -strength))
-    assert found["C"] == best and found["features"] == train.shape[1] == 16
-    assert (found["validation_accuracy"], found["accuracy"][0]) == pytest.approx(accuracies[best])
-    assert right.mean() == found["accuracy"][0] and right.shape == (len(data.test),)
+    fitted = fit_head(family, data.train, data.class_names)
+    vectors, _ = vectors_of_split(family, data.test, range(len(data.test)), None, fitted.head.layer)
+    expected = fitted.head.logits(torch.from_numpy(vectors)).argmax(1).numpy() == np.array(data.test.labels)
+    assert (right == expected).all() and found["accuracy"][0] == expected.mean() > 0.6, "dark and bright are easy"
+    assert found["validation_accuracy"] == fitted.accuracy and found["C"] == fitted.strength
     value, low, high = found["accuracy"]
-    assert 0 <= low <= value <= high <= 1 and value > 0.6, "dark and bright are easy to tell apart"
-
-
-def test_the_fits_are_counted_and_run_on_one_thread(family, data, monkeypatch, capsys):
-    """Threads that wait for each other made the fits take minutes."""
-    threads = []
-    fit = LogisticRegression.fit
-
-    def watched(self, *arguments):
-        threads.extend(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas")
-        return fit(self, *arguments)
-
-    monkeypatch.setattr(LogisticRegression, "fit", watched)
-    monkeypatch.setattr("vlm.common.progress.SECONDS_BETWEEN_LINES", 0)
-    with threadpool_limits(2):
-        probe(family, data)
-    assert threads and set(threads) == {1}
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fitting the probe: ")]
-    assert len(lines) == len(module.STRENGTHS) and "5/5 fits (100%)" in lines[-1]
+    assert 0 <= low <= value <= high <= 1
 
 
 def test_features_of_the_cache_are_used_and_give_the_same(family, data, monkeypatch):
@@ -125,21 +56,14 @@ def test_features_of_the_cache_are_used_and_give_the_same(family, data, monkeypa
     monkeypatch.setattr(family, "encode_images", lambda images: seen.extend(images) or encode(images))
     found, again = probe(family, data, cache)
     assert len(seen) == len(data.test), "those of the test split alone are not in the cache"
-    assert found | {"seconds": 0} == expected | {"seconds": 0} and (right == again).all()
+    assert (right == again).all() and found["accuracy"] == expected["accuracy"] and found["layer"] == expected["layer"]
 
 
-def test_a_encoder_without_features_of_its_own_is_left_out_with_a_note(family, data, monkeypatch, capsys):
-    def fail(inputs):
-        raise IndexError("nothing reached the connector")
-
+def test_an_encoder_without_blocks_is_left_out_with_a_note(family, data, monkeypatch, capsys):
     family.model.train()
-    monkeypatch.setattr(family, "vision_features", fail)
+    monkeypatch.setattr("vlm.families.pooling.GradientCheckpointingLayer", torch.nn.LSTM)
     assert probe(family, data) is None and family.model.training, "the mode stays as it was"
-    assert "no probe: this model's vision encoder has no features of its own (IndexError)" in capsys.readouterr().err
-    monkeypatch.setattr(family, "vision_features", lambda inputs: (_ for _ in ()).throw(MemoryError()))
-    with pytest.raises(MemoryError):
-        probe(family, data)
-    assert family.model.training
+    assert "no probe: the vision encoder has no transformer blocks." in capsys.readouterr().err
 
 
 def test_a_vlm_more_than_two_points_below_is_warned_about():

@@ -12,6 +12,7 @@ from vlm.classifier.calibration import Calibration
 from vlm.config import resolve
 from vlm.evaluation import calibrating, score_choice
 from vlm.evaluation.calibrating import calibrate
+from vlm.evaluation.evaluate import Parts
 from vlm.evaluation.fit_calibration import MIN_IMAGES, fit_temperature
 from vlm.evaluation.score_choice import better_score, choose_score, measure_prior
 from vlm.inference.predictor import load_model_and_metadata, predict_batch
@@ -39,7 +40,7 @@ def drawn(classifier, kind, seed=0):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_score_is_found_by_which_the_labels_were_drawn(classifier, kind):
     scores, labels = drawn(classifier, kind)
-    calibration, compared, remarks = choose_score(classifier, scores, labels, "temperature", "auto")
+    calibration, compared, remarks, _ = choose_score(classifier, scores, labels, "temperature", "auto")
     assert calibration.score == kind and remarks == [] and list(compared) == list(KINDS)
     assert calibration.temperature == pytest.approx(1, rel=0.2)
     rows = range(COUNT)
@@ -56,11 +57,11 @@ def test_the_score_is_found_by_which_the_labels_were_drawn(classifier, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_score_that_is_asked_for_is_taken(classifier, kind):
     scores, labels = drawn(classifier, "sum")
-    calibration, compared, remarks = choose_score(classifier, scores, labels, "bias", kind)
+    calibration, compared, remarks, _ = choose_score(classifier, scores, labels, "bias", kind)
     assert calibration.score == kind and len(compared) == 2
     assert (calibration.bias is None) == any("No biases" in remark for remark in remarks)
     assert calibration.bias is None or len(calibration.bias) == len(classifier.class_names)
-    calibration, compared, _ = choose_score(classifier, scores, labels, "none", kind)
+    calibration, compared, *_ = choose_score(classifier, scores, labels, "none", kind)
     assert (calibration.score, calibration.temperature, calibration.bias, compared) == (kind, 1.0, None, {})
 
 
@@ -85,7 +86,7 @@ def test_few_images_or_no_fit_leave_the_sum_and_measure_nothing(classifier, monk
         Calibration(),
         {},
     )
-    assert choose_score(classifier, scores, labels, "none", "auto") == (Calibration(), {}, [])
+    assert choose_score(classifier, scores, labels, "none", "auto") == (Calibration(), {}, [], {})
 
 
 def test_rows_with_nan_are_left_out_of_the_comparison(classifier):
@@ -103,7 +104,7 @@ def test_a_model_that_needs_a_image_has_no_prior_and_says_so(classifier, monkeyp
         raise ValueError("pixel_values are missing")
 
     monkeypatch.setattr(score_choice, "classify", refuse)
-    calibration, compared, remarks = choose_score(classifier, scores, labels, "temperature", "prior")
+    calibration, compared, remarks, _ = choose_score(classifier, scores, labels, "temperature", "prior")
     assert calibration.score == "sum" and list(compared) == ["sum"]
     assert (
         "cannot be read without an image (ValueError: pixel_values are missing)" in remarks[0]
@@ -131,7 +132,7 @@ def test_a_stored_score_is_that_of_the_inference(demo_run):
 
 def test_the_choice_stands_in_the_results_and_in_the_calibration(classifier, monkeypatch):
     scores, labels = drawn(classifier, "prior")
-    monkeypatch.setattr(calibrating, "score_split", lambda *_, **__: scores)
+    monkeypatch.setattr(calibrating, "score_parts", lambda *_, **__: Parts(scores, None))
     validation = type("Validation", (), {"labels": labels, "readable": list(range(len(labels)))})
     settings = resolve({"target_precision": 0.5})
     try:

@@ -33,7 +33,8 @@ class Classified:
         reading: of the images and questions; see `VLMClassifier.read`.
         batch: what was read, with the features of the images if it may be read again.
         texts: what the model wrote freely, if its reasoning comes before the answer; else None.
-        sums: (B, C) the same as scores, without evidence. evidence: (B, C) logits of the head, None without one.
+        sums: (B, C) the same as scores, without evidence. evidence: (B, C) logits of the head, None without one
+            or without an image.
     """
 
     scores: Tensor
@@ -72,7 +73,7 @@ def classify(
         sums, unexplored = torch.zeros(len(batch), len(classifier.class_names)), torch.zeros(len(batch))
     else:
         sums, unexplored = classifier.search(scored, tolerance, labels, evidence=evidence)
-    scores = calibration.with_evidence(sums, evidence)
+    scores = sums if evidence is None else calibration.with_evidence(sums, evidence)
     return Classified(scores, unexplored, reading, batch, texts, sums, evidence)
 
 

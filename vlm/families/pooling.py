@@ -37,6 +37,7 @@ class Listening:
     def __init__(self, family: Family, layers: Sequence[int] | None = None) -> None:
         blocks = vision_blocks(family)
         self._blocks = {i: blocks[i] for i in (range(len(blocks)) if layers is None else layers)}
+        self._chosen = layers is not None
         self._special = special_tokens(family.vision)
         self._heard: dict[int, list[Tensor]] = {i: [] for i in self._blocks}
         self._hooks: list[Any] = []
@@ -64,7 +65,8 @@ class Listening:
         self._heard[layer].append(torch.stack([mean, variance, *first], dim=1))  # (R, S, W)
 
     def vectors(self, shares: Sequence[int]) -> Tensor:
-        """(B, L, S, W) float32 on the CPU: mean, deviation and, if there is one, class token of each image and block.
+        """(B, L, S, W) float32 on the CPU: mean, deviation and, if there is one, class token of each image and block,
+        for the L blocks that ran.
 
         Rounded to what float16 can hold, so that vectors from the feature cache are the same.
 
@@ -74,9 +76,11 @@ class Listening:
         Raises:
             NoVectors: the encoder was not run, or its rows do not add up to the shares.
         """
-        if not all(self._heard.values()):
+        # The last blocks are not run if the connector reads an earlier one.
+        heard = [parts for parts in self._heard.values() if parts]
+        if not heard or (self._chosen and len(heard) < len(self._heard)):
             raise NoVectors("the vision encoder has no blocks that run")
-        layers = [_of_images(torch.cat(heard), shares) for heard in self._heard.values()]
+        layers = [_of_images(torch.cat(parts), shares) for parts in heard]
         bound = torch.finfo(torch.float16).max
         return torch.stack(layers, dim=1).clamp(-bound, bound).half().float().cpu()
 

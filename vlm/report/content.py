@@ -30,6 +30,7 @@ from vlm.report.summary import (
     abstention_line,
     calibrated_validation_accuracy,
     ended_early,
+    head_in_words,
     lowest_first,
     probed_encoder,
     uncalibrated_accuracy,
@@ -172,7 +173,14 @@ class Content:
         rows: list[tuple[str, str | None, Any]] = [("This model", None, self.accuracy)]
         if unseen := self.test.get("not_in_train"):
             rows.append(("This model, new images", f"{unseen['pictures']:,} that are not in train", unseen["accuracy"]))
-        if probe:
+        if evidence := self.test.get("evidence"):
+            hints = {"text": "the score of its response", "head": head_in_words(evidence["head"]), "both": "added up"}
+            for name, figures in evidence["figures"].items():
+                if name != evidence["counts"]:
+                    rows.append(
+                        (f"{name.capitalize()} alone".replace("Both alone", "Both"), hints[name], figures["accuracy"])
+                    )
+        if probe and not (evidence and probe["tower"] == "frozen"):  # then it is the head
             hint = f"logistic regression on {probed_encoder(probe['tower'])}"
             rows.append(("Linear probe", hint, probe["accuracy"]))
         if zero_shot:

@@ -4,7 +4,7 @@ in `results.json` only, of a run or of a test of a saved model, which has no tra
 from typing import Any
 
 from vlm.common import format_table, listed
-from vlm.config import RESULTS
+from vlm.config import BOTH, RESULTS
 from vlm.evaluation import is_calibrated, missed_target
 
 MEANING = {
@@ -128,6 +128,20 @@ def abstention_line(abstention: dict[str, Any]) -> str:
     return f"below a confidence of {abstention['below']:.4f}; answers {', '.join(shares)}"
 
 
+def evidence_line(evidence: dict[str, Any]) -> str:
+    """What `evidence` in `results.json` says: which counts, and the test accuracy of each."""
+    figures = ", ".join(f"{figures['accuracy'][0]:.4f}" for figures in evidence["figures"].values())
+    value, low, high = evidence["differences"]["text"]
+    counts = "both count" if evidence["counts"] == BOTH else f"the {evidence['counts']} counts"
+    return f"{figures}  ({counts}; both to text {value:+.4f}, {low:+.4f} to {high:+.4f})"
+
+
+def head_in_words(head: dict[str, Any]) -> str:
+    """What the head reads, by `head` in `results.json`."""
+    statistics = " and ".join(", ".join(head["statistics"]).rsplit(", ", 1))
+    return f"logistic regression on block {head['layer']} of {head['layers']} of the vision encoder: {statistics}"
+
+
 def probed_encoder(encoder: str | None) -> str:
     """In words, which vision encoder the probe was fitted on; `encoder` as `probe` in `results.json` has it."""
     return ENCODERS.get(encoder or "", "the vision encoder")
@@ -148,6 +162,8 @@ def _accuracy_rows(results: dict[str, Any]) -> list[Row]:
         rows.append(
             ("test accuracy before training", f"{results['zero_shot']['accuracy']:.4f}{uncalibrated_accuracy(results)}")
         )
+    if evidence := test.get("evidence"):
+        rows.append(("text, head, both", evidence_line(evidence)))
     if results["probe"]:
         value, low, high = results["probe"]["accuracy"]
         how = f"logistic regression on {probed_encoder(results['probe']['tower'])}"
