@@ -174,12 +174,13 @@ class Content:
         if unseen := self.test.get("not_in_train"):
             rows.append(("This model, new images", f"{unseen['pictures']:,} that are not in train", unseen["accuracy"]))
         if evidence := self.test.get("evidence"):
-            hints = {"text": "the score of its response", "head": head_in_words(evidence["head"]), "both": "added up"}
-            for name, figures in evidence["figures"].items():
-                if name != evidence["counts"]:
-                    rows.append(
-                        (f"{name.capitalize()} alone".replace("Both alone", "Both"), hints[name], figures["accuracy"])
-                    )
+            shown = {
+                "text": ("Text alone", "the score of its response"),
+                "head": ("Head alone", head_in_words(evidence["head"])),
+                "both": ("Text and head", "added up"),
+            }
+            others = (name for name in shown if name != evidence["counts"])
+            rows += [(*shown[name], evidence["figures"][name]["accuracy"]) for name in others]
         if probe and not (evidence and probe["tower"] == "frozen"):  # then it is the head
             hint = f"logistic regression on {probed_encoder(probe['tower'])}"
             rows.append(("Linear probe", hint, probe["accuracy"]))
