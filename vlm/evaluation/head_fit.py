@@ -60,7 +60,6 @@ class FittedHead:
             "C": self.strength,
             "features": self.head.weight.shape[1],
             "cross_validation": {"nll": self.nll, "accuracy": self.accuracy},
-            "seconds": round(self.seconds, 2),
         }
 
 

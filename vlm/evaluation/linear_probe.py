@@ -52,7 +52,7 @@ def probe_figures(fitted: FittedHead, labels: Sequence[int], logits: Tensor) -> 
     """
     correct = logits.argmax(1).numpy() == np.array(labels)
     figures = {"accuracy": accuracy_interval(correct), "validation_accuracy": fitted.accuracy}
-    return figures | fitted.to_json(), correct
+    return figures | fitted.to_json() | {"seconds": round(fitted.seconds, 2)}, correct
 
 
 def compare(theirs: np.ndarray, ours: np.ndarray) -> str | None:
