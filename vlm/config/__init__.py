@@ -39,6 +39,7 @@ from vlm.config.names import (
     FOLD_PREDICTIONS,
     FOLDERS,
     HEAD_FILE,
+    LABEL_ISSUES,
     LOCK,
     LOG,
     MANIFEST,
@@ -72,6 +73,7 @@ from vlm.config.values import MOST, MOST_AT_ONCE, can_be_a_path
 __all__ = [
     "ADAPTER_FOLDER",
     "HEAD_FILE",
+    "LABEL_ISSUES",
     "HEAD",
     "TEXT",
     "AUTO",

@@ -58,6 +58,12 @@ class DataSettings:
         "regular expression that finds the group in the name of an image, such as 'patient[0-9]+'",
         metavar="REGEX",
     )
+    exclude: str | None = flag(
+        None,
+        "data",
+        'leave out the images that a CSV file names in its column "image", such as label_issues.csv of a run',
+        metavar="FILE",
+    )
     max_samples: int | None = flag(
         None,
         "data",

@@ -4,6 +4,7 @@ METADATA = "training_metadata.json"
 RESULTS = "results.json"
 LOG = "log.jsonl"
 PREDICTIONS = "predictions.csv"  # of a cross-validation: out-of-fold predictions of all images
+LABEL_ISSUES = "label_issues.csv"  # labels that may be wrong
 FOLD_PREDICTIONS = "fold_predictions.jsonl"  # of one fold
 PAGE = "report.html"
 DATA_PAGE = "data.html"  # of --show-data; not part of a run
@@ -27,6 +28,7 @@ WRITTEN = (
     RESULTS,
     LOG,
     FOLD_PREDICTIONS,
+    LABEL_ISSUES,
     "training_curves.png",
     "confusion_matrix.png",
     "reliability.png",

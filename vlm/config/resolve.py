@@ -70,7 +70,7 @@ NO_METRICS = ["none"]
 ABSTAINING = {"abstain_below", "target_precision"}  # only one of the two at a time
 TEXTS = ("system_instructions", "prompt_template")  # may come from a file
 LONGEST_TEXT = 1_000_000  # characters
-PATHS = ("model", "dataset", "class_descriptions", "class_map", "output_dir", "metrics", "image_folder")
+PATHS = ("model", "dataset", "class_descriptions", "class_map", "output_dir", "metrics", "image_folder", "exclude")
 # Of a finished run that is not what a run that trains its model further is told: that is where it starts, or decided
 # for it anew.
 NOT_OF_THE_NEXT = {*OF_ONE_START, "prompts", "model", "model_revision", "output_dir", "epochs", "align_connector"}

@@ -158,6 +158,10 @@ CONFLICTS = (
         "--evidence {s.evidence} needs a calibration, which weighs it: leave out --calibration none.",
     ),
     Conflict(
+        lambda s: s.exclude and s.streaming,
+        "--exclude and --streaming exclude each other: the names of a stream are not known before it is read.",
+    ),
+    Conflict(
         lambda s: s.streaming and s.dataset_split,
         "--streaming and --dataset-split exclude each other: a stream has no parts.",
     ),

@@ -85,7 +85,7 @@ VALUES = (
         "a number of pixels, or auto",
     ),
     Values(
-        ("model", "dataset", "output_dir", "class_descriptions", "class_map", "image_folder"),
+        ("model", "dataset", "output_dir", "class_descriptions", "class_map", "image_folder", "exclude"),
         lambda value: bool(value.strip()) and can_be_a_path(value),
         "a name that is not empty and not too long for a file or folder",
     ),

@@ -13,6 +13,7 @@ from vlm.data.classes import NO_LABEL, PERHAPS_NO_LABEL, Classes, is_missing, nu
 from vlm.data.cutting import check_enough, cut_from_train, limit_splits, take_shots
 from vlm.data.describe import data_metadata, detected_rows
 from vlm.data.duplicates import cure_of_near, find_overlap, without_copies
+from vlm.data.excluding import exclude
 from vlm.data.folds import cut_fold, fold_metadata, rows_of_folds
 from vlm.data.known import KnownImages
 from vlm.data.readable import Readable, decode, keep_readable, only_say, refuse
@@ -36,6 +37,8 @@ def load_data(settings: Settings, dataset: object = None) -> Data:
     source = read_source(settings, dataset)
     _check_source(source, settings)
     _find_groups(source, settings)
+    if settings.exclude:
+        source.splits = exclude(source.splits, settings.exclude)
     hidden = _leave_out_unlabeled(source, settings)
     rows = {role: rows for role, rows in source.splits.items() if role not in hidden}
     if settings.folds:

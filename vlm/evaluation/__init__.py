@@ -19,12 +19,14 @@ from vlm.evaluation.evaluate import (
 from vlm.evaluation.evidence import evidence_figures
 from vlm.evaluation.head_fit import FittedHead, fit_head, image_vectors
 from vlm.evaluation.image_check import IMAGES, check_images
+from vlm.evaluation.label_issues import LabelIssue, find_label_issues, issues_table
 from vlm.evaluation.linear_probe import compare, probe, probe_figures
 from vlm.evaluation.metrics import classification_metrics, load_metric
 from vlm.evaluation.reliability import LEVEL, accuracy_interval, confidence_and_correctness, reliability_figures
 
 __all__ = [
     "FittedHead",
+    "LabelIssue",
     "Parts",
     "IMAGES",
     "LEVEL",
@@ -40,9 +42,11 @@ __all__ = [
     "evaluate_vlm_model",
     "evidence_figures",
     "explanations",
+    "find_label_issues",
     "fit_head",
     "image_vectors",
     "is_calibrated",
+    "issues_table",
     "load_metric",
     "method_of",
     "metrics_of_sums",

@@ -32,11 +32,13 @@ def calibrate(
         evidence: what the logits of the head are multiplied by, None if they do not count.
         temperature, bias: what was fitted.
         remarks: sentences, which are also printed. candidates: see `Choice`.
+        validation_evidence: (N, C) logits of the head for the readable images; None without one.
         abstention: below, target_precision, validation (coverage and accuracy), if there is a threshold or one was
             asked for.
     """
     calibration, measured = Calibration(), None
     candidates: dict[str, Calibration] = {}
+    evidence = None
     compared: dict[str, dict[str, float]] = {}
     remarks: list[str] = []
     if _is_needed(settings):
@@ -75,6 +77,7 @@ def calibrate(
         "bias": calibration.bias,
         "remarks": remarks,
         "candidates": candidates,
+        "validation_evidence": evidence,
     }
     if threshold is not None or settings.target_precision is not None:
         known = None if threshold is None or measured is None else coverage_and_accuracy(*measured, threshold)
@@ -150,7 +153,7 @@ def add_test_figures(
     states = {"before": before, "after": after}
     figures = {state: reliability_figures(values, labels, seed=seed) for state, values in states.items()}
     bins = {state: reliability_bins(*confidence_and_correctness(values, labels)) for state, values in states.items()}
-    fitted = {name: value for name, value in fitted.items() if name != "candidates"}
+    fitted = {name: value for name, value in fitted.items() if name not in ("candidates", "validation_evidence")}
     abstention = fitted.pop("abstention", None)
     result = {"calibration": {**fitted, **figures, "reliability": bins}}
     if abstention:

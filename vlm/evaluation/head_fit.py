@@ -42,6 +42,8 @@ class FittedHead:
     Attributes:
         strength: scikit-learn's C. nll, accuracy: of the cross-validation, in nats and 0 to 1.
         layers: how many blocks the encoder has. seconds: it took.
+        positions, held_out: the images that it is fitted to, and (N, C) their probabilities by fits to the others; NaN
+            where a class has one image.
     """
 
     head: Head
@@ -50,6 +52,8 @@ class FittedHead:
     accuracy: float
     layers: int
     seconds: float
+    positions: list[int]
+    held_out: np.ndarray
 
     def to_json(self) -> dict[str, Any]:
         """What `results.json` says about it. The block is counted from 1."""
@@ -90,14 +94,30 @@ def fit_head(
     if most > len(chosen):
         more = sorted(set(balanced_positions(train.labels, most, [seed, 6])) - set(chosen))
         others, also_kept = vectors_of_split(family, train, more, cache, layer)
-        own = np.concatenate([vectors[:, layer], others])
-        labels = np.concatenate([labels, np.array(train.labels)[also_kept]])
+        own, kept = np.concatenate([vectors[:, layer], others]), [*kept, *also_kept]
     else:
         own = vectors[:, layer]
+    inputs, labels = features(torch.from_numpy(own), statistics).float().numpy(), np.array(train.labels)[kept]
     with threadpool_limits(1):
-        model = _fitted(features(torch.from_numpy(own), statistics).float().numpy(), labels, strength)
-    head = _head_of(model, layer, statistics, classes)
-    return FittedHead(head, strength, nll, accuracy, vectors.shape[1], time.monotonic() - started)
+        model = _fitted(inputs, labels, strength)
+        held_out = np.full((len(labels), len(classes)), np.nan)
+        for fitted_to, others in _folds(labels, seed):
+            one = _fitted(inputs[fitted_to], labels[fitted_to], strength)
+            held_out[np.ix_(others, one.classes_)] = one.predict_proba(inputs[others])
+    held_out[np.isnan(held_out) & ~np.isnan(held_out).all(1, keepdims=True)] = 0.0  # classes that no fold has
+    head, seconds = _head_of(model, layer, statistics, classes), time.monotonic() - started
+    return FittedHead(head, strength, nll, accuracy, vectors.shape[1], seconds, list(kept), held_out)
+
+
+def _folds(labels: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(images to fit to, images held out) of each fold, without the classes that have too few images for two folds."""
+    counts = np.bincount(labels)
+    enough = np.flatnonzero(counts[labels] >= LEAST_IMAGES)
+    if len(set(labels[enough].tolist())) < 2:
+        return []
+    folds = min(FOLDS, counts[counts >= LEAST_IMAGES].min())
+    splitter = StratifiedKFold(folds, shuffle=True, random_state=seed)
+    return [(enough[a], enough[b]) for a, b in splitter.split(enough, labels[enough])]
 
 
 class _Search:
@@ -105,13 +125,8 @@ class _Search:
     other at each take many times longer when anything else runs."""
 
     def __init__(self, vectors: torch.Tensor, labels: np.ndarray, seed: int) -> None:
-        counts = np.bincount(labels)
-        enough = counts[labels] >= LEAST_IMAGES
-        self.vectors, self.labels = vectors[torch.from_numpy(enough)], labels[enough]
-        folds = min(FOLDS, counts[counts >= LEAST_IMAGES].min(initial=FOLDS))
-        few = len(set(self.labels.tolist())) < 2
-        splitter = StratifiedKFold(folds, shuffle=True, random_state=seed)
-        self.folds = [] if few else list(splitter.split(self.labels, self.labels))
+        self.vectors, self.labels = vectors, labels
+        self.folds = _folds(labels, seed)
 
     def best(self) -> tuple[int, tuple[str, ...], float, tuple[float, float]]:
         """The block, the statistics, the strength, and (NLL, accuracy)."""

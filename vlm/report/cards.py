@@ -10,9 +10,11 @@ import numpy as np
 from PIL import Image
 
 from vlm.data import Data, Split, UnreadableImage
+from vlm.evaluation import LabelIssue
 
 MOST_IMAGES = 12  # mistakes, and as many uncertain images
 MOST_SHOWN = 2 * MOST_IMAGES
+MOST_ISSUES = 24  # labels that may be wrong
 MOST_PAIRS = 12  # near-duplicates
 MOST_PROBABLE = 3  # classes of an image
 THUMBNAIL = 128  # pixels, the longer side
@@ -69,6 +71,26 @@ class Place:
     name: str
     split: str
     truth: str
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """An image whose label may be wrong."""
+
+    image: Thumbnail | None
+    name: str
+    split: str
+    label: str
+    suggested: str
+    clear: bool
+
+
+def doubt(issue: LabelIssue, data: Data) -> Doubt:
+    """What is said of a label that may be wrong."""
+    split = getattr(data, issue.role)
+    image, names = thumbnail(split, issue.position), data.class_names
+    name = split.names[issue.position]
+    return Doubt(image, name, issue.role, names[issue.label], names[issue.suggested], issue.clear)
 
 
 def shown_images(predictions: Sequence[Prediction]) -> list[int]:

@@ -12,14 +12,17 @@ from typing import Any
 import numpy as np
 
 from vlm.data import Data
-from vlm.evaluation import is_calibrated, missed_target
+from vlm.evaluation import LabelIssue, is_calibrated, missed_target
 from vlm.report.cards import (
+    MOST_ISSUES,
     Card,
+    Doubt,
     Place,
     Prediction,
     Thumbnail,
     card,
     confident_mistakes,
+    doubt,
     fold_text,
     least_certain,
     near_pairs,
@@ -70,6 +73,7 @@ class Content:
     results: dict[str, Any]
     data: Data
     predictions: Sequence[Prediction]
+    issues: Sequence[LabelIssue] = ()
 
     @property
     def test(self) -> dict[str, Any]:
@@ -191,6 +195,10 @@ class Content:
         rows.append(("No image", f"a gray one, {images}", check["gray"]))
         rows.append(("Most frequent class", "always the same answer", self.majority[1]))
         return [(name, hint, figure) for name, hint, value in rows if (figure := measured(value))]
+
+    @property
+    def label_issues(self) -> list[Doubt]:
+        return [doubt(issue, self.data) for issue in self.issues[:MOST_ISSUES]]
 
     @property
     def mistakes(self) -> list[Card]:

@@ -116,5 +116,5 @@ def write_folds_report(folder: Path, results: dict[str, Any], data: Data, predic
         for role in ("train", "validation", "test")
         for position, name in enumerate(getattr(data, role).names)
     }
-    content = FoldsContent(results, data, predictions, images)
+    content = FoldsContent(results, data, predictions, images=images)
     write_page(folder / PAGE, render(TEMPLATE, page=content, **draw_matrix(content)))

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from vlm.config import PAGE
 from vlm.data import Data
+from vlm.evaluation import LabelIssue
 from vlm.report.cards import Prediction
 from vlm.report.content import Content
 from vlm.report.figure_files import describe, save_png, to_svg
@@ -20,7 +21,13 @@ MATRIX = "Confusion matrix: rows are the true classes, columns the predicted one
 MOST_CLASSES_ON_A_PHONE = 7  # a wider matrix is cut off there
 
 
-def write_report(folder: Path, results: dict[str, Any], data: Data, predictions: Sequence[Prediction]) -> None:
+def write_report(
+    folder: Path,
+    results: dict[str, Any],
+    data: Data,
+    predictions: Sequence[Prediction],
+    issues: Sequence[LabelIssue] = (),
+) -> None:
     """Write the page and the PNG of each figure, each whole or not at all. The size of the page is bounded, whatever
     the number of images and classes.
 
@@ -29,11 +36,12 @@ def write_report(folder: Path, results: dict[str, Any], data: Data, predictions:
         results: what stands in `results.json`.
         data: the images, for thumbnails and counts.
         predictions: one for each image of `data.test`, in its order.
+        issues: labels that may be wrong, the likeliest first.
     """
     figures = draw(results, data.class_names)
     for name, figure in figures.items():
         save_png(figure, folder / f"{name}.png")
-    page = render_page(Content(results, data, predictions), figures)
+    page = render_page(Content(results, data, predictions, issues), figures)
     write_page(folder / PAGE, page)
 
 

@@ -4,7 +4,7 @@ in `results.json` only, of a run or of a test of a saved model, which has no tra
 from typing import Any
 
 from vlm.common import format_table, listed
-from vlm.config import BOTH, RESULTS
+from vlm.config import BOTH, LABEL_ISSUES, RESULTS
 from vlm.evaluation import is_calibrated, missed_target
 
 MEANING = {
@@ -164,6 +164,9 @@ def _accuracy_rows(results: dict[str, Any]) -> list[Row]:
         )
     if evidence := test.get("evidence"):
         rows.append(("text, head, both", evidence_line(evidence)))
+    if issues := results.get("label_issues"):
+        counts = f"{issues['listed']:,} of {issues['judged']:,}, {issues['clear']:,} of them clearly"
+        rows.append(("labels that may be wrong", f"{counts}  ({LABEL_ISSUES})"))
     if results["probe"]:
         value, low, high = results["probe"]["accuracy"]
         how = f"logistic regression on {probed_encoder(results['probe']['tower'])}"

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from vlm.classifier import TOLERANCE, VLMClassifier
 from vlm.common import RunError, command_of, dtype_name, format_table, note, replacing, write_json
-from vlm.config import BEST_MODEL, DEMO_IMAGES, FOLD_PREDICTIONS, METADATA, PAGE, RESULTS, TEXT
+from vlm.config import BEST_MODEL, DEMO_IMAGES, FOLD_PREDICTIONS, LABEL_ISSUES, METADATA, PAGE, RESULTS, TEXT
 from vlm.data import Data, Split, leave_out_unreadable
 from vlm.evaluation import (
     FittedHead,
@@ -29,6 +30,7 @@ from vlm.families import FeatureCache, NoVectors, load_family
 from vlm.inference import Tested, load_model_and_metadata, read_metadata, update_metadata
 from vlm.report import per_class_table, summary_rows, warnings_of, write_report
 from vlm.training.ending import Ended
+from vlm.training.label_issues import label_issues
 from vlm.training.out_of_fold import write_fold_predictions
 from vlm.training.output import can_go_on
 from vlm.training.resume_state import Progress, delete_states
@@ -54,19 +56,23 @@ def finish(
     output = run.output
     frozen = run.cache  # features of the vision encoder as the training found it
     leave_out_unreadable(run.data, "train")
-    tested, calibration, fitted = _test_best(run, metrics)
+    tested, calibration, fitted, on_validation = _test_best(run, metrics)
     leave_out_unreadable(run.data, "validation")
+    issues = label_issues(run.data, fitted, on_validation, tested.evidence)
     results = {
         "test": tested.metrics,
         **({"zero_shot": progress.zero_shot} if progress.zero_shot else {}),
         **({"alignment": progress.alignment} if progress.alignment else {}),
         **({"ended_early": ended.to_json()} if ended else {}),
         **_checks(run, tested, fitted, frozen),
+        **(issues.to_json() if issues else {}),
         **_of_the_run(run, progress, tested),
     }
     claim_results(output)
     predictions = tested.predictions()
-    write_report(output, results, run.data, predictions)
+    write_report(output, results, run.data, predictions, issues.found if issues else [])
+    if issues:
+        issues.write(output / LABEL_ISSUES, run.data)
     best = output / BEST_MODEL
     update_metadata(best, read_metadata(best), results, warnings_of(results))
     of_test = {name: tested.metrics[name] for name in ("accuracy", "macro_f1")}
@@ -93,9 +99,16 @@ def _track(log: RunLog, step: int, results: dict[str, Any]) -> None:
         log.log("probe", step, accuracy=results["probe"]["accuracy"][0])
 
 
-def _test_best(run: Run, metrics: Sequence[Callable[..., Any]]) -> tuple[Tested, dict[str, Any], FittedHead | None]:
+def _test_best(
+    run: Run, metrics: Sequence[Callable[..., Any]]
+) -> tuple[Tested, dict[str, Any], FittedHead | None, Tensor | None]:
     """Load the best model, fit its head, calibrate it on validation, and test it. Head and calibration are stored in
-    its folder."""
+    its folder.
+
+    Returns:
+        The tested model; its calibration, for the metadata; its head and (N, C) what that says of the readable images
+        of validation, None without one.
+    """
     settings, data, folder = run.settings, run.data, run.output / BEST_MODEL
     cache = run.cache
     if not folder.is_dir():
@@ -141,7 +154,7 @@ def _test_best(run: Run, metrics: Sequence[Callable[..., Any]]) -> tuple[Tested,
         counts = {"counts": classifier.calibration.kind, "head": head.to_json()}
         test["evidence"] = counts | evidence_figures(fitted["candidates"], parts, data.test.labels)
     classifier.head = classifier.counted_head  # one that does not count is not run any more
-    return tested, calibration, head
+    return tested, calibration, head, fitted["validation_evidence"]
 
 
 def _fit_head(run: Run, classifier: VLMClassifier, cache: FeatureCache | None) -> FittedHead | None:
