@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""Are exchanged labels found? Of the training images of a dataset some get another label, and the head lists labels that
-may be wrong.
+"""Are exchanged labels found? Some training images get another label, and the head lists labels that may be wrong.
 
 python benchmarks/label_issues.py --model MODEL --dataset DATA --output FILE.json
 
-"found" is the share of the exchanged labels among the first 2 x as many that are listed, mean and lowest over the seeds;
-"right class" how many of these are given their true class as suggestion. No model is trained: the head reads the vision
-encoder as it is.
+"found" is the share of the exchanged labels among the first 2 x as many that are listed, mean and lowest over the
+seeds; "right class" how many of these are given their true class as suggestion. No model is trained: the head reads the
+vision encoder as it is.
 """
 
 import statistics
 import sys
+from pathlib import Path
 from typing import Any
 
 import common
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from vlm.config import resolve
+from vlm.conversation import build_prompts
 from vlm.data import Split, load_data
 from vlm.evaluation import find_label_issues, fit_head
 from vlm.families import Family, load_family
@@ -56,8 +57,9 @@ def main() -> int:
     settings = resolve({"model": options.model, "dataset": options.dataset})
     data = load_data(settings)
     images = settings.image_options(data.edge)
-    family = load_family(options.model, torch.float32, torch.device("cpu"), images)
+    family = load_family(Path(options.model), torch.float32, torch.device("cpu"), images)
     family.model.eval()
+    family.render(build_prompts(settings, data.class_names))  # some processors encode images within the conversation
     rows: list[dict[str, Any]] = []
     for share in SHARES:
         found, right = zip(
