@@ -362,9 +362,17 @@ def test_a_head_that_is_missing_or_for_others_is_said(with_head, tmp_path):
     assert read_head(file, names).classes == tuple(names)
     with pytest.raises(UsageError, match="does not fit the classes of this model"):
         read_head(file, names[::-1])
+    whole = read_head(file, names)
+    with pytest.raises(UsageError, match="does not fit the vision encoder"):
+        whole.logits(torch.zeros(1, 2, 5))
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(UsageError, match="head.safetensors is damaged"):
         read_head(file, names)
+    file.unlink()
+    (folder / "checksums.json").unlink()
+    file.symlink_to(with_head / "best_model" / "evidence" / "head.safetensors")
+    with pytest.raises(UsageError, match="outside of the model's folder"):
+        load_model_and_metadata(folder, device="cpu")
     file.unlink()
     with pytest.raises(UsageError, match="is missing"):
         load_model_and_metadata(folder, device="cpu")

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vlm.common import UsageError, replacing
+from vlm.config import HEAD_FILE
 from vlm.families import STATISTICS
 
 WEIGHT, BIAS, ABOUT = "weight", "bias", "about"
@@ -38,7 +39,15 @@ class Head:
     classes: tuple[str, ...]
 
     def logits(self, vectors: Tensor) -> Tensor:
-        """(B, S, W) vectors of its block -> (B, C), on the CPU, in float64."""
+        """(B, S, W) vectors of its block -> (B, C), on the CPU, in float64.
+
+        Raises:
+            UsageError: the head belongs to another vision encoder.
+        """
+        statistics, width = vectors.shape[1:]
+        needed = max(STATISTICS.index(name) for name in self.statistics)
+        if needed >= statistics or width * len(self.statistics) != self.weight.shape[1]:
+            raise UsageError(f"{HEAD_FILE} does not fit the vision encoder of this model. Copy the model folder again.")
         return features(vectors, self.statistics).double() @ self.weight.T + self.bias
 
     def save(self, file: Path) -> None:

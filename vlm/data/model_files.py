@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.common import UsageError, printable, read_json, reason
-from vlm.config import BEST_MODEL
+from vlm.config import BEST_MODEL, HEAD_FILE
 
 COPY_AGAIN = "Copy or download the model again."
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
@@ -85,7 +85,9 @@ def check_model_files(folder: Path, name: str | None = None) -> None:
     check_file_names(name, [path.name for path in paths])
     for path in paths:
         if path.suffix in LOADED:
-            _check_file(path)
+            _check_file(path, folder)
+    if (folder / HEAD_FILE).exists() or (folder / HEAD_FILE).is_symlink():
+        _check_file(folder / HEAD_FILE, folder)
     settings = {file: read_object(folder / file) for file in SETTINGS_FILES if (folder / file).exists()}
     indices = [path for path in paths if path.name.endswith(INDEX)]
     if "transformers_weights" in settings[CONFIG]:
@@ -110,13 +112,13 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_file(path: Path) -> None:
+def _check_file(path: Path, folder: Path) -> None:
     """Raises UsageError unless a path is a file that can be read, lies in its folder, and is itself what was wanted."""
     if not path.exists():
         raise UsageError(f"{path} is a link to a file that is not there. {COPY_AGAIN}")
     if not path.is_file():
         raise UsageError(f"{path} is not a file. {COPY_AGAIN}")
-    if not _lies_inside(path):
+    if not _lies_inside(path, folder):
         raise UsageError(
             f"{path} is a link to {path.resolve()}, outside of the model's folder. Copy the file itself there, if you "
             "trust it."
@@ -133,9 +135,9 @@ def _check_file(path: Path) -> None:
         )
 
 
-def _lies_inside(path: Path) -> bool:
-    """Whether a file lies in its folder. The hub's cache has links in `snapshots/COMMIT` to files in `blobs`."""
-    folder, target = path.parent.resolve(), path.resolve()
+def _lies_inside(path: Path, folder: Path) -> bool:
+    """Whether a file lies in a folder. The hub's cache has links in `snapshots/COMMIT` to files in `blobs`."""
+    folder, target = folder.resolve(), path.resolve()
     cached = folder.parent.name == "snapshots" and target.is_relative_to(folder.parent.parent / "blobs")
     return cached or target.is_relative_to(folder)
 

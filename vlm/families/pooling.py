@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from vlm.common import UsageError
 from vlm.families.base import Family
 
 STATISTICS = ("mean", "deviation", "class token")  # the last one only if the encoder has a class token
 CLASS_TOKENS, REGISTERS = {"cls_token", "class_embedding", "class_token"}, "register_tokens"
 
 
-class NoVectors(Exception):
+class NoVectors(UsageError):
     """The vision encoder has no blocks, or what they give cannot be told apart by image."""
 
 
@@ -36,6 +37,8 @@ class Listening:
 
     def __init__(self, family: Family, layers: Sequence[int] | None = None) -> None:
         blocks = vision_blocks(family)
+        if layers and max(layers) >= len(blocks):
+            raise NoVectors(f"the vision encoder has {len(blocks)} blocks, not {max(layers) + 1}")
         self._blocks = {i: blocks[i] for i in (range(len(blocks)) if layers is None else layers)}
         self._chosen = layers is not None
         self._special = special_tokens(family.vision)
