@@ -93,18 +93,19 @@ CLASSES = {
 
 
 def save_published(
-    folder: Path, model_type: str = "qwen2_vl", tie: bool = True, corpus: list[str] | None = None
+    folder: Path, model_type: str = "qwen2_vl", tie: bool = True, corpus: list[str] | None = None, **changes: Any
 ) -> Path:
     """Write a small model with random weights under the file names, keys and settings of the published one.
 
     Args:
         tie: whether the head is the embedding, as in the 2B and 3B models but not in the 7B ones.
         corpus: texts to train the tokenizer on; default: the conversation of the tests.
+        changes: keys of config.json to change.
     """
     folder.mkdir(parents=True, exist_ok=True)
     prompts = tiny_prompts(tuple(NAMES))
     tokenizer = train_tokenizer(corpus or [prompts.system, prompts.question, *prompts.responses])
-    _write(folder, "config.json", published_config(tokenizer, model_type, tie))
+    _write(folder, "config.json", published_config(tokenizer, model_type, tie) | changes)
     processor_class = CLASSES[model_type][1]
     _write(folder, "preprocessor_config.json", PREPROCESSOR | {"processor_class": processor_class})
     _write(folder, "chat_template.json", {"chat_template": CHAT_TEMPLATE})

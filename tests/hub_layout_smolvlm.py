@@ -26,8 +26,12 @@ TEXT = {
 }
 
 
-def save_published(folder: Path, size: str = "256M") -> Path:
-    """Write a model as on the hub: weights, config.json, and the processor in the files of transformers 4."""
+def save_published(folder: Path, size: str = "256M", **text) -> Path:
+    """Write a model as on the hub: weights, config.json, and the processor in the files of transformers 4.
+
+    Args:
+        text: settings of the language model that replace those of TEXT.
+    """
     geometry = dict(GEOMETRY[size])
     rows = (
         [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
@@ -35,10 +39,12 @@ def save_published(folder: Path, size: str = "256M") -> Path:
         else []
     )
     prompts = tiny_prompts()
-    processor = build_processor(**geometry, corpus=[prompts.system, prompts.question, *prompts.responses])
+    processor = build_processor(
+        **geometry, corpus=[prompts.system, prompts.question, *prompts.responses, "\n\n"]
+    )  # the published one has this token
     processor.tokenizer.add_special_tokens({"additional_special_tokens": rows}, replace_extra_special_tokens=False)
     torch.manual_seed(0)
-    model = build_model(processor, VISION, TEXT | {"max_position_embeddings": 8192}, **geometry)
+    model = build_model(processor, VISION, TEXT | {"max_position_embeddings": 8192} | text, **geometry)
     randomize(model, scale=0.2)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

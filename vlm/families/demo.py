@@ -126,6 +126,7 @@ def build_model(
         vision_config={"image_size": image_size, "patch_size": patch_size, **vision},
         text_config={
             "model_type": "llama",
+            "architectures": ["LlamaForCausalLM"],  # where the converter of llama.cpp looks for it
             "vocab_size": len(tokenizer),
             "max_position_embeddings": 2048,
             "bos_token_id": tokenizer.bos_token_id,

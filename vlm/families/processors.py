@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from transformers import AutoImageProcessor, AutoProcessor, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-from vlm.common import UsageError, is_out_of_memory
+from vlm.common import UsageError, is_out_of_memory, write_json
 from vlm.data import COPY_AGAIN, read_object
 from vlm.families.configuration import read_config
 from vlm.families.pretrained import CHOOSE_ANOTHER, brief, load_pretrained
@@ -161,7 +161,12 @@ def _new_instance(published: Any) -> ProcessorMixin:
 
 
 def write_for_older_programs(folder: Path) -> None:
-    """Name the tokenizer's settings in a folder as transformers 4 does, which version 5 reads too."""
+    """Write the settings of the processor in a folder as transformers 4 does, which version 5 reads too."""
+    own, common = (folder / name for name in IMAGE_SETTINGS)
+    if common.is_file() and "image_processor" in (config := read_object(common)):
+        images = config.pop("image_processor")
+        write_json(own, images | {"processor_class": config.get("processor_class")})
+        write_json(common, config)
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return

@@ -128,9 +128,26 @@ def write_model(model: PreTrainedModel, folder: Path, state: dict[str, Tensor], 
         model.save_pretrained(folder, state_dict=state)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["dtype"] = dtype_name(dtype)  # of the saved weights, which may differ from the trained ones
-    if isinstance(text := config.get("text_config"), dict) and "tie_word_embeddings" in config:
-        text.setdefault("tie_word_embeddings", config["tie_word_embeddings"])  # transformers 4 looks there
+    _say_it_for_older_programs(config)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _say_it_for_older_programs(config: dict[str, Any]) -> None:
+    """Add to a configuration the names under which transformers 4 looks for settings of the language model. Without
+    them it takes its own values, and says nothing."""
+    text = config.get("text_config")
+    if not isinstance(text, dict):
+        text = config
+    elif "tie_word_embeddings" in config:
+        text.setdefault("tie_word_embeddings", config["tie_word_embeddings"])
+    rope = text.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" not in rope:
+        return  # none, or one for each kind of layer, for which version 4 has no common name
+    beside = ("rope_theta", "partial_rotary_factor")
+    text.update({name: rope[name] for name in beside if name in rope})
+    scaling = {name: value for name, value in rope.items() if name not in beside}
+    if scaling != {"rope_type": "default"}:
+        text["rope_scaling"] = scaling  # version 5 prefers it to rope_parameters, and takes the others from beside it
 
 
 @cache
