@@ -5,8 +5,8 @@ python benchmarks/all.py            (the true model: an hour or two on 2 cores, 
 python benchmarks/all.py --quick    (a sixth of the model, three benchmarks, 3 minutes; no tables without --report)
 python benchmarks/all.py --quick --only peak levers    (others)
 
-train_on_gpu.py, objectives.py and many_classes.py are run by themselves: the first needs a GPU, the others would take
-hours in the true shape.
+train_on_gpu.py, objectives.py, many_classes.py and other_programs.py are run by themselves: the first needs a GPU, the
+next two would take hours in the true shape, and the last needs the network.
 """
 
 import argparse

@@ -211,7 +211,7 @@ def report(options: argparse.Namespace, rows: list[dict[str, Any]], correct: boo
 
     Args:
         rows: one dict a row, the same keys in each, the ratio first.
-        more: what else belongs into the file.
+        more: what else belongs into the file; about: what the rows are, if they have no medians.
     """
     script = Path(sys.argv[0]).name
     arguments = [a.replace(f"{ROOT}{os.sep}", "") for a in sys.argv[1:] if a not in ("--cache", str(options.cache))]
@@ -219,7 +219,7 @@ def report(options: argparse.Namespace, rows: list[dict[str, Any]], correct: boo
     chips = ", ".join(where[name] for name in ("gpu", "cpu") if name in where)
     print(
         f"{chips}, {where['threads']} threads, load {where['load']}, torch {where['torch']}, "
-        f"{figures(rows, options.rounds)}\n"
+        f"{more.get('about') or figures(rows, options.rounds)}\n"
     )
     print(format_table([list(row.values()) for row in rows], list(rows[0])))
     if not correct:

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""JSON files of the benchmarks -> the tables of docs/performance.md and docs/objectives.md, between their markers.
+"""JSON files of the benchmarks -> the tables of docs/performance.md, objectives.md and sharing.md, between their
+markers.
 
 python benchmarks/report.py [FOLDER] [--document FILE.md...]
 
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-DOCUMENTS = [HERE.parent / "docs" / name for name in ("performance.md", "objectives.md")]
+DOCUMENTS = [HERE.parent / "docs" / name for name in ("performance.md", "objectives.md", "sharing.md")]
 SIZES = {
     "full": "the true shape",
     "quick": "a sixth of the model (--quick)",
@@ -51,8 +52,9 @@ def section(result: dict[str, Any]) -> str:
     versions = f"torch {where['torch']}, transformers {where['transformers']}" + (
         f", TRL {result['trl']}" if "trl" in result else ""
     )
-    what = figures(rows, result["rounds"])
-    what = what if "seeds" in names else f"{SIZES[result['size']]}; {what}"  # seeds: of a model that the flags name
+    what = result.get("about") or figures(rows, result["rounds"])
+    if "about" not in result and "seeds" not in names:  # seeds: of a model that the flags name
+        what = f"{SIZES[result['size']]}; {what}"
     lines += ["", f"`{result['command']}`", f"{what}; {machine}; {versions}."]
     lines += [] if result["correct"] else ["", "**A check failed in this run.**"]
     return "\n".join(lines)
@@ -82,7 +84,7 @@ def main() -> int:
         default=HERE / "results",
         help="with the JSON files (default: benchmarks/results)",
     )
-    parser.add_argument("--document", type=Path, nargs="+", help="(default: docs/performance.md docs/objectives.md)")
+    parser.add_argument("--document", type=Path, nargs="+", help="(default: those three)")
     options = parser.parse_args()
     results = {
         file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(options.folder.glob("*.json"))

@@ -18,6 +18,7 @@ MODEL_FOLDER = {
     "config.json",
     "generation_config.json",
     "model.safetensors",
+    "preprocessor_config.json",
     "processor_config.json",
     "tokenizer.json",
     "tokenizer_config.json",

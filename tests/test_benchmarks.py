@@ -264,6 +264,15 @@ def test_serve(benchmark):
     assert row["requests"] == 20 and float(row["confidence differs"]) < 1e-4
 
 
+@pytest.mark.slow
+def test_other_programs(benchmark, tmp_path):
+    """In this Python: the script of another environment reads the folders, and what it writes is compared."""
+    (row,) = benchmark("other_programs", "--only", "transformers5", "--here", "--folder", str(tmp_path))["rows"]
+    assert row["SmolVLM"] == "loads, the same text"
+    assert row["Phi-3.5-vision"].startswith("ValueError: ") and "trust_remote_code" in row["Phi-3.5-vision"]
+    assert str(tmp_path) not in str(row)
+
+
 def test_cache_dtypes(benchmark, demo_run):
     """The model was trained a little, and float16 changes little."""
     arguments = (str(demo_run / "best_model"), "--images", str(demo_run / "demo_images"))
@@ -425,6 +434,36 @@ class TestParts:
         assert (sixth.text["num_hidden_layers"], sixth.vision["num_hidden_layers"]) == (4, 4)
         assert sixth.text["hidden_size"] == 2048 and (tiny.image, tiny.patch, tiny.scale) == (42, 14, 3)
 
+    def test_answers_of_other_programs_become_cells(self):
+        import other_programs
+
+        assert other_programs.verdict({"text": "a b", "how": "converts"}, "a b") == "converts, the same text"
+        other = other_programs.verdict({"text": "a c"}, "a b")
+        assert other == "loads, the first 2 of 3 characters are the same"
+        assert other_programs.verdict({"error": "x | y"}, "a b") == "x / y"  # one cell of a table
+        assert other_programs.verdict(None, "a b") == "not tried"
+
+    def test_a_program_that_fails_leaves_its_last_words(self, tmp_path):
+        import other_programs
+
+        command = [sys.executable, "-c", "print('first'); raise SystemExit('no such model')"]
+        with pytest.raises(other_programs.Failed, match=r"^no such model \(exit code 1\)$"):
+            other_programs.call(command, tmp_path / "log")
+
+    def test_errors_of_other_programs_name_no_folders_and_are_short(self, monkeypatch):
+        monkeypatch.syspath_prepend(str(ROOT / "benchmarks/outside"))
+        sides = importlib.import_module("sides")
+        assert sides.said(OSError("no file /home/me/models/x.json\n  here")) == "OSError: no file .../x.json here"
+        assert len(sides.said(ValueError("long " * 200))) < 250
+
+    def test_a_result_without_medians_says_what_its_rows_are(self):
+        import report
+
+        machine = {"cpu": "a chip", "cores": 2, "threads": 2, "load": 0.1, "torch": "2", "transformers": "5"}
+        result = {"command": "python x.py", "machine": machine, "size": "full", "rounds": 1, "correct": True}
+        text = report.section(result | {"about": "40 tokens", "rows": [{"program": "a"}]})
+        assert "\n40 tokens; a chip" in text and "median" not in text
+
     def test_the_page_has_a_place_for_every_benchmark(self):
         names = [
             "startup",
@@ -440,8 +479,7 @@ class TestParts:
             "saving",
             "shards",
         ]
-        names += ["train_on_gpu", "objectives_digits", "objectives_planets"]
-        page = (ROOT / "docs/performance.md").read_text(encoding="utf-8") + (ROOT / "docs/objectives.md").read_text(
-            encoding="utf-8"
-        )
+        names += ["train_on_gpu", "objectives_digits", "objectives_planets", "other_programs"]
+        pages = ("performance.md", "objectives.md", "sharing.md")
+        page = "".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in pages)
         assert [name for name in names if f"<!-- {name} -->\n" not in page or f"<!-- end {name} -->" not in page] == []

@@ -128,11 +128,11 @@ def write_model(model: PreTrainedModel, folder: Path, state: dict[str, Tensor], 
         model.save_pretrained(folder, state_dict=state)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["dtype"] = dtype_name(dtype)  # of the saved weights, which may differ from the trained ones
-    _say_it_for_older_programs(config)
+    _add_older_names(config)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _say_it_for_older_programs(config: dict[str, Any]) -> None:
+def _add_older_names(config: dict[str, Any]) -> None:
     """Add to a configuration the names under which transformers 4 looks for settings of the language model. Without
     them it takes its own values, and says nothing."""
     text = config.get("text_config")
