@@ -172,13 +172,29 @@ def verdict(answer: dict[str, Any] | None, ours: str) -> str:
     if not answer:
         return "not tried"
     if "error" in answer:
-        return answer["error"].replace("|", "/")
+        return in_short(answer["error"])
     how = answer.get("how", "loads")
     if "text" in answer:
         same = len(os.path.commonprefix([answer["text"], ours]))
         whole = answer["text"] == ours
         return f"{how}, {'the same text' if whole else f'the first {same} of {len(ours)} characters are the same'}"
-    return how
+    return in_short(how)
+
+
+# What errors come to that are longer than a cell of a table, by words that are in them.
+IN_SHORT = {
+    "trust_remote_code": "asks for the published code",
+    "is not supported": "not supported",
+    "custom or unsupported architecture": "optimum has no export of it",
+}
+
+
+def in_short(text: str) -> str:
+    """The parts of a text, which semicolons divide, with known errors in a few words."""
+    parts = text.replace("|", "/").split(";")
+    return ";".join(
+        next((f" {short}" for words, short in IN_SHORT.items() if words in part), part) for part in parts
+    ).strip()
 
 
 class Failed(Exception):

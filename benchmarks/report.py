@@ -98,7 +98,7 @@ def main() -> int:
         placed |= filled
         print(f"{len(filled)} tables in {document}", file=sys.stderr)
     if missing := sorted(results.keys() - placed):
-        parser.error(f"no page has the lines <!-- {missing[0]} --> and <!-- end {missing[0]} -->")
+        print(f"on no page between <!-- NAME --> and <!-- end NAME -->: {', '.join(missing)}", file=sys.stderr)
     return 0
 
 
