@@ -12,12 +12,18 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from commands import PATIENCE, TRACEBACK, command, surroundings
+from test_page import Page
+from tiny import random_image
 
 from inference_vlm import load_model_and_metadata, main, predict_single_image
+from vlm import service
 from vlm.common import UsageError
+from vlm.report import render
+from vlm.service import model as model_of_service
 from vlm.service import Served, check_packages, find_examples, open_port
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -121,15 +127,18 @@ def test_uploads_are_deleted_when_they_are_old(demo_run, loaded, images, tmp_pat
 def test_gradio_client_gets_what_one_prediction_gives(client, loaded, images, tmp_path):
     from gradio_client import handle_file
 
-    (tmp_path / "notes.png").write_text("no image")
-    results = client.predict([handle_file(path) for path in [*images, tmp_path / "notes.png"]], api_name="/classify")
-    assert [result["name"] for result in results] == ["digit_3.png", "digit_7.png", "notes.png"]
+    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "large.png").write_bytes(bytes(20 * 2**20 + 1))
+    files = [*images, tmp_path / "notes.txt", tmp_path / "large.png"]
+    results = client.predict(list(map(handle_file, files)), api_name="/classify")
+    assert [result["name"] for result in results] == [path.name for path in files]
     model, processor, metadata = loaded
     for path, result in zip(images, results, strict=False):
         prediction, confidence, text = predict_single_image(model, processor, path, metadata)
         assert (result["prediction"], result["full_response"]) == (prediction, text)
         assert result["confidence"] == pytest.approx(confidence, abs=1e-5)
-    assert results[2]["prediction"] is None and results[2]["error"].startswith("notes.png: not an image")
+    assert results[2]["prediction"] is None and results[2]["error"].startswith("notes.txt: not an image")
+    assert results[3]["error"].startswith("large.png: this is larger than the 20 MB that are taken")
 
 
 @pytest.mark.slow
@@ -202,7 +211,7 @@ def browser():
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 390])
 def test_images_that_are_dropped_on_the_page_are_classified_there(address, browser, loaded, images, tmp_path, width):
-    name = "<img src=x onerror=alert(1)>.png"  # names are text, and add nothing to the page
+    name = "<img src=x onerror=alert(1)>.txt"  # names are text, and add nothing to the page
     (tmp_path / name).write_text("no image")
     page = browser.new_page(viewport={"width": width, "height": 800})
     asked, faults = [], []
@@ -210,6 +219,9 @@ def test_images_that_are_dropped_on_the_page_are_classified_there(address, brows
     page.on("response", lambda answer: faults.append(answer.url) if answer.status >= 400 else None)
     page.on("pageerror", lambda error: faults.append(str(error)))
     page.goto(address)
+    with page.expect_file_chooser():
+        page.click("#images button")
+    assert page.get_attribute("#images input[type=file]", "accept") == "image/*", "images are offered first"
     page.set_input_files("#images input[type=file]", [*images, tmp_path / name])
     page.wait_for_selector("#results article")
     cards = page.query_selector_all("#results article")
@@ -345,10 +357,32 @@ def test_a_server_is_one_process(capsys, monkeypatch):
     assert refused(capsys, "--serve") == "error: --serve is one process, and these are 2: leave out VLM_PROCESSES."
 
 
-def test_examples_are_those_that_are_named_or_the_demo_s(demo_run, tmp_path, color_folder):
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [
+        (16, "The model knows 16 classes: class 0, class 1, "),
+        (1000, "The model knows 1,000 classes, such as class 0, class 1, "),
+    ],
+)
+def test_the_head_of_the_page_names_the_classes(count, words):
+    served = SimpleNamespace(classes=[f"class {i}" for i in range(count)], name="a model", accuracy=None)
+    page = Page(render("about.html.jinja", Path(service.__file__).parent, title="Fruit", served=served, listed=40))
+    assert words in page.text and "class 15" in page.text
+    assert len(page.all("details")) == (count > 40)
+
+
+def test_examples_are_those_that_are_named_or_the_demo_s(demo_run, tmp_path, color_folder, capsys, monkeypatch):
     model = demo_run / "best_model"
     assert [path.name for path in find_examples(None, model)] == [f"digit_{i}.png" for i in range(10)]
     assert len(find_examples(str(color_folder), model)) == 12
     assert find_examples(None, tmp_path / "model") == []
-    with pytest.raises(UsageError, match="does not exist"):
+    with pytest.raises(UsageError, match="^--examples: .* does not exist"):
         find_examples(str(tmp_path / "no"), model)
+    for name in ("a/1", "a/2", "a/3", "b/1", "b/2", "c/1", "d/1"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        random_image(1).save(tmp_path / f"{name}.png")
+    (tmp_path / "d/1.png").write_text("no image")
+    monkeypatch.setattr(model_of_service, "MOST_EXAMPLES", 4)
+    found = find_examples(str(tmp_path), model)
+    assert [str(path.relative_to(tmp_path)) for path in found] == ["a/1.png", "a/2.png", "b/1.png", "c/1.png"]
+    assert capsys.readouterr().err.startswith(f"note: --examples: {tmp_path}/d/1.png: not an image")

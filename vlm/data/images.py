@@ -90,6 +90,8 @@ def _decode(file: BinaryIO) -> Image.Image:
     except UnidentifiedImageError as error:
         file.seek(0)
         raise ValueError(what_else(file.read(LONGEST_START))) from error
+    except Image.DecompressionBombError as error:  # twice as large as what is refused here
+        raise ValueError(_too_large("its size")) from error
     with opened as image:
         _check_size(image.width, image.height)
         return _to_rgb(image)
@@ -99,7 +101,11 @@ def _check_size(width: int, height: int) -> None:
     """Refuse what decoding or copying would fill the memory with. PIL refuses only what is twice as large."""
     limit = Image.MAX_IMAGE_PIXELS
     if limit and width * height > limit:
-        raise ValueError(f"{width}x{height} is more than the {limit} pixels that are safe to decode")
+        raise ValueError(_too_large(f"{width}x{height}"))
+
+
+def _too_large(size: str) -> str:
+    return f"{size} is more than the {Image.MAX_IMAGE_PIXELS:,} pixels that are safe to decode: make it smaller"
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -121,9 +121,11 @@ class BatchPredictor:
 
 def _items(batch: Mapping[str, Any], column: str) -> Iterator[Item]:
     for row, cell in enumerate(batch[column]):
+        path = cell
         if isinstance(cell, Mapping):  # as `datasets` stores images
-            cell = cell.get("bytes") or cell.get("path")
-        name = str(cell) if isinstance(cell, str | Path) else f"row {row + 1}"
+            path = cell.get("path")
+            cell = cell.get("bytes") or path
+        name = str(path) if isinstance(path, str | Path) else f"row {row + 1}"
         yield Item(name, partial(open_image, cell, name))
 
 

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Iterable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 
 from fastapi import FastAPI
@@ -83,16 +84,23 @@ async def _read_upload(request: Request) -> Upload:
     elif "boundary=" not in kind:
         raise HTTPException(400, "the form has no boundary in its content-type: let your program set this header.")
     else:
-        async with request.form(max_files=1, max_fields=MOST_FIELDS) as form:
-            files = [value for value in form.values() if not isinstance(value, str)]
-            if not files:
-                raise HTTPException(400, "the form has no file: send one image, such as with curl -F image=@cat.jpg")
-            upload = Upload(printable(files[0].filename or "the image"), await files[0].read())
+        upload = await _read_form(request)
     if not upload.data:
         raise HTTPException(400, "there is no image: send the bytes of one, such as with curl --data-binary @cat.jpg")
     if len(upload.data) > IMAGE_BYTES:
         raise HTTPException(413, too_large(IMAGE_BYTES))
     return upload
+
+
+async def _read_form(request: Request) -> Upload:
+    found = "has too many parts, or cannot be read"
+    with suppress(HTTPException):  # of Starlette, in its own words
+        async with request.form(max_fields=MOST_FIELDS) as form:
+            files = [value for _, value in form.multi_items() if not isinstance(value, str)]
+            if len(files) == 1:
+                return Upload(printable(files[0].filename or "the image"), await files[0].read())
+            found = f"has {len(files):,} files" if files else "has no file"
+    raise HTTPException(400, f"the form {found}: send one image, such as with curl -F image=@cat.jpg")
 
 
 async def _unless_gone(request: Request, answer: "Future[Result]") -> Result:

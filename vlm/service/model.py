@@ -4,15 +4,16 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
 
 from vlm.classifier import VLMClassifier
-from vlm.common import UsageError, read_json
+from vlm.common import UsageError, note, read_json
 from vlm.config import BEST_MODEL, DEMO_IMAGES, METADATA, RESULTS
-from vlm.data import find_images, open_image, readable_formats
+from vlm.data import UnreadableImage, find_images, open_image, readable_formats
 from vlm.inference import Item, Options, classify_items, settings_of
 from vlm.machine import largest_batch
 
@@ -108,7 +109,8 @@ def test_accuracy(folder: Path, metadata: dict[str, Any]) -> Accuracy | None:
 
 
 def find_examples(given: str | None, folder: Path) -> list[Path]:
-    """The first images of a folder for the page.
+    """Some images of a folder for the page: the first one of each folder in it, then the second ones, and so on. So
+    classes in folders are all shown. An image that cannot be read is left out, with a note.
 
     Args:
         given: the folder; None: the one that --demo makes next to the model, if it is there.
@@ -120,4 +122,21 @@ def find_examples(given: str | None, folder: Path) -> list[Path]:
     demo = folder.resolve().parent / DEMO_IMAGES
     if given is None and not demo.is_dir():
         return []
-    return [Path(path) for path in find_images([given or demo])[:MOST_EXAMPLES]]
+    try:
+        found = list(map(Path, find_images([given or demo])))
+    except UsageError as error:
+        raise UsageError(f"--examples: {error}") from error
+    by_folder: dict[Path, list[Path]] = {}
+    for path in found:
+        by_folder.setdefault(path.parent, []).append(path)
+    in_turn = (path for paths in zip_longest(*by_folder.values()) for path in paths if path)
+    return sorted(islice(filter(_is_readable, in_turn), MOST_EXAMPLES))
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        open_image(path)
+    except UnreadableImage as error:
+        note(f"note: --examples: {error}")
+        return False
+    return True

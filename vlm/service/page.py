@@ -1,7 +1,9 @@
 """The page for people: drop images, see predictions. Made with Gradio, and mounted into the application of app.py."""
 
+import math
 import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,18 +16,24 @@ from vlm.data import open_image
 from vlm.report import image_address, render
 from vlm.service.app import IMAGE_BYTES, MULTIPART_BYTES
 from vlm.service.batcher import Batcher, QueueFull
-from vlm.service.guard import Route
+from vlm.service.guard import Route, too_large
 from vlm.service.model import Result, Served, Upload
 
 HERE = Path(__file__).parent
 MOST_IMAGES = 16  # of one upload
 TOP = 5  # classes with a bar
-LISTED = 12  # classes that are named at once; more are named when they are asked for
+LISTED = 40  # classes that are named at once; more are named when they are asked for
 LABEL = f"Up to {MOST_IMAGES} images of at most {IMAGE_BYTES // 2**20} MB each"
-# Screen readers read new results out.
-ANNOUNCED = "() => { document.getElementById('results').setAttribute('aria-live', 'polite') }"
+# Screen readers read new results out, and browsers offer images first. If Gradio itself were told to take only images, or
+# only small ones, it would refuse all that is dropped for one file.
+ON_LOAD = """() => {
+  document.getElementById('results').setAttribute('aria-live', 'polite')
+  const images = document.getElementById('images')
+  images.addEventListener('click', () => images.querySelector('input[type=file]').accept = 'image/*', true)
+}"""
 GONE = "This image is not there any more. Drop it again."
 THUMBNAIL = 320  # pixels of the longer side
+MOST_COLUMNS = 6  # of examples
 UPLOADS_SECONDS = 30, 300  # how often the folder of uploads is looked at, and how old a file may become
 UPLOADS_BYTES = 2**30  # of all files in it
 EVENTS_WAITING, EVENTS_AT_ONCE = 16, 4
@@ -91,7 +99,6 @@ def mount_page(app: FastAPI, served: Served, batcher: Batcher[Upload], examples:
         css=(HERE / "page.css").read_text(encoding="utf-8"),
         footer_links=[],
         allowed_paths=[],
-        max_file_size=IMAGE_BYTES,
         show_error=False,
         ssr_mode=False,
         mcp_server=False,
@@ -119,17 +126,24 @@ def make_page(served: Served, batcher: Batcher[Upload], examples: Sequence[Path]
     title = served.task[:1].upper() + served.task[1:]
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=UPLOADS_SECONDS) as page:
         gr.HTML(render("about.html.jinja", HERE, title=title, served=served, listed=LISTED))
-        images = gr.File(file_count="multiple", file_types=["image"], label=LABEL, height=160, elem_id="images")
+        images = gr.File(file_count="multiple", label=LABEL, height=160, elem_id="images")
         results = gr.HTML(elem_id="results")
         if examples:
             gr.HTML("<h2 class='title'>Examples</h2>")
             shown = [(_small(path), path.name) for path in examples]
-            options = {"allow_preview": False, "show_label": False, "container": False, "buttons": []}
+            columns = min(math.ceil(len(shown) / 2), MOST_COLUMNS)
+            options = {
+                "allow_preview": False,
+                "show_label": False,
+                "container": False,
+                "buttons": [],
+                "columns": columns,
+            }
             gallery = gr.Gallery(shown, elem_id="examples", **options)
             gallery.select(show_example, None, results, api_visibility="private")
         give_dropped(images)
         images.upload(show, images, [results, images], api_visibility="private", show_progress_on=results)
-        page.load(None, js=ANNOUNCED)
+        page.load(None, js=ON_LOAD)
         figures = gr.JSON(visible=False)
         asked = gr.Button(visible=False)
         asked.click(classify_dropped, images, figures, api_name="classify")
@@ -139,7 +153,7 @@ def make_page(served: Served, batcher: Batcher[Upload], examples: Sequence[Path]
 
 
 def _read(dropped: Sequence[Dropped]) -> list[Upload]:
-    """The bytes of some files.
+    """The bytes of some files; of one that is too large as many as show it.
 
     Raises:
         Refused: there are none, too many, or one that is gone.
@@ -149,9 +163,14 @@ def _read(dropped: Sequence[Dropped]) -> list[Upload]:
     if len(dropped) > MOST_IMAGES:
         raise Refused(f"These are {len(dropped)} images. At most {MOST_IMAGES} are classified at a time.")
     try:
-        return [Upload(name, path.read_bytes()) for name, path in dropped]
+        return [Upload(name, _start_of(path)) for name, path in dropped]
     except OSError as error:
         raise Refused(GONE) from error
+
+
+def _start_of(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(IMAGE_BYTES + 1)
 
 
 def classify(batcher: Batcher[Upload], uploads: Sequence[Upload]) -> list[Result]:
@@ -162,13 +181,21 @@ def classify(batcher: Batcher[Upload], uploads: Sequence[Upload]) -> list[Result
     """
     try:
         with batcher.admitted(len(uploads)):
-            answers = [batcher.submit(upload, upload.pixels) for upload in uploads]
-            return [{"name": upload.name} | _result(answer) for upload, answer in zip(uploads, answers, strict=True)]
+            answers = [
+                batcher.submit(upload, upload.pixels) if len(upload.data) <= IMAGE_BYTES else None for upload in uploads
+            ]
+            return [
+                {"name": upload.name} | _result(upload.name, answer)
+                for upload, answer in zip(uploads, answers, strict=True)
+            ]
     except QueueFull as full:
         raise Refused(message_text(str(full))) from full
 
 
-def _result(answer: Any) -> Result:
+def _result(name: str, answer: "Future[Result] | None") -> Result:
+    """The result of an image that was submitted, or the error of one that was too large for it."""
+    if answer is None:
+        return {"prediction": None, "error": f"{name}: {too_large(IMAGE_BYTES)}"}
     try:
         return answer.result()
     except Exception as error:
