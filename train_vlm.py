@@ -28,6 +28,7 @@ from vlm.config import (
     read_run,
     read_settings,
     resolve,
+    say_in_python,
     user_path,
     with_flags,
 )
@@ -118,10 +119,8 @@ def _say_in_python(error: BaseException, given: dict[str, Any]) -> None:
     if isinstance(error, KeyboardInterrupt):
         if (output / METADATA).is_file() and not (output / RESULTS).is_file():
             error.add_note(f"In Python: train(..., resume=True, output_dir={str(output)!r})")
-    elif "--" in str(error):
-        error.add_note(
-            "In Python, flags are keywords: --output-dir FOLDER is output_dir='FOLDER', --resume is resume=True."
-        )
+    else:
+        say_in_python(error)
 
 
 def output_of(given: dict[str, Any]) -> Path:

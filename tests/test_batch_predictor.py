@@ -129,6 +129,20 @@ def test_a_dataset_is_mapped(predictor, files, expected):
         assert len(found["probabilities"][0]) == 10 and found["error"] == [None] * COUNT
 
 
+def test_the_example_with_a_dataset_keeps_the_file_names_and_a_damaged_image_is_a_row(demo_run, tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "jobs.md").read_text(encoding="utf-8")
+    example = next(text for text in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "imagefolder" in text)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(demo_run, "vlm_results")
+    (tmp_path / "vlm_results/demo_images/digit_7.png").write_bytes(b"no image")
+    found: dict = {}
+    exec(example, found)
+    rows = found["rows"]
+    assert rows.column_names[0] == "file" and "image" not in rows.column_names
+    assert [os.path.basename(name) for name in rows["file"]] == [f"digit_{i}.png" for i in range(10)]
+    assert [i for i, error in enumerate(rows["error"]) if error] == [7] and "digit_7.png: " in rows["error"][7]
+
+
 def test_a_data_frame_of_pandas_is_a_batch(predictor, files, expected):
     import pandas as pd
 

@@ -1,6 +1,7 @@
 """The page of `--show-data`: images of each class and split before anything is trained."""
 
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -96,6 +97,13 @@ def test_sizes_copies_and_unreadable_images_of_a_folder(tmp_path):
     assert "largest: 300 × 100 train, cat" in sizes and "smallest: 1 × 1 train, dog" in sizes
     assert copies.index("train, cat") < copies.index("test, dog")
     assert "1 images that cannot be read" in page.text_of["left-out"] and "broken.png" in page.text_of["left-out"]
+
+
+def test_images_of_one_size_have_a_sentence_and_no_table(tmp_path):
+    images(tmp_path / "set", {"cat": 20, "dog": 20})
+    assert train("--dataset", tmp_path / "set", "--show-data", "--output-dir", tmp_path / "out") == 0
+    page = Page((tmp_path / "out/data.html").read_text(encoding="utf-8"))
+    assert re.fullmatch(r"Sizes All 40 images that were decoded have \d+ × \d+ pixels\.", page.text_of["sizes"])
 
 
 @pytest.mark.parametrize("large", [True, False])

@@ -86,6 +86,7 @@ def test_csv_and_json_lines_hold_the_same(infer, images, tmp_path):
             entry["full_response"],
             "",
         )
+        assert row["abstained"] == "False"
         assert float(row["confidence"]) == entry["confidence"] == max(entry["probabilities"].values())
         assert {name: float(row[f"p({name})"]) for name in entry["probabilities"]} == entry["probabilities"]
     assert entries[3]["prediction"] is None and entries[3]["error"] == rows[3]["error"] != ""

@@ -104,7 +104,7 @@ def test_an_error_has_the_words_of_the_command_line_and_says_them_in_python(demo
         train(demo=True, output_dir=demo_run)
     message, hint = shown(caught.value).splitlines()
     assert message == f"UsageError: {demo_run} holds a finished run: choose another --output-dir, or --overwrite it."
-    assert hint == "In Python, flags are keywords: --output-dir FOLDER is output_dir='FOLDER', --resume is resume=True."
+    assert hint == "In Python, flags are keywords: output_dir=..., overwrite=True"
     with pytest.raises(UsageError) as caught:
         train(demo=True, output_dir=demo_run, debug=True)
     assert "Traceback (most recent call last)" in shown(caught.value)

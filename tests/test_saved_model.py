@@ -112,10 +112,14 @@ def test_classes_are_matched_by_name_and_those_that_the_model_lacks_are_counted(
 
 def test_nothing_in_common_is_refused_and_a_map_or_names_help(model, test_images, tmp_path):
     images = few(test_images, tmp_path / "images", nil=("zero", 2), uno=("one", 2))
-    with pytest.raises(UsageError, match=r"none of its classes \(nil, uno\) is a class of the model \(zero, one, two"):
+    words = r"none of its classes \(nil, uno\) is a class of the model \(zero, one, two"
+    with pytest.raises(UsageError, match=words) as caught:
         evaluate(model, images)
+    (hint,) = caught.value.__notes__
+    assert hint.endswith("keywords: dataset=..., class_names=..., class_map=..., label_column=...")
     (tmp_path / "map.json").write_text(json.dumps({"nil": "zero", "uno": "ONE", "due": "two"}))
-    mapped = evaluate(model, images, class_map=str(tmp_path / "map.json"))
+    mapped = evaluate(model, images, class_map={"nil": "zero", "uno": "ONE", "due": "two"})
+    assert mapped["test"] == evaluate(model, images, class_map=str(tmp_path / "map.json"))["test"]
     named = evaluate(model, images, class_names=["zero", "one"])
     assert mapped["test"]["samples"] == named["test"]["samples"] == 4
     assert mapped["test"]["confusion_matrix"] == named["test"]["confusion_matrix"]
@@ -235,3 +239,5 @@ def test_a_list_of_pairs_is_tested_too(model, test_images):
     assert results["unknown_classes"]["classes"] == {"pluto": 1} and results["dataset"]["split"].endswith("test")
     supports = {name: row["support"] for name, row in results["test"]["per_class"].items() if row["support"]}
     assert supports == {"zero": 1, "one": 1, "two": 1}
+    with pytest.raises(UsageError, match="^the dataset: none of its classes"):
+        evaluate(model, [(random_image(1), "pluto")])

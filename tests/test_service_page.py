@@ -23,8 +23,8 @@ from inference_vlm import load_model_and_metadata, main, predict_single_image
 from vlm import service
 from vlm.common import UsageError
 from vlm.report import render
-from vlm.service import model as model_of_service
 from vlm.service import Served, check_packages, find_examples, open_port
+from vlm.service import model as model_of_service
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 NO_PAGE = "the packages of requirements-serve.txt are not installed"

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from vlm.config.declare import flag
-from vlm.config.defaults import DEFAULT_DATASET
+from vlm.config.defaults import DEFAULT_DATASET, IN_MEMORY
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,3 +99,8 @@ class DataSettings:
     test_ratio: float = flag(
         0.15, "data", "share of the train split for the test, if there is no test split (default: 0.15)"
     )
+
+    @property
+    def of_dataset(self) -> str:
+        """What messages about the dataset begin with."""
+        return "the dataset" if self.dataset == IN_MEMORY else f"--dataset {self.dataset}"

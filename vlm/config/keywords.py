@@ -3,15 +3,18 @@
 import argparse
 import dataclasses
 import inspect
+import json
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from numbers import Number
 from typing import Any
 
-from vlm.common import UsageError, did_you_mean, shorten
+from vlm.common import RunError, UsageError, did_you_mean, shorten
 from vlm.config.flags import TYPES, split_names, value_type
 from vlm.config.rules import RENAMED
-from vlm.config.settings import Settings
+from vlm.config.settings import CLASS_FILES, Settings
 
 LONGEST_SHOWN = 80  # characters of a value in a message
 
@@ -55,6 +58,28 @@ def with_flags(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+@contextmanager
+def said_in_python() -> Iterator[None]:
+    """Add to the errors of a block what the flags that they name are in Python."""
+    try:
+        yield
+    except (UsageError, RunError) as error:
+        say_in_python(error)
+        raise
+
+
+def say_in_python(error: BaseException) -> None:
+    """Add to an error what the flags that it names are in Python."""
+    flags = dict.fromkeys(re.findall(r"(?<![\w-])--([a-z][a-z-]*[a-z])", str(error)))
+    switches = {item.name for item in dataclasses.fields(Settings) if value_type(item) is bool}
+    names = [flag.replace("-", "_") for flag in flags]
+    if names:
+        error.add_note(
+            "In Python, flags are keywords: "
+            + ", ".join(f"{name}={'True' if name in switches else '...'}" for name in names)
+        )
+
+
 def _default(item: dataclasses.Field) -> Any:
     """What a flag is without being given; None if other flags, the data or the memory decide."""
     return None if item.default is dataclasses.MISSING else item.default
@@ -77,6 +102,8 @@ def _value(item: dataclasses.Field, value: Any) -> Any:
 
 def _one(item: dataclasses.Field, kind: type, value: Any) -> Any:
     """One value of a setting, read from its text as on the command line."""
+    if item.name in CLASS_FILES and isinstance(value, Mapping):
+        return json.dumps(dict(value), ensure_ascii=False)
     if isinstance(value, bool) or not isinstance(value, str | os.PathLike | Number):
         wanted = {int: "a whole number", float: "a number"}
         raise _wrong(item, value, f"expected {wanted.get(kind, 'a text')}")

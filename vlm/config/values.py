@@ -38,6 +38,11 @@ def can_be_a_path(text: str) -> bool:
     return True
 
 
+def is_object_text(text: str) -> bool:
+    """Whether a text is a JSON object, as a dict of Python becomes, and not the name of a file that has one."""
+    return text.startswith("{") and text.endswith("}")
+
+
 def is_pattern(text: str) -> bool:
     """Whether a text is a regular expression that is not too long."""
     try:
@@ -85,9 +90,14 @@ VALUES = (
         "a number of pixels, or auto",
     ),
     Values(
-        ("model", "dataset", "output_dir", "class_descriptions", "class_map", "image_folder", "exclude"),
+        ("model", "dataset", "output_dir", "image_folder", "exclude"),
         lambda value: bool(value.strip()) and can_be_a_path(value),
         "a name that is not empty and not too long for a file or folder",
+    ),
+    Values(
+        ("class_descriptions", "class_map"),
+        lambda value: is_object_text(value) or (bool(value.strip()) and can_be_a_path(value)),
+        "a name that is not empty and not too long for a file",
     ),
     Values(
         (

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.common import listed
-from vlm.config import Settings
+from vlm.config import IN_MEMORY, Settings
 from vlm.data.sources.rows import Source
 from vlm.data.splits import ROLES, Data, Split
 
@@ -26,9 +26,8 @@ def detected_rows(
         overlap: the rows about equal images and near-duplicates.
     """
     columns, names = source.columns, data.class_names
-    name = source.hub_id or settings.dataset
     rows = [("fold", f"{settings.fold or 1} of {settings.folds}")] if settings.folds else []
-    rows.append(("dataset", source.kind if settings.demo else f"{name} ({source.kind})"))
+    rows.append(("dataset", shown_dataset(settings, source)))
     if columns:
         rows += [("image column", columns.image), ("label column", columns.label)]
     if groups := _groups(settings, data):
@@ -101,6 +100,15 @@ def data_metadata(settings: Settings, source: Source, origins: dict[str, str], d
         "left_alone": source.others,
         "unreadable": len(data.skipped),
     }
+
+
+def shown_dataset(settings: Settings, source: Source) -> str:
+    """What the table "what was detected" calls a dataset."""
+    if settings.demo:
+        return source.kind
+    if settings.dataset == IN_MEMORY:
+        return f"{source.kind}, in memory"
+    return f"{source.hub_id or settings.dataset} ({source.kind})"
 
 
 def public_name(settings: Settings, source: Source) -> str:

@@ -131,7 +131,7 @@ def _check_source(source: Source, settings: Settings) -> None:
     if "train" not in source.splits:
         there = ", ".join(sorted([*source.split_names.values(), *source.others])) or "none"
         cure = EXPECTED if there == "none" else "Name one with --dataset-split."
-        raise UsageError(f"--dataset {settings.dataset}: no split called train. Splits there: {there}. {cure}")
+        raise UsageError(f"{settings.of_dataset}: no split called train. Splits there: {there}. {cure}")
     check_column_flags(source, settings)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from vlm.common import UsageError, listed
 from vlm.config import NO_LABELS, ClassifySettings
 from vlm.data.classes import checked_indices, in_order, is_missing, match_given, short_names
-from vlm.data.describe import public_name
+from vlm.data.describe import public_name, shown_dataset
 from vlm.data.load import check_column_flags
 from vlm.data.sources import Rows, Source, read_source
 from vlm.data.spellings import distinct_labels, meaning, tidy
@@ -53,7 +53,7 @@ def read_images(settings: ClassifySettings, dataset: object = None) -> LabeledIm
         check_column_flags(source, settings)
     ((role, rows),) = source.splits.items()
     if not rows.names:
-        raise UsageError(f"--dataset {settings.dataset}: the split {source.split_names[role]} has no image.")
+        raise UsageError(f"{settings.of_dataset}: the split {source.split_names[role]} has no image.")
     names, labels = _numbered(rows, source, settings)
     split, columns = source.split_names[role], source.columns
     about = {
@@ -122,7 +122,7 @@ def _rows_of_table(
     settings: ClassifySettings, source: Source, split: str, labels: Sequence[int | None]
 ) -> list[tuple[str, str]]:
     columns, missing = source.columns, labels.count(None)
-    table = [("dataset", f"{source.hub_id or settings.dataset} ({source.kind})")]
+    table = [("dataset", shown_dataset(settings, source))]
     if columns:
         none = "not used" if settings.label_column == NO_LABELS else "none was recognized (--label-column names one)"
         table += [("image column", columns.image), ("label column", columns.label or none)]

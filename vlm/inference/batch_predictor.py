@@ -26,7 +26,7 @@ class BatchPredictor:
     Args:
         model_dir: the folder of the model, which every worker can read.
         image_column: the column of the images (default: found by its name).
-        keep: columns of a batch that are handed on (default: all).
+        keep: columns of a batch that are handed on (default: all, that of the images too).
         explain: give the texts.
         batch_size: images in one forward pass (default: what fits into the free memory).
         exhaustive, feature_cache: see `predict_batch`.

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.common import doing, format_table, note, switches_as_before
-from vlm.config import IN_MEMORY, classify_settings, from_keywords
+from vlm.config import IN_MEMORY, classify_settings, from_keywords, said_in_python
 from vlm.data import read_images
 from vlm.inference.arguments import OF_A_DATASET, check_output, check_report_dir
 from vlm.inference.classifying import Options
@@ -50,6 +50,7 @@ def evaluate(
         batch_size, explain, exhaustive, feature_cache, show_progress: see `predict_batch`.
         abstain_below, device, dtype: see `load_model_and_metadata`.
         columns: how the dataset is read, by the flags of `inference_vlm.py`: label_column="species" is --label-column.
+            class_map may be a dict instead of a JSON file.
 
     Returns:
         What stands in `results.json` (docs/results.md): test (None if no image has a label that is a class of the
@@ -62,7 +63,7 @@ def evaluate(
     columns = from_keywords("evaluate", columns, OF_A_DATASET.keys() - {"dataset", "dataset_split", "metrics"})
     named = isinstance(dataset, str | os.PathLike)
     given = {"dataset": str(dataset) if named else IN_MEMORY, "dataset_split": split, **columns}
-    with switches_as_before():
+    with switches_as_before(), said_in_python():
         settings = classify_settings(given)
         if output is not None:
             check_output(Path(output), Path(model_dir))

@@ -106,7 +106,7 @@ def match_items(
     classes = match_classes(names, prompts.class_names, prompts.readable_names)
     if own and all(index is None for index in classes):
         raise UsageError(
-            f"--dataset {settings.dataset}: none of its classes ({listed(names)}) is a class of the model "
+            f"{settings.of_dataset}: none of its classes ({listed(names)}) is a class of the model "
             f"({listed(prompts.shown_names)}). Give the model's names with --class-names or --class-map, or classify "
             "without labels: --label-column none."
         )

@@ -183,7 +183,7 @@ def cells_of(path: str, result: Mapping[str, Any], columns: Mapping[str, str | N
     found = {
         column: result.get(column) if name is None else probabilities.get(name) for column, name in columns.items()
     }
-    return found | {"path": path}
+    return found | {"path": path, "abstained": bool(result.get("abstained"))}
 
 
 def _csv_line(cells: Iterable[Any]) -> bytes:

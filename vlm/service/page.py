@@ -24,8 +24,8 @@ MOST_IMAGES = 16  # of one upload
 TOP = 5  # classes with a bar
 LISTED = 40  # classes that are named at once; more are named when they are asked for
 LABEL = f"Up to {MOST_IMAGES} images of at most {IMAGE_BYTES // 2**20} MB each"
-# Screen readers read new results out, and browsers offer images first. If Gradio itself were told to take only images, or
-# only small ones, it would refuse all that is dropped for one file.
+# Screen readers read new results out, and browsers offer images first. If Gradio itself were told to take only images,
+# or only small ones, it would refuse all that is dropped for one file.
 ON_LOAD = """() => {
   document.getElementById('results').setAttribute('aria-live', 'polite')
   const images = document.getElementById('images')

@@ -130,7 +130,7 @@ def _one_split(roles: Mapping[str, str], others: Sequence[str], settings: Settin
         return found[0]
     there = listed([*roles.values(), *others]) or "none"
     raise UsageError(
-        f"--dataset {settings.dataset}: which split to read is not clear, as none is called test. Splits there: "
+        f"{settings.of_dataset}: which split to read is not clear, as none is called test. Splits there: "
         f"{there}. Name one with {settings.split_flag}."
     )
 

@@ -56,13 +56,14 @@ def size_text(
         edge, published: of an image, as it is processed and as published, in pixels.
         load, published_load: patches and tokens of an image of these sizes (see `Family.image_load`).
     """
+    tokens = f"{load[1]:,} image {'token' if load[1] == 1 else 'tokens'}"
     images = f"95% of the images are at most {wish.pixels} px" if wish.auto else ""
     if edge == published:
         smaller = f", so larger images are made smaller ({images})" if wish.auto and wish.pixels > edge else ""
         fits = f" ({images})" if wish.auto and not smaller else ""
-        return f"{edge} px, the size of the model{smaller}{fits}: {load[1]} image tokens."
+        return f"{edge} px, the size of the model{smaller}{fits}: {tokens}."
     why = f" (auto: {images})" if wish.auto else ""
     return (
-        f"{edge} of {published} px{why}: {load[1]} image tokens instead of {published_load[1]}, "
+        f"{edge} of {published} px{why}: {tokens} instead of {published_load[1]}, "
         f"about {load[0] / published_load[0]:.0%} of the vision work."
     )
