@@ -103,7 +103,7 @@ def test_images_of_one_size_have_a_sentence_and_no_table(tmp_path):
     images(tmp_path / "set", {"cat": 20, "dog": 20})
     assert train("--dataset", tmp_path / "set", "--show-data", "--output-dir", tmp_path / "out") == 0
     page = Page((tmp_path / "out/data.html").read_text(encoding="utf-8"))
-    assert re.fullmatch(r"Sizes All 40 images that were decoded have \d+ × \d+ pixels\.", page.text_of["sizes"])
+    assert re.fullmatch(r"Sizes All 40 images that were decoded have \d+\s×\s\d+ pixels\.", page.text_of["sizes"])
 
 
 @pytest.mark.parametrize("large", [True, False])

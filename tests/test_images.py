@@ -150,7 +150,7 @@ def test_decompression_bombs_are_refused_before_decoding(monkeypatch):
     assert open_image(encoded(Image.new("L", (9, 11)))).size == (9, 11)
     with pytest.raises(UnreadableImage, match="10x10 is more than the 99 pixels"):
         open_image(encoded(Image.new("L", (10, 10))))
-    with pytest.raises(UnreadableImage, match="decompression bomb"):
+    with pytest.raises(UnreadableImage, match="its size is more than the 99 pixels"):
         open_image(encoded(Image.new("L", (100, 100))))
 
 

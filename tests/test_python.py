@@ -25,6 +25,7 @@ from train_vlm import Result, train, train_on
 from vlm.common import RunError, Stopped, UsageError
 from vlm.config import Settings, from_keywords, parse_arguments, resolve
 from vlm.config.rules import RENAMED
+from vlm.conversation import build_prompts
 
 FLAGS = {"demo": True, "max_samples": 20, "batch_size": 2, "eval_batch_size": 20, "device": "cpu"}
 
@@ -65,6 +66,17 @@ def test_values_are_those_of_the_command_line():
     assert resolve(
         from_keywords("train", {name: getattr(Settings, name, None) for name in flags} | {"zero_shot": False})
     )
+
+
+def test_the_files_about_classes_may_be_dicts():
+    names = {"n01": "a hen " * 50, "n02": "two"}
+    given = {"class_map": names, "class_descriptions": {"n02": "It is a pair."}}
+    prompts = build_prompts(resolve(from_keywords("train", {"model": "m", "dataset": "d"} | given)), ["n01", "n02"])
+    assert prompts.readable_names == (names["n01"].strip(), "two") and "It is a pair." in prompts.system
+    wrong = resolve(from_keywords("train", {"model": "m", "dataset": "d", "class_map": names | {"n03": "three"}}))
+    with pytest.raises(UsageError, match=r'^--class-map {"n01": "a hen .+….+ names n03, which is no class\.') as caught:
+        build_prompts(wrong, ["n01", "n02"])
+    assert len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize(

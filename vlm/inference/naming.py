@@ -25,7 +25,7 @@ def named_images(images: Iterable[ImageSource]) -> Iterator[tuple[str, ImageSour
         ValueError: a path has the name of an image without a path.
     """
     if (kind := _kind_of_one(images)) is not None:
-        raise TypeError(f"this is {kind}: pass a list, such as [image], or use predict_single_image.")
+        raise TypeError(f"this is {kind}: pass a list of images, or use predict_single_image.")
     return _named(images)
 
 
