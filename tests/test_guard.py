@@ -90,3 +90,33 @@ def test_more_bytes_than_a_route_takes_are_refused_whether_they_are_announced_or
 
 def test_uploads_wait_if_there_is_no_room():
     assert ask("/full") == (503, "no room", b"")
+
+
+def test_an_answer_that_fails_after_it_has_begun_is_ended_and_noted_in_a_line(capsys):
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise RuntimeError("the answer\nhas begun") from KeyError("session")
+
+    scope = {"type": "http", "method": "GET", "path": "/x", "headers": [(b"host", b"localhost")]}
+    asyncio.run(Guard(app, [Route("/x")], "127.0.0.1")(scope, None, send))
+    assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
+    assert capsys.readouterr().err == "error: /x: RuntimeError: 'session'\n"
+
+
+def test_a_path_that_leaves_its_folder_is_not_answered():
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    async def receive():
+        return {"type": "http.request"}
+
+    scope = {"type": "http", "method": "GET", "path": "/static/../..", "headers": [(b"host", b"localhost")]}
+    asyncio.run(Guard(None, [Route("/static/.*")], "127.0.0.1")(scope, receive, send))
+    assert sent[0]["status"] == 404

@@ -133,6 +133,9 @@ def huge():
         (lambda good: {"body": bytes(IMAGE_BYTES + 2**16 + 1)}, 413, "this is larger than the 20 MB that are taken"),
         (lambda good: {"body": bytes(IMAGE_BYTES + 1)}, 413, "this is larger than the 20 MB that are taken"),
         (lambda good: {"method": "GET"}, 405, "GET is not answered here: POST an image."),
+        (lambda good: {"method": "TRACE"}, 405, "TRACE is not answered here"),
+        (lambda good: {"path": "/health"}, 405, "POST is not answered here: GET it."),
+        (lambda good: {"body": b"a", "content_type": "Multipart/Form-Data"}, 400, "the form has no boundary"),
         (lambda good: {"path": "/"}, 404, "/ is not here"),
     ],
 )

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from vlm.common import is_out_of_memory, note, one_line, printable
 from vlm.inference import NOT_FINITE
 from vlm.service.batcher import Batcher, QueueFull
-from vlm.service.guard import Guard, Route, too_large
+from vlm.service.guard import METHODS, Guard, Route, too_large
 from vlm.service.model import Result, Served, Upload
 
 IMAGE_BYTES = 20 * 2**20  # of one uploaded file
@@ -23,7 +23,6 @@ MOST_FIELDS = 16  # of a form; they are not read
 MULTIPART_BYTES = 2**16  # around it in a form
 ROUTES = (Route("/health"), Route("/predict", IMAGE_BYTES + MULTIPART_BYTES))
 GONE = 499  # what logs call the answer to a client that has hung up
-METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]  # that are answered with words
 SWITCHES = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 
@@ -40,6 +39,8 @@ def create_app(
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)  # the pages of docs come from another site
 
     async def health(request: Request) -> Response:
+        if request.method not in ("GET", "HEAD"):
+            raise HTTPException(405, f"{request.method} is not answered here: GET it.", {"Allow": "GET"})
         return JSONResponse({"status": "ok", "model": served.name, "classes": list(served.model.class_names)})
 
     async def predict(request: Request) -> Response:
@@ -61,7 +62,7 @@ def create_app(
             raise HTTPException(500 if result["error"] == NOT_FINITE else 400, result["error"])
         return JSONResponse(result)
 
-    app.add_route("/health", health, methods=["GET"])
+    app.add_route("/health", health, methods=METHODS)
     app.add_route("/predict", predict, methods=METHODS)
     app.add_exception_handler(HTTPException, _in_words)
     app.add_exception_handler(Exception, _unexpected)
@@ -78,7 +79,7 @@ def _switch(request: Request, name: str) -> bool:
 
 async def _read_upload(request: Request) -> Upload:
     """The image of a request: its whole body, or the one file of a form."""
-    kind = request.headers.get("content-type", "")
+    kind = request.headers.get("content-type", "").lower()
     if not kind.startswith("multipart/form-data"):
         upload = Upload("the image", await request.body())
     elif "boundary=" not in kind:

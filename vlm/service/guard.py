@@ -4,8 +4,11 @@ its own. Every request goes through here first."""
 import json
 import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
+
+from vlm.common import note, one_line
 
 Scope = dict[str, Any]
 Receive = Callable[[], Any]
@@ -15,6 +18,8 @@ LOCAL = {"localhost", "127.0.0.1", "::1"}
 EVERYWHERE = {"0.0.0.0", "::"}
 DROPPED = 256 * 2**20  # bytes of a refused request that are read
 SMALL = 2**20  # bytes of a request that sends no image
+METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
+READING = ("HEAD", "OPTIONS")  # of the page
 
 
 class Route(NamedTuple):
@@ -72,7 +77,9 @@ class Guard:
             (origin and urlsplit(origin).netloc != host) or headers.get(b"sec-fetch-site") == "cross-site"
         ):
             return 403, "this server does not answer the pages of other sites."
-        if most is None:
+        if method not in (*METHODS, *READING):
+            return 405, f"{method[:20]} is not answered here: POST an image to /predict, or open / in a browser."
+        if most is None or ".." in path.split("/"):
             return 404, f"{path} is not here: POST an image to /predict, or open / in a browser."
         length = headers.get(b"content-length", "0")
         if not length.isdecimal() or int(length) > most:
@@ -82,7 +89,10 @@ class Guard:
         return None
 
     async def _limited(self, scope: Scope, receive: Receive, send: Send, most: int) -> None:
-        """Pass a request on, and count the bytes that it sends: it need not have announced them, or not truly."""
+        """Pass a request on, and count the bytes that it sends: it need not have announced them, or not truly.
+
+        An error after the answer has begun is noted in a line; an earlier one is raised, and becomes an answer.
+        """
         taken, begun = 0, False
 
         async def counted() -> dict[str, Any]:
@@ -103,6 +113,12 @@ class Guard:
         except TooLarge:
             if not begun:
                 await _say(receive, send, 413, too_large(most))
+        except Exception as error:
+            if not begun:
+                raise
+            note(f"error: {scope['path']}: {type(error).__name__}: {one_line(error.__cause__ or error)}")
+            with suppress(Exception):  # it may have ended
+                await send({"type": "http.response.body"})
 
 
 def too_large(most: int) -> str:
