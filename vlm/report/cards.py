@@ -4,13 +4,15 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from vlm.data import Data, Split, UnreadableImage
-from vlm.evaluation import LabelIssue
+
+if TYPE_CHECKING:  # --show-data needs no torch
+    from vlm.evaluation import LabelIssue
 
 MOST_IMAGES = 12  # mistakes, and as many uncertain images
 MOST_SHOWN = 2 * MOST_IMAGES
@@ -85,7 +87,7 @@ class Doubt:
     clear: bool
 
 
-def doubt(issue: LabelIssue, data: Data) -> Doubt:
+def doubt(issue: "LabelIssue", data: Data) -> Doubt:
     """What is said of a label that may be wrong."""
     split = getattr(data, issue.role)
     image, names = thumbnail(split, issue.position), data.class_names
