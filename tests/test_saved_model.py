@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,10 +12,11 @@ from tiny import random_image
 
 from inference_vlm import evaluate
 from vlm.common import UsageError
-from vlm.config import METADATA, RESULTS, read_run, read_settings
+from vlm.config import METADATA, RESULTS, classify_settings, read_run, read_settings
 from vlm.data import load_data, pack_keys, short_key, unpack_keys
 from vlm.data.images import image_key
 from vlm.data.trained_on import MOST_KEPT
+from vlm.inference import read_images_for
 from vlm.inference.testing import seen_in_training
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -122,6 +124,24 @@ def test_nothing_in_common_is_refused_and_a_map_or_names_help(model, test_images
     (tmp_path / "map.json").write_text(json.dumps({"null": "zero"}))
     with pytest.raises(UsageError, match="names no class of the dataset. Its classes: nil, uno"):
         evaluate(model, images, class_map=str(tmp_path / "map.json"))
+
+
+def test_classes_of_the_model_and_of_a_map_are_no_missing_labels(model, test_images, tmp_path):
+    names = tmp_path / "names.json"
+    names.write_text('{"null": "two", "hen": "one"}')
+    table = tmp_path / "table.csv"
+    paths = [*sorted((test_images / "two").iterdir())[:2], next((test_images / "one").iterdir())]
+    rows = zip(paths, ["null", "nan", "one"], strict=True)
+    table.write_text("image,label\n" + "".join(f"{path},{label}\n" for path, label in rows))
+    settings = classify_settings({"dataset": str(table)})
+    assert read_images_for(model, settings).labels == [None, None, 0]
+    assert read_images_for(model, replace(settings, class_map=str(names))).class_names == ["null", "one"]
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    metadata = json.loads((other / METADATA).read_text("utf-8"))
+    metadata["class_names"][4] = metadata["prompts"]["class_names"][4] = "nan"
+    (other / METADATA).write_text(json.dumps(metadata))
+    assert read_images_for(other, settings).class_names == ["nan", "one"]
 
 
 def test_images_without_labels_are_only_classified(infer, model, test_images, tmp_path):

@@ -28,7 +28,7 @@ from vlm.config.defaults import (
 from vlm.config.durations import in_words, seconds_of
 from vlm.config.flags import Parser, add_flag, build_parser, number, parse_arguments, split_names, whole_number
 from vlm.config.formats import DEFAULT_FORMAT, LAYOUTS, lay_out, reasoning_of, stated_format
-from vlm.config.keywords import from_keywords, with_flags
+from vlm.config.keywords import checked_keywords, from_keywords, with_flags
 from vlm.config.names import (
     ADAPTER_FOLDER,
     BEST_MODEL,
@@ -130,6 +130,7 @@ __all__ = [
     "flags_to_train_further",
     "flags_to_train_once",
     "fold_folder",
+    "checked_keywords",
     "from_keywords",
     "in_words",
     "lay_out",

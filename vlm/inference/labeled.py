@@ -7,15 +7,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from vlm.common import UsageError, listed
+from vlm.common import UsageError, listed, read_folder
 from vlm.config import ClassifySettings
-from vlm.conversation import Prompts, read_renames
-from vlm.data import LabeledImages, match_classes, open_image, short_key, unpack_keys
+from vlm.conversation import Prompts, read_renames, renamed_classes
+from vlm.data import LabeledImages, match_classes, open_image, read_images, short_key, unpack_keys
 from vlm.inference.items import Item
+from vlm.inference.model_folder import find_model_folder, read_metadata, read_prompts
 
 LABEL = "label"  # the key of a row with the true class
 
@@ -85,6 +87,21 @@ class DatasetItems:
             shown = listed(f"{name} ({counts[numbers[name]]:,})" for name in lacking)
             rows.append(("images of other classes", shown))
         return rows
+
+
+def read_images_for(model_dir: str | Path, settings: ClassifySettings, dataset: object = None) -> LabeledImages:
+    """The images of a dataset for a model, whose weights are not read. A label that is the name of one of its classes,
+    or one that `--class-map` renames, is a class, even if it looks like a missing one, such as null.
+
+    Args:
+        settings, dataset: see `read_images`.
+
+    Raises:
+        UsageError: there is no such model, dataset or split, or its labels cannot be classes.
+    """
+    prompts = read_folder(find_model_folder(model_dir), lambda folder: read_prompts(folder, read_metadata(folder)))
+    renamed = renamed_classes(settings.class_map, prompts.class_names) if settings.class_map else []
+    return read_images(settings, dataset, [*prompts.class_names, *prompts.readable_names, *renamed])
 
 
 def match_items(

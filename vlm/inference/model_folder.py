@@ -119,6 +119,8 @@ def find_model_folder(model_dir: str | Path) -> Path:
         UsageError: there is none, or the one on the hub was not trained by this program.
         RunError: the hub fails.
     """
+    if not str(model_dir).strip():
+        raise UsageError('--model-dir "": expected the folder of a trained model, such as vlm_results/best_model.')
     folder = Path(model_dir).expanduser()
     if existing(folder).is_dir():
         return folder
