@@ -11,7 +11,7 @@ from commands import names_in
 from tiny import random_image
 
 from inference_vlm import evaluate
-from vlm.common import UsageError
+from vlm.common import UsageError, WriteError
 from vlm.config import METADATA, RESULTS, classify_settings, read_run, read_settings
 from vlm.data import load_data, pack_keys, short_key, unpack_keys
 from vlm.data.images import image_key
@@ -94,6 +94,20 @@ def test_the_command_prints_the_table_and_writes_rows_and_page(infer, model, tes
     (report / RESULTS).write_text('{"history": []}')
     code, _, err = infer("--dataset", test_images, "--report-dir", report)
     assert code == 2 and "of something else: choose another folder" in err
+
+
+def test_a_report_that_failed_halfway_can_be_written_again(infer, test_images, tmp_path, monkeypatch):
+    def fail(*_):
+        (tmp_path / "report" / "confusion_matrix.png").touch()
+        raise WriteError(tmp_path / "report" / "report.html", "no space left on device")
+
+    images = few(test_images, tmp_path / "images", zero=("zero", 2))
+    with monkeypatch.context() as patch:
+        patch.setattr("vlm.inference.testing.write_report", fail)
+        code, _, err = infer("--dataset", images, "--report-dir", tmp_path / "report")
+        assert code == 1 and "report.html could not be written" in err
+    assert infer("--dataset", images, "--report-dir", tmp_path / "report")[0] == 0
+    assert names_in(tmp_path / "report") == REPORT
 
 
 def test_classes_are_matched_by_name_and_those_that_the_model_lacks_are_counted(infer, test_images, tmp_path):

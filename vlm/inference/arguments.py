@@ -224,6 +224,6 @@ def check_report_dir(report_dir: str | Path, model_dir: Path, dataset: Any) -> N
 def _is_report(path: Path) -> bool:
     """Whether a `results.json` is that of a test of a saved model."""
     try:
-        return "tested" in json.loads(path.read_text(encoding="utf-8"))
+        return path.is_file() and "tested" in json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
         return False

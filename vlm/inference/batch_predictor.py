@@ -68,8 +68,8 @@ class BatchPredictor:
 
         Args:
             batch: B values of each column, as an array or a list; also a table of pyarrow, or a data frame of pandas.
-                An image is the bytes of a file, a path, an array
-                HxW, HxWx3 or HxWx4, a PIL image, or a dict with "bytes" or "path".
+                An image is the bytes of a file, a path, an array HxW, HxWx3 or HxWx4, a PIL image, or a dict with
+                "bytes" or "path".
 
         Returns:
             the columns that are kept, and these arrays of B values:

@@ -6,7 +6,7 @@ the first process puts the shares together at the end.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import islice
@@ -14,21 +14,31 @@ from pathlib import Path
 from typing import Any
 
 from vlm.classifier import VLMClassifier
-from vlm.common import RunError, Stopped, UsageError, brief, dtype_name, note, replacing, with_bar
+from vlm.common import RunError, Stopped, UsageError, brief, dtype_name, is_main_process, note, replacing, with_bar
 from vlm.inference.classifying import Options, Outcome, classify_items, settings_of
 from vlm.inference.items import Item, Items
 from vlm.inference.parquet import PARQUET, write_parquet
 from vlm.inference.records import AGAIN, Begun, Record, Tally, merge, read_begun
 from vlm.inference.unfinished import (
     MadeBy,
+    check_no_writer,
     check_processes,
-    has_shares,
     parts_of,
     read_made_by,
     refuse_or_leave,
     share_of,
+    shares_of,
 )
-from vlm.inference.writing import GOES_ON, PredictionFile, PredictionTable, about_file, cells_of, columns_of, header_of
+from vlm.inference.writing import (
+    GOES_ON,
+    PredictionFile,
+    PredictionTable,
+    about_file,
+    cells_of,
+    columns_of,
+    header_of,
+    lock_file,
+)
 from vlm.machine import Team, largest_batch
 
 
@@ -208,10 +218,11 @@ def _check_whole(job: Job) -> None:
     """Check what there is of the whole job, before any process writes.
 
     Raises:
-        UsageError: it was begun by another number of processes, or it is complete.
+        UsageError: it was begun by another number of processes, one of them still writes, or it is complete.
     """
     check_processes(job.output, job.team.size)
-    if not job.resume or has_shares(job.output) or (not job.has_shares and parts_of(job.output)):
+    check_no_writer(shares_of(job.output))
+    if not job.resume or shares_of(job.output) or (not job.has_shares and parts_of(job.output)):
         return
     if parts := parts_of(job.output):
         raise UsageError(f"{parts[-1]} was begun by one process, and now there are {job.team.size}. {AGAIN}")
@@ -232,7 +243,9 @@ def _put_together(job: Job, items: Items) -> Tally:
             tally.add(record.name, bool(record.values.get("error")))
             yield record
 
-    with replacing(job.output) as temporary:
+    with ExitStack() as locks, replacing(job.output) as temporary:
+        for target in job.targets:
+            lock_file(target, locks.enter_context(target.open("rb")).fileno())
         if job.output.suffix.lower() == PARQUET:
             rows = (cells_of(record.name, record.values, job.columns) for record in counted())
             write_parquet(temporary, rows, job.columns)
@@ -247,11 +260,12 @@ def _put_together(job: Job, items: Items) -> Tally:
 
 
 def check_all_read(tally: Tally) -> None:
-    """Say it at the end if images could not be read.
+    """Say it at the end if images could not be read. Of several processes the first one says it, which knows of all
+    images, and when the file is written: the launcher ends the others if one of them fails.
 
     Raises:
         RunError: some could not.
     """
-    if tally.failed:
+    if tally.failed and is_main_process():
         others = "; the others are classified" if tally.failed < tally.rows else ""
         raise RunError(f"{tally.failed} of {tally.rows} images could not be read, such as {tally.first}{others}.")

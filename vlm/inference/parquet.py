@@ -5,6 +5,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from vlm.common import utf8_text
+
 PARQUET = ".parquet"
 ROWS_AT_ONCE = 10_000  # of a row group; no more are in memory
 NUMBERS, TRUTHS = ("confidence", "error_bound"), ("abstained",)
@@ -29,9 +31,13 @@ def write_parquet(path: Path, rows: Iterable[Mapping[str, Any]], columns: Mappin
     rest = iter(rows)
     with parquet.ParquetWriter(path, schema) as writer:
         while some := list(islice(rest, ROWS_AT_ONCE)):
-            table = {column: [row.get(column) for row in some] for column in columns}
+            table = {column: [_cell(row.get(column)) for row in some] for column in columns}
             table |= {column: [bool(row.get(column)) for row in some] for column in TRUTHS if column in columns}
             writer.write_table(pyarrow.table(table, schema))
+
+
+def _cell(value: Any) -> Any:
+    return utf8_text(value) if isinstance(value, str) else value
 
 
 def has_predictions(path: Path, columns: Iterable[str]) -> bool:

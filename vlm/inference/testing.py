@@ -200,8 +200,8 @@ class SavedModelTest:
         data = Data(none, none, tested.split, names, 0, summary=self.items.summary, source=images.source)
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / RESULTS, results)  # the first one: a later test knows by it whose the other files are
         write_report(folder, results, data, tested.predictions())
-        write_json(folder / RESULTS, results)
 
 
 def _as_fitted(calibration: Calibration) -> dict[str, Any]:
