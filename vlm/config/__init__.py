@@ -66,7 +66,7 @@ from vlm.config.resolve import (
     user_path,
 )
 from vlm.config.rules import flag_of
-from vlm.config.saved import read_run
+from vlm.config.saved import how_to_resume, read_run
 from vlm.config.settings import ClassifySettings, ImageSize, RunSettings, Settings
 from vlm.config.values import MOST, MOST_AT_ONCE, can_be_a_path
 
@@ -137,6 +137,7 @@ __all__ = [
     "number",
     "other_settings",
     "parse_arguments",
+    "how_to_resume",
     "read_run",
     "read_settings",
     "reasoning_of",

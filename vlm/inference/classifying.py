@@ -91,7 +91,7 @@ def classify_items(
 
 def settings_of(metadata: dict[str, Any]) -> RunSettings:
     """The settings of the training, also of a version that wrote fewer of them or none."""
-    return read_settings(metadata.get("settings", {}))
+    return read_settings(metadata.get("settings") or {})
 
 
 def _open_cache(model: VLMClassifier, metadata: dict[str, Any]) -> FeatureCache | None:

@@ -33,6 +33,7 @@ from vlm.sharing import model_card
 
 WEIGHTS = ".safetensors"
 WRITTEN_BY_US = "Expected a model that train_vlm.py --push-to-hub has put there."
+OBJECTS = ("settings", "texts", "dataset", "origin", "validation", "versions")  # JSON objects, if they are there
 WRITTEN_BY = "It is written by train_vlm.py with the model: copy both again, or train again."
 
 
@@ -158,6 +159,11 @@ def read_metadata(folder: Path) -> dict[str, Any]:
         )
     if not isinstance(metadata, dict) or not {"class_names", "prompts"} <= metadata.keys():
         raise UsageError(f"{path} names no classes and prompts: it was not written by train_vlm.py.")
+    wrong = [name for name in OBJECTS if not isinstance(metadata.get(name), dict | None)]
+    if not isinstance(metadata.get("train_images"), str | None):
+        wrong.append("train_images")
+    if wrong:
+        raise UsageError(f"{path} is damaged: its {wrong[0]} cannot be read. {WRITTEN_BY}")
     if path.parent != folder and _is_where_it_started(folder, metadata):
         raise UsageError(f"{folder} is the model before the training: take {folder.parent / BEST_MODEL}.")
     if (folder / BEST_MODEL).is_dir():
@@ -185,6 +191,7 @@ def read_prompts(folder: Path, metadata: dict[str, Any]) -> Prompts:
     except (KeyError, TypeError, ValueError, AttributeError):
         whole = False
     whole = whole and prompts.response_format in LAYOUTS
+    whole = whole and all(len(set(some)) == len(some) for some in (prompts.class_names, prompts.shown_names))
     whole = whole and len(prompts.responses) == len(prompts.shown_names) == len(prompts.class_names) > 0
     if not whole or list(prompts.class_names) != metadata["class_names"]:
         raise UsageError(f"{_metadata_file(folder)} is damaged: its classes and prompts cannot be read. {WRITTEN_BY}")
