@@ -61,9 +61,8 @@ def evaluate(
     """
     columns = from_keywords("evaluate", columns, OF_A_DATASET.keys() - {"dataset", "dataset_split", "metrics"})
     columns |= from_keywords("evaluate", {"dataset_split": split})
-    loading = {"device": device, "dtype": dtype, "abstain_below": abstain_below}
-    loading = checked_keywords("evaluate", batch_size=batch_size, **loading)
-    batch_size = loading.pop("batch_size")
+    loading = checked_keywords("evaluate", device=device, dtype=dtype, abstain_below=abstain_below)
+    batch_size = checked_keywords("evaluate", batch_size=batch_size)["batch_size"]
     named = isinstance(dataset, str | os.PathLike)
     given = {"dataset": str(dataset) if named else IN_MEMORY, **columns}
     with switches_as_before():
