@@ -186,7 +186,7 @@ def _check_what_is_classified(args: argparse.Namespace) -> None:
             raise UsageError(
                 "nothing to classify: name images or folders (IMAGE_OR_FOLDER), or give --dataset or --serve."
             )
-        flags = [_shown_flag(name) for name in given] + (["--report-dir"] if args.report_dir else [])
+        flags = [_shown_flag(name) for name in given] + (["--report-dir"] if args.report_dir is not None else [])
         if flags:
             raise UsageError(f"{' and '.join(flags)}: only with --dataset. Leave out what is not needed.")
         args.data = None
