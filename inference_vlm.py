@@ -138,14 +138,13 @@ def classify_files(args: argparse.Namespace) -> None:
 def classify_dataset(args: argparse.Namespace) -> None:
     """Classify the images of a dataset and, if they have labels, test the model."""
     from vlm.common import format_table, note
-    from vlm.data import read_images
     from vlm.evaluation import load_metric
-    from vlm.inference import LABEL, SavedModelTest, check_all_read, match_items, print_results
+    from vlm.inference import LABEL, SavedModelTest, check_all_read, match_items, print_results, read_for_model
     from vlm.machine import Team
 
     metrics = [load_metric(name) for name in args.metrics or ()]
     with doing(f"reading --dataset {args.dataset}"):
-        images = read_images(args.data)
+        images = read_for_model(args.data, args.model_dir)
     team = Team()
     model, metadata, options = load(args)
     items = match_items(images, args.data, model.prompts, metadata)

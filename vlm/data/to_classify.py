@@ -124,7 +124,9 @@ def _rows_of_table(
     columns, missing = source.columns, labels.count(None)
     table = [("dataset", f"{source.hub_id or settings.dataset} ({source.kind})")]
     if columns:
-        none = "not used" if settings.label_column == NO_LABELS else "none was recognized (--label-column names one)"
+        among = f" among {listed(columns.others)}" if columns.others else ""
+        none = f"none was recognized{among} (--label-column names one)"
+        none = "not used" if settings.label_column == NO_LABELS else none
         table += [("image column", columns.image), ("label column", columns.label or none)]
     table.append(("images", f"{len(labels):,} ({split})"))
     if missing:

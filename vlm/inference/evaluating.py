@@ -7,10 +7,9 @@ from typing import Any
 
 from vlm.common import doing, format_table, note, switches_as_before
 from vlm.config import IN_MEMORY, classify_settings, from_keywords
-from vlm.data import read_images
 from vlm.inference.arguments import OF_A_DATASET, check_output, check_report_dir
 from vlm.inference.classifying import Options
-from vlm.inference.labeled import match_items
+from vlm.inference.labeled import match_items, read_for_model
 from vlm.inference.predictor import load_model_and_metadata
 from vlm.inference.testing import SavedModelTest
 from vlm.inference.writing import check_replaceable
@@ -70,7 +69,7 @@ def evaluate(
         if report_dir is not None:
             check_report_dir(Path(report_dir), Path(model_dir), settings.dataset)
         with doing("reading the dataset"):
-            images = read_images(settings, None if named else dataset)
+            images = read_for_model(settings, model_dir, None if named else dataset)
         model, _, metadata = load_model_and_metadata(model_dir, device, dtype, abstain_below)
         items = match_items(images, settings, model.prompts, metadata)
         note("\n" + format_table(items.summary) + "\n")

@@ -163,6 +163,16 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     return metadata
 
 
+def class_names_of(folder: Path) -> tuple[str, ...]:
+    """All names that the classes of a saved model have: those of its dataset, and readable ones.
+
+    Raises:
+        UsageError: see `read_metadata` and `read_prompts`.
+    """
+    prompts = read_prompts(folder, read_metadata(folder))
+    return (*prompts.class_names, *prompts.readable_names)
+
+
 def model_identity(folder: Path, metadata: dict[str, Any]) -> str:
     """A digest that another model has not: of the checksums of the weights, and of the metadata."""
     weights = {name: value for name, value in read_checksums(folder).items() if name.endswith(WEIGHTS)}
