@@ -1,5 +1,6 @@
 """What is said about a dataset: the table "what was detected" and the metadata of the model."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -98,9 +99,15 @@ def data_metadata(settings: Settings, source: Source, origins: dict[str, str], d
         "split_column": columns and columns.split,
         "group_column": columns and columns.group,
         "splits": {role: {"from": origins[role], "pictures": len(getattr(data, role))} for role in ROLES},
+        "training_images": None if data.stream else _of_each_class(data.train, len(data.class_names)),
         "left_alone": source.others,
         "unreadable": len(data.skipped),
     }
+
+
+def _of_each_class(split: Split, classes: int) -> list[int]:
+    counts = Counter(split.labels)
+    return [counts[number] for number in range(classes)]
 
 
 def public_name(settings: Settings, source: Source) -> str:
