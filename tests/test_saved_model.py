@@ -16,6 +16,7 @@ from vlm.data import load_data, pack_keys, short_key, unpack_keys
 from vlm.data.images import image_key
 from vlm.data.trained_on import MOST_KEPT
 from vlm.inference.testing import seen_in_training
+from vlm.training import Result
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 REPORT = {"report.html", "results.json", "confusion_matrix.png", "reliability.png"}
@@ -123,6 +124,8 @@ def test_the_page_shows_what_is_in_no_figure_and_what_the_figures_do_not_prove(m
     assert "2 classes with test images" in page and "No test image: two, three" in page and "test&nbsp;0" not in page
     assert results["tested"]["folder"] == str(model) and results["tested"]["model"] == "demo"
     assert results["texts"]["reasoning_names_answer"] is None and "<blockquote>" not in page
+    with pytest.raises(UsageError, match="holds the test of a saved model, and not a run"):
+        Result.read(tmp_path / "report")
 
 
 def test_a_column_without_a_usual_name_is_found_by_the_names_of_the_classes(model, test_images, tmp_path):
@@ -210,6 +213,8 @@ def test_a_dataset_of_a_program_and_own_metrics(model, test_images):
         (["--split", "test", "--report-dir", "r", "x.png"], "--split and --report-dir: only with --dataset"),
         (["--dataset", "{images}", "--report-dir", "{images}/report"], "is in the folder of --dataset"),
         (["--dataset", "{images}", "--report-dir", "{model}"], "is in the folder of --model-dir"),
+        (["--dataset", "{images}", "--report-dir", "."], "--report-dir . is the folder that you are in, or one above"),
+        (["--dataset", "{images}", "--report-dir", ".."], "Name one for the 4 files of the report"),
         (["--dataset", "{images}", "--split", "validation"], "no split validation"),
         (["--dataset", "{images}", "--split", "a,b"], "expected one split"),
         (["--dataset", "{images}/one", "--report-dir", "r"], "no image has a label"),

@@ -231,8 +231,8 @@ def _refuse_complete(job: Job, items: Items) -> NoReturn:
     if all(there == wanted for there, wanted in pairs):
         raise UsageError(f"--resume: {job.output} is complete. Leave out --resume to compute it again.")
     raise UsageError(
-        f"--resume: {job.output} is the complete file of other images than these {len(items):,}. Give another --output; "
-        "without --resume, it would be replaced."
+        f"--resume: {job.output} is the complete file of other images than these {len(items):,}. Give another "
+        "--output; without --resume, it would be replaced."
     )
 
 
@@ -268,4 +268,4 @@ def check_all_read(tally: Tally) -> None:
     """
     if tally.failed:
         others = "; the others are classified" if tally.failed < tally.rows else ""
-        raise RunError(f"{tally.failed} of {tally.rows} images could not be read, such as {tally.first}{others}.")
+        raise RunError(f"{tally.failed:,} of {tally.rows:,} images could not be read, such as {tally.first}{others}.")
