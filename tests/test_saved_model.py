@@ -118,7 +118,7 @@ def test_the_page_shows_what_is_in_no_figure_and_what_the_figures_do_not_prove(m
     predicted = results["unknown_classes"]["predictions"]["Pluto"]
     page = (tmp_path / "report" / "report.html").read_text("utf-8")
     assert sum(predicted.values()) == 3 and all(f"{name} ({count})" in page for name, count in predicted.items())
-    assert "Classes that the model lacks" in page and "1 image could not be read" in page
+    assert "Classes that the model lacks" in page and "1 image that could not be read" in page
     assert "4 test images are few: on others like them, expect an accuracy of" in page
     assert f"tested at {results['timings']['tested_at']}" in page
     assert "2 classes with test images" in page and "No test image: two, three" in page and "test&nbsp;0" not in page

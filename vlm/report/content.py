@@ -172,8 +172,8 @@ class Content:
             expected = f"on others like them, expect an accuracy of {low:.1%} to {high:.1%} (95% interval)"
             found.append(f"{self.total:,} test images are few: {expected}.")
         if "tested" in self.results and (unreadable := self.results["pictures"]["skipped"]):
-            images = "image" if unreadable == 1 else "images"
-            found.append(f"{unreadable:,} {images} could not be read, and no figure is about them.")
+            images = "1 image that" if unreadable == 1 else f"{unreadable:,} images that"
+            found.append(f"No figure is about {images} could not be read.")
         abstention = self.test.get("abstention")
         if abstention and abstention["below"] is None:
             found.append(f"{missed_target(abstention['target_precision'])}.")
