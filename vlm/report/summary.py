@@ -95,7 +95,9 @@ def _leaks(results: dict[str, Any]) -> list[str]:
     if not overlap.get("test_in_train", 0) and NEW not in results["test"]:
         return found
     others = results["test"].get(NEW) or results["test"]["not_in_train"]
-    rest = f"accuracy on the {others['pictures']} others {others['accuracy'][0]:.4f}" if others["pictures"] else "all"
+    count = others["pictures"]
+    which = "other one" if count == 1 else f"{count} others"
+    rest = f"accuracy on the {which} {others['accuracy'][0]:.4f}" if count else "all"
     return [*found, f"{_used(results)}, too ({rest}): keep each in one split only."]
 
 
@@ -224,7 +226,8 @@ def _unseen(results: dict[str, Any], key: str) -> str:
     if not unseen["pictures"]:
         return f"unknown: {leak}"
     value, low, high = unseen["accuracy"]
-    return f"{value:.4f}  ({low:.4f} to {high:.4f}, {unseen['pictures']} images; {leak})"
+    images = "1 image" if unseen["pictures"] == 1 else f"{unseen['pictures']} images"
+    return f"{value:.4f}  ({low:.4f} to {high:.4f}, {images}; {leak})"
 
 
 def _before_fit(calibration: dict[str, Any]) -> str:
