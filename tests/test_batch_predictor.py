@@ -147,6 +147,10 @@ def test_a_dataset_is_mapped(predictor, files, expected):
         found = decoded.map(predictor, batched=True, batch_size=2, remove_columns=["image"], load_from_cache_file=False)
         assert found["prediction"] == [prediction for prediction, _, _ in expected]
         assert len(found["probabilities"][0]) == 10 and found["error"] == [None] * COUNT
+    named = rows.cast_column("image", datasets.Image(decode=False)).add_column("path", list(map(str, range(COUNT))))
+    keeping = BatchPredictor(predictor.model_dir, device="cpu", keep=["path"])
+    found = named.map(keeping, batched=True, remove_columns="image", load_from_cache_file=False)
+    assert "image" not in found.column_names and list(found["path"]) == list(map(str, range(COUNT)))
 
 
 def test_a_data_frame_of_pandas_is_a_batch(predictor, files, expected):

@@ -12,7 +12,7 @@ from commands import classify, names_in, run
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from vlm.common import RunError, UsageError, brief
+from vlm.common import RunError, Stopped, UsageError, brief
 from vlm.config import METADATA
 from vlm.inference import Item, Options, PredictionFile, classify_items, load_model_and_metadata, update_metadata
 from vlm.inference.job import check_all_read
@@ -167,8 +167,43 @@ def test_what_is_complete_or_not_begun_is_said(infer, images, tmp_path):
         2,
         f"error: --resume: {tmp_path / 'x.csv'} is complete. Leave out --resume to compute it again.\n",
     )
+    code, err = infer(images / "0.png", images / "1.png", "--output", tmp_path / "x.csv", "--resume")
+    assert code == 2 and "x.csv is the complete file of other images than these 2. Give another --output" in err
     code, err = infer(images / "0.png", "--resume")
     assert code == 2 and "--resume: name the file of the predictions with --output" in err
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_a_complete_file_is_that_of_the_same_images_or_of_others(infer, images, tmp_path, ending):
+    output = ("--output", tmp_path / f"x.{ending}", "--resume")
+    assert infer(images / "0.png", images / "1.png", *output)[0] == 0
+    before = (tmp_path / f"x.{ending}").read_bytes()
+    assert "is complete. Leave out" in infer(images / "0.png", images / "1.png", *output)[1]
+    for others in (["0.png", "1.png", "2.png"], ["0.png"], ["1.png", "0.png"]):
+        code, err = infer(*(images / name for name in others), *output)
+        assert code == 2 and f"of other images than these {len(others)}" in err
+    assert (tmp_path / f"x.{ending}").read_bytes() == before and names_in(tmp_path) == {f"x.{ending}"}
+
+
+def test_the_progress_of_a_process_says_that_it_is_a_share(demo_run, images, tmp_path, monkeypatch):
+    from vlm.inference import Files, Job, classifying, run_job
+
+    shown = []
+
+    class Bar(classifying.Bar):
+        def __init__(self, total, description, **more):
+            shown.append((total, description))
+            super().__init__(total, description, **more)
+
+    monkeypatch.setattr(classifying, "Bar", Bar)
+    team = Team()
+    monkeypatch.setattr(team, "size", 2)
+    monkeypatch.setattr(team, "done", lambda: (_ for _ in ()).throw(KeyboardInterrupt))  # the other one is not there
+    model, _, metadata = load_model_and_metadata(demo_run / "best_model", device="cpu")
+    job = Job(tmp_path / "x.csv", model.class_names, False, team)
+    with pytest.raises(Stopped):
+        run_job(model, metadata, Files([str(images / f"{i}.png") for i in range(4)]), Options(2), job)
+    assert shown == [(2, "classifying (process 1 of 2, its share)")]
 
 
 def test_without_resume_the_rows_of_an_earlier_job_stay(infer, images, begin, tmp_path):
@@ -407,6 +442,7 @@ def test_processes_share_all_items_and_the_first_one_waits(monkeypatch):
         team = Team()
         found.append(list(team.share(range(10))))
         assert len(found[-1]) == team.count(10)
+        assert team.named == f" (process {number + 1} of 3, its share)"
         team.after_first(lambda number=number: order.append(number))
         if number == 1:
             team.done()

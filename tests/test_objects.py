@@ -47,7 +47,7 @@ def test_pairs_of_any_kind_of_image_are_read_as_the_dataset_they_are(tmp_path):
         given.append((kinds[place % len(kinds)], label))
     loaded = load(given)
     assert loaded.class_names == NAMES and not loaded.skipped and pixels(loaded) == expected
-    assert dict(loaded.summary)["dataset"] == "(in memory) (list of pairs)"
+    assert dict(loaded.summary)["dataset"] == "list of pairs (in memory)"
     assert pixels(load(tuple(map(list, given)))) == expected
 
 
@@ -63,7 +63,7 @@ def test_a_dict_has_the_splits_by_name():
     )
     assert [len(split) for split in (loaded.train, loaded.validation, loaded.test)] == [12, 4, 6]
     loaded = load({"train": a_dataset(), "test": a_dataset(4)}, class_names=NAMES)
-    assert len(loaded.test) == 4 and dict(loaded.summary)["dataset"] == "(in memory) (DatasetDict)"
+    assert len(loaded.test) == 4 and dict(loaded.summary)["dataset"] == "DatasetDict (in memory)"
 
 
 def test_a_table_of_pandas_has_columns_as_any_table(tmp_path):

@@ -18,6 +18,7 @@ from vlm.data.images import image_key
 from vlm.data.trained_on import MOST_KEPT
 from vlm.inference import read_images_for
 from vlm.inference.testing import seen_in_training
+from vlm.training import Result
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 REPORT = {"report.html", "results.json", "confusion_matrix.png", "reliability.png"}
@@ -67,7 +68,7 @@ def test_the_figures_are_those_of_the_test_after_the_training(demo_run, model, t
         assert found["calibration"][name] == expected["calibration"][name], "the calibration is the model's"
     assert (model / METADATA).read_bytes() == stored
     assert results["pictures"] == {"test": before["pictures"]["test"], "unlabeled": 0, "skipped": 0}
-    assert results["overlap"] == {"test_in_train": before["overlap"]["test_in_train"]}
+    assert results["overlap"]["test_in_train"] == before["overlap"]["test_in_train"]
     assert results["dataset"]["kind"] == "image folder" and "unknown_classes" not in results
     assert capsys.readouterr().out == "", "a function prints no tables"
 
@@ -88,7 +89,7 @@ def test_the_command_prints_the_table_and_writes_rows_and_page(infer, model, tes
     assert names_in(report) == REPORT
     page = (report / "report.html").read_text("utf-8")
     assert "test accuracy" in page and 'id="curves"' not in page and 'id="mistakes"' in page
-    assert "Training images of a class" not in page and "each with a test image" in page
+    assert "Training images of a class" not in page and "10 classes with test images: one of each" in page
     # A later test replaces it, and what is no test stays.
     assert infer("--dataset", test_images, "--report-dir", report)[0] == 0
     (report / RESULTS).write_text('{"history": []}')
@@ -126,13 +127,54 @@ def test_classes_are_matched_by_name_and_those_that_the_model_lacks_are_counted(
     assert "macro F1 of the 2 classes that have test images" in out
 
 
-def test_nothing_in_common_is_refused_and_a_map_or_names_help(model, test_images, tmp_path):
+def test_the_page_shows_what_is_in_no_figure_and_what_the_figures_do_not_prove(model, test_images, tmp_path):
+    images = few(test_images, tmp_path / "images", zero=("zero", 2), Pluto=("two", 3), one=("one", 2))
+    (images / "one" / "broken.png").write_bytes(b"no image")
+    results = evaluate(model, images, report_dir=tmp_path / "report")
+    predicted = results["unknown_classes"]["predictions"]["Pluto"]
+    page = (tmp_path / "report" / "report.html").read_text("utf-8")
+    assert sum(predicted.values()) == 3 and all(f"{name} ({count})" in page for name, count in predicted.items())
+    assert "Classes that the model lacks" in page and "1 image that could not be read" in page
+    assert "4 test images are few: on others like them, expect an accuracy of" in page
+    assert f"tested at {results['timings']['tested_at']}" in page
+    assert "2 classes with test images" in page and "No test image: two, three" in page and "test&nbsp;0" not in page
+    assert results["tested"]["folder"] == str(model) and results["tested"]["model"] == "demo"
+    assert results["texts"]["reasoning_names_answer"] is None and "<blockquote>" not in page
+    with pytest.raises(UsageError, match="holds the test of a saved model, and not a run"):
+        Result.read(tmp_path / "report")
+
+
+def test_a_column_without_a_usual_name_is_found_by_the_names_of_the_classes(model, test_images, tmp_path):
+    def table(*rows):
+        text = "\n".join(["Bild;Körper;Gebiet", *(f"{image};{label};west" for image, label in rows)])
+        (tmp_path / "rows.csv").write_text(text, encoding="utf-8")
+        return evaluate(model, tmp_path / "rows.csv", show_progress=False)
+
+    zero, one = (sorted((test_images / word).iterdir())[0] for word in ("zero", "one"))
+    results = table((zero, "Zero"), (one, "one"), (zero, ""), (one, "Pluto"))
+    assert results["dataset"]["label_column"] == "Körper"
+    assert results["test"]["samples"] == 2 and results["unknown_classes"]["classes"] == {"Pluto": 1}
+
+
+def test_if_no_column_has_classes_of_the_model_all_columns_are_named(infer, test_images, tmp_path):
+    zero = sorted((test_images / "zero").iterdir())[0]
+    (tmp_path / "rows.csv").write_text(f"Bild;Körper;Gebiet\n{zero};Pluto;west\n", encoding="utf-8")
+    code, _, err = infer("--dataset", tmp_path / "rows.csv")
+    assert code == 0 and "none was recognized among Körper, Gebiet (--label-column names one)" in err
+
+
+def test_nothing_in_common_is_refused_and_a_map_or_names_help(model, test_images, tmp_path, capsys):
     images = few(test_images, tmp_path / "images", nil=("zero", 2), uno=("one", 2))
     with pytest.raises(UsageError, match=r"none of its classes \(nil, uno\) is a class of the model \(zero, one, two"):
         evaluate(model, images)
     (tmp_path / "map.json").write_text(json.dumps({"nil": "zero", "uno": "ONE", "due": "two"}))
     mapped = evaluate(model, images, class_map=str(tmp_path / "map.json"))
+    summary = capsys.readouterr().err
+    assert "matched by --class-map  nil = zero, uno = one" in summary and "matched by name" not in summary
     named = evaluate(model, images, class_names=["zero", "one"])
+    (tmp_path / "wrong.json").write_text(json.dumps({"nil": "zero", "uno": "onee"}))
+    with pytest.raises(UsageError, match=r"wrong.json gives onee, which the model does not have.*mean one\?"):
+        evaluate(model, images, class_map=str(tmp_path / "wrong.json"))
     assert mapped["test"]["samples"] == named["test"]["samples"] == 4
     assert mapped["test"]["confusion_matrix"] == named["test"]["confusion_matrix"]
     (tmp_path / "map.json").write_text(json.dumps({"null": "zero"}))
@@ -205,6 +247,8 @@ def test_a_dataset_of_a_program_and_own_metrics(model, test_images):
         (["--split", "test", "--report-dir", "r", "x.png"], "--split and --report-dir: only with --dataset"),
         (["--dataset", "{images}", "--report-dir", "{images}/report"], "is in the folder of --dataset"),
         (["--dataset", "{images}", "--report-dir", "{model}"], "is in the folder of --model-dir"),
+        (["--dataset", "{images}", "--report-dir", "."], "--report-dir . is the folder that you are in, or one above"),
+        (["--dataset", "{images}", "--report-dir", ".."], "Name one for the 4 files of the report"),
         (["--dataset", "{images}", "--split", "validation"], "no split validation"),
         (["--dataset", "{images}", "--split", "a,b"], "expected one split"),
         (["--dataset", "{images}/one", "--report-dir", "r"], "no image has a label"),
@@ -221,15 +265,18 @@ def test_what_cannot_be_asked_for_is_one_line(infer, model, test_images, tmp_pat
 
 def test_images_that_the_model_was_trained_on_are_counted(demo_run, infer, tmp_path):
     data = load_data(read_settings(read_run(demo_run)["settings"]))
-    for split, count in ((data.train, 6), (data.test, 4)):
+    for split, count in ((data.train, 6), (data.validation, 3), (data.test, 4)):
         for i, label in enumerate(split.labels[:count]):
             (tmp_path / "images" / WORDS[label]).mkdir(parents=True, exist_ok=True)
             split[i].image.save(tmp_path / "images" / WORDS[label] / f"{split.names[i]}.png")
     code, out, err = infer("--dataset", tmp_path / "images", "--report-dir", tmp_path / "report")
     results = json.loads((tmp_path / "report" / RESULTS).read_text())
-    assert code == 0 and results["overlap"] == {"test_in_train": 6}
-    assert results["test"]["not_in_train"]["pictures"] == 4
-    assert "\ntest accuracy, images not in train" in out and "6 of 10 test images are in train" in err
+    assert code == 0 and results["overlap"] == {"test_in_train": 6, "test_in_validation": 3}
+    assert results["test"]["not_in_train"]["pictures"] == 7
+    assert results["test"]["not_in_train_or_validation"]["pictures"] == 4
+    assert "\ntest accuracy, new images" in out and "images not in train" not in out
+    assert "6 of 13 test images are in train, 3 in validation, by which the model was chosen and calibrated, too" in err
+    assert "4 that are neither in train nor in validation" in (tmp_path / "report" / "report.html").read_text("utf-8")
 
 
 @pytest.mark.parametrize("keys", [[], ["0" * 64, None], ["0" * 64] * (MOST_KEPT + 1)])

@@ -1,11 +1,12 @@
 """What is said about a dataset: the table "what was detected" and the metadata of the model."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vlm.common import listed
-from vlm.config import Settings
+from vlm.config import IN_MEMORY, Settings
 from vlm.data.sources.rows import Source
 from vlm.data.splits import ROLES, Data, Split
 
@@ -26,9 +27,8 @@ def detected_rows(
         overlap: the rows about equal images and near-duplicates.
     """
     columns, names = source.columns, data.class_names
-    name = source.hub_id or settings.dataset
     rows = [("fold", f"{settings.fold or 1} of {settings.folds}")] if settings.folds else []
-    rows.append(("dataset", source.kind if settings.demo else f"{name} ({source.kind})"))
+    rows.append(("dataset", name_and_kind(settings, source)))
     if columns:
         rows += [("image column", columns.image), ("label column", columns.label)]
     if groups := _groups(settings, data):
@@ -98,9 +98,24 @@ def data_metadata(settings: Settings, source: Source, origins: dict[str, str], d
         "split_column": columns and columns.split,
         "group_column": columns and columns.group,
         "splits": {role: {"from": origins[role], "pictures": len(getattr(data, role))} for role in ROLES},
+        "training_images": None if data.stream else _of_each_class(data.train, len(data.class_names)),
         "left_alone": source.others,
         "unreadable": len(data.skipped),
     }
+
+
+def _of_each_class(split: Split, classes: int) -> list[int]:
+    counts = Counter(split.labels)
+    return [counts[number] for number in range(classes)]
+
+
+def name_and_kind(settings: Settings, source: Source) -> str:
+    """Which dataset it is, in words."""
+    if settings.demo:
+        return source.kind
+    if settings.dataset == IN_MEMORY:
+        return f"{source.kind} {IN_MEMORY}"
+    return f"{source.hub_id or settings.dataset} ({source.kind})"
 
 
 def public_name(settings: Settings, source: Source) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from vlm.common import UsageError, listed
 from vlm.config import NO_LABELS, ClassifySettings
 from vlm.data.classes import NO_LABEL, checked_indices, in_order, is_missing, match_given, short_names
-from vlm.data.describe import public_name
+from vlm.data.describe import name_and_kind, public_name
 from vlm.data.load import check_column_flags
 from vlm.data.sources import Rows, Source, read_source
 from vlm.data.spellings import are_numbers, distinct_labels, meaning, merge_spellings, tidy
@@ -144,9 +144,11 @@ def _rows_of_table(
     settings: ClassifySettings, source: Source, split: str, labels: Sequence[int | None]
 ) -> list[tuple[str, str]]:
     columns, missing = source.columns, labels.count(None)
-    table = [("dataset", f"{source.hub_id or settings.dataset} ({source.kind})")]
+    table = [("dataset", name_and_kind(settings, source))]
     if columns:
-        none = "not used" if settings.label_column == NO_LABELS else "none was recognized (--label-column names one)"
+        among = f" among {listed(columns.others)}" if columns.others else ""
+        none = f"none was recognized{among} (--label-column names one)"
+        none = "not used" if settings.label_column == NO_LABELS else none
         table += [("image column", columns.image), ("label column", columns.label or none)]
     table.append(("images", f"{len(labels):,} ({split})"))
     if missing:

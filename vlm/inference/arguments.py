@@ -213,6 +213,11 @@ def check_report_dir(report_dir: str | Path, model_dir: Path, dataset: Any) -> N
     folder = Path(report_dir)
     if not str(report_dir).strip() or not can_be_a_path(str(folder)) or (folder.exists() and not folder.is_dir()):
         raise UsageError(f"--report-dir {report_dir}: expected the name of a folder.")
+    if Path().absolute().is_relative_to(folder.absolute().resolve()):
+        raise UsageError(
+            f"--report-dir {folder} is the folder that you are in, or one above it. Name one for the {len(REPORT) + 1} "
+            "files of the report, such as test_report."
+        )
     for flag, other in (("--model-dir", model_dir), ("--dataset", dataset)):
         if other and Path(other).is_dir() and folder.resolve().is_relative_to(Path(other).resolve()):
             raise UsageError(f"--report-dir {folder} is in the folder of {flag}: choose another place.")

@@ -27,7 +27,7 @@ from vlm.config import (
     read_settings,
 )
 from vlm.conversation import Prompts
-from vlm.data import looks_like_path, model_folder
+from vlm.data import NotCached, looks_like_path, model_folder
 from vlm.families import Family
 from vlm.sharing import model_card
 
@@ -133,7 +133,10 @@ def find_model_folder(model_dir: str | Path) -> Path:
         )
     name = str(model_dir)
     if "/" in name and not looks_like_path(name) and folder.name not in (BEST_MODEL, FINAL_MODEL):
-        return model_folder(name, needed={METADATA: WRITTEN_BY_US})[0]
+        try:
+            return model_folder(name, needed={METADATA: WRITTEN_BY_US})[0]
+        except NotCached as error:
+            raise UsageError(f"{error.found} Give --model-dir the folder of a model that you have trained.") from None
     raise UsageError(
         f"{folder} is not a folder: train a model first (./run_vlm_training.sh --demo), or name its folder."
     )

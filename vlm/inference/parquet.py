@@ -1,6 +1,6 @@
 """Predictions as a Parquet file, with the columns of the CSV file. pyarrow comes with `datasets`."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,14 @@ def write_parquet(path: Path, rows: Iterable[Mapping[str, Any]], columns: Mappin
 
 def _cell(value: Any) -> Any:
     return utf8_text(value) if isinstance(value, str) else value
+
+
+def read_names(path: Path) -> Iterator[str]:
+    """The column `path` of a file, a part of it at a time."""
+    from pyarrow import parquet
+
+    for some in parquet.ParquetFile(path).iter_batches(ROWS_AT_ONCE, columns=["path"]):
+        yield from some.column(0).to_pylist()
 
 
 def has_predictions(path: Path, columns: Iterable[str]) -> bool:

@@ -39,7 +39,8 @@ def create_app(
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)  # the pages of docs come from another site
 
     async def health(request: Request) -> Response:
-        return JSONResponse({"status": "ok", "model": served.name, "classes": list(served.model.class_names)})
+        about = {"status": "ok", "model": served.name, "base_model": served.base}
+        return JSONResponse(about | {"classes": list(served.model.class_names)})
 
     async def predict(request: Request) -> Response:
         if request.method != "POST":

@@ -55,7 +55,7 @@ def fit(
         Stopped: it was asked to stop.
     """
     check_trackers(settings.trackers)
-    if settings.push_to_hub and is_main_process():
+    if settings.push_to_hub is not None and is_main_process():
         check_push(settings.push_to_hub, settings.public)
     with output_folder(settings):
         metrics = [load_metric(name) for name in settings.metrics or ()]  # a mistake here should not wait for the end
