@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with ExitStack() as switches:
         switches.enter_context(switches_as_before())
         switches.enter_context(stopped_by_sigterm())
-        command = push if args.push_to_hub else run_server if args.serve else predict
+        command = push if args.push_to_hub is not None else run_server if args.serve else predict
         return exit_code(lambda: command(args, switches), debug=args.debug)
 
 
@@ -129,7 +129,7 @@ def classify_files(args: argparse.Namespace) -> None:
         readable = bool(model.prompts.readable_names)
         job = Job(Path(args.output), model.class_names, readable, team, about_rows(model, options), args.resume)
         tally = run_job(model, metadata, items, options, job)
-        note(f"{tally.rows} rows in {printable(args.output)}")
+        note(f"{tally.rows:,} rows in {printable(args.output)}")
     else:
         tally = show_table(model, metadata, items, options)
     check_all_read(tally)
@@ -138,14 +138,13 @@ def classify_files(args: argparse.Namespace) -> None:
 def classify_dataset(args: argparse.Namespace) -> None:
     """Classify the images of a dataset and, if they have labels, test the model."""
     from vlm.common import format_table, note
-    from vlm.data import read_images
     from vlm.evaluation import load_metric
-    from vlm.inference import LABEL, SavedModelTest, check_all_read, match_items, print_results
+    from vlm.inference import LABEL, SavedModelTest, check_all_read, match_items, print_results, read_images_for
     from vlm.machine import Team
 
     metrics = [load_metric(name) for name in args.metrics or ()]
     with doing(f"reading --dataset {args.dataset}"):
-        images = read_images(args.data)
+        images = read_images_for(args.model_dir, args.data)
     team = Team()
     model, metadata, options = load(args)
     items = match_items(images, args.data, model.prompts, metadata)
@@ -155,7 +154,7 @@ def classify_dataset(args: argparse.Namespace) -> None:
     test = SavedModelTest(model, metadata, args.model_dir, items, args.data, options)
     tally = test.run(team, args.output, args.resume, shows=lambda item: item.more[LABEL] is None)
     if args.output:
-        note(f"{tally.rows} rows in {printable(args.output)}")
+        note(f"{tally.rows:,} rows in {printable(args.output)}")
     if items.has_labels:
         print_results(test.results(metrics, args.report_dir))
         page = args.report_dir and Path(args.report_dir) / PAGE

@@ -117,7 +117,8 @@ def _say_in_python(error: BaseException, given: dict[str, Any]) -> None:
     if isinstance(error, Worded):
         error.debug = given.get("debug", False)
     if isinstance(error, KeyboardInterrupt):
-        if (output / METADATA).is_file() and not (output / RESULTS).is_file():
+        resumable = (output / METADATA).is_file() and not (output / RESULTS).is_file()
+        if resumable and given.get("dataset") != IN_MEMORY:  # whose call the error names
             error.add_note(f"In Python: train(..., resume=True, output_dir={str(output)!r})")
     else:
         say_in_python(error)
@@ -153,7 +154,7 @@ def start(given: dict[str, Any], dataset: object = None) -> dict[str, Any]:
     clean_up(output)
     settings = resolve(given, saved_settings(output, given.get("epochs")) if given.get("resume") else None)
     check_output(settings)
-    signals = StopSignals(settings.output_dir)
+    signals = StopSignals(settings.output_dir, settings.dataset)
     with signals.listening():  # before the heavy imports, which take seconds
         wait_politely()
         from vlm.training import Deadline, fit, fit_folds

@@ -100,6 +100,26 @@ def test_unclear_columns_are_named(predictor, demo_run, files):
         predictor({"bytes": files, "error": np.arange(COUNT)})
 
 
+def test_columns_of_other_lengths_and_unknown_ones_are_refused(predictor, demo_run, files):
+    with pytest.raises(UsageError, match=f"the column id has 2 values, and there are {COUNT} images"):
+        predictor({"bytes": files, "id": [1, 2]})
+    some = BatchPredictor(demo_run / "best_model", keep="id")
+    with pytest.raises(UsageError, match=r"keep: no column id\. Columns there: bytes, idx\. Did you mean idx\?"):
+        some({"bytes": files, "idx": range(COUNT)})
+
+
+def test_a_table_of_pyarrow_and_its_columns_are_a_batch(predictor, files, expected):
+    import pyarrow
+
+    table = pyarrow.table({"content": list(files), "id": range(COUNT)})
+    for batch in (table, table.to_batches()[0], {name: table[name] for name in table.column_names}):
+        found = predictor(batch)
+        assert found["prediction"].tolist() == [prediction for prediction, _, _ in expected]
+        assert list(map(int, map(str, found["id"]))) == list(range(COUNT))
+    with pytest.raises(UsageError, match="Columns there: id"):
+        predictor(table.drop_columns(["content"]))
+
+
 def test_it_is_sent_without_the_model(predictor, demo_run, files, expected, tmp_path):
     predictor({"bytes": files})
     sent = pickle.dumps(predictor)
@@ -127,6 +147,10 @@ def test_a_dataset_is_mapped(predictor, files, expected):
         found = decoded.map(predictor, batched=True, batch_size=2, remove_columns=["image"], load_from_cache_file=False)
         assert found["prediction"] == [prediction for prediction, _, _ in expected]
         assert len(found["probabilities"][0]) == 10 and found["error"] == [None] * COUNT
+    named = rows.cast_column("image", datasets.Image(decode=False)).add_column("path", list(map(str, range(COUNT))))
+    keeping = BatchPredictor(predictor.model_dir, device="cpu", keep=["path"])
+    found = named.map(keeping, batched=True, remove_columns="image", load_from_cache_file=False)
+    assert "image" not in found.column_names and list(found["path"]) == list(map(str, range(COUNT)))
 
 
 def test_the_example_with_a_dataset_keeps_the_file_names_and_a_damaged_image_is_a_row(demo_run, tmp_path, monkeypatch):

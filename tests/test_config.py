@@ -154,6 +154,7 @@ def test_all_problems_are_named_at_once():
         ({"workers": 10**5}, "--workers 100000: expected a whole number of at least 0, and at most 1,024"),
         ({"image_size": "9" * 5000}, "--image-size 99+…9+: expected a number of pixels, or auto"),
         ({"output_dir": "x" * 5000}, "--output-dir x+…x+: expected a name that is not empty and not too long"),
+        ({"output_dir": "out\udce9"}, r"--output-dir out.*: expected a name that is valid UTF-8"),
         ({"output_dir": " "}, '--output-dir " ": expected a name that is not empty'),
         ({"dataset": ""}, '--dataset "": expected a name that is not empty'),
         ({"prompt_template": ""}, '--prompt-template "": expected a text that is not empty'),

@@ -140,7 +140,7 @@ def test_confusion_matrices_have_counts_up_to_thirty_classes(tmp_path, classes):
     axes = figure.axes[0]
     counts = [text.get_text() for text in axes.texts]
     assert counts == (["7"] * (classes + 1) if classes <= 30 else [])
-    assert axes.get_title() == f"Accuracy {classes / (classes + 1):.3f} ({classes * 7} of {classes * 7 + 7})"
+    assert axes.get_title(loc="left") == f"Accuracy {classes / (classes + 1):.3f} ({classes * 7} of {classes * 7 + 7})"
     shares = axes.images[0].get_array()
     assert shares[0, 0] == 0.5 and shares[1, 1] == 1.0
     right, wrong = (image.get_array().filled(-1) for image in axes.images)

@@ -13,6 +13,7 @@ from vlm.common.errors import RunError, UsageError
 from vlm.data import hub as vlm_hub
 from vlm.data.hub import find_dataset, looks_like_path, model_folder
 from vlm.data.hub_errors import within
+from vlm.inference.model_folder import find_model_folder
 
 MODEL = {"config.json": "{}", "model.safetensors": b"weights", "tokenizer.json": "{}", "chat_template.jinja": ""}
 
@@ -104,6 +105,25 @@ def test_a_model_that_is_half_in_the_cache_counts_as_not_there(hub, monkeypatch)
     switch_off(monkeypatch)
     with pytest.raises(UsageError, match="no complete copy"):
         model_folder("me/small")
+
+
+def test_who_classifies_is_not_advised_to_train_with_flags(hub, monkeypatch):
+    switch_off(monkeypatch)
+    with pytest.raises(UsageError, match="no complete copy. Give --model-dir the folder of a model that you") as caught:
+        find_model_folder("me/pets")
+    assert "--model " not in str(caught.value) and "--dataset" not in str(caught.value)
+
+
+def test_a_name_that_ends_in_a_slash_is_a_folder(hub, monkeypatch):
+    switch_off(monkeypatch)
+    with pytest.raises(UsageError, match="model nope/: no such folder"):
+        model_folder("nope/")
+
+
+@pytest.mark.parametrize(("name", "why"), [("me/pets!", "this one has '!'"), ("me/-x", "begins or ends with -")])
+def test_a_name_that_the_hub_does_not_take_says_why(name, why):
+    with pytest.raises(UsageError, match=f"not a valid name on the hub.*{why}.*Expected owner/name"):
+        model_folder(name)
 
 
 def test_a_model_of_which_only_the_config_was_ever_loaded_counts_as_not_there(hub, monkeypatch, tmp_path):

@@ -1,6 +1,8 @@
 """Predictions of many images: stopped anywhere and gone on with, and shared among processes."""
 
+import fcntl
 import json
+import os
 import re
 import shutil
 
@@ -10,10 +12,11 @@ from commands import classify, names_in, run
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from vlm.common import RunError, UsageError, brief
+from vlm.common import RunError, Stopped, UsageError, brief
 from vlm.config import METADATA
 from vlm.inference import Item, Options, PredictionFile, classify_items, load_model_and_metadata, update_metadata
-from vlm.inference.records import merge, read_begun, read_records
+from vlm.inference.job import check_all_read
+from vlm.inference.records import Tally, merge, read_begun, read_records
 from vlm.machine import Team
 
 FORMATS = ("csv", "jsonl", "parquet")
@@ -164,8 +167,43 @@ def test_what_is_complete_or_not_begun_is_said(infer, images, tmp_path):
         2,
         f"error: --resume: {tmp_path / 'x.csv'} is complete. Leave out --resume to compute it again.\n",
     )
+    code, err = infer(images / "0.png", images / "1.png", "--output", tmp_path / "x.csv", "--resume")
+    assert code == 2 and "x.csv is the complete file of other images than these 2. Give another --output" in err
     code, err = infer(images / "0.png", "--resume")
     assert code == 2 and "--resume: name the file of the predictions with --output" in err
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_a_complete_file_is_that_of_the_same_images_or_of_others(infer, images, tmp_path, ending):
+    output = ("--output", tmp_path / f"x.{ending}", "--resume")
+    assert infer(images / "0.png", images / "1.png", *output)[0] == 0
+    before = (tmp_path / f"x.{ending}").read_bytes()
+    assert "is complete. Leave out" in infer(images / "0.png", images / "1.png", *output)[1]
+    for others in (["0.png", "1.png", "2.png"], ["0.png"], ["1.png", "0.png"]):
+        code, err = infer(*(images / name for name in others), *output)
+        assert code == 2 and f"of other images than these {len(others)}" in err
+    assert (tmp_path / f"x.{ending}").read_bytes() == before and names_in(tmp_path) == {f"x.{ending}"}
+
+
+def test_the_progress_of_a_process_says_that_it_is_a_share(demo_run, images, tmp_path, monkeypatch):
+    from vlm.inference import Files, Job, classifying, run_job
+
+    shown = []
+
+    class Bar(classifying.Bar):
+        def __init__(self, total, description, **more):
+            shown.append((total, description))
+            super().__init__(total, description, **more)
+
+    monkeypatch.setattr(classifying, "Bar", Bar)
+    team = Team()
+    monkeypatch.setattr(team, "size", 2)
+    monkeypatch.setattr(team, "done", lambda: (_ for _ in ()).throw(KeyboardInterrupt))  # the other one is not there
+    model, _, metadata = load_model_and_metadata(demo_run / "best_model", device="cpu")
+    job = Job(tmp_path / "x.csv", model.class_names, False, team)
+    with pytest.raises(Stopped):
+        run_job(model, metadata, Files([str(images / f"{i}.png") for i in range(4)]), Options(2), job)
+    assert shown == [(2, "classifying (process 1 of 2, its share)")]
 
 
 def test_without_resume_the_rows_of_an_earlier_job_stay(infer, images, begin, tmp_path):
@@ -204,6 +242,54 @@ def test_parquet_is_read_with_one_call_and_has_the_columns_of_csv(infer, images,
     assert read["path"] == rows.path.tolist() and "Looking at this image" in read["full_response"][0]
 
 
+def test_names_that_are_not_utf_8_are_the_same_text_in_parquet_and_csv(demo_run, images, tmp_path):
+    import pandas as pd
+
+    folder = tmp_path / "images"
+    for name in (b"tw\xe9", b"zero"):
+        (folder / os.fsdecode(name)).mkdir(parents=True)
+        shutil.copy(images / "8.png", folder / os.fsdecode(name) / os.fsdecode(b"broken\xe9.png"))
+        shutil.copy(images / "1.png", folder / os.fsdecode(name))
+    arguments = ("--model-dir", demo_run / "best_model", "--dataset", folder, "--report-dir", tmp_path / "report")
+    for ending in ("csv", "parquet"):
+        assert classify(*arguments, "--device", "cpu", "--output", tmp_path / f"x.{ending}") == 1
+    table, rows = pd.read_parquet(tmp_path / "x.parquet"), pd.read_csv(tmp_path / "x.csv")
+    for name in ("path", "error", "label"):
+        assert table[name].fillna("").tolist() == rows[name].fillna("").tolist(), name
+    assert "tw\\udce9" in set(table["label"])
+    results = json.loads((tmp_path / "report" / "results.json").read_text("utf-8"))
+    assert results["unknown_classes"]["classes"] == {"tw\udce9": 1}
+
+
+def test_only_the_first_of_several_processes_says_that_images_could_not_be_read(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    check_all_read(Tally(2, 1, "x.png"))
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(
+        RunError, match=r"^1 of 2 images could not be read, such as x\.png; the others are classified\.$"
+    ):
+        check_all_read(Tally(2, 1, "x.png"))
+
+
+def test_a_pipe_is_no_file_to_write(infer, images, tmp_path):
+    os.mkfifo(tmp_path / "x.csv")
+    code, err = infer(images, "--output", tmp_path / "x.csv")
+    assert code == 2 and err == f"error: --output {tmp_path / 'x.csv'} is no file: choose another name.\n"
+
+
+@pytest.mark.parametrize("name", ["x.parquet.1of1.jsonl.part", "x.parquet.1of1.jsonl"])
+def test_a_job_that_another_process_still_writes_is_not_to_be_deleted(infer, images, begin, tmp_path, name):
+    begin(tmp_path / "x.parquet").rename(tmp_path / name)
+    with (tmp_path / name).open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for more in ([], ["--resume"]):
+            code, err = infer(images, "--output", tmp_path / "x.parquet", *more)
+            assert code == 2 and err.endswith(
+                f"error: {tmp_path / name} is being written by another process: wait until it ends.\n"
+            )
+    assert (tmp_path / name).exists()
+
+
 def test_a_parquet_file_of_something_else_is_not_replaced(infer, images, tmp_path):
     import pandas as pd
 
@@ -213,23 +299,26 @@ def test_a_parquet_file_of_something_else_is_not_replaced(infer, images, tmp_pat
 
 
 @pytest.mark.slow
-def test_two_processes_make_one_file_in_the_order_of_the_images(demo_run, images, unbroken, tmp_path):
+def test_two_processes_make_one_file_in_the_order_of_the_images(demo_run, images, infer, tmp_path):
     import pandas as pd
 
     flags = ("--model-dir", demo_run / "best_model", "--device", "cpu", "--batch-size", 2)
     program = ("run_vlm_inference.sh", *flags, "--output")
+    shutil.copytree(images, tmp_path / "images")
+    images = tmp_path / "images"
+    (images / "1.png").write_bytes(b"no image")  # is the second process's
     result = run(*program, tmp_path / "x.parquet", images, VLM_PROCESSES=2)
     assert result.returncode == 1 and result.stdout == ""
     assert result.stderr.splitlines()[-2:] == [
         f"{COUNT} rows in {tmp_path / 'x.parquet'}",
-        f"error: 1 of {COUNT} images could not be read, such as {images / '8.png'}; the others are classified.",
+        f"error: 2 of {COUNT} images could not be read, such as {images / '1.png'}; the others are classified.",
     ]
-    (tmp_path / "one.parquet").write_bytes(unbroken("parquet"))
+    assert infer(images, "--output", tmp_path / "one.parquet")[0] == 1
     found, expected = (pd.read_parquet(tmp_path / f"{name}.parquet") for name in ("x", "one"))
     numbers = [name for name in found.columns if name.startswith("p(")]
     np.testing.assert_allclose(found[numbers], expected[numbers], atol=1e-4)
     assert found.path.tolist() == expected.path.tolist()
-    assert names_in(tmp_path) == {"x.parquet", "one.parquet"}
+    assert names_in(tmp_path) == {"x.parquet", "one.parquet", "images"}
     result = run(*program, tmp_path / "x.parquet", images, "--resume", VLM_PROCESSES=2)
     assert result.returncode == 2 and result.stderr.endswith("Leave out --resume to compute it again.\n")
     assert result.stderr.count("error: ") == 1
@@ -353,6 +442,7 @@ def test_processes_share_all_items_and_the_first_one_waits(monkeypatch):
         team = Team()
         found.append(list(team.share(range(10))))
         assert len(found[-1]) == team.count(10)
+        assert team.named == f" (process {number + 1} of 3, its share)"
         team.after_first(lambda number=number: order.append(number))
         if number == 1:
             team.done()

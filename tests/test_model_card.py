@@ -46,6 +46,19 @@ def test_the_best_model_has_its_test_and_the_final_one_says_that_it_has_none(run
     assert f"| accuracy | {accuracy:.4f} | {low:.4f} to {high:.4f} |" in card.text
     assert card.data.pipeline_tag == "image-text-to-text" and card.data.library_name == "transformers"
     assert card.data.license is None and card.data.base_model is None, "the demo's model has none"
+    per_class = results["test"]["per_class"]
+    share = max(one["support"] for one in per_class.values()) / results["pictures"]["test"]
+    assert re.search(rf"\| accuracy if always \w+ is answered \| {share:.4f} \|  \|", card.text)
+    assert f"on {results['picture_check']['pictures']} of the images, all gray" in card.text
+    counts = metadata_of(run)["dataset"]["training_images"]
+    assert sum(counts) == results["pictures"]["train"]
+    supports = f" +{counts[0]} +{per_class['zero']['support']}\n"
+    assert re.search(rf"class +training images +test images\n[- ]+\nzero{supports}", sections(card)["Classes"])
+    texts = results["texts"]
+    assert f"of {texts['texts']} texts about test" in card.text and f"{texts['invalid']} name no class" in card.text
+    assert (
+        "pip install ." in sections(card)["Use"] and "| license of the base model | unknown: there is no" in card.text
+    )
     assert ModelCard.load(run / "final_model/README.md").data.eval_results is None
     assert sections(ModelCard.load(run / "final_model/README.md"))["Results"].strip() == "Not tested."
 
@@ -64,8 +77,39 @@ def test_the_code_of_the_card_runs_with_only_transformers(run, monkeypatch, caps
     assert capsys.readouterr().out.strip() in values["text"]
 
 
+def test_texts_that_mostly_disagree_are_warned_of_and_others_are_not(run):
+    metadata, results = metadata_of(run), read(run)
+    for agree, warned in ((3, True), (30, False)):
+        results["texts"] = {"texts": 32, "agree_with_prediction": agree, "invalid": 2}
+        assert ("do not use the texts of this model" in model_card(metadata, results).text) == warned
+    assert "texts about test" not in model_card(metadata).text
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"tune": "full"}, "| all weights |"),
+        ({"tune": "connector"}, "| the connector between"),
+        ({"tune": "lora", "lora_rank": 16, "lora_variant": "pissa"}, "LoRA (pissa, rank 16), which is merged"),
+        ({"tune": "lora", "lora_rank": 16}, "into its weights; the connector between"),
+        ({"tune": "lora", "lora_rank": 16, "freeze_connector": True}, "which is merged into its weights |"),
+    ],
+)
+def test_the_parts_that_were_trained_are_named(run, settings, words):
+    about = model_card(metadata_of(run) | {"settings": settings}).text
+    assert words in next(line for line in about.splitlines() if line.startswith("| what was trained |"))
+
+
+def test_the_calibration_is_told_as_arithmetic(run):
+    calibration = {"temperature": 0.25, "score": "prior", "bias": [0.1], "abstain_below": 0.5}
+    words = "each log-probability, minus the one that the class has without an image, is divided by a temperature of"
+    text = model_card(metadata_of(run) | {"calibration": calibration}).text
+    assert f"{words} 0.25, and a number of its class is added. The model gives no prediction below" in text
+
+
 def test_hostile_texts_stay_texts(run):
     metadata, results = metadata_of(run), read(run)
+    results["test"]["per_class"] = {HOSTILE: {"support": 99}} | results["test"]["per_class"]
     metadata["class_names"][0] = metadata["task_description"] = metadata["dataset"]["dataset"] = HOSTILE
     metadata["prompts"]["system"] = metadata["prompts"]["responses"][0] = HOSTILE
     metadata["plain_prompt"] = {"text": HOSTILE, "special_tokens": False}

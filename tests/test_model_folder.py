@@ -60,6 +60,7 @@ def test_damaged_metadata_without_checksums_are_refused_by_name(folder, damage):
         ("responses", [1, 2]),
         ("unknown", "x"),
         ("reasoning_tokens", "many"),
+        ("readable_names", ["a"] * len(tiny_prompts().class_names)),
     ],
 )
 def test_metadata_with_values_of_another_kind_are_refused(folder, key, value):
@@ -69,6 +70,27 @@ def test_metadata_with_values_of_another_kind_are_refused(folder, key, value):
     (metadata if key in metadata else metadata["prompts"])[key] = value
     path.write_text(json.dumps(metadata))
     with pytest.raises(UsageError, match="training_metadata.json is damaged: its classes and prompts cannot be read"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("settings", [1]), ("dataset", "x"), ("texts", 3), ("train_images", [1]), ("validation", [])]
+)
+def test_a_part_of_the_metadata_of_another_kind_is_named(folder, key, value):
+    (folder / "checksums.json").unlink()
+    path = folder / "training_metadata.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(UsageError, match=f"training_metadata.json is damaged: its {key} cannot be read"):
+        load(folder)
+
+
+def test_classes_of_one_name_are_refused(folder):
+    (folder / "checksums.json").unlink()
+    path = folder / "training_metadata.json"
+    metadata = json.loads(path.read_text())
+    metadata["class_names"] = metadata["prompts"]["class_names"] = ["a"] * len(metadata["class_names"])
+    path.write_text(json.dumps(metadata))
+    with pytest.raises(UsageError, match="its classes and prompts cannot be read"):
         load(folder)
 
 

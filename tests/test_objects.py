@@ -78,6 +78,18 @@ def test_a_table_of_pandas_has_columns_as_any_table(tmp_path):
         load(frame, label_column="species")
 
 
+@pytest.mark.parametrize("kind", [str, int])
+def test_a_missing_value_of_pandas_is_a_missing_label(kind, capsys):
+    labels = [name if kind is str else NAMES.index(name) for _, name in pairs()] + [pandas.NA]
+    images = [image for image, _ in pairs()] + [pairs(1)[0][0]]
+    frame = pandas.DataFrame(
+        {"image": images, "label": pandas.Series(labels, dtype="string" if kind is str else "Int64")}
+    )
+    for data in (frame, list(zip(images, labels, strict=True))):
+        assert pixels(load(data, class_names=NAMES)) == pixels(load(pairs()))
+        assert "train: 1 of 13 images have no label and are left out" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "data, found",
     [

@@ -15,9 +15,10 @@ from vlm.data.splits import NearPair
 from vlm.evaluation.metrics import classification_metrics
 from vlm.report import Prediction, page, shown_images, write_report
 from vlm.report.cards import MOST_IMAGES, MOST_PAIRS
-from vlm.report.content import MOST_ROWS, MOST_SAMPLES, Content, used_settings
+from vlm.report.content import MOST_ROWS, MOST_SAMPLES, Content
 from vlm.report.figures import draw
 from vlm.report.page import render_page
+from vlm.report.used_settings import used_settings
 
 EVIL = "<b>&\"'</td><script src=http://x.example>{{ 7 * 7 }}"
 NAMES = ["cat", EVIL, "猫"]

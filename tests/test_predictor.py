@@ -293,7 +293,7 @@ def test_a_file_with_the_name_of_an_image_without_a_path_is_not_mixed_with_it(lo
 
 
 def test_a_batch_size_of_zero_is_refused(loaded, paths):
-    with pytest.raises(ValueError, match="batch_size is 0, expected at least 1"):
+    with pytest.raises(ValueError, match="batch_size=0: expected a whole number of at least 1, and"):
         batch(loaded, paths, batch_size=0)
 
 

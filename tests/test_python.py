@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from test_stopping import send_after
 from tiny import random_image
 
-from inference_vlm import evaluate, predict_single_image
+from inference_vlm import BatchPredictor, evaluate, load_model_and_metadata, predict_single_image
 from train_vlm import Result, train, train_on
 from vlm.common import RunError, Stopped, UsageError
 from vlm.config import Settings, from_keywords, parse_arguments, resolve
@@ -95,6 +95,46 @@ def test_the_files_about_classes_may_be_dicts():
 def test_a_value_that_no_flag_has_is_refused(given, message):
     with pytest.raises(UsageError, match=message):
         train(**given)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"device": "gpu"}, "device='gpu': expected one of auto, cpu, cuda, mps"),
+        ({"device": "cuda:0"}, "device='cuda:0': "),
+        ({"dtype": "float64"}, "dtype='float64': expected one of"),
+        ({"abstain_below": 5}, "abstain_below=5: expected a probability, 0 to 1"),
+        ({"abstain_below": float("nan")}, "abstain_below=nan: "),
+        ({"abstain_below": "much"}, "abstain_below='much': expected a number"),
+        ({"batch_size": -1}, "batch_size=-1: expected a whole number of at least 1"),
+        ({"batch_size": 0}, "batch_size=0: "),
+        ({"batch_size": "four"}, "batch_size='four': expected a whole number"),
+        ({"split": ["a"]}, r"dataset_split=\['a'\]: expected a text"),
+        ({"image_column": [3]}, r"image_column=\[3\]: expected a text"),
+        ({"report_dir": ""}, "--report-dir : expected the name of a folder"),
+    ],
+)
+def test_the_functions_of_the_inference_check_their_arguments(demo_run, given, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    loading = given.keys() <= {"device", "dtype", "abstain_below"}
+    of_batches = given.keys() <= set(inspect.signature(BatchPredictor).parameters)
+    for function in (
+        evaluate,
+        *([BatchPredictor] if of_batches else []),
+        *([load_model_and_metadata] if loading else []),
+    ):
+        with pytest.raises(UsageError, match=message) as caught:
+            function(demo_run / "best_model", **({"dataset": "."} if function is evaluate else {}), **given)
+        assert isinstance(caught.value, ValueError) or "report_dir" in given
+
+
+def test_a_folder_without_a_name_is_no_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match='^--model-dir "": expected the folder of a trained model'):
+        load_model_and_metadata("")
+    for name in (".", "/", ".."):
+        with pytest.raises(UsageError, match="^no training_metadata.json in"):
+            load_model_and_metadata(name)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from PIL import Image
 
 from inference_vlm import load_model_and_metadata, predict_single_image
 from vlm.classifier import Calibration
-from vlm.service import Served, open_port, test_accuracy
+from vlm.service import Served, open_port, served_name, test_accuracy
 
 uvicorn = pytest.importorskip("uvicorn", reason="the packages of requirements-serve.txt are not installed")
 pytest.importorskip("fastapi", reason="the packages of requirements-serve.txt are not installed")
@@ -49,7 +49,9 @@ def loaded(demo_run):
 
 @pytest.fixture(scope="module")
 def served(demo_run, loaded):
-    return Served(loaded[0], loaded[2], test_accuracy(demo_run / "best_model", loaded[2]))
+    folder = demo_run / "best_model"
+    named = served_name(str(demo_run.parent / "elsewhere" / "run" / "best_model"))
+    return Served(loaded[0], loaded[2], test_accuracy(folder, loaded[2]), name=named)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +105,8 @@ def test_the_bytes_of_an_image_and_a_form_give_what_one_prediction_gives(port, l
 
 
 def test_health_names_model_and_classes(port, loaded):
-    expected = {"status": "ok", "model": "demo", "classes": loaded[2]["class_names"]}
+    about = {"status": "ok", "model": "run/best_model", "base_model": "demo"}
+    expected = about | {"classes": loaded[2]["class_names"]}
     assert ask(port, path="/health", method="GET")[:2] == (200, expected)
 
 

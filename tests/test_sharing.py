@@ -117,9 +117,15 @@ def test_public_is_public(model, online):
 @pytest.mark.parametrize(
     ("repo", "message"),
     [
-        ("pets", "expected owner/name"),
-        ("me/pets/x", "expected owner/name"),
-        ("me/two words", "expected owner/name"),
+        ("pets", "There is no owner in it. Expected owner/name"),
+        ("me/pets/x", "Repo id must be in the form .* Expected owner/name"),
+        ("me/two words", "digits, -, _ and ., and this one has ' '. Expected owner/name"),
+        ("me/pets!", "and this one has '!'"),
+        ("me/p\u00e4ts", r"and this one has '\\xe4'"),
+        ("me/../x", "The part '..' is no name"),
+        ("me/", "The part '' is no name"),
+        ("me/-x", "-x begins or ends with - or ."),
+        ("", "^--push-to-hub '': It is empty. Expected owner/name"),
         ("them/pets", "your token is that of me, we. Give one of these names"),
         ("me/taken", "there is a repository of this name with other files, such as model.py"),
     ],
@@ -129,6 +135,12 @@ def test_what_cannot_be_pushed_is_refused_before_the_training(online, repo, mess
     with pytest.raises(UsageError, match=message):
         check_push(repo, public=False)
     assert not any("POST" in line for line in online.requests), "nothing was changed"
+
+
+def test_an_empty_name_is_no_command_without_a_push(model, tmp_path, capsys):
+    assert classify("--model-dir", model[0], "--push-to-hub", "") == 2
+    assert train("--demo", "--push-to-hub", "", "--output-dir", tmp_path / "run") == 2
+    assert capsys.readouterr().err.count("--push-to-hub '': ") == 2 and not (tmp_path / "run").exists()
 
 
 def test_an_organization_and_an_empty_repository_are_fine(model, online):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from vlm.classifier.classifier import LossOutput, VLMClassifier
 from vlm.common import Stopped, resume_command
+from vlm.config import IN_MEMORY
 from vlm.training.loop import Trainer
 from vlm.training.stopping import TESTING, TRAINING, StopSignals
 
@@ -147,6 +148,13 @@ def test_a_wish_that_came_too_late_for_the_last_step_ends_the_run_behind_it():
     assert signals.should_stop()
     with pytest.raises(Stopped, match="stopped after the training"):
         signals.enter(TESTING)
+
+
+def test_a_run_on_a_dataset_of_a_program_is_continued_by_a_call():
+    signals = StopSignals("out", IN_MEMORY)
+    signals.enter(TESTING)
+    with pytest.raises(Stopped, match=r"continue with the test by train\(dataset, resume=True, output_dir='out'\)$"):
+        signals.handle(signal.SIGTERM, None)
 
 
 @pytest.mark.slow

@@ -170,6 +170,11 @@ def test_warnings_are_those_of_the_checks():
             "5 of 200 test images are in train, too (accuracy on the 195 others 0.7500): keep each in one split only.",
         ),
         (
+            199,
+            {"pictures": 1, "accuracy": [1.0, 0.2, 1.0]},
+            "199 of 200 test images are in train, too (accuracy on the other one 1.0000): keep each in one split only.",
+        ),
+        (
             200,
             {"pictures": 0, "accuracy": None},
             "200 of 200 test images are in train, too (all): keep each in one split only.",

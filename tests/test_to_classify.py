@@ -11,10 +11,10 @@ from vlm.config import IN_MEMORY, classify_settings
 from vlm.data import match_classes, read_images
 
 
-def read(dataset, **given):
+def read(dataset, classes=(), **given):
     named = isinstance(dataset, str)
     name = dataset if named else IN_MEMORY
-    return read_images(classify_settings({"dataset": name} | given), None if named else dataset)
+    return read_images(classify_settings({"dataset": name} | given), None if named else dataset, classes)
 
 
 def write_images(folder, *names):
@@ -121,6 +121,32 @@ def test_names_for_numbers_are_those_that_are_given():
         read(numbers, class_names=["cat", "dog", "hen"])
     classes = datasets.ClassLabel(names=["cat", "dog", "hen"])
     assert named(read(of_labels([2, 0], label=classes))) == ["hen", "cat"], "not all classes need be there"
+
+
+def test_names_of_a_test_that_has_not_all_classes():
+    numbers, names = of_labels([2, 0, 3]), ["zero", "one", "two", "three"]
+    assert named(read(numbers, class_names=names)) == ["two", "zero", "three"]
+    assert named(read(of_labels(["TWO", "zero"]), class_names=names)) == ["two", "zero"]
+    with pytest.raises(UsageError, match="--class-names has 4 names"):  # 1 may be the first or the second
+        read(of_labels([1, 3]), class_names=names)
+    with pytest.raises(UsageError, match="--class-names has 4 names"):
+        read(of_labels([0, 4]), class_names=names)
+
+
+def test_several_spellings_of_a_name_that_is_given_are_one_class():
+    words = of_labels(["EIGHT", "eight", "nine", "Nine "])
+    assert named(read(words, class_names=["eight", "nine"])) == ["eight", "eight", "nine", "nine"]
+    assert named(read(of_labels(["Dame", "dame"]), class_names=["Dame", "dame"])) == ["Dame", "dame"]
+
+
+def test_a_name_that_looks_like_a_missing_label_is_a_class_in_a_folder_or_of_the_model(tmp_path):
+    words = ["N-A", "None", "nan", "null"]
+    folder = write_images(tmp_path, *(f"{name}/1.png" for name in words))
+    assert named(read(folder)) == words
+    table = table_of([f"{name}/1.png,{name}" for name in words], tmp_path / "labels.csv")
+    assert named(read(table)) == ["N-A", "None", None, None]
+    assert named(read(table, ["Null", "cat"])) == ["N-A", "None", None, "null"]
+    assert named(read(table, class_names=["N-A", "None", "nan", "null"])) == words
 
 
 def test_flags_about_columns_need_columns(tmp_path):

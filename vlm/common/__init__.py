@@ -42,6 +42,7 @@ from vlm.common.text import (
     printable,
     printable_lines,
     shorten,
+    utf8_text,
 )
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ __all__ = [
     "switches_as_before",
     "text_width",
     "usual_modes",
+    "utf8_text",
     "with_bar",
     "write_failure",
     "write_folder",

@@ -96,10 +96,11 @@ def sync(path: Path) -> None:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write a JSON file whole or not at all; a number that JSON lacks (NaN, infinity) becomes null."""
+    """Write a JSON file whole or not at all; a number that JSON lacks (NaN, infinity) becomes null, and a surrogate,
+    such as a byte of a name that is not UTF-8, its escape."""
     with replacing(path) as temporary:
         text = json.dumps(_finite(values), indent=2, ensure_ascii=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def read_json(path: Path, cure: str) -> Any:

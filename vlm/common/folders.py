@@ -94,8 +94,10 @@ def _carry_over(folder: Path, new: Path) -> None:
 
 def existing(folder: Path) -> Path:
     """Where the content of a folder is: in it or, while `write_folder` replaces it or was killed in it, in NAME.old."""
+    if folder.exists():  # as . and / do, which have no name
+        return folder
     old = _old(folder)
-    return old if old.is_dir() and not folder.exists() else folder
+    return old if old.is_dir() else folder
 
 
 def recover(folder: Path) -> None:

@@ -44,6 +44,12 @@ def csv_cell(value: Any) -> Any:
     return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
 
+def utf8_text(text: str) -> str:
+    """A text that can be written in UTF-8: what Python reads as a surrogate, such as a byte of a file name that is not
+    UTF-8, becomes its escape."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def shorten(text: str, longest: int) -> str:
     """At most `longest` characters, cut in the middle, because long names often differ at their end."""
     return text if len(text) <= longest else f"{text[: longest * 2 // 3 - 1]}…{text[len(text) - longest // 3 :]}"

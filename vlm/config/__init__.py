@@ -28,7 +28,7 @@ from vlm.config.defaults import (
 from vlm.config.durations import in_words, seconds_of
 from vlm.config.flags import Parser, add_flag, build_parser, number, parse_arguments, split_names, whole_number
 from vlm.config.formats import DEFAULT_FORMAT, LAYOUTS, lay_out, reasoning_of, stated_format
-from vlm.config.keywords import from_keywords, said_in_python, say_in_python, with_flags
+from vlm.config.keywords import checked_keywords, from_keywords, said_in_python, say_in_python, with_flags
 from vlm.config.names import (
     ADAPTER_FOLDER,
     BEST_MODEL,
@@ -66,7 +66,7 @@ from vlm.config.resolve import (
     user_path,
 )
 from vlm.config.rules import flag_of
-from vlm.config.saved import read_run
+from vlm.config.saved import how_to_resume, read_run
 from vlm.config.settings import ClassifySettings, ImageSize, RunSettings, Settings
 from vlm.config.values import MOST, MOST_AT_ONCE, can_be_a_path, is_object_text
 
@@ -130,12 +130,14 @@ __all__ = [
     "flags_to_train_further",
     "flags_to_train_once",
     "fold_folder",
+    "checked_keywords",
     "from_keywords",
     "in_words",
     "lay_out",
     "number",
     "other_settings",
     "parse_arguments",
+    "how_to_resume",
     "read_run",
     "read_settings",
     "reasoning_of",

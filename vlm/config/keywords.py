@@ -15,12 +15,17 @@ from vlm.common import RunError, UsageError, did_you_mean, shorten
 from vlm.config.flags import TYPES, split_names, value_type
 from vlm.config.rules import RENAMED
 from vlm.config.settings import CLASS_FILES, Settings
+from vlm.config.values import VALUES
 
 LONGEST_SHOWN = 80  # characters of a value in a message
 
 
 class UnknownKeyword(UsageError, TypeError):
     """A keyword argument that no function has: Python's error for it, shown as one of ours."""
+
+
+class WrongValue(UsageError, ValueError):
+    """A keyword argument whose value cannot be: Python's error for it, shown as one of ours."""
 
 
 def from_keywords(function: str, given: Mapping[str, Any], names: Collection[str] | None = None) -> dict[str, Any]:
@@ -33,7 +38,7 @@ def from_keywords(function: str, given: Mapping[str, Any], names: Collection[str
 
     Raises:
         UnknownKeyword: there is no such flag.
-        UsageError: a value has the wrong type, or is none of the choices.
+        WrongValue: a value has the wrong type, or is none of the choices.
     """
     taken = [item for item in dataclasses.fields(Settings) if names is None or item.name in names]
     known = {name: item for item in taken for name in (item.name, RENAMED.get(item.name, item.name))}
@@ -42,6 +47,20 @@ def from_keywords(function: str, given: Mapping[str, Any], names: Collection[str
             hint = did_you_mean(name.replace("-", "_"), list(known))
             raise UnknownKeyword(f"{function}() has no setting {name}.{hint} docs/options.md has all flags.")
     return {known[name].name: _value(known[name], value) for name, value in given.items() if value is not None}
+
+
+def checked_keywords(function: str, **given: Any) -> dict[str, Any]:
+    """The values of keyword arguments that are no settings of a run, see `from_keywords`. None stays None.
+
+    Raises:
+        WrongValue: also if a value is outside its limits.
+    """
+    found = from_keywords(function, given)
+    for rule in VALUES:
+        for name in found.keys() & set(rule.names):
+            if not rule.fits(found[name]):
+                raise WrongValue(f"{name}={shorten(repr(given[name]), LONGEST_SHOWN)}: expected {rule.wanted}.")
+    return dict.fromkeys(given) | found
 
 
 def with_flags(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -117,5 +136,5 @@ def _one(item: dataclasses.Field, kind: type, value: Any) -> Any:
     return found
 
 
-def _wrong(item: dataclasses.Field, value: Any, wanted: str, hint: str = "") -> UsageError:
-    return UsageError(f"{item.name}={shorten(repr(value), LONGEST_SHOWN)}: {wanted}.{hint}")
+def _wrong(item: dataclasses.Field, value: Any, wanted: str, hint: str = "") -> WrongValue:
+    return WrongValue(f"{item.name}={shorten(repr(value), LONGEST_SHOWN)}: {wanted}.{hint}")

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from vlm.common import UsageError, read_json
+from vlm.common import UsageError, read_json, resume_command
+from vlm.config.defaults import IN_MEMORY
 from vlm.config.names import BEST_MODEL, METADATA
 from vlm.config.rules import flag_of
 from vlm.config.settings import RunSettings
@@ -26,6 +27,14 @@ def read_run(output: Path) -> dict[str, Any]:
     if not isinstance(values, dict) or not isinstance(values.get("settings"), dict):
         raise UsageError(f"{path} is damaged: it names no settings of a run. {cure}")
     return values
+
+
+def how_to_resume(output: Path, dataset: str | None) -> str:
+    """How to continue the run in an output folder, for messages: with a command or, if a program has made its dataset,
+    with a call."""
+    if dataset == IN_MEMORY:
+        return f"train(dataset, resume=True, output_dir={str(output)!r})"
+    return resume_command(output)
 
 
 def check_types(values: Mapping[str, Any]) -> None:

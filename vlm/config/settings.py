@@ -336,7 +336,13 @@ class RunSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifySettings(Settings):
-    """The settings by which a trained model reads a dataset: one split, in which labels may be missing."""
+    """The settings by which a trained model reads a dataset: one split, in which labels may be missing.
+
+    Attributes:
+        model_classes: the names of the model's classes, by which a column of labels is found.
+    """
 
     labels_needed = False
     split_flag = "--split"
+
+    model_classes: tuple[str, ...] = ()

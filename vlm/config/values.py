@@ -94,6 +94,11 @@ VALUES = (
         lambda value: bool(value.strip()) and can_be_a_path(value),
         "a name that is not empty and not too long for a file or folder",
     ),
+    Values(  # safetensors and tokenizers cannot write elsewhere
+        ("output_dir",),
+        lambda value: not any("\ud800" <= character <= "\udfff" for character in value),
+        "a name that is valid UTF-8",
+    ),
     Values(
         ("class_descriptions", "class_map"),
         lambda value: is_object_text(value) or (bool(value.strip()) and can_be_a_path(value)),

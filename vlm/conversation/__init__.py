@@ -4,7 +4,7 @@ From class names and instructions to messages (prompts.py), to token ids (render
 that are trained and scored (responses.py). Knows no architecture.
 """
 
-from vlm.conversation.class_files import read_renames
+from vlm.conversation.class_files import read_renames, renamed_classes
 from vlm.conversation.prompts import LONGEST_LIST, Prompts, build_prompts, leaves_list_out, parse_answer
 from vlm.conversation.rendered import Rendered
 from vlm.conversation.responses import (
@@ -27,6 +27,7 @@ __all__ = [
     "longest_reasoning",
     "parse_answer",
     "read_renames",
+    "renamed_classes",
     "response_lengths",
     "response_of",
     "scored_texts",

@@ -94,6 +94,18 @@ def read_renames(path: str, names: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def renamed_classes(path: str, class_names: Sequence[str]) -> list[str]:
+    """The classes that `--class-map` gives a name, whether a dataset has them or not.
+
+    Args:
+        class_names: examples for a message.
+
+    Raises:
+        UsageError: the file is not readable.
+    """
+    return [tidy(key) for key, _ in _read_texts("--class-map", path, class_names)]
+
+
 def _read_texts(flag: str, path: str, class_names: Sequence[str]) -> list[tuple[str, str]]:
     """The entries of a JSON object of texts, in order; a key that is there twice is two entries.
 

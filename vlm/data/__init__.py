@@ -9,9 +9,9 @@ from vlm.data.classes import problem_of_name
 from vlm.data.cutting import balanced_positions
 from vlm.data.finding import find_images
 from vlm.data.formats import readable_formats
-from vlm.data.hub import model_folder
+from vlm.data.hub import NotCached, model_folder
 from vlm.data.hub_errors import again, trouble_of, within
-from vlm.data.hub_names import hub_name, looks_like_path
+from vlm.data.hub_names import fault_of_id, hub_name, looks_like_path
 from vlm.data.images import ImageSource, UnreadableImage, open_image
 from vlm.data.known import Found, KnownImages
 from vlm.data.load import load_data
@@ -36,6 +36,7 @@ __all__ = [
     "ImageSource",
     "KnownImages",
     "LabeledImages",
+    "NotCached",
     "Place",
     "Rows",
     "Sample",
@@ -48,6 +49,7 @@ __all__ = [
     "balanced_positions",
     "check_model_files",
     "epoch_plan",
+    "fault_of_id",
     "find_images",
     "hub_name",
     "leave_out_refused",

@@ -1,5 +1,6 @@
 """What is said about a dataset: the table "what was detected" and the metadata of the model."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def detected_rows(
     """
     columns, names = source.columns, data.class_names
     rows = [("fold", f"{settings.fold or 1} of {settings.folds}")] if settings.folds else []
-    rows.append(("dataset", shown_dataset(settings, source)))
+    rows.append(("dataset", name_and_kind(settings, source)))
     if columns:
         rows += [("image column", columns.image), ("label column", columns.label)]
     if groups := _groups(settings, data):
@@ -97,12 +98,18 @@ def data_metadata(settings: Settings, source: Source, origins: dict[str, str], d
         "split_column": columns and columns.split,
         "group_column": columns and columns.group,
         "splits": {role: {"from": origins[role], "pictures": len(getattr(data, role))} for role in ROLES},
+        "training_images": None if data.stream else _of_each_class(data.train, len(data.class_names)),
         "left_alone": source.others,
         "unreadable": len(data.skipped),
     }
 
 
-def shown_dataset(settings: Settings, source: Source) -> str:
+def _of_each_class(split: Split, classes: int) -> list[int]:
+    counts = Counter(split.labels)
+    return [counts[number] for number in range(classes)]
+
+
+def name_and_kind(settings: Settings, source: Source) -> str:
     """What the table "what was detected" calls a dataset."""
     if settings.demo:
         return source.kind

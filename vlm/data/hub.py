@@ -29,6 +29,22 @@ NOT_DATA = ("*.py", "*.pyc", "*.ipynb", "*.bin", "*.pt", "*.pth", "*.pkl", "*.pi
 Info = TypeVar("Info", ModelInfo, DatasetInfo)
 
 
+class NotCached(UsageError):
+    """A model or dataset that is not in the cache, and the hub does not answer. It advises somebody who trains.
+
+    Attributes:
+        found: without the advice.
+    """
+
+    def __init__(self, found: str) -> None:
+        self.found = found
+        demo = TRAIN_DEMO_MODEL.format(folder=f"{Settings.output_dir}/{DEMO_MODEL}")
+        super().__init__(
+            f"{found}\n       Without the hub, give folders to --model and --dataset. If you have no model, run --demo "
+            f"once, then give {demo}"
+        )
+
+
 def model_folder(
     name: str, revision: str | None = None, needed: Mapping[str, str] | None = None
 ) -> tuple[Path, str | None]:
@@ -266,8 +282,4 @@ def _not_cached(kind: Kind, name: str, silence: Trouble | None, which: str = "")
     if silence and silence.status is not None:
         cure = "Wait some minutes, or log in with `hf auth login`" if silence.status == TOO_MANY else "Try again later"
         return RunError(f"{kind} {name}: {what}, and the cache has no complete copy{which}. {cure}.")
-    return UsageError(
-        f"{kind} {name}: no local folder, {what}, and the cache has no complete copy{which}.\n"
-        "       Without the hub, give folders to --model and --dataset. If you have no model, run --demo once, "
-        f"then give {TRAIN_DEMO_MODEL.format(folder=f'{Settings.output_dir}/{DEMO_MODEL}')}"
-    )
+    return NotCached(f"{kind} {name}: no local folder, {what}, and the cache has no complete copy{which}.")

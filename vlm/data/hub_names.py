@@ -8,10 +8,11 @@ from urllib.parse import unquote, urlsplit
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from vlm.common import UsageError
+from vlm.common import UsageError, one_line
 
 Kind = Literal["model", "dataset"]
 PREFIXES = {"model": ("models",), "dataset": ("datasets",)}
+NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9_./-]")
 SCHEME = re.compile(r"^(hf|https?)://", re.IGNORECASE)
 PARTS_OF_PAGE = (
     "tree",
@@ -32,6 +33,24 @@ class HubName(NamedTuple):
     revision: str | None = None
 
 
+def fault_of_id(id: str) -> str:
+    """Why the hub has no such id, as a sentence; empty if it may have it."""
+    if not id:
+        return "It is empty."
+    if wrong := NOT_IN_A_NAME.search(id):
+        return f"A name there has only letters A to Z, digits, -, _ and ., and this one has {ascii(wrong[0])}."
+    for part in id.split("/"):
+        if part in ("", ".", ".."):
+            return f"The part {part!r} is no name."
+        if part[0] in "-." or part[-1] in "-.":
+            return f"{part} begins or ends with - or . there."
+    try:
+        validate_repo_id(id)
+    except HFValidationError as error:
+        return one_line(error)
+    return ""
+
+
 def looks_like_path(name: str) -> bool:
     """Whether a name means a local file or folder, not an id on the hub (`name`, `owner/name`, with @revision, the
     address of its page, or `hf://...`)."""
@@ -39,6 +58,8 @@ def looks_like_path(name: str) -> bool:
         return True
     if SCHEME.match(name):
         return False
+    if name.endswith("/"):
+        return True
     id, _, _ = name.partition("@")
     parts = id.split("/")
     return len(parts) > 2 and not (parts[0] in ("datasets", "models") and len(parts) == 3)
@@ -71,10 +92,8 @@ def hub_name(text: str, kind: Kind) -> HubName:
     if SCHEME.match(text):
         parts, revision = _without_page(parts)
     id, _, given = "/".join(parts).partition("@")
-    try:
-        validate_repo_id(id)
-    except HFValidationError:
-        raise _no_name(text, kind) from None
+    if fault_of_id(id):
+        raise _no_name(text, kind, fault_of_id(id))
     return HubName(id, unquote(given) or revision)
 
 
@@ -87,12 +106,13 @@ def _without_page(parts: list[str]) -> tuple[list[str], str | None]:
     return parts[:place], parts[place + 1] if has_revision else None
 
 
-def _no_name(text: str, kind: Kind) -> UsageError:
+def _no_name(text: str, kind: Kind, why: str = "") -> UsageError:
     if SCHEME.match(text):
         return UsageError(
             f"--{kind} {text}: not the address of a {kind} on the hub. Expected owner/name or, of other addresses, the "
             "folder or file that you downloaded from there."
         )
     return UsageError(
-        f"{kind} {text}: no local folder, and not a valid name on the hub. Expected owner/name or owner/name@revision."
+        f"{kind} {text}: no local folder, and not a valid name on the hub. {why} "
+        "Expected owner/name or owner/name@revision."
     )

@@ -4,17 +4,17 @@ N = images.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vlm.common import UsageError, listed
 from vlm.config import NO_LABELS, ClassifySettings
-from vlm.data.classes import checked_indices, in_order, is_missing, match_given, short_names
-from vlm.data.describe import public_name, shown_dataset
+from vlm.data.classes import NO_LABEL, checked_indices, in_order, is_missing, match_given, short_names
+from vlm.data.describe import name_and_kind, public_name
 from vlm.data.load import check_column_flags
 from vlm.data.sources import Rows, Source, read_source
-from vlm.data.spellings import distinct_labels, meaning, tidy
+from vlm.data.spellings import are_numbers, distinct_labels, meaning, merge_spellings, tidy
 
 SPLIT = "the dataset"  # what messages about labels call it
 
@@ -38,12 +38,13 @@ class LabeledImages:
     summary: list[tuple[str, str]]
 
 
-def read_images(settings: ClassifySettings, dataset: object = None) -> LabeledImages:
+def read_images(settings: ClassifySettings, dataset: object = None, classes: Collection[str] = ()) -> LabeledImages:
     """Read one split of the dataset that the settings name: the one that `--split` asks for, else that for the test,
     else the only one. Nothing is decoded.
 
     Args:
         dataset: a dataset that a program has made, in the place of the one that the settings name.
+        classes: names that are classes although they look like a missing label, such as the model's class null.
 
     Raises:
         UsageError: there is no such dataset or split, or its labels cannot be classes.
@@ -54,7 +55,7 @@ def read_images(settings: ClassifySettings, dataset: object = None) -> LabeledIm
     ((role, rows),) = source.splits.items()
     if not rows.names:
         raise UsageError(f"{settings.of_dataset}: the split {source.split_names[role]} has no image.")
-    names, labels = _numbered(rows, source, settings)
+    names, labels = _numbered(rows, source, settings, classes)
     split, columns = source.split_names[role], source.columns
     about = {
         "dataset": public_name(settings, source),
@@ -93,13 +94,13 @@ def _find(name: str, names: Sequence[str]) -> int | None:
     return alike[0] if len(alike) == 1 else None
 
 
-def _numbered(rows: Rows, source: Source, settings: ClassifySettings) -> tuple[list[str], list[int | None]]:
+def _numbered(
+    rows: Rows, source: Source, settings: ClassifySettings, classes: Collection[str]
+) -> tuple[list[str], list[int | None]]:
     """The names of the classes that occur, and for each image the index of its own or None."""
-    indices = source.class_names is not None
-    unused = settings.label_column == NO_LABELS
-    known = [i for i, label in enumerate(rows.labels) if not unused and not is_missing(label, indices)]
-    values: Mapping[str, Sequence[object]] = {SPLIT: [rows.labels[i] for i in known]}
     given = settings.class_names and list(map(tidy, settings.class_names))
+    known = _with_labels(rows, source, [*classes, *(given or ())]) if settings.label_column != NO_LABELS else []
+    values: Mapping[str, Sequence[object]] = {SPLIT: [rows.labels[i] for i in known]}
     if source.class_names is not None:
         names, numbers = short_names(list(source.class_names), [])[0], checked_indices(values, source.class_names)
     elif known:
@@ -108,7 +109,8 @@ def _numbered(rows: Rows, source: Source, settings: ClassifySettings) -> tuple[l
         return [], [None] * len(rows.labels)
     names, numbers = in_order(names, numbers)
     if given is not None:
-        order, _ = match_given(names, given)
+        names, numbers, _ = merge_spellings(names, numbers, given)
+        order = _some_of(names, given) or match_given(names, given)[0]
         names, numbers = given, {SPLIT: [order[number] for number in numbers[SPLIT]]}
     used = sorted(set(numbers[SPLIT]))
     place = {number: i for i, number in enumerate(used)}
@@ -118,13 +120,35 @@ def _numbered(rows: Rows, source: Source, settings: ClassifySettings) -> tuple[l
     return [names[number] for number in used], labels
 
 
+def _with_labels(rows: Rows, source: Source, classes: Collection[str]) -> list[int]:
+    """The positions of the images that have a label. The name of a folder is one, whatever it is."""
+    words = NO_LABEL - {name.strip().lower() for name in classes} if source.columns else ()
+    indices = source.class_names is not None
+    return [i for i, label in enumerate(rows.labels) if not is_missing(label, indices, words)]
+
+
+def _some_of(own: Sequence[str], given: Sequence[str]) -> list[int] | None:
+    """The place of each class of a split among more names that were given: the place of the same name, or the number
+    that the class is, if there is a 0. None if there are no more names, or it is neither."""
+    if len(given) <= len(own):
+        return None
+    lower = [name.casefold() for name in given]
+    if len(set(lower)) == len(lower) and all(name.casefold() in lower for name in own):
+        return [lower.index(name.casefold()) for name in own]
+    numbers = [int(meaning(name)) for name in own] if are_numbers(own) else []
+    # Without a 0, the numbers may begin with 1.
+    return numbers if numbers and min(numbers) == 0 and max(numbers) < len(given) else None
+
+
 def _rows_of_table(
     settings: ClassifySettings, source: Source, split: str, labels: Sequence[int | None]
 ) -> list[tuple[str, str]]:
     columns, missing = source.columns, labels.count(None)
-    table = [("dataset", shown_dataset(settings, source))]
+    table = [("dataset", name_and_kind(settings, source))]
     if columns:
-        none = "not used" if settings.label_column == NO_LABELS else "none was recognized (--label-column names one)"
+        among = f" among {listed(columns.others)}" if columns.others else ""
+        none = f"none was recognized{among} (--label-column names one)"
+        none = "not used" if settings.label_column == NO_LABELS else none
         table += [("image column", columns.image), ("label column", columns.label or none)]
     table.append(("images", f"{len(labels):,} ({split})"))
     if missing:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vlm.inference.evaluating import evaluate
     from vlm.inference.items import Files, Item, Items
     from vlm.inference.job import Job, about_rows, check_all_read, run_job, show_table
-    from vlm.inference.labeled import LABEL, match_items
+    from vlm.inference.labeled import LABEL, match_items, read_images_for
     from vlm.inference.model_folder import read_metadata, save_model_folder, trained_with, update_metadata
     from vlm.inference.predictor import (
         load_model_and_metadata,
@@ -57,6 +57,7 @@ __all__ = [
     "predict_each",
     "predict_single_image",
     "print_results",
+    "read_images_for",
     "read_metadata",
     "run_job",
     "save_model_folder",
@@ -75,7 +76,7 @@ __getattr__ = lazy_names(
         ".evaluating": ("evaluate",),
         ".items": ("Files", "Item", "Items"),
         ".job": ("Job", "about_rows", "check_all_read", "run_job", "show_table"),
-        ".labeled": ("LABEL", "match_items"),
+        ".labeled": ("LABEL", "match_items", "read_images_for"),
         ".model_folder": ("read_metadata", "save_model_folder", "trained_with", "update_metadata"),
         ".predictor": (
             "load_model_and_metadata",

@@ -186,7 +186,7 @@ def _check_what_is_classified(args: argparse.Namespace) -> None:
             raise UsageError(
                 "nothing to classify: name images or folders (IMAGE_OR_FOLDER), or give --dataset or --serve."
             )
-        flags = [_shown_flag(name) for name in given] + (["--report-dir"] if args.report_dir else [])
+        flags = [_shown_flag(name) for name in given] + (["--report-dir"] if args.report_dir is not None else [])
         if flags:
             raise UsageError(f"{' and '.join(flags)}: only with --dataset. Leave out what is not needed.")
         args.data = None
@@ -197,21 +197,27 @@ def _check_what_is_classified(args: argparse.Namespace) -> None:
         given["class_names"] = split_names(args.class_names)
     args.data = classify_settings(given)
     if args.report_dir is not None:
-        check_report_dir(Path(args.report_dir), Path(args.model_dir), args.data.dataset)
+        check_report_dir(args.report_dir, Path(args.model_dir), args.data.dataset)
 
 
 def _shown_flag(name: str) -> str:
     return ClassifySettings.split_flag if name == "dataset_split" else flag_of(name)
 
 
-def check_report_dir(folder: Path, model_dir: Path, dataset: Any) -> None:
+def check_report_dir(report_dir: str | Path, model_dir: Path, dataset: Any) -> None:
     """Check, before the work, that a report can be written into a folder, and that nothing of another kind is lost.
 
     Raises:
         UsageError: it cannot.
     """
-    if not str(folder).strip() or not can_be_a_path(str(folder)) or (folder.exists() and not folder.is_dir()):
-        raise UsageError(f"--report-dir {folder}: expected the name of a folder.")
+    folder = Path(report_dir)
+    if not str(report_dir).strip() or not can_be_a_path(str(folder)) or (folder.exists() and not folder.is_dir()):
+        raise UsageError(f"--report-dir {report_dir}: expected the name of a folder.")
+    if Path().absolute().is_relative_to(folder.absolute().resolve()):
+        raise UsageError(
+            f"--report-dir {folder} is the folder that you are in, or one above it. Name one for the {len(REPORT) + 1} "
+            "files of the report, such as test_report."
+        )
     for flag, other in (("--model-dir", model_dir), ("--dataset", dataset)):
         if other and Path(other).is_dir() and folder.resolve().is_relative_to(Path(other).resolve()):
             raise UsageError(f"--report-dir {folder} is in the folder of {flag}: choose another place.")
@@ -223,6 +229,6 @@ def check_report_dir(folder: Path, model_dir: Path, dataset: Any) -> None:
 def _is_report(path: Path) -> bool:
     """Whether a `results.json` is that of a test of a saved model."""
     try:
-        return "tested" in json.loads(path.read_text(encoding="utf-8"))
+        return path.is_file() and "tested" in json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
         return False

@@ -9,6 +9,7 @@ import numpy as np
 
 from vlm.classifier import VLMClassifier
 from vlm.common import UsageError, did_you_mean, listed
+from vlm.config import checked_keywords
 from vlm.data import IMAGE_COLUMNS, open_image
 from vlm.inference.classifying import Options, classify_items
 from vlm.inference.items import Item
@@ -31,6 +32,9 @@ class BatchPredictor:
         batch_size: images in one forward pass (default: what fits into the free memory).
         exhaustive, feature_cache: see `predict_batch`.
         device, dtype, abstain_below: see `load_model_and_metadata`.
+
+    Raises:
+        ValueError: an argument has another value than is documented.
     """
 
     def __init__(
@@ -46,9 +50,12 @@ class BatchPredictor:
         dtype: str = "auto",
         abstain_below: float | None = None,
     ) -> None:
-        self.model_dir, self.image_column, self.keep = str(model_dir), image_column, keep
-        self.options = Options(batch_size, explain, False, exhaustive, feature_cache)
-        self._load = (device, dtype, abstain_below)
+        loading = {"device": device, "dtype": dtype, "abstain_below": abstain_below}
+        given = checked_keywords("BatchPredictor", batch_size=batch_size, image_column=image_column, **loading)
+        self.model_dir, self.image_column = str(model_dir), given["image_column"]
+        self.keep = [keep] if isinstance(keep, str) else keep
+        self.options = Options(given["batch_size"], explain, False, exhaustive, feature_cache)
+        self._load = {name: given[name] for name in loading}
         self._loaded: tuple[VLMClassifier, dict[str, Any]] | None = None
 
     @property
@@ -60,8 +67,9 @@ class BatchPredictor:
         """Classify the images of a batch.
 
         Args:
-            batch: B values of each column, as an array or a list. An image is the bytes of a file, a path, an array
-                HxW, HxWx3 or HxWx4, a PIL image, or a dict with "bytes" or "path".
+            batch: B values of each column, as an array or a list; also a table of pyarrow, or a data frame of pandas.
+                An image is the bytes of a file, a path, an array HxW, HxWx3 or HxWx4, a PIL image, or a dict with
+                "bytes" or "path".
 
         Returns:
             the columns that are kept, and these arrays of B values:
@@ -75,9 +83,11 @@ class BatchPredictor:
             readable_name: what the model calls the class, if it was trained with `--class-map`.
 
         Raises:
-            UsageError: there is no such column, or one has the name of a result.
+            UsageError: there is no such column, one has another length, or one has the name of a result.
         """
+        batch = _columns(batch)
         column = self._image_column(batch)
+        kept = self._kept(batch, len(batch[column]))
         model, metadata = self._model()
         rows = [outcome.result for outcome in classify_items(model, metadata, _items(batch, column), self.options)]
         none = dict.fromkeys(model.class_names, np.nan)
@@ -90,7 +100,6 @@ class BatchPredictor:
             del found["full_response"]
         if not model.prompts.readable_names:
             del found[READABLE_NAME]
-        kept = {name: batch[name] for name in (batch if self.keep is None else self.keep)}
         if both := [name for name in kept if name in found]:
             raise UsageError(f"the batch has columns with the names of results: {listed(both)}. Rename them.")
         return kept | found
@@ -106,21 +115,48 @@ class BatchPredictor:
 
     def _model(self) -> tuple[VLMClassifier, dict[str, Any]]:
         if self._loaded is None:
-            model, _, metadata = load_model_and_metadata(self.model_dir, *self._load)
+            model, _, metadata = load_model_and_metadata(self.model_dir, **self._load)
             self._loaded = model, metadata
         return self._loaded
 
     def _image_column(self, batch: Mapping[str, Any]) -> str:
-        wanted = [self.image_column] if self.image_column else [*BYTES, *IMAGE_COLUMNS]
-        if found := [name for name in wanted if name in batch]:
+        if self.image_column:
+            _check_there("image_column", self.image_column, batch)
+            return self.image_column
+        if found := [name for name in (*BYTES, *IMAGE_COLUMNS) if name in batch]:
             return found[0]
-        what = f"no column {self.image_column}" if self.image_column else "no column was recognized by its name"
-        near = did_you_mean(self.image_column or "", list(batch))
-        raise UsageError(f"image_column: {what}. Columns there: {listed(batch) or 'none'}.{near}")
+        raise UsageError(f"image_column: no column was recognized by its name. {_columns_there(batch)}")
+
+    def _kept(self, batch: Mapping[str, Any], count: int) -> dict[str, Any]:
+        """The columns that are handed on, each of so many values."""
+        for name in self.keep or ():
+            _check_there("keep", name, batch)
+        kept = {name: batch[name] for name in (batch if self.keep is None else self.keep)}
+        for name, values in kept.items():
+            if len(values) != count:
+                raise UsageError(f"the column {name} has {len(values):,} values, and there are {count:,} images.")
+        return kept
+
+
+def _columns(batch: Any) -> Mapping[str, Any]:
+    """A batch by column. Tables of pyarrow become lists of Python's own values."""
+    return batch.to_pydict() if hasattr(batch, "to_pydict") else batch
+
+
+def _check_there(argument: str, name: str, batch: Mapping[str, Any]) -> None:
+    if name not in batch:
+        near = did_you_mean(name, list(map(str, batch)))
+        raise UsageError(f"{argument}: no column {name}. {_columns_there(batch)}{near}")
+
+
+def _columns_there(batch: Mapping[str, Any]) -> str:
+    return f"Columns there: {listed(map(str, batch)) or 'none'}."
 
 
 def _items(batch: Mapping[str, Any], column: str) -> Iterator[Item]:
     for row, cell in enumerate(batch[column]):
+        if hasattr(cell, "as_py"):  # a value of a column of pyarrow
+            cell = cell.as_py()
         path = cell
         if isinstance(cell, Mapping):  # as `datasets` stores images
             path = cell.get("path")

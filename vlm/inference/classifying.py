@@ -60,12 +60,14 @@ def classify_items(
     options: Options,
     total: int | None = None,
     done: int = 0,
+    share: str = "",
 ) -> Generator[Outcome, None, None]:
     """Classify items in their order. No more of them are held than a few batches.
 
     Args:
         items: taken one after the other, a few batches ahead; names may come twice.
         total, done: of the progress bar: how many items there are in all, None if unknown, and how many came before.
+        share: what the bar says of the items, if other processes have others.
 
     Yields:
         each item with its result, when its batch is computed.
@@ -75,7 +77,7 @@ def classify_items(
     tolerance = 0.0 if options.exhaustive else TOLERANCE
     chunks = batches_ahead(partial(_prepare, model, cache), items, batch_size, in_thread=cache is None)
     try:
-        with Bar(total, "classifying", initial=done, enabled=options.show_progress) as bar, closing(chunks):
+        with Bar(total, f"classifying{share}", initial=done, enabled=options.show_progress) as bar, closing(chunks):
             for chunk, (batch, faults) in chunks:
                 read = [item for i, item in enumerate(chunk) if i not in faults]
                 exact = [item.exact or 0 for item in read] if any(item.exact is not None for item in read) else None
@@ -91,7 +93,7 @@ def classify_items(
 
 def settings_of(metadata: dict[str, Any]) -> RunSettings:
     """The settings of the training, also of a version that wrote fewer of them or none."""
-    return read_settings(metadata.get("settings", {}))
+    return read_settings(metadata.get("settings") or {})
 
 
 def _open_cache(model: VLMClassifier, metadata: dict[str, Any]) -> FeatureCache | None:

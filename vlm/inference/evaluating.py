@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from vlm.common import doing, format_table, note, switches_as_before
-from vlm.config import IN_MEMORY, classify_settings, from_keywords, said_in_python
-from vlm.data import read_images
+from vlm.config import IN_MEMORY, checked_keywords, classify_settings, from_keywords, said_in_python
 from vlm.inference.arguments import OF_A_DATASET, check_output, check_report_dir
 from vlm.inference.classifying import Options
-from vlm.inference.labeled import match_items
+from vlm.inference.labeled import match_items, read_images_for
 from vlm.inference.predictor import load_model_and_metadata
 from vlm.inference.testing import SavedModelTest
 from vlm.inference.writing import check_replaceable
@@ -57,22 +56,26 @@ def evaluate(
         model), unknown_classes, pictures, picture_check and so on.
 
     Raises:
+        ValueError: an argument has another value than is documented.
         UsageError: the model or the dataset cannot be read, or none of the dataset's classes is one of the model.
         UnknownKeyword: there is no such flag; it is a TypeError, too.
     """
     columns = from_keywords("evaluate", columns, OF_A_DATASET.keys() - {"dataset", "dataset_split", "metrics"})
+    columns |= from_keywords("evaluate", {"dataset_split": split})
+    loading = checked_keywords("evaluate", device=device, dtype=dtype, abstain_below=abstain_below)
+    batch_size = checked_keywords("evaluate", batch_size=batch_size)["batch_size"]
     named = isinstance(dataset, str | os.PathLike)
-    given = {"dataset": str(dataset) if named else IN_MEMORY, "dataset_split": split, **columns}
+    given = {"dataset": str(dataset) if named else IN_MEMORY, **columns}
     with switches_as_before(), said_in_python():
         settings = classify_settings(given)
         if output is not None:
             check_output(Path(output), Path(model_dir))
             check_replaceable(Path(output))
         if report_dir is not None:
-            check_report_dir(Path(report_dir), Path(model_dir), settings.dataset)
+            check_report_dir(report_dir, Path(model_dir), settings.dataset)
         with doing("reading the dataset"):
-            images = read_images(settings, None if named else dataset)
-        model, _, metadata = load_model_and_metadata(model_dir, device, dtype, abstain_below)
+            images = read_images_for(model_dir, settings, None if named else dataset)
+        model, _, metadata = load_model_and_metadata(model_dir, **loading)
         items = match_items(images, settings, model.prompts, metadata)
         note("\n" + format_table(items.summary) + "\n")
         options = Options(batch_size, explain, show_progress, exhaustive, feature_cache)

@@ -6,29 +6,39 @@ the first process puts the shares together at the end.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from vlm.classifier import VLMClassifier
-from vlm.common import RunError, Stopped, UsageError, brief, dtype_name, note, replacing, with_bar
+from vlm.common import RunError, Stopped, UsageError, brief, dtype_name, is_main_process, note, replacing, with_bar
 from vlm.inference.classifying import Options, Outcome, classify_items, settings_of
 from vlm.inference.items import Item, Items
-from vlm.inference.parquet import PARQUET, write_parquet
-from vlm.inference.records import AGAIN, Begun, Record, Tally, merge, read_begun
+from vlm.inference.parquet import PARQUET, read_names, write_parquet
+from vlm.inference.records import AGAIN, Begun, Record, Tally, as_stored, merge, read_begun, read_records
 from vlm.inference.unfinished import (
     MadeBy,
+    check_no_writer,
     check_processes,
-    has_shares,
     parts_of,
     read_made_by,
     refuse_or_leave,
     share_of,
+    shares_of,
 )
-from vlm.inference.writing import GOES_ON, PredictionFile, PredictionTable, about_file, cells_of, columns_of, header_of
+from vlm.inference.writing import (
+    GOES_ON,
+    PredictionFile,
+    PredictionTable,
+    about_file,
+    cells_of,
+    columns_of,
+    header_of,
+    lock_file,
+)
 from vlm.machine import Team, largest_batch
 
 
@@ -126,7 +136,7 @@ def run_job(
         again = tally.rows % batch_size
         rest = islice(job.team.share(items), tally.rows - again, None)
         batches = replace(options, batch_size=batch_size)
-        outcomes = classify_items(model, metadata, rest, batches, total, tally.rows - again)
+        outcomes = classify_items(model, metadata, rest, batches, total, tally.rows - again, job.team.named)
         with keeping_rows(file, total), file, closing(outcomes):
             for outcome in islice(outcomes, again, None):
                 item, result, *_ = outcome
@@ -185,7 +195,7 @@ def find_begun(job: Job, items: Items) -> tuple[Begun | None, int | None]:
     Raises:
         UsageError: it does not belong to this command, or there is nothing left to do.
     """
-    job.team.after_first(partial(_check_whole, job))
+    job.team.after_first(partial(_check_whole, job, items))
     left = parts_of(job.target)
     if job.has_shares and job.target.exists():
         left.append(job.target)
@@ -204,22 +214,38 @@ def find_begun(job: Job, items: Items) -> tuple[Begun | None, int | None]:
     return begun, made_by and made_by.batch_size
 
 
-def _check_whole(job: Job) -> None:
+def _check_whole(job: Job, items: Items) -> None:
     """Check what there is of the whole job, before any process writes.
 
     Raises:
-        UsageError: it was begun by another number of processes, or it is complete.
+        UsageError: it was begun by another number of processes, one of them still writes, it is complete, or the file
+            has rows of other images.
     """
     check_processes(job.output, job.team.size)
-    if not job.resume or has_shares(job.output) or (not job.has_shares and parts_of(job.output)):
+    check_no_writer(shares_of(job.output))
+    if not job.resume or shares_of(job.output) or (not job.has_shares and parts_of(job.output)):
         return
     if parts := parts_of(job.output):
         raise UsageError(f"{parts[-1]} was begun by one process, and now there are {job.team.size}. {AGAIN}")
     if job.output.exists():
         for target in job.targets:  # of a job that was killed after its last row
             about_file(target).unlink(missing_ok=True)
-        raise UsageError(f"--resume: {job.output} is complete. Leave out --resume to compute it again.")
+        _refuse_complete(job, items)
     note(f"note: --resume: there is nothing of {brief(job.output)} yet, so it starts with the first image.")
+
+
+def _refuse_complete(job: Job, items: Items) -> NoReturn:
+    """Raises UsageError: all rows of these images are in the file, or it has those of others, which would be lost."""
+    header = header_of(job.output, job.columns)
+    is_table = job.output.suffix.lower() == PARQUET
+    names = read_names(job.output) if is_table else (record.name for record in read_records(job.output, header))
+    pairs = zip_longest(names, (as_stored(item.name, header) for item in items))
+    if all(there == wanted for there, wanted in pairs):
+        raise UsageError(f"--resume: {job.output} is complete. Leave out --resume to compute it again.")
+    raise UsageError(
+        f"--resume: {job.output} is the complete file of other images than these {len(items):,}. Give another "
+        "--output; without --resume, it would be replaced."
+    )
 
 
 def _put_together(job: Job, items: Items) -> Tally:
@@ -232,7 +258,9 @@ def _put_together(job: Job, items: Items) -> Tally:
             tally.add(record.name, bool(record.values.get("error")))
             yield record
 
-    with replacing(job.output) as temporary:
+    with ExitStack() as locks, replacing(job.output) as temporary:
+        for target in job.targets:
+            lock_file(target, locks.enter_context(target.open("rb")).fileno())
         if job.output.suffix.lower() == PARQUET:
             rows = (cells_of(record.name, record.values, job.columns) for record in counted())
             write_parquet(temporary, rows, job.columns)
@@ -247,11 +275,12 @@ def _put_together(job: Job, items: Items) -> Tally:
 
 
 def check_all_read(tally: Tally) -> None:
-    """Say it at the end if images could not be read.
+    """Say it at the end if images could not be read. Of several processes the first one says it, which knows of all
+    images, and when the file is written: the launcher ends the others if one of them fails.
 
     Raises:
         RunError: some could not.
     """
-    if tally.failed:
+    if tally.failed and is_main_process():
         others = "; the others are classified" if tally.failed < tally.rows else ""
-        raise RunError(f"{tally.failed} of {tally.rows} images could not be read, such as {tally.first}{others}.")
+        raise RunError(f"{tally.failed:,} of {tally.rows:,} images could not be read, such as {tally.first}{others}.")

@@ -5,19 +5,22 @@ N = images.
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from vlm.common import UsageError, listed
+from vlm.common import UsageError, did_you_mean, listed, read_folder
 from vlm.config import ClassifySettings
-from vlm.conversation import Prompts, read_renames
-from vlm.data import LabeledImages, match_classes, open_image, short_key, unpack_keys
+from vlm.conversation import Prompts, read_renames, renamed_classes
+from vlm.data import LabeledImages, match_classes, open_image, read_images, short_key, unpack_keys
 from vlm.inference.items import Item
+from vlm.inference.model_folder import find_model_folder, read_metadata, read_prompts
 
 LABEL = "label"  # the key of a row with the true class
+KEPT = {"train": "train_images", "validation": "validation_images"}  # keys of a model's metadata, by split
 
 
 @dataclass(frozen=True)
@@ -28,15 +31,20 @@ class DatasetItems:
         images: as the dataset has them.
         classes: for each class name of the dataset the index of the model's class, None if the model lacks it.
         prompts: of the model.
-        trained_on: the `short_key` of each image that the model was trained on, as far as they are known.
-        seen: the positions of the images that are among these, of those that were opened.
+        by_hand: the class names of the dataset that `--class-map` names.
+        known: by split of the training, the `short_key` of each of its images; only splits whose images are known.
+        seen: by split, the positions of the images that are among these, of those that were opened.
     """
 
     images: LabeledImages
     classes: list[int | None]
     prompts: Prompts
-    trained_on: frozenset[str] = frozenset()
-    seen: set[int] = field(default_factory=set)
+    by_hand: frozenset[str] = frozenset()
+    known: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    seen: dict[str, set[int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seen", {split: set() for split in self.known})
 
     def __len__(self) -> int:
         return len(self.images.labels)
@@ -52,8 +60,10 @@ class DatasetItems:
     def _open(self, position: int) -> Image.Image:
         rows = self.images.rows
         image = open_image(rows.images[position], rows.names[position])
-        if self.trained_on and short_key(image) in self.trained_on:
-            self.seen.add(position)
+        key = short_key(image) if self.known else ""
+        for split, keys in self.known.items():
+            if key in keys:
+                self.seen[split].add(position)
         return image
 
     def class_of(self, position: int) -> int | None:
@@ -77,14 +87,34 @@ class DatasetItems:
         none = f"; no image of {listed(missing)}" if missing else ""
         rows.append(("classes", f"images of {len(found):,} of the model's {len(every):,} classes{none}"))
         named = list(zip(self.images.class_names, self.classes, strict=True))
-        if other := [f"{own} = {every[index]}" for own, index in named if index is not None and own != every[index]]:
-            rows.append(("matched by name", listed(other)))
+        renamed = [(own, every[index]) for own, index in named if index is not None and own != every[index]]
+        for how, by_hand in (("matched by name", False), ("matched by --class-map", True)):
+            if pairs := [f"{own} = {name}" for own, name in renamed if (own in self.by_hand) == by_hand]:
+                rows.append((how, listed(pairs)))
         if lacking := [own for own, index in named if index is None]:
             counts = Counter(self.images.labels)
             numbers = {name: number for number, name in enumerate(self.images.class_names)}
             shown = listed(f"{name} ({counts[numbers[name]]:,})" for name in lacking)
             rows.append(("images of other classes", shown))
         return rows
+
+
+def read_images_for(model_dir: str | Path, settings: ClassifySettings, dataset: object = None) -> LabeledImages:
+    """The images of a dataset for a model, whose weights are not read. A column of labels without a usual name is found
+    by the model's class names. A label that is one of them, or one that `--class-map` renames, is a class, even if it
+    looks like a missing one, such as null.
+
+    Args:
+        settings, dataset: see `read_images`.
+
+    Raises:
+        UsageError: there is no such model, dataset or split, or its labels cannot be classes.
+        RunError: the hub fails.
+    """
+    prompts = read_folder(find_model_folder(model_dir), lambda folder: read_prompts(folder, read_metadata(folder)))
+    renamed = renamed_classes(settings.class_map, prompts.class_names) if settings.class_map else []
+    names = (*prompts.class_names, *prompts.readable_names)
+    return read_images(replace(settings, model_classes=names), dataset, [*names, *renamed])
 
 
 def match_items(
@@ -98,10 +128,12 @@ def match_items(
 
     Raises:
         UsageError: the dataset has labels, and none of its classes is one of the model.
+        UsageError: the map gives a class a name that the model does not have.
     """
     own = names = images.class_names
-    if settings.class_map and own:
-        renames = read_renames(settings.class_map, own)
+    renames = read_renames(settings.class_map, own) if settings.class_map and own else {}
+    if renames:
+        _check_targets(settings.class_map, renames, prompts)
         names = [renames.get(name, name) for name in own]
     classes = match_classes(names, prompts.class_names, prompts.readable_names)
     if own and all(index is None for index in classes):
@@ -110,4 +142,17 @@ def match_items(
             f"({listed(prompts.shown_names)}). Give the model's names with --class-names or --class-map, or classify "
             "without labels: --label-column none."
         )
-    return DatasetItems(images, classes, prompts, unpack_keys(metadata.get("train_images")))
+    kept = {split: unpack_keys(metadata.get(key)) for split, key in KEPT.items()}
+    known = {split: keys for split, keys in kept.items() if keys}
+    return DatasetItems(images, classes, prompts, frozenset(renames), known)
+
+
+def _check_targets(path: str | None, renames: Mapping[str, str], prompts: Prompts) -> None:
+    """Raises UsageError if a map of class names gives one that is no class of the model."""
+    targets = list(renames.values())
+    found = match_classes(targets, prompts.class_names, prompts.readable_names)
+    if wrong := [name for name, index in zip(targets, found, strict=True) if index is None]:
+        raise UsageError(
+            f"--class-map {path} gives {listed(wrong)}, which the model does not have as a class."
+            f"{did_you_mean(wrong[0], prompts.shown_names)} Its classes: {listed(prompts.shown_names)}."
+        )

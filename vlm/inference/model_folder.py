@@ -27,12 +27,13 @@ from vlm.config import (
     read_settings,
 )
 from vlm.conversation import Prompts
-from vlm.data import looks_like_path, model_folder
+from vlm.data import NotCached, looks_like_path, model_folder
 from vlm.families import Family
 from vlm.sharing import model_card
 
 WEIGHTS = ".safetensors"
 WRITTEN_BY_US = "Expected a model that train_vlm.py --push-to-hub has put there."
+OBJECTS = ("settings", "texts", "dataset", "origin", "validation", "versions")  # JSON objects, if they are there
 WRITTEN_BY = "It is written by train_vlm.py with the model: copy both again, or train again."
 
 
@@ -119,6 +120,8 @@ def find_model_folder(model_dir: str | Path) -> Path:
         UsageError: there is none, or the one on the hub was not trained by this program.
         RunError: the hub fails.
     """
+    if not str(model_dir).strip():
+        raise UsageError('--model-dir "": expected the folder of a trained model, such as vlm_results/best_model.')
     folder = Path(model_dir).expanduser()
     if existing(folder).is_dir():
         return folder
@@ -130,7 +133,10 @@ def find_model_folder(model_dir: str | Path) -> Path:
         )
     name = str(model_dir)
     if "/" in name and not looks_like_path(name) and folder.name not in (BEST_MODEL, FINAL_MODEL):
-        return model_folder(name, needed={METADATA: WRITTEN_BY_US})[0]
+        try:
+            return model_folder(name, needed={METADATA: WRITTEN_BY_US})[0]
+        except NotCached as error:
+            raise UsageError(f"{error.found} Give --model-dir the folder of a model that you have trained.") from None
     raise UsageError(
         f"{folder} is not a folder: train a model first (./run_vlm_training.sh --demo), or name its folder."
     )
@@ -156,6 +162,11 @@ def read_metadata(folder: Path) -> dict[str, Any]:
         )
     if not isinstance(metadata, dict) or not {"class_names", "prompts"} <= metadata.keys():
         raise UsageError(f"{path} names no classes and prompts: it was not written by train_vlm.py.")
+    wrong = [name for name in OBJECTS if not isinstance(metadata.get(name), dict | None)]
+    if not isinstance(metadata.get("train_images"), str | None):
+        wrong.append("train_images")
+    if wrong:
+        raise UsageError(f"{path} is damaged: its {wrong[0]} cannot be read. {WRITTEN_BY}")
     if path.parent != folder and _is_where_it_started(folder, metadata):
         raise UsageError(f"{folder} is the model before the training: take {folder.parent / BEST_MODEL}.")
     if (folder / BEST_MODEL).is_dir():
@@ -183,6 +194,7 @@ def read_prompts(folder: Path, metadata: dict[str, Any]) -> Prompts:
     except (KeyError, TypeError, ValueError, AttributeError):
         whole = False
     whole = whole and prompts.response_format in LAYOUTS
+    whole = whole and all(len(set(some)) == len(some) for some in (prompts.class_names, prompts.shown_names))
     whole = whole and len(prompts.responses) == len(prompts.shown_names) == len(prompts.class_names) > 0
     if not whole or list(prompts.class_names) != metadata["class_names"]:
         raise UsageError(f"{_metadata_file(folder)} is damaged: its classes and prompts cannot be read. {WRITTEN_BY}")

@@ -10,7 +10,7 @@ import torch
 
 from vlm.classifier import Calibration, VLMClassifier, read_head
 from vlm.common import RunError, read_folder
-from vlm.config import HEAD_FILE
+from vlm.config import HEAD_FILE, checked_keywords
 from vlm.data import ImageSource, Sample, UnreadableImage, open_image
 from vlm.families import load_family
 from vlm.inference.classifying import Options, classify_items, collate, predict
@@ -41,14 +41,17 @@ def load_model_and_metadata(
         metadata: the content of `training_metadata.json`.
 
     Raises:
+        ValueError: device, dtype or abstain_below has another value.
         UsageError: the folder does not exist, holds no trained classifier, or has a damaged file.
         UsageError, RunError: the model on the hub cannot be found or downloaded.
     """
+    given = checked_keywords("load_model_and_metadata", device=device, dtype=dtype, abstain_below=abstain_below)
     folder = find_model_folder(model_dir)
-    chosen, _ = pick_device(device)
-    classifier, metadata = read_folder(folder, partial(_load, device=chosen, dtype=pick_dtype(dtype, chosen)))
-    if abstain_below is not None:
-        classifier.calibration = replace(classifier.calibration, abstain_below=abstain_below)
+    chosen, _ = pick_device(given["device"])
+    chosen_dtype = pick_dtype(given["dtype"], chosen)
+    classifier, metadata = read_folder(folder, partial(_load, device=chosen, dtype=chosen_dtype))
+    if given["abstain_below"] is not None:
+        classifier.calibration = replace(classifier.calibration, abstain_below=given["abstain_below"])
     return classifier, classifier.family.processor, metadata
 
 
@@ -170,8 +173,7 @@ def predict_each(
     """`predict_batch`, which yields each key with its result when the batch of the image is computed."""
     _check_same_model(model, processor, metadata)
     items = [Item(name, partial(open_image, image, name)) for name, image in named_images(image_paths)]
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}, expected at least 1")
+    batch_size = checked_keywords("predict_batch", batch_size=batch_size)["batch_size"]
     options = Options(batch_size, explain, show_progress, exhaustive, feature_cache)
     for item, result, _, _ in classify_items(model, metadata, items, options, len(items)):
         yield item.name, result

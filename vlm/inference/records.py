@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from vlm.common import UsageError, brief, csv_cell
+from vlm.common import UsageError, brief, csv_cell, utf8_text
 
 END_OF_CSV = b"\r\n"
 CUT_OFF = "unexpected end of data"  # what `csv` says if a file ends within a text
@@ -51,7 +51,7 @@ class Begun(NamedTuple):
 
 def as_stored(name: str, header: bytes) -> str:
     """A name as it is read from a file that has one: in CSV, formulas have an apostrophe, and surrogates an escape."""
-    return csv_cell(name).encode("utf-8", "backslashreplace").decode() if header else name
+    return utf8_text(csv_cell(name)) if header else name
 
 
 def read_records(path: Path, header: bytes) -> Iterator[Record]:

@@ -4,6 +4,7 @@ N = images, C = classes.
 """
 
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -42,34 +43,42 @@ class Tested:
         log_probabilities = self.classifier.calibration.log_probabilities(self.sums)
         return confidence_and_correctness(log_probabilities.numpy(), self.split.labels)[1]
 
-    def count_unseen(self, unseen: np.ndarray) -> None:
-        """Add the accuracy on the images that train does not have, with its interval; nothing if that is all of them.
+    def count_unseen(self, unseen: np.ndarray, name: str = "not_in_train") -> None:
+        """Add the accuracy on the images that the training has not used, with its interval; nothing if that is all of
+        them.
 
         Args:
             unseen: (N,) bool, whether train does not have an image.
+            name: the key of the figures, which says what the training has not used them for.
         """
         if not unseen.all():
             accuracy = accuracy_interval(self.correct[unseen]) if unseen.any() else None
-            self.metrics["not_in_train"] = {"pictures": int(unseen.sum()), "accuracy": accuracy}
+            self.metrics[name] = {"pictures": int(unseen.sum()), "accuracy": accuracy}
 
     def picture_check(self, seed: int) -> dict[str, Any]:
         """The accuracy with other images; see `check_images`."""
         return check_images(self.classifier, self.split, self.sums, self.batch_size, seed)
 
     def texts(self) -> dict[str, Any]:
-        """What the model writes freely; see `check_texts`."""
-        return check_texts(self.classifier, self.split, self.batch_size, cache=self.cache)
+        """What the model writes freely; see `check_texts`. If each class has one response, that names its class in any
+        case, so nothing is said of reasonings."""
+        found = check_texts(self.classifier, self.split, self.batch_size, cache=self.cache)
+        return found if self.classifier.prompts.free else found | {"reasoning_names_answer": None}
 
     def timings(self) -> dict[str, Any]:
         """How long the test took, as in `results.json`."""
         speed = round(len(self.split) / self.seconds, 2)
-        return {"test_seconds": round(self.seconds, 2), "test_pictures_per_second": speed}
+        now = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+        return {"tested_at": now, "test_seconds": round(self.seconds, 2), "test_pictures_per_second": speed}
 
     def predictions(self) -> list[Prediction]:
-        """The predictions of all images, with a text for those that the page shows one by one."""
+        """The predictions of all images; if the model writes a reasoning for each image, with the text of those that
+        the page shows one by one."""
         split, classifier = self.split, self.classifier
         probabilities = classifier.calibration.log_probabilities(self.sums).exp().numpy()
         predictions = [Prediction(*row) for row in zip(split.names, split.labels, probabilities, strict=True)]
+        if not classifier.prompts.free:
+            return predictions
         shown = shown_images(predictions)
         answers = [predictions[i].predicted for i in shown]
         texts = explanations(classifier, split, shown, answers, self.batch_size, self.cache)

@@ -26,13 +26,14 @@ from vlm.inference.arguments import OF_A_DATASET
 from vlm.inference.classifying import Options, Outcome, settings_of
 from vlm.inference.items import Item
 from vlm.inference.job import Job, about_rows, run_job, show_table
-from vlm.inference.labeled import LABEL, DatasetItems
+from vlm.inference.labeled import KEPT, LABEL, DatasetItems
 from vlm.inference.records import Tally
 from vlm.inference.tested import Tested
 from vlm.machine import Team
-from vlm.report import per_class_table, summary_rows, warnings_of, write_report
+from vlm.report import NEW, per_class_table, summary_rows, warnings_of, write_report
 
 BATCH_SIZE = 8  # of what follows the scores
+NO_PREDICTION = "none"  # of an image for which the model abstains
 PACKAGES = ("torch", "transformers", "pillow")
 
 
@@ -57,7 +58,7 @@ class SavedModelTest:
     unreadable: int = 0
     # of each image with a class of the model: (2, C) its scores, and its sums without evidence
     _scores: dict[int, Tensor] = field(default_factory=dict)
-    _lacking: Counter[str] = field(default_factory=Counter)  # images of classes that the model lacks
+    _lacking: dict[str, Counter[str]] = field(default_factory=dict)  # class that the model lacks -> its predictions
     _next: int = 0
     _started: float = field(default_factory=time.monotonic)
 
@@ -108,7 +109,8 @@ class SavedModelTest:
         elif self.items.class_of(position) is not None:
             self._scores[position] = torch.stack([outcome.scores, outcome.sums.to(outcome.scores.dtype)])
         elif label is not None:
-            self._lacking[self.items.images.class_names[label]] += 1
+            predictions = self._lacking.setdefault(self.items.images.class_names[label], Counter())
+            predictions[outcome.result["prediction"] or NO_PREDICTION] += 1
 
     def results(
         self, metrics: Sequence[Callable[..., Any]] = (), report_dir: str | Path | None = None
@@ -143,7 +145,7 @@ class SavedModelTest:
         readable = dict(zip(prompts.class_names, prompts.readable_names, strict=False))
         results |= {
             **({"readable_names": readable} if readable else {}),
-            "overlap": {"test_in_train": len(self.items.seen & self._scores.keys())} if self.items.trained_on else {},
+            "overlap": {f"test_in_{split}": len(seen & self._scores.keys()) for split, seen in self.items.seen.items()},
             "picture_check": tested.picture_check(self._seed),
             "probe": None,
             "timings": tested.timings(),
@@ -178,21 +180,30 @@ class SavedModelTest:
         test = metrics_of_sums(self.model, labels, sums, metrics, text_sums)
         test |= add_test_figures(_as_fitted(calibration), calibration, sums, labels, self._seed, text_sums)
         tested = Tested(self.model, split, sums, test, seconds, self.options.batch_size or BATCH_SIZE)
-        tested.count_unseen(np.array([i not in self.items.seen for i in positions]))
+        in_train, in_validation = (self.items.seen.get(split, set()) for split in KEPT)
+        tested.count_unseen(np.array([i not in in_train for i in positions]))
+        if in_validation & self._scores.keys():
+            tested.count_unseen(np.array([i not in in_train | in_validation for i in positions]), NEW)
         return tested
 
     def _unknown(self, tested: Tested | None) -> dict[str, Any]:
         """The images of classes that the model lacks, and the accuracy if all of them count as wrong."""
-        count = self._lacking.total()
+        classes = {name: predictions.total() for name, predictions in self._lacking.items()}
+        count = sum(classes.values())
         correct = np.concatenate([tested.correct if tested else np.zeros(0, bool), np.zeros(count, bool)])
-        return {"pictures": count, "classes": dict(self._lacking), "accuracy_with_them": accuracy_interval(correct)}
+        return {
+            "pictures": count,
+            "classes": classes,
+            "predictions": {name: dict(found.most_common()) for name, found in self._lacking.items()},
+            "accuracy_with_them": accuracy_interval(correct),
+        }
 
     def _model_row(self) -> dict[str, Any]:
         """Which model was tested, and why its accuracy may mean less than it seems."""
         known = {name: self.metadata.get(name) for name in ("run_id", "model", "model_revision", "created")}
-        known_images = self.items.trained_on  # then they are counted
-        warning = None if known_images else seen_in_training(self.metadata, self.items.images.source)
-        return known | {"warning": warning}
+        counted = "train" in self.items.known
+        warning = None if counted else seen_in_training(self.metadata, self.items.images.source)
+        return {"folder": self.folder} | known | {"warning": warning}
 
     def _write(self, tested: Tested, results: dict[str, Any], folder: Path) -> None:
         images, names = self.items.images, list(self.model.class_names)
@@ -200,8 +211,8 @@ class SavedModelTest:
         data = Data(none, none, tested.split, names, 0, summary=self.items.summary, source=images.source)
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / RESULTS, results)  # the first one: a later test knows by it whose the other files are
         write_report(folder, results, data, tested.predictions())
-        write_json(folder / RESULTS, results)
 
 
 def _as_fitted(calibration: Calibration) -> dict[str, Any]:

@@ -2,13 +2,13 @@
 
 import glob
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlm.common import UsageError, note, printable, read_json
 from vlm.inference.records import AGAIN
-from vlm.inference.writing import about_file
+from vlm.inference.writing import about_file, lock_file
 
 PART = re.compile(r"\.part\d*")
 SHARE = re.compile(r"\.\d+of(\d+)\.(csv|jsonl)(\.part)?")
@@ -41,9 +41,20 @@ def check_processes(output: Path, size: int) -> None:
             )
 
 
-def has_shares(output: Path) -> bool:
-    """Whether there is a share of a job that did not end."""
-    return any(SHARE.fullmatch(path.name.removeprefix(output.name)) for path in _beside(output))
+def shares_of(output: Path) -> list[Path]:
+    """The shares of a job that did not end, or has not ended yet."""
+    return [path for path in _beside(output) if SHARE.fullmatch(path.name.removeprefix(output.name))]
+
+
+def check_no_writer(paths: Iterable[Path]) -> None:
+    """Check that no other process writes any of these files.
+
+    Raises:
+        UsageError: one does.
+    """
+    for path in paths:
+        with path.open("rb") as file:
+            lock_file(path, file.fileno())
 
 
 def refuse_or_leave(left: list[Path], is_share: bool) -> None:
@@ -56,8 +67,16 @@ def refuse_or_leave(left: list[Path], is_share: bool) -> None:
         raise UsageError(
             f"{left[-1]} has rows of a job that did not end. Add --resume to go on, or delete it to start again."
         )
-    if left:
+    if left and not _has_writer(left[-1]):
         note(f"note: {printable(str(left[-1]))} has rows of a job that did not end; --resume would go on with it.")
+
+
+def _has_writer(path: Path) -> bool:
+    try:
+        check_no_writer([path])
+    except UsageError:
+        return True
+    return False
 
 
 class MadeBy(NamedTuple):
@@ -102,4 +121,4 @@ def read_made_by(part: Path, now: Mapping[str, str]) -> MadeBy | None:
 
 def _beside(path: Path) -> list[Path]:
     """The files whose names begin with that of a file and go on with a dot."""
-    return sorted(path.parent.glob(f"{glob.escape(path.name)}.*"))
+    return sorted(other for other in path.parent.glob(f"{glob.escape(path.name)}.*") if other.is_file())

@@ -13,7 +13,17 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from vlm.common import RunError, UsageError, csv_cell, format_table, printable, printable_lines, reason, write_json
+from vlm.common import (
+    RunError,
+    UsageError,
+    csv_cell,
+    format_table,
+    printable,
+    printable_lines,
+    reason,
+    utf8_text,
+    write_json,
+)
 from vlm.inference.parquet import PARQUET, has_predictions
 from vlm.inference.records import Begun
 
@@ -30,6 +40,8 @@ def check_replaceable(path: Path) -> None:
     Raises:
         UsageError: it holds something else, which would be lost.
     """
+    if path.exists() and not path.is_file():  # such as a pipe, which would wait for a writer
+        raise UsageError(f"--output {path} is no file: choose another name.")
     try:
         with path.open("rb") as file:
             start = file.read(LONGEST_START)
@@ -87,7 +99,7 @@ class PredictionFile:
     def __enter__(self) -> "PredictionFile":
         try:
             self._file = FileIO(self._begun.part, "r+b") if self._begun else self._create()
-            _lock(self.part, self._file.fileno())
+            lock_file(self.part, self._file.fileno())
             self._file.truncate(self._size)
             self._file.seek(self._size)
         except OSError as error:
@@ -189,11 +201,15 @@ def cells_of(path: str, result: Mapping[str, Any], columns: Mapping[str, str | N
 def _csv_line(cells: Iterable[Any]) -> bytes:
     line = io.StringIO(newline="")
     csv.writer(line).writerow(map(csv_cell, cells))
-    return line.getvalue().encode("utf-8", "backslashreplace")
+    return utf8_text(line.getvalue()).encode()
 
 
-def _lock(part: Path, descriptor: int) -> None:
-    """Keep other processes from writing the same file; the system takes the lock away if this one dies."""
+def lock_file(part: Path, descriptor: int) -> None:
+    """Keep other processes from writing the same file; the system takes the lock away if this one dies.
+
+    Raises:
+        UsageError: another process writes it.
+    """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

@@ -35,6 +35,12 @@ class Team:
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
+    @property
+    def named(self) -> str:
+        """What a progress bar adds to the name of its work, which is that of this process only; nothing if there is no
+        other one."""
+        return f" (process {self.number + 1} of {self.size}, its share)" if self.size > 1 else ""
+
     def share(self, items: Iterable[Item]) -> Iterator[Item]:
         """The items of this process: they are dealt out in turn."""
         return islice(items, self.number, None, self.size)

@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from vlm.report.folds_page import COLUMNS, fold_rows, write_folds_report
     from vlm.report.notebook import figures_of, result_html
     from vlm.report.page import time_to_draw, write_report
-    from vlm.report.summary import ended_early, per_class_table, summary_rows, warnings_of
+    from vlm.report.summary import NEW, ended_early, per_class_table, summary_rows, warnings_of
     from vlm.report.templates import render
 
 __all__ = [
     "COLUMNS",
     "MOST_SHOWN",
+    "NEW",
     "DataContent",
     "Prediction",
     "confident_mistakes",
@@ -48,7 +49,7 @@ __getattr__ = lazy_names(
         ".notebook": ("figures_of", "result_html"),
         ".folds_page": ("COLUMNS", "fold_rows", "write_folds_report"),
         ".page": ("time_to_draw", "write_report"),
-        ".summary": ("ended_early", "per_class_table", "summary_rows", "warnings_of"),
+        ".summary": ("NEW", "ended_early", "per_class_table", "summary_rows", "warnings_of"),
         ".templates": ("render",),
     },
 )

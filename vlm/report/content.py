@@ -4,14 +4,15 @@ N = test images, C = classes.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from vlm.data import Data
+from vlm.common import listed
+from vlm.data import Data, Split
 from vlm.evaluation import LabelIssue, is_calibrated, missed_target
 from vlm.report.cards import (
     MOST_ISSUES,
@@ -30,28 +31,23 @@ from vlm.report.cards import (
 )
 from vlm.report.summary import (
     MEANING,
+    NEW,
     abstention_line,
     calibrated_validation_accuracy,
     ended_early,
     head_in_words,
+    lacking_classes,
     lowest_first,
     probed_encoder,
     uncalibrated_accuracy,
     warnings_of,
 )
+from vlm.report.used_settings import used_settings
 
 MOST_CONFUSIONS = 10
 MOST_SAMPLES = 100  # classes with an image in the section on the data
 MOST_ROWS = 100  # classes in the table of classes
 WIDE = 0.1  # an interval of accuracy that is wider says little
-HOW_IT_WAS_STARTED = {"resume", "overwrite"}  # not what the result depends on
-# Settings that had no part in a run, if something is said of its settings.
-WITHOUT_EFFECT: tuple[tuple[Callable[[Mapping[str, Any]], Any], tuple[str, ...]], ...] = (
-    (lambda given: given.get("tune", "lora") != "lora", ("lora_rank", "lora_alpha", "lora_dropout")),
-    (lambda given: given.get("tune") == "full" or given.get("no_feature_cache"), ("cache_size", "cache_dtype")),
-    (lambda given: not given.get("streaming"), ("shuffle_buffer",)),
-    (lambda given: not given.get("use_wandb") and not given.get("track"), ("wandb_project",)),
-)
 
 Measured = tuple[float, float | None, float | None]  # value and its interval, if there is one
 
@@ -106,7 +102,10 @@ class Content:
         settings = self.results["settings"]
         model = settings.get("model") or ("the demo's model" if settings.get("demo") else None)
         counts = [f"{len(self.names):,} classes", f"{self.total:,} test images"]
-        return [str(fact) for fact in (*fold_text(self.data), model, self.data.source.get("dataset"), *counts) if fact]
+        tested = self.results.get("timings", {}).get("tested_at")
+        date = tested and f"tested at {tested}"
+        facts = (*fold_text(self.data), model, self.data.source.get("dataset"), *counts, date)
+        return [str(fact) for fact in facts if fact]
 
     @cached_property
     def counts(self) -> np.ndarray:
@@ -160,9 +159,14 @@ class Content:
         _, low, high = self.accuracy
         found = []
         if low <= self.majority[1]:
-            found.append("The accuracy is not clearly above that of always answering the most frequent class.")
+            where = "below" if high < self.majority[1] else "not clearly above"
+            found.append(f"The accuracy is {where} that of always answering the most frequent class.")
         if high - low > WIDE:
-            found.append(f"{self.total:,} test images are few: the true accuracy may be anywhere in the interval.")
+            expected = f"on others like them, expect an accuracy of {low:.1%} to {high:.1%} (95% interval)"
+            found.append(f"{self.total:,} test images are few: {expected}.")
+        if "tested" in self.results and (unreadable := self.results["pictures"]["skipped"]):
+            images = "1 image that" if unreadable == 1 else f"{unreadable:,} images that"
+            found.append(f"No figure is about {images} could not be read.")
         abstention = self.test.get("abstention")
         if abstention and abstention["below"] is None:
             found.append(f"{missed_target(abstention['target_precision'])}.")
@@ -175,8 +179,9 @@ class Content:
         check, probe, zero_shot = self.results["picture_check"], self.results["probe"], self.results.get("zero_shot")
         images = f"on {check['pictures']:,} images, {check['accuracy']:.1%} with their own"
         rows: list[tuple[str, str | None, Any]] = [("This model", None, self.accuracy)]
-        if unseen := self.test.get("not_in_train"):
-            rows.append(("This model, new images", f"{unseen['pictures']:,} that are not in train", unseen["accuracy"]))
+        if unseen := self.test.get(NEW) or self.test.get("not_in_train"):
+            splits = "neither in train nor in validation" if NEW in self.test else "not in train"
+            rows.append(("This model, new images", f"{unseen['pictures']:,} that are {splits}", unseen["accuracy"]))
         if evidence := self.test.get("evidence"):
             shown = {
                 "text": ("Text alone", "the score of its response"),
@@ -199,6 +204,11 @@ class Content:
     @property
     def label_issues(self) -> list[Doubt]:
         return [doubt(issue, self.data) for issue in self.issues[:MOST_ISSUES]]
+
+    @property
+    def lacking(self) -> list[tuple[str, int, str]]:
+        """(class, images, what they are taken for) of the classes of the test images that the model lacks."""
+        return lacking_classes(self.results)[:MOST_ROWS]
 
     @property
     def mistakes(self) -> list[Card]:
@@ -298,16 +308,29 @@ class Content:
 
     @property
     def samples(self) -> list[Sample]:
-        first: dict[int, int] = {}
-        split = self.data.train if self.was_trained else self.data.test
-        for position, label in enumerate(split.labels):
-            first.setdefault(label, position)
+        first, split = self.first_images, self._sampled
         samples = []
-        for number, name in enumerate(self.names[:MOST_SAMPLES]):
-            image = thumbnail(split, first[number]) if number in first else None
+        for number in sorted(first)[:MOST_SAMPLES]:
             counts = [(role, int(counts[number])) for role, counts in self.split_counts.items()]
-            samples.append(Sample(name, image, counts))
+            samples.append(Sample(self.names[number], thumbnail(split, first[number]), counts))
         return samples
+
+    @cached_property
+    def first_images(self) -> dict[int, int]:
+        """The position of the first image of each class that has some, in the split that `samples` shows."""
+        first: dict[int, int] = {}
+        for position, label in enumerate(self._sampled.labels):
+            first.setdefault(label, position)
+        return first
+
+    @property
+    def without_images(self) -> str:
+        """The classes that have none there, in words."""
+        return listed(name for number, name in enumerate(self.names) if number not in self.first_images)
+
+    @property
+    def _sampled(self) -> Split:
+        return self.data.train if self.was_trained else self.data.test
 
     @property
     def near(self) -> list[tuple[Place, Place]]:
@@ -328,18 +351,3 @@ def measured(value: Any) -> Measured | None:
     values = list(value) if isinstance(value, list | tuple) else [value, None, None]
     numbers = [v if isinstance(v, int | float) and math.isfinite(v) else None for v in values]
     return None if len(numbers) != 3 or numbers[0] is None else (numbers[0], numbers[1], numbers[2])
-
-
-def used_settings(results: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that had a part in the result: with the device, number format and image size that were taken,
-    without what was off."""
-    given = results["settings"]
-    taken = {"device": results["device"]["type"], "dtype": results["device"]["dtype"]} if "device" in results else {}
-    if results.get("image_size"):
-        taken["image_size"] = results["image_size"]
-    if "cache_size" in given:
-        taken["cache_size"] = f"{given['cache_size']:g} GB"
-    off = {name for name, value in given.items() if value in (None, "") or value is False}
-    off |= {name for rule, names in WITHOUT_EFFECT if rule(given) for name in names}
-    off |= set() if taken.get("image_size") else {"image_size"}  # the model has one size, or its own ones
-    return {name: taken.get(name, value) for name, value in given.items() if name not in off | HOW_IT_WAS_STARTED}

@@ -185,7 +185,8 @@ def confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence[str]
     if classes <= MOST_CLASSES_WITH_COUNTS:
         _write_counts(axes, counts, shares > STRONG, points)
     correct, total = int(counts.trace()), int(counts.sum())
-    axes.set_title(f"Accuracy {correct / max(total, 1):.3f} ({correct:,} of {total:,})")
+    # On a phone only the left part of a wide matrix is seen.
+    axes.set_title(f"Accuracy {correct / max(total, 1):.3f} ({correct:,} of {total:,})", loc="left")
     axes.set(xlabel="predicted class", ylabel="true class")
     return figure
 

@@ -8,9 +8,10 @@ from typing import Any
 from vlm.config import PAGE, fold_folder
 from vlm.data import Data
 from vlm.report.cards import Card, Prediction, card, confident_mistakes, thumbnail
-from vlm.report.content import Content, used_settings
+from vlm.report.content import Content
 from vlm.report.page import draw_matrix
 from vlm.report.templates import render, write_page
+from vlm.report.used_settings import used_settings
 
 TEMPLATE = "folds_page.html.jinja"
 COLUMNS = {"accuracy": "accuracy", "macro_f1": "macro F1", "nll": "NLL", "ece": "ECE"}

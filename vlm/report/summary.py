@@ -18,6 +18,8 @@ ENCODERS = {
     "random weights": "the vision encoder before the training (random weights)",
 }
 
+NEW = "not_in_train_or_validation"  # the key of the figures on images that a saved model was in no way fitted on
+
 MOST_LINES = 100  # classes in the table at the end
 
 Row = tuple[str, str]  # name and value
@@ -70,6 +72,17 @@ def _unknown_classes(results: dict[str, Any]) -> str:
     return f"{images} that the model lacks, {shown}"
 
 
+def lacking_classes(results: dict[str, Any]) -> list[tuple[str, int, str]]:
+    """(class, images, what they are taken for) of the classes that the model lacks, the most images first."""
+    unknown = _unknown(results)
+    taken = {
+        name: listed(f"{predicted} ({count:,})" for predicted, count in found.items())
+        for name, found in unknown.get("predictions", {}).items()
+    }
+    counts = sorted(unknown.get("classes", {}).items(), key=lambda item: -item[1])
+    return [(name, count, taken.get(name, "")) for name, count in counts]
+
+
 def _leaks(results: dict[str, Any]) -> list[str]:
     """The test images that were trained on, if there are any."""
     overlap = results.get("overlap", {})  # results of earlier versions do not have it
@@ -79,16 +92,24 @@ def _leaks(results: dict[str, Any]) -> list[str]:
         if groups
         else []
     )
-    if not overlap.get("test_in_train", 0):
+    if not overlap.get("test_in_train", 0) and NEW not in results["test"]:
         return found
-    others = results["test"]["not_in_train"]
-    rest = f"accuracy on the {others['pictures']} others {others['accuracy'][0]:.4f}" if others["pictures"] else "all"
-    return [*found, f"{_in_train(results)}, too ({rest}): keep each in one split only."]
+    others = results["test"].get(NEW) or results["test"]["not_in_train"]
+    count = others["pictures"]
+    which = "other one" if count == 1 else f"{count} others"
+    rest = f"accuracy on the {which} {others['accuracy'][0]:.4f}" if count else "all"
+    return [*found, f"{_used(results)}, too ({rest}): keep each in one split only."]
 
 
-def _in_train(results: dict[str, Any]) -> str:
-    count = results["overlap"]["test_in_train"]
-    return f"{count} of {results['pictures']['test']} test images {'is' if count == 1 else 'are'} in train"
+def _used(results: dict[str, Any]) -> str:
+    """How many test images the training has used, and for what."""
+    test, overlap, total = results["test"], results["overlap"], results["pictures"]["test"]
+    uses = {"train": "in train", "validation": "in validation, by which the model was chosen and calibrated"}
+    splits = ("train", "validation") if NEW in test else ("train",)
+    counts = [(count, uses[split]) for split in splits if (count := overlap.get(f"test_in_{split}", 0))]
+    are = "is" if counts[0][0] == 1 else "are"
+    (count, use), *more = counts
+    return f"{count} of {total} test images {are} {use}" + "".join(f", {count} {use}" for count, use in more)
 
 
 def lowest_first(per_class: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
@@ -156,8 +177,10 @@ def _accuracy_rows(results: dict[str, Any]) -> list[Row]:
         value, low, high = unknown["accuracy_with_them"]
         figure = f"{value:.4f}  ({low:.4f} to {high:.4f}; {_unknown_classes(results)})"
         rows.append(("accuracy, unknown classes as wrong", figure))
-    if "not_in_train" in test:
-        rows.append(("test accuracy, images not in train", _unseen(results)))
+    if NEW in test:
+        rows.append(("test accuracy, new images", _unseen(results, NEW)))
+    elif "not_in_train" in test:
+        rows.append(("test accuracy, images not in train", _unseen(results, "not_in_train")))
     if "zero_shot" in results:
         rows.append(
             ("test accuracy before training", f"{results['zero_shot']['accuracy']:.4f}{uncalibrated_accuracy(results)}")
@@ -198,12 +221,13 @@ def uncalibrated_accuracy(results: dict[str, Any], digits: str = ".4f") -> str:
     return f" (not calibrated; the trained model without calibration: {calibration['before']['accuracy'][0]:{digits}})"
 
 
-def _unseen(results: dict[str, Any]) -> str:
-    unseen, leak = results["test"]["not_in_train"], _in_train(results)
+def _unseen(results: dict[str, Any], key: str) -> str:
+    unseen, leak = results["test"][key], _used(results)
     if not unseen["pictures"]:
         return f"unknown: {leak}"
     value, low, high = unseen["accuracy"]
-    return f"{value:.4f}  ({low:.4f} to {high:.4f}, {unseen['pictures']} images; {leak})"
+    images = "1 image" if unseen["pictures"] == 1 else f"{unseen['pictures']} images"
+    return f"{value:.4f}  ({low:.4f} to {high:.4f}, {images}; {leak})"
 
 
 def _before_fit(calibration: dict[str, Any]) -> str:

@@ -12,16 +12,16 @@ from vlm.common import lazy_names
 
 if TYPE_CHECKING:
     from vlm.service.command import run_server
-    from vlm.service.model import Served, find_examples, test_accuracy
+    from vlm.service.model import Served, find_examples, served_name, test_accuracy
     from vlm.service.server import check_packages, open_port
 
-__all__ = ["Served", "check_packages", "find_examples", "open_port", "run_server", "test_accuracy"]
+__all__ = ["Served", "check_packages", "find_examples", "open_port", "run_server", "served_name", "test_accuracy"]
 
 __getattr__ = lazy_names(
     __name__,
     {
         ".command": ["run_server"],
-        ".model": ["Served", "find_examples", "test_accuracy"],
+        ".model": ["Served", "find_examples", "served_name", "test_accuracy"],
         ".server": ["check_packages", "open_port"],
     },
 )

@@ -41,7 +41,8 @@ def create_app(
     async def health(request: Request) -> Response:
         if request.method not in ("GET", "HEAD"):
             raise HTTPException(405, f"{request.method} is not answered here: GET it.", {"Allow": "GET"})
-        return JSONResponse({"status": "ok", "model": served.name, "classes": list(served.model.class_names)})
+        about = {"status": "ok", "model": served.name, "base_model": served.base}
+        return JSONResponse(about | {"classes": list(served.model.class_names)})
 
     async def predict(request: Request) -> Response:
         if request.method != "POST":

@@ -29,7 +29,7 @@ def run_server(args: argparse.Namespace, switches: ExitStack) -> None:
 
         from vlm.inference import load_model_and_metadata
         from vlm.machine import pick_threads
-        from vlm.service.model import Served, find_examples, test_accuracy
+        from vlm.service.model import Served, find_examples, served_name, test_accuracy
 
         switches.enter_context(switches_as_before())
         torch.set_num_threads(pick_threads(args.threads))
@@ -37,5 +37,6 @@ def run_server(args: argparse.Namespace, switches: ExitStack) -> None:
         examples = find_examples(args.examples, folder)
         with doing(f"loading --model-dir {args.model_dir}"):
             model, _, metadata = load_model_and_metadata(folder, args.device, args.dtype, args.abstain_below)
-        served = Served(model, metadata, test_accuracy(folder, metadata), args.exhaustive_scoring)
+        name = served_name(args.model_dir)
+        served = Served(model, metadata, test_accuracy(folder, metadata), args.exhaustive_scoring, name)
         serve(port, args.host, served, examples, args.batch_size)

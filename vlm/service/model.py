@@ -54,7 +54,8 @@ class Served:
 
     Attributes:
         model, metadata: what `load_model_and_metadata` returned.
-        name: what was trained, such as HuggingFaceTB/SmolVLM-256M-Instruct.
+        name: of the model, such as vlm_results/best_model or owner/name on the hub.
+        base: what was trained, such as HuggingFaceTB/SmolVLM-256M-Instruct.
         accuracy: of the test after its training; None if the model's folder is no longer in the folder of its run.
         exhaustive: score every class to its end.
     """
@@ -63,9 +64,10 @@ class Served:
     metadata: dict[str, Any]
     accuracy: Accuracy | None
     exhaustive: bool = False
+    name: str = BEST_MODEL
 
     @property
-    def name(self) -> str:
+    def base(self) -> str:
         return str(self.metadata.get("model", "a model"))
 
     @property
@@ -92,6 +94,11 @@ class Served:
         items = [Item(name, partial(open_image, data, name)) for name, data in uploads]
         options = Options(len(items), explain, show_progress=False, exhaustive=self.exhaustive)
         return [outcome.result for outcome in classify_items(self.model, self.metadata, items, options)]
+
+
+def served_name(model_dir: str) -> str:
+    """The last two parts of a path, or the name on the hub: the page and its answers name no other folders."""
+    return "/".join(Path(model_dir).expanduser().absolute().parts[-2:])
 
 
 def test_accuracy(folder: Path, metadata: dict[str, Any]) -> Accuracy | None:

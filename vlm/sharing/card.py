@@ -5,19 +5,20 @@ the page they are escaped, or stand in a block that is longer than any mark in t
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from vlm.common import printable, printable_lines, shorten
+from vlm.common import format_table, printable, printable_lines, shorten
 from vlm.config import ADAPTER_FOLDER, BEST_MODEL
 from vlm.sharing.origin import LICENSE_KEYS
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 TAGS = ["vlm-classification", "image-classification", "vision-language-model"]
 MOST_CLASSES = 200  # on the page
+LONGEST_TITLE = 40  # of a class in a row of the results
 LONGEST_NAME = 200  # characters in the metadata
 MARKS = re.compile(r"[\\`*_{}\[\]<>#|~&$@]|(?<=:)//")  # what Markdown or HTML might take for markup, or for an address
 ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
@@ -91,10 +92,11 @@ def model_card(
         trained="trained" if metadata.get("model") == "demo" else "fine-tuned",
         version=str(metadata.get("versions", {}).get("vlm", "")),
         classes=classes,
-        shown_classes="\n".join(printable(str(one)) for one in classes[:MOST_CLASSES]),
+        shown_classes=_class_table(classes[:MOST_CLASSES], metadata, results),
         more_classes=max(0, len(classes) - MOST_CLASSES),
         about=[(title, markdown(value)) for title, value in _about(metadata, origin, results) if value],
-        rows=measures,
+        rows=measures + (_comparison(results) if results else []),
+        texts=results.get("texts") if results else None,
         warnings=warnings,
         validation=metadata.get("validation", {}).get("accuracy"),
         calibration=_calibration(metadata.get("calibration")),
@@ -171,13 +173,13 @@ def _about(
     commit = f", commit {origin['commit']}" if origin.get("commit") else ""
     splits = ", ".join(f"{split['pictures']} {role}" for role, split in dataset.get("splits", {}).items())
     data_commit = f", commit {dataset['commit']}" if dataset.get("commit") else ""
-    tuned = {"lora": f"LoRA ({settings.get('lora_variant', 'lora')}, rank {settings.get('lora_rank')}), merged"}
     names = [origin.get("license_name") or origin.get("license"), origin.get("license_link")]
     license = " ".join(filter(None, names)) or "unknown: the base model's files name none"
+    license = license if base != "demo" else "unknown: there is no base model, and the program names none"
     return [
         ("base model", f"{base}{commit}" if base != "demo" else "random weights"),
-        ("license of the base model", license if base != "demo" else None),
-        ("what was trained", tuned.get(settings.get("tune"), settings.get("tune"))),
+        ("license of the base model", license),
+        ("what was trained", _trained(settings)),
         ("dataset", f"{dataset['dataset']}{data_commit}" if "dataset" in dataset else None),
         ("images", splits or None),
         ("image size", metadata.get("image_size")),
@@ -186,12 +188,52 @@ def _about(
     ]
 
 
+def _trained(settings: Mapping[str, Any]) -> str | None:
+    """The parts of the model whose weights were trained."""
+    lora = f"LoRA ({settings.get('lora_variant', 'lora')}, rank {settings.get('lora_rank')})"
+    parts = {
+        "full": "all weights",
+        "connector": "the connector between vision encoder and language model",
+        "lora": f"the language model with {lora}, which is merged into its weights",
+    }
+    name = str(settings.get("tune") or "")
+    connector = name == "lora" and not settings.get("freeze_connector")
+    return f"{parts[name]}; {parts['connector']}" if connector else parts.get(name)
+
+
 def _calibration(calibration: dict[str, Any] | None) -> str:
     if not calibration:
         return "They are not calibrated."
-    parts = [f"temperature {calibration['temperature']:.4g}"]
-    parts += ["a bias for each class"] if calibration.get("bias") else []
-    parts += ["the log-probability without an image taken off"] if calibration.get("score") == "prior" else []
+    minus = ", minus the one that the class has without an image," if calibration.get("score") == "prior" else ""
+    plus = ", and a number of its class is added" if calibration.get("bias") else ""
+    how = f"each log-probability{minus} is divided by a temperature of {calibration['temperature']:.4g}{plus}"
     below = calibration.get("abstain_below")
-    abstain = f" It gives no prediction below a confidence of {below:.4g}." if below else ""
-    return f"They are calibrated on the validation split ({', '.join(parts)}).{abstain}"
+    abstain = f" The model gives no prediction below a confidence of {below:.4g}." if below else ""
+    return f"The model is calibrated on the validation split: {how}.{abstain}"
+
+
+def _comparison(results: dict[str, Any]) -> list[Measure]:
+    """What a model without skill would reach, and this one with other images: the accuracy is worth the difference."""
+    per_class, check = results["test"]["per_class"], results["picture_check"]
+    name = max(per_class, key=lambda one: per_class[one]["support"])
+    share = per_class[name]["support"] / max(1, sum(one["support"] for one in per_class.values()))
+    rows = [Measure("", f"accuracy if always {markdown(shorten(name, LONGEST_TITLE))} is answered", share)]
+    some = f"on {check['pictures']} of the images"
+    for key, title in (("accuracy", "as they are"), ("shuffled", "exchanged among the classes"), ("gray", "all gray")):
+        if check[key] is not None:
+            rows.append(Measure("", f"accuracy {some}, {title}", check[key]))
+    return rows
+
+
+def _class_table(names: Sequence[object], metadata: dict[str, Any], results: dict[str, Any] | None) -> str:
+    """The class names, with the number of their images as far as it is known."""
+    training = (metadata.get("dataset") or {}).get("training_images") or []
+    columns: dict[str, list[Any]] = {"class": [printable(shorten(str(name), LONGEST_NAME)) for name in names]}
+    if training:
+        columns["training images"] = training[: len(names)]
+    if results:
+        per_class = results["test"]["per_class"]
+        columns["test images"] = [per_class.get(name, {}).get("support") for name in names]
+    if len(columns) == 1:
+        return "\n".join(columns["class"])
+    return format_table(list(zip(*columns.values(), strict=False)), list(columns))

@@ -18,12 +18,11 @@ from huggingface_hub import (
     hf_hub_download,
     is_offline_mode,
 )
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import RepositoryNotFoundError
 
 from vlm.common import CHECKSUMS, RunError, UsageError, note, one_line, read_checksums, write_checksums, write_json
 from vlm.config import ADAPTER_FOLDER, METADATA, MODEL_CARD
-from vlm.data import again, check_model_files, read_object, trouble_of, within
+from vlm.data import again, check_model_files, fault_of_id, read_object, trouble_of, within
 from vlm.sharing.card import model_card, renamed
 
 FLAG = "--push-to-hub"
@@ -48,13 +47,10 @@ def check_push(repo: str, public: bool) -> ModelInfo | None:
         UsageError: the name has a repository that this program has not made, or a public one and `public` is False.
         RunError: the hub cannot be reached or fails.
     """
-    try:
-        validate_repo_id(repo)
-        valid = repo.count("/") == 1
-    except HFValidationError:
-        valid = False
-    if not valid:
-        raise UsageError(f"{FLAG} {repo}: expected owner/name, your name or organization on the hub and a new name.")
+    fault = fault_of_id(repo) or ("" if repo.count("/") == 1 else "There is no owner in it.")
+    if fault:
+        expected = "Expected owner/name, your name or organization on the hub and a new name"
+        raise UsageError(f"{FLAG} {repo or ascii(repo)}: {fault} {expected}.")
     if is_offline_mode():
         raise UsageError(f"{FLAG} {repo}: HF_HUB_OFFLINE is set. Unset it, or push later.")
     if get_token() is None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import vlm
 from vlm.classifier import key_of
-from vlm.common import Stopped, UsageError, command_of, format_table, note, process_count, resume_command, write_json
+from vlm.common import Stopped, UsageError, command_of, format_table, note, process_count, write_json
 from vlm.config import (
     METADATA,
     PAGE,
@@ -25,6 +25,7 @@ from vlm.config import (
     Settings,
     flags_to_train_once,
     fold_folder,
+    how_to_resume,
     read_run,
     written_by,
 )
@@ -137,7 +138,7 @@ class CrossValidation:
         return Stopped(f"fold {number} of {self.count} {done}. {self._resumable()}")
 
     def _resumable(self) -> str:
-        return f"Continue with {resume_command(self.output)}; folds that are finished are kept."
+        return f"Continue with {how_to_resume(self.output, self.settings.dataset)}; folds that are finished are kept."
 
     def finish(self, folds: Sequence[Fold]) -> dict[str, Any]:
         """Write and print the results of all folds; returns the content of `results.json`."""

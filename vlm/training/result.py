@@ -53,6 +53,11 @@ class Result:
         if not (folder / RESULTS).is_file():
             raise UsageError(f"{folder} holds no finished run: train one first, or name its output folder.")
         results = read_json(folder / RESULTS, "Copy the folder again, or train again.")
+        if isinstance(results, dict) and "tested" in results:
+            raise UsageError(
+                f"{folder} holds the test of a saved model, and not a run. Its figures are in {folder / RESULTS}, its "
+                f"page is {folder / PAGE}; Result.read takes the output folder of a training."
+            )
         if not isinstance(results, dict) or not ({"test", "history"} <= results.keys() or "out_of_fold" in results):
             raise UsageError(
                 f"{folder / RESULTS} is damaged: it has no results. Copy the folder again, or train again."

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vlm.common import RunError, UsageError, WriteError, command_of, is_main_process, note, resume_command
-from vlm.config import BEST_MODEL, Settings, read_run
+from vlm.common import RunError, UsageError, WriteError, command_of, is_main_process, note
+from vlm.config import BEST_MODEL, Settings, how_to_resume, read_run
 from vlm.evaluation import load_metric
 from vlm.inference import read_metadata
 from vlm.sharing import check_push, push_model
@@ -55,7 +55,7 @@ def fit(
         Stopped: it was asked to stop.
     """
     check_trackers(settings.trackers)
-    if settings.push_to_hub and is_main_process():
+    if settings.push_to_hub is not None and is_main_process():
         check_push(settings.push_to_hub, settings.public)
     with output_folder(settings):
         metrics = [load_metric(name) for name in settings.metrics or ()]  # a mistake here should not wait for the end
@@ -75,7 +75,7 @@ def fit(
             except WriteError as error:
                 raise RunError(
                     f"{error.path} could not be written ({error.reason}). The training is done: make room, then "
-                    f"continue with the test by {resume_command(run.output)}."
+                    f"continue with the test by {how_to_resume(run.output, settings.dataset)}."
                 ) from error
         if settings.push_to_hub:
             _push(run.output / BEST_MODEL, settings.push_to_hub, settings.public)

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm.common import RunError, Stopped, WriteError, note, resume_command
-from vlm.config import BEST_MODEL, FINAL_MODEL, STATE
+from vlm.common import RunError, Stopped, WriteError, note
+from vlm.config import BEST_MODEL, FINAL_MODEL, STATE, how_to_resume
 from vlm.inference import save_model_folder
 from vlm.training.adapter import adapter_writer
 from vlm.training.resume_state import Belonging, Progress, SavedState, save_state
@@ -81,7 +81,7 @@ class Saver:
         if unsaved:
             raise RunError(
                 f"{' and '.join(unsaved)} could not be saved in {self.run.output} ({self.missing[unsaved[0]]}). "
-                f"Make room, then continue with {resume_command(self.run.output)}."
+                f"Make room, then continue with {how_to_resume(self.run.output, self.run.settings.dataset)}."
             )
         self._write_adapter = None  # it holds the model, which makes room for the best one
 
@@ -123,7 +123,7 @@ class Saver:
         if STATE in self.missing:
             reason = f"the state could not be saved ({self.missing[STATE]}), so make room, and that of step"
             done += f"; {reason} {self.saved_step} is taken"
-        return Stopped(f"{done}; continue with {resume_command(self.run.output)}")
+        return Stopped(f"{done}; continue with {how_to_resume(self.run.output, self.run.settings.dataset)}")
 
     def _best_again(self) -> None:
         """Try again to write the best model, whose trained weights take the place of the current ones meanwhile."""

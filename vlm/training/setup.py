@@ -298,6 +298,7 @@ def _metadata(
         "texts": texts,
         "dataset": data.source,
         "train_images": None if data.stream else pack_keys(data.train.keys),
+        "validation_images": pack_keys(data.validation.keys),  # the best model is chosen and calibrated on them
         "settings": settings.to_json(),
         "image_size": image_size,
         "versions": {"vlm": vlm.__version__, "python": platform.python_version()}

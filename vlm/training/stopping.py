@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vlm.common import Stopped, is_main_process, resume_command
+from vlm.common import Stopped, is_main_process
+from vlm.config import how_to_resume
 
 TRAINING, TESTING = "training", "testing"  # phases that `Trainer` enters; before them there is nothing to save
 
@@ -20,11 +21,11 @@ class StopSignals:
     Before the first step and after the last one there is nothing to save, so the first signal ends it.
 
     Args:
-        output: the output folder, for the message about how to continue.
+        output, dataset: the output folder and the dataset, for the message about how to continue.
     """
 
-    def __init__(self, output: str) -> None:
-        self.output = output
+    def __init__(self, output: str, dataset: str | None = None) -> None:
+        self.output, self.dataset = output, dataset
         self.asked = False
         self.phase = ""
 
@@ -70,5 +71,6 @@ class StopSignals:
 
     def _stopped(self) -> Stopped:
         if self.phase == TESTING:
-            return Stopped(f"stopped after the training; continue with the test by {resume_command(Path(self.output))}")
+            again = how_to_resume(Path(self.output), self.dataset)
+            return Stopped(f"stopped after the training; continue with the test by {again}")
         return Stopped("stopped before the first step.")

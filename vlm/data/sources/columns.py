@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlm.common import UsageError, did_you_mean, listed
-from vlm.config import NO_LABELS, Settings, reasoning_of
+from vlm.config import NO_LABELS, ClassifySettings, Settings, reasoning_of
 from vlm.data.finding import is_image
 from vlm.data.sources.labels import one_hot_columns
+from vlm.data.spellings import are_numbers, meaning
 
 # Usual names, best first.
 IMAGE_COLUMNS = (
@@ -59,7 +60,8 @@ class Columns:
     label: in words, if it is spread over the columns `one_hot`, each of which has a 1 for the images of its class;
     empty if there is none and none is needed;
     group: the column of what belongs together, if one was named;
-    split: the column that names the split of each row, if it was used.
+    split: the column that names the split of each row, if it was used;
+    others: the columns that could have the labels, if none was recognized.
     """
 
     image: str
@@ -68,6 +70,7 @@ class Columns:
     split: str | None = None
     one_hot: tuple[str, ...] = ()
     group: str | None = None
+    others: tuple[str, ...] = ()
 
     @property
     def used(self) -> list[str]:
@@ -110,7 +113,8 @@ def choose_columns(
     if settings.group_column is not None:
         rest = [column for column in columns if column not in (image, label, *one_hot)]
         _check_given("--group-column", settings.group_column, rest, {image: "image column", label: "label column"})
-    return Columns(image, label, reasoning, one_hot=one_hot, group=settings.group_column)
+    others = () if label or settings.label_column else tuple(rest)
+    return Columns(image, label, reasoning, one_hot=one_hot, group=settings.group_column, others=others)
 
 
 def usual_labels(columns: Iterable[str]) -> list[str]:
@@ -142,6 +146,10 @@ def _choose_labels(
         one_hot = () if settings.label_column else tuple(one_hot_columns(columns, values))
         if one_hot and not any(_could_be_labels(values(name)) for name in columns if name not in one_hot):
             return f"one-hot: {listed(one_hot)}", one_hot
+        if isinstance(settings, ClassifySettings) and not settings.label_column:
+            of_model = [name for name in columns if _are_names(values(name), settings.model_classes)]
+            if len(of_model) == 1:
+                return of_model[0], ()
         if settings.labels_needed or settings.label_column:
             raise
         return "", ()
@@ -169,6 +177,15 @@ def _could_be_labels(values: Sequence[object]) -> bool:
     """Whether a column has texts that come again and again."""
     texts = [value for value in values[:ROWS_LOOKED_AT] if isinstance(value, str)]
     return len(texts) > 3 and 1 < len(set(texts)) <= len(texts) / 2
+
+
+def _are_names(values: Sequence[object], names: Sequence[str]) -> bool:
+    """Whether at least half of the values of a column are among these names. Numbers could mean anything."""
+    if not names or are_numbers(list(names)):
+        return False
+    known = set(map(meaning, names))
+    texts = [value for value in values[:ROWS_LOOKED_AT] if isinstance(value, str) and value.strip()]
+    return bool(texts) and 2 * sum(meaning(text) in known for text in texts) >= len(texts)
 
 
 def _has_image_paths(values: Sequence[object]) -> bool:

@@ -79,8 +79,11 @@ def _to_table(data: Any, name: str) -> Table:
 
 
 def _plain(values: Any) -> list[Any]:
-    """Cells as tables have them: paths as text, and numbers of NumPy and torch as Python's."""
-    return [_plain_one(value) for value in values]
+    """Cells as tables have them: paths as text, numbers of NumPy and torch as Python's, and a missing value of pandas
+    as None."""
+    import pandas
+
+    return [None if value is pandas.NA else _plain_one(value) for value in values]
 
 
 def _plain_one(value: Any) -> Any:

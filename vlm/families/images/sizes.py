@@ -56,14 +56,17 @@ def size_text(
         edge, published: of an image, as it is processed and as published, in pixels.
         load, published_load: patches and tokens of an image of these sizes (see `Family.image_load`).
     """
-    tokens = f"{load[1]:,} image {'token' if load[1] == 1 else 'tokens'}"
     images = f"95% of the images are at most {wish.pixels} px" if wish.auto else ""
     if edge == published:
-        smaller = f", so larger images are made smaller ({images})" if wish.auto and wish.pixels > edge else ""
-        fits = f" ({images})" if wish.auto and not smaller else ""
-        return f"{edge} px, the size of the model{smaller}{fits}: {tokens}."
+        smaller = "; larger images are scaled down" if wish.auto and wish.pixels > edge else ""
+        why = f" ({images})" if wish.auto else ""
+        return f"{edge} px, as published{smaller}{why}: {_tokens(load[1])}."
     why = f" (auto: {images})" if wish.auto else ""
     return (
-        f"{edge} of {published} px{why}: {tokens} instead of {published_load[1]}, "
+        f"{edge} of {published} px{why}: {_tokens(load[1])} instead of {published_load[1]}, "
         f"about {load[0] / published_load[0]:.0%} of the vision work."
     )
+
+
+def _tokens(count: int) -> str:
+    return "1 image token" if count == 1 else f"{count} image tokens"
