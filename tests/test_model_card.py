@@ -107,6 +107,19 @@ def test_the_calibration_is_told_as_arithmetic(run):
     assert f"{words} 0.25, and a number of its class is added. The model gives no prediction below" in text
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (True, "each log-probability plus 0.5 times the logit of a linear classifier on vision features"),
+        (False, "not the response but the logit of a linear classifier on vision features"),
+    ],
+)
+def test_the_evidence_of_a_head_is_told(text, words, run):
+    calibration = {"temperature": 0.25, "evidence": 0.5, "text": text}
+    card = model_card(metadata_of(run) | {"calibration": calibration}).text
+    assert words in " ".join(card.split()) and "evidence/head.safetensors" in card
+
+
 def test_hostile_texts_stay_texts(run):
     metadata, results = metadata_of(run), read(run)
     results["test"]["per_class"] = {HOSTILE: {"support": 99}} | results["test"]["per_class"]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from vlm.common import format_table, printable, printable_lines, shorten
-from vlm.config import ADAPTER_FOLDER, BEST_MODEL
+from vlm.config import ADAPTER_FOLDER, BEST_MODEL, HEAD_FILE
 from vlm.sharing.origin import LICENSE_KEYS
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
@@ -206,7 +206,14 @@ def _calibration(calibration: dict[str, Any] | None) -> str:
         return "They are not calibrated."
     minus = ", minus the one that the class has without an image," if calibration.get("score") == "prior" else ""
     plus = ", and a number of its class is added" if calibration.get("bias") else ""
-    how = f"each log-probability{minus} is divided by a temperature of {calibration['temperature']:.4g}{plus}"
+    head = f"the logit of a linear classifier on vision features (`{HEAD_FILE}`)"
+    weight = calibration.get("evidence")
+    score = f"each log-probability{minus}"
+    if weight is not None:
+        score += f" plus {weight:.4g} times {head}"
+    if not calibration.get("text", True):
+        score = f"not the response but {head} counts, and"
+    how = f"{score} is divided by a temperature of {calibration['temperature']:.4g}{plus}"
     below = calibration.get("abstain_below")
     abstain = f" The model gives no prediction below a confidence of {below:.4g}." if below else ""
     return f"The model is calibrated on the validation split: {how}.{abstain}"
