@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from math import inf
 
 import pytest
@@ -11,8 +12,8 @@ from safetensors.torch import load_file
 from test_resume import FLAGS, resumed, stop_after
 
 from vlm.common.errors import RunError, Stopped, UsageError
-from vlm.config import RESULTS, STATE, in_words, parse_arguments, resolve, seconds_of
-from vlm.training import fit_folds, folds
+from vlm.config import RESULTS, STATE, in_words, parse_arguments, resolve, rounded_up, seconds_of
+from vlm.training import fit_folds, folds, time_needed
 from vlm.training.deadline import Deadline
 from vlm.training.running import fit
 from vlm.training.schedule import learning_rate_at
@@ -37,13 +38,24 @@ class StepsDone(Deadline):
 
     @property
     def left(self):
-        return inf if self.steps > 0 else 0.0
+        return inf if self.steps > 0 else 0.001  # of a second: too short for anything
 
 
 def fit_for(steps, settings):
     """Train with a time limit that is over after so many steps."""
     deadline = StepsDone(steps)
     return fit(settings, deadline.count, deadline=deadline)
+
+
+class OverDuringFeatures(StepsDone):
+    """A time limit that is over when the first features are computed."""
+
+    def check(self):
+        """It is not over yet."""
+
+    @property
+    def left(self):
+        return 0.0
 
 
 def evaluated_steps(results):
@@ -81,6 +93,52 @@ def test_a_resumed_run_has_no_time_limit_of_an_earlier_command():
     assert resolve({"resume": True, "time_limit": "1h", "patience": 5}, saved).patience == 5
 
 
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(1, "10s"), (91, "100s"), (180, "180s"), (181, "4m"), (3 * 3600, "180m"), (11000, "4h")]
+)
+def test_a_suggested_limit_is_long_enough_and_has_a_unit(seconds, text):
+    assert rounded_up(seconds) == text and seconds_of(text) >= seconds
+
+
+@pytest.mark.parametrize("done", ["vlm.training.setup.load_data", "vlm.training.alignment.name_embeddings"])
+def test_a_limit_that_is_over_before_the_first_step_ends_the_run_there_and_leaves_nothing(tmp_path, monkeypatch, done):
+    deadline = Deadline("2h", 0.0, inf)
+    module, name = done.rsplit(".", 1)
+    original = getattr(sys.modules[module], name)
+
+    def over_afterwards(*arguments):
+        deadline.ends = 0.0
+        return original(*arguments)
+
+    monkeypatch.setattr(done, over_afterwards)
+    with pytest.raises(RunError, match=r"--time-limit 2h was over after .* before the training could begin"):
+        fit(settings(tmp_path / "out", tune="connector", align_connector=True), deadline=deadline)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_what_a_limit_has_to_leave_time_for_is_measured_on_one_image_if_that_takes_long(tmp_path, monkeypatch):
+    """If all parts are measured on all images of the sample, they may take longer than the limit itself."""
+    timed = []
+    original = time_needed.score_split
+
+    def slow(classifier, split, *arguments):
+        timed.append(len(split))
+        now[0] += 1.0 * len(split)
+        return original(classifier, split, *arguments)
+
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    monkeypatch.setattr(time_needed, "score_split", slow)
+    with pytest.raises(RunError, match="leaves no time for a step"):
+        fit(settings(tmp_path, time_limit="20s"))
+    assert timed == [1, 1, 1, 1]
+    timed.clear()
+    with pytest.raises(Stopped):
+        fit(settings(tmp_path, time_limit="2h"), stop_after(1))
+    assert max(timed) > 10
+
+
 @pytest.mark.slow
 def test_patience_ends_a_training_and_a_resumed_one_at_the_same_step(tmp_path, monkeypatch, capsys):
     """5 steps an epoch; the best is that of step 5."""
@@ -92,7 +150,7 @@ def test_patience_ends_a_training_and_a_resumed_one_at_the_same_step(tmp_path, m
     assert rates[15] == learning_rate_at(14, 30, 0.05, 1e-30), "the schedule is that of the whole training"
     timings = results["timings"]
     assert timings["train_pictures_per_second"] * timings["train_seconds"] == pytest.approx(3 * 40, rel=0.1)
-    words = "ended after step 15 of 30: 2 evaluations without a better model (--patience)"
+    words = "ended after step 15 of 30 because of 2 evaluations without a better model (--patience)"
     said = capsys.readouterr()
     assert f"{words}. The best model, of step 5, is tested." in said.err and words in said.out
     assert words in (tmp_path / "unbroken" / "report.html").read_text(encoding="utf-8")
@@ -117,10 +175,21 @@ def test_a_time_limit_ends_with_a_tested_model_and_the_next_command_goes_on(tmp_
     assert results["ended_early"] == {"by": "time_limit", "given": "2h", "step": 7, "steps": 10}
     assert evaluated_steps(results) == [5, 7], "what was learned since the last evaluation is not lost"
     said = capsys.readouterr()
-    assert "ended after step 7 of 10: for --time-limit 2h" in said.out and "time limit: evaluation, saving" in said.err
+    assert (
+        "ended after step 7 of 10 because of --time-limit 2h" in said.out
+        and "time limit: evaluation, saving" in said.err
+    )
     assert {RESULTS, "report.html", "best_model", "final_model", STATE} <= names_in(output)
     with pytest.raises(UsageError, match="or continue it after its --time-limit with --resume"):
         fit(settings(output))
+
+    def times():
+        return {path: path.stat().st_mtime_ns for path in output.iterdir() if path.name[0] != "."}
+
+    before = times()
+    with pytest.raises(RunError, match=r"no time for a step: .*; the results of step 7 stay as they are"):
+        fit_for(0, resumed(output))
+    assert times() == before and (output / RESULTS).is_file(), "the same results are not made again"
 
     with pytest.raises(Stopped):  # from then on it is an interrupted run
         fit(resumed(output), stop_after(1))
@@ -135,12 +204,12 @@ def test_a_time_limit_ends_with_a_tested_model_and_the_next_command_goes_on(tmp_
 
 @pytest.mark.slow
 def test_a_limit_without_time_for_a_step_says_so_and_tests_what_was_learned_before(tmp_path):
-    goes_on = "Continue with .*--resume --output-dir .* and a longer --time-limit"
-    with pytest.raises(RunError, match=f"--time-limit 2h leaves no time for a step: .* {goes_on}"):
+    more = r"Give --time-limit \d+[smh] or longer; vision features are kept\."
+    with pytest.raises(RunError, match=f"--time-limit 2h leaves no time for a step: .* {more}"):
         fit_for(0, settings(tmp_path))
-    assert RESULTS not in names_in(tmp_path)
+    assert not names_in(tmp_path), "a run without a step leaves nothing"
     with pytest.raises(Stopped):
-        fit(resumed(tmp_path), stop_after(3))
+        fit(settings(tmp_path), stop_after(3))
     results = fit_for(0, resumed(tmp_path))
     assert results["ended_early"]["step"] == 3 and evaluated_steps(results) == [3]
 
@@ -152,7 +221,7 @@ def test_a_limit_that_ends_while_features_are_computed_keeps_those_so_far(
     given = {"model": str(tiny_model), "dataset": str(color_folder), "epochs": 1, "output_dir": str(tmp_path / "out")}
     for _ in range(2):
         with pytest.raises(RunError, match="--time-limit 2h is over, .* start the same command again"):
-            fit_for(0, resolve(given))
+            fit(resolve(given), deadline=OverDuringFeatures(0))
     first, second = re.findall(r"vision features to compute: (\d+) images", capsys.readouterr().err)
     assert int(second) < int(first) and not (tmp_path / "out").exists()
 

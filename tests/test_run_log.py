@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import types
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from vlm.config.defaults import TRACKERS
 from vlm.training import fit, tracking
 from vlm.training.run_log import RunLog, read_log
 from vlm.training.tracked_results import CLASSES, FIGURES, MISTAKES, ShownResults, Table
+from vlm.training.trackers import check_trackers
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -117,10 +119,24 @@ def test_missing_wandb_login_is_a_usage_error_before_anything_is_written(tmp_pat
     assert not (tmp_path / "log.jsonl").exists()
 
 
+@pytest.mark.parametrize("given", ["nothing", "key", "netrc", "offline"])
+def test_a_missing_wandb_login_is_an_error_before_anything_is_loaded(tmp_path, wandb_environment, given):
+    wandb_environment.setenv("WANDB_MODE", "offline" if given == "offline" else "online")
+    if given == "key":
+        wandb_environment.setenv("WANDB_API_KEY", "0" * 40)
+    (tmp_path / "no_netrc").write_text("machine api.wandb.ai login me password secret\n" if given == "netrc" else "")
+    (tmp_path / "no_netrc").chmod(0o600)
+    refused = pytest.raises(UsageError, match="there is no login for api.wandb.ai")
+    with refused if given == "nothing" else nullcontext():
+        check_trackers(["wandb"])
+
+
 def test_a_wrong_wandb_mode_is_a_usage_error(tmp_path, wandb_environment):
     wandb_environment.setenv("WANDB_MODE", "sometimes")
     with pytest.raises(UsageError, match="sometimes"):
         RunLog(tmp_path, ["wandb"], "test-project")
+    with pytest.raises(UsageError, match="sometimes"):
+        check_trackers(["wandb"])
 
 
 class BrokenRun:
@@ -206,11 +222,15 @@ def test_a_missing_package_is_a_usage_error(tmp_path, monkeypatch, name):
     assert not (tmp_path / "log.jsonl").exists()
 
 
-def scalars(folder):
-    """The figures that TensorBoard reads from a folder: tag -> list of (step, value)."""
+def events_of(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(folder), purge_orphaned_data=True).Reload()
+    return EventAccumulator(str(folder), purge_orphaned_data=True).Reload()
+
+
+def scalars(folder):
+    """The figures that TensorBoard reads from a folder: tag -> list of (step, value)."""
+    events = events_of(folder)
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
@@ -227,8 +247,9 @@ def test_tensorboard_shows_the_figures_and_a_resumed_run_takes_the_place_of_the_
     assert found["train/loss"] == [(1, 0.5), (2, 0.5), (3, 0.25)]
     assert found["validation/accuracy"] == [(3, 1.0)] and math.isnan(found["validation/loss"][0][1])
     assert "epoch" in found and "train/epoch" not in found
-    (settings,) = (tmp_path / "tensorboard").rglob("hparams.yml")
-    assert "learning_rate: 0.0002" in settings.read_text() and "tune: lora" in settings.read_text()
+    assert all(path.is_file() for path in (tmp_path / "tensorboard").iterdir()), "no folders without figures"
+    (settings,) = events_of(tmp_path / "tensorboard").Tensors("settings/text_summary")
+    assert b"| learning_rate | 0.0002 |" in (text := settings.tensor_proto.string_val[0]) and b"| tune | lora |" in text
 
 
 def test_when_a_second_tracker_cannot_start_the_first_one_is_ended(tmp_path, monkeypatch, wandb_environment):
@@ -264,11 +285,13 @@ def test_trackio_records_in_the_output_folder_and_a_resumed_run_goes_on_under_it
     monkeypatch.setitem(sys.modules, "trackio", package)
     monkeypatch.delenv("TRACKIO_DIR", raising=False)
     for resume_after in (None, 1):
-        with RunLog(tmp_path, ["trackio"], "p", {"tune": "lora"}, resume_after=resume_after) as log:
+        settings = {"tune": "lora", "run_id": "0123456789"}
+        with RunLog(tmp_path, ["trackio"], "p", settings, resume_after=resume_after) as log:
             log.log("train", 1, loss=0.5)
+            assert log.places == [f"Trackio: TRACKIO_DIR={tmp_path / 'trackio'} trackio show --project p"]
     first, second = (named for _, named in package.of("init"))
-    assert first["project"] == second["project"] == "p" and first["config"] == {"tune": "lora"}
-    assert (first["name"], first["resume"]) == (None, "never")
+    assert first["project"] == second["project"] == "p" and first["config"] == settings
+    assert (first["name"], first["resume"]) == (f"{tmp_path.name}-012345", "never")
     assert (second["name"], second["resume"]) == ("brave-fox-1", "allow")
     assert os.environ["TRACKIO_DIR"] == str(tmp_path / "trackio")
     assert run.of("log") == [(({"train/loss": 0.5},), {"step": 1})] * 2 and len(run.of("finish")) == 2
@@ -287,9 +310,11 @@ def mlflow(monkeypatch):
     return package
 
 
-def test_mlflow_records_in_the_output_folder_and_a_resumed_run_goes_on_under_its_id(tmp_path, mlflow):
+def test_mlflow_records_in_the_output_folder_and_a_resumed_run_goes_on_under_its_id(tmp_path, mlflow, monkeypatch):
     with RunLog(tmp_path, ["mlflow"], "p", {"tune": "lora", "metrics": None}) as log:
         log.log("train", 1, loss=0.5)
+        monkeypatch.setattr(mlflow, "get_tracking_uri", lambda: "sqlite:////there/mlflow.db", raising=False)
+        assert log.places == ["MLflow: mlflow ui --backend-store-uri sqlite:////there/mlflow.db"]
     with pytest.raises(ZeroDivisionError), RunLog(tmp_path, ["mlflow"], "p", {"resume": True}, resume_after=1):
         raise ZeroDivisionError
     place = (tmp_path / "mlflow").resolve()

@@ -25,7 +25,7 @@ from vlm.config.defaults import (
     TRAIN_DEMO_MODEL,
     TUNING_DEFAULTS,
 )
-from vlm.config.durations import in_words, seconds_of
+from vlm.config.durations import in_words, rounded_up, seconds_of
 from vlm.config.flags import Parser, add_flag, build_parser, number, parse_arguments, split_names, whole_number
 from vlm.config.formats import DEFAULT_FORMAT, LAYOUTS, lay_out, reasoning_of, stated_format
 from vlm.config.keywords import checked_keywords, from_keywords, said_in_python, say_in_python, with_flags
@@ -142,6 +142,7 @@ __all__ = [
     "read_settings",
     "reasoning_of",
     "resolve",
+    "rounded_up",
     "seconds_of",
     "split_names",
     "stated_format",

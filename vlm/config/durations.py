@@ -1,6 +1,7 @@
 """Times as users write and read them."""
 
 import re
+from math import ceil
 
 UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 DURATION = re.compile("".join(rf"(?:(?P<{unit}>\d+(?:\.\d+)?){unit})?" for unit in UNITS))
@@ -19,3 +20,11 @@ def in_words(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+
+
+def rounded_up(seconds: float) -> str:
+    """A time as users write it, and at least as long: 40s, 3m, 12h."""
+    for size, unit in ((3600, "h"), (60, "m")):
+        if seconds > 3 * size:
+            return f"{ceil(seconds / size)}{unit}"
+    return f"{ceil(seconds / 10) * 10}s"

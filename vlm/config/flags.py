@@ -95,7 +95,7 @@ def add_flag(parser: Any, name: str, *more_names: str, **changes: Any) -> None:
         details["type"] = TYPES.get(kind, kind)
         if "choices" not in details:
             details.setdefault("metavar", {int: "N", float: "X"}.get(kind, "TEXT"))
-    names = (*details.pop("aliases", ()), flag_of(name), *more_names)
+    names = (flag_of(name), *details.pop("aliases", ()), *more_names)
     parser.add_argument(*names, dest=changes.pop("dest", name), **details | changes)
 
 

@@ -308,8 +308,8 @@ def ended_early(ended: dict[str, Any]) -> str:
         count = ended["given"]
         why = f"{count} evaluation{'s' * (count != 1)} without a better model (--patience)"
     else:
-        why = f"for --time-limit {ended['given']}"
-    return f"ended after step {ended['step']:,} of {ended['steps']:,}: {why}"
+        why = f"--time-limit {ended['given']}"
+    return f"ended after step {ended['step']:,} of {ended['steps']:,} because of {why}"
 
 
 def _own(value: Any) -> str:

@@ -34,8 +34,11 @@ MOST_CHECKED = 512  # validation images
 Autocast = Callable[[], AbstractContextManager[Any]]
 
 
-def align_connector(run: Run) -> dict[str, Any]:
+def align_connector(run: Run, check: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Align the connector of a run, equally in all of its processes.
+
+    Args:
+        check: called before each step; what it raises ends the run.
 
     Returns:
         seconds: how long it took.
@@ -44,7 +47,7 @@ def align_connector(run: Run) -> dict[str, Any]:
     started = time.monotonic()
     family, names = run.classifier.family, run.classifier.prompts.shown_names
     note("aligning the connector with the names of the classes.")
-    align(family, names, run.data.train, run.cache, run.settings.seed, run.accelerator.autocast)
+    align(family, names, run.data.train, run.cache, run.settings.seed, run.accelerator.autocast, check)
     with torch.no_grad():
         for weight in family.connector.state_dict().values():
             weight.copy_(broadcast(weight))  # several processes continue from the same numbers
@@ -61,12 +64,14 @@ def align(
     cache: FeatureCache | None,
     seed: int = 0,
     autocast: Autocast = nullcontext,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """Train only the connector, on the names of the classes. The same arguments give the same weights.
 
     Args:
         cache: features of images before the connector. Those of other images are computed each time.
         autocast: makes the context of one forward pass; a new one each time, because autocast keeps converted weights.
+        check: called before each step.
     """
     names = name_embeddings(family, class_names)
     weights = list(family.connector.parameters())
@@ -79,6 +84,7 @@ def align(
     batches = _batches(len(train), torch.Generator().manual_seed(seed))
     with Bar(STEPS * BATCH_SIZE, "aligning the connector") as bar:
         for _ in range(STEPS):
+            check()
             chosen = next(batches)
             with autocast():
                 # (B, D) mean tokens and (C, D) names -> (B, C)

@@ -3,10 +3,11 @@
 import time
 from dataclasses import dataclass
 from math import inf
-from pathlib import Path
 
-from vlm.common import RunError, resume_command
-from vlm.config import Settings, in_words, seconds_of
+from vlm.common import RunError
+from vlm.config import Settings, in_words, rounded_up, seconds_of
+
+RESERVE = 1.2  # the next command, and its steps, may take longer than what was measured
 
 
 @dataclass
@@ -41,6 +42,19 @@ class Deadline:
         """When the next of `count` equal parts of the time that is left ends."""
         return time.monotonic() + self.left / count
 
+    def check(self) -> None:
+        """Called before the first step, after and within what may take long.
+
+        Raises:
+            RunError: the time is over.
+        """
+        if self.left <= 0:
+            passed = time.monotonic() - self.started
+            raise RunError(
+                f"--time-limit {self.limit} was over after {in_words(passed)}, before the training could begin. "
+                "Give a longer one; vision features that were computed are kept."
+            )
+
     def check_features(self) -> None:
         """Called while the vision features are computed.
 
@@ -53,15 +67,17 @@ class Deadline:
                 "start the same command again, and it goes on with them."
             )
 
-    def too_short(self, needed: float, output: Path) -> RunError:
-        """The error of a run that has no time for a first step.
+    def too_short(self, needed: float, said: str, tested_step: int = 0) -> RunError:
+        """The error of a run that has no time for a step.
 
         Args:
-            needed: seconds for one evaluation, saving and the test. output: the output folder.
+            needed: seconds for one evaluation, saving and the test. said: the same in words.
+            tested_step: of an earlier command, whose results stay; 0 if there is none.
         """
-        before = in_words(time.monotonic() - self.started)
+        before = time.monotonic() - self.started
+        kept = f"the results of step {tested_step:,} stay as they are" if tested_step else "vision features are kept"
         return RunError(
-            f"--time-limit {self.limit} leaves no time for a step: {before} passed before the first one, and "
-            f"evaluation, saving and test need about {in_words(needed)}. Continue with {resume_command(output)} "
-            "and a longer --time-limit; vision features are kept."
+            f"--time-limit {self.limit} leaves no time for a step: {in_words(before)} passed before it, and "
+            f"evaluation, saving and test need {said}. Give --time-limit {rounded_up(RESERVE * (before + needed))} "
+            f"or longer; {kept}."
         )

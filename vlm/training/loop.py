@@ -84,7 +84,7 @@ class Trainer:
         self.progress = state.progress
         self.unreadable.take_over(state.progress)
         self.saver.resumed_from(state)
-        note(f"continuing after step {self.progress.step} of {self.total_steps}.")
+        note(f"continuing after step {self.progress.step:,} of {self.total_steps:,}.")
 
     def _belonging(self) -> Belonging:
         """What must be equal when the run is resumed."""
@@ -138,26 +138,19 @@ class Trainer:
         if self.settings.zero_shot and self.progress.zero_shot is None:
             self.test_untrained()
         if self.settings.align_connector and not self.progress.step:  # a saved state holds what was learned
-            self.progress.alignment = align_connector(self.run)
+            self.progress.alignment = align_connector(self.run, self.ending.deadline.check)
+        time_is_up = self.ending.begin(self.progress)
         self.enter(TRAINING if self.settings.epochs else TESTING)
         if self.accelerator.is_main_process:
             write_json(self.run.output / METADATA, self.run.metadata)  # from here on there is a run to resume
         if not self.settings.epochs:
             self._evaluate()
         elif self.progress.step < self.total_steps:
-            self._before_first_step()
+            self._before_first_step(time_is_up)
 
-    def _before_first_step(self) -> None:
-        """A run that is resumed may have ended already; one without time for a step ends with what it has learned.
-
-        Raises:
-            RunError: there is no time for a step, and nothing was learned before.
-        """
+    def _before_first_step(self, time_is_up: bool) -> None:
+        """A run that is resumed may have ended already; one without time for a step ends with what it has learned."""
         p = self.progress
-        self.ending.begin(p)
-        (time_is_up,) = any_process(self.accelerator, self.ending.time_is_up(p, evaluation=False))
-        if time_is_up and not p.step:
-            raise self.ending.too_short()
         if self.ending.why(p, time_is_up) and p.evaluated_step != p.step:
             self._evaluate(planned=False)
             self._save_state()
@@ -201,7 +194,9 @@ class Trainer:
         """Whether the training ends early, after this step, which is said."""
         self.ended = self.ending.why(self.progress, time_is_up)
         if self.ended:
-            note(f"{ended_early(self.ended.to_json())}. The best model, of step {self.progress.best_step}, is tested.")
+            note(
+                f"{ended_early(self.ended.to_json())}. The best model, of step {self.progress.best_step:,}, is tested."
+            )
         return self.ended is not None
 
     def _save_state(self) -> None:

@@ -12,6 +12,7 @@ from vlm.config import (
     PROMPTS_OF_MODEL,
     RunSettings,
     Settings,
+    flag_of,
     other_settings,
     stated_format,
 )
@@ -61,10 +62,10 @@ def settings_rows(
         del shown["connector_learning_rate"]
     if settings.batch_size == 1:
         shown["batch_size"] += f" (with --batch-size {IMAGES_PER_STEP} a step is faster; it needs more memory)"
-    rows += [(name.replace("_", " "), value) for name, value in shown.items()]
+    rows += [(_title(name), value) for name, value in shown.items()]
     rows += _augmentation_row(settings)
     rows += [
-        (name.replace("_", " "), _shown(value))
+        (_title(name), _shown(value))
         for name, value in other_settings(settings).items()
         if name not in {*SHOWN_SETTINGS, *SHOWN_ELSEWHERE} and not name.startswith("augment")
     ]
@@ -78,6 +79,11 @@ def settings_rows(
             )
         )
     return rows
+
+
+def _title(name: str) -> str:
+    """A setting as its flag calls it, without hyphens."""
+    return flag_of(name).removeprefix("--").replace("-", " ")
 
 
 def _prompt_rows(settings: Settings, prompts: Prompts) -> list[tuple[str, str]]:

@@ -86,7 +86,7 @@ def finish(
         delete_states(output)
     _track(log, progress.step, results)
     log.show(progress.step, lambda: results_of_test(output, tested.metrics, run.data, predictions))
-    _print(run, results)
+    _print(run, results, log.places)
     return results
 
 
@@ -247,13 +247,14 @@ def save_demo_images(split: Split, folder: Path) -> None:
             image.save(temporary, format="PNG")
 
 
-def _print(run: Run, results: dict[str, Any]) -> None:
+def _print(run: Run, results: dict[str, Any], tracked: Sequence[str]) -> None:
     print(per_class_table(results["test"]))
     print("\n" + format_table(summary_rows(results)))
     images = shlex.quote(str(run.output / DEMO_IMAGES)) if run.settings.demo else "IMAGE_OR_FOLDER..."
     model = shlex.quote(str(run.output / BEST_MODEL))
     hint = f"{command_of('inference_vlm.py', 'vlm-predict')} --model-dir {model} {images}"
     use = "" if run.settings.folds else f"Classify images with:\n  {hint}\n"
-    note(f"\n{use}The results are in {run.output}; look at {run.output / PAGE} first.")
+    recorded = "".join(f"Recorded for {place}\n" for place in tracked)
+    note(f"\n{use}{recorded}The results are in {run.output}; look at {run.output / PAGE} first.")
     for warning in warnings_of(results):  # last, where they are seen
         note(f"warning: {warning}")

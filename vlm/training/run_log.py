@@ -105,6 +105,11 @@ class RunLog:
             for tracker in self._trackers:
                 tracker.show(results, step)
 
+    @property
+    def places(self) -> list[str]:
+        """For each tracker, where its run is."""
+        return [place for tracker in self._trackers if (place := tracker.place)]
+
     def close(self, failed: bool = False) -> None:
         """Close the log and the trackers, which have a bounded time to upload the rest. A second call does nothing."""
         if self._file is not None:

@@ -60,12 +60,13 @@ def fit(
     with output_folder(settings):
         metrics = [load_metric(name) for name in settings.metrics or ()]  # a mistake here should not wait for the end
         deadline = deadline or Deadline.of(settings)
-        run = set_up(settings, dataset, check=deadline.check_features)
+        run = set_up(settings, dataset, deadline=deadline)
         when_set_up(run)
         trainer = trainer_of(run, should_stop, enter, deadline)
         if settings.resume:
             _point_out_push(settings)
             trainer.resume()
+        trainer.ending.measure(trainer.progress)
         with trainer.begin() as log:
             trainer.train()
             if not run.accelerator.is_main_process:

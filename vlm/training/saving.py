@@ -119,7 +119,7 @@ class Saver:
         Args:
             step: the last one of `steps`.
         """
-        done = f"stopped after step {step} of {steps}"
+        done = f"stopped after step {step:,} of {steps:,}"
         if STATE in self.missing:
             reason = f"the state could not be saved ({self.missing[STATE]}), so make room, and that of step"
             done += f"; {reason} {self.saved_step} is taken"

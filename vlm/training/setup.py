@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from importlib.metadata import version
+from math import inf
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -36,6 +37,7 @@ from vlm.families import (
 from vlm.machine import Texts, check_compiler, fit_to_memory, pick_device, pick_dtype, pick_threads, share_of_cores
 from vlm.sharing import origin_of
 from vlm.training.class_map import point_out_names
+from vlm.training.deadline import Deadline
 from vlm.training.preflight import point_out_contradictions, preflight, settings_rows
 from vlm.training.prompts import choose_prompts
 from vlm.training.resume_state import Progress
@@ -109,18 +111,20 @@ class Run:
 
 
 def set_up(
-    settings: Settings, dataset: object = None, draft: Path | None = None, check: Callable[[], None] = lambda: None
+    settings: Settings, dataset: object = None, draft: Path | None = None, deadline: Deadline | None = None
 ) -> Run:
     """Load and print everything, in the order in which a mistake is cheapest to find: device, data, model, one sample.
 
     Args:
         dataset: see `load_data`.
         draft: only look: a folder that takes the place of the output folder. No vision features are computed.
-        check: called while the vision features are computed; what it raises ends that, and those so far are kept.
+        deadline: when it has to be done; None: at any time. Vision features that are computed until then are kept.
 
     Raises:
         UsageError: anything in settings or data with which the run cannot start.
+        RunError: the time is over.
     """
+    deadline = deadline or Deadline(None, 0.0, inf)
     torch.set_num_threads(pick_threads(settings.threads))
     device, reason = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
@@ -130,6 +134,7 @@ def set_up(
 
     with doing("reading the dataset"):
         data = load_data(settings, dataset)
+    deadline.check()
     note("\n" + format_table(data.summary) + "\n")
     prompts = build_prompts(settings, data.class_names)
     with doing("loading the model"):
@@ -143,6 +148,7 @@ def set_up(
         started = time.monotonic()
         family, image_size = _load_model(folder, settings, data, dtype, accelerator)
         seconds_to_load = time.monotonic() - started
+    deadline.check()
     classifier = _build_classifier(family, prompts, settings, data)
     run_settings = settings.complete(batch_size, classifier.objective.name)
     rows = settings_rows(run_settings, classifier, reason, dtype, accelerator.num_processes)
@@ -150,6 +156,7 @@ def set_up(
     preflight(classifier, data.train.example)
 
     workers = _loader_processes(settings, device)
+    check = deadline.check_features
     cache = None if draft else _fill_cache(family, settings, data, accelerator, workers, check)
     learned: dict[str, Tensor] = dict(trained_parameters(classifier))
     if settings.freeze_connector:  # trainable until here if it is aligned, so that the cache holds what it reads

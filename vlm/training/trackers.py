@@ -6,10 +6,13 @@ WANDB_MODE, MLFLOW_TRACKING_URI or TRACKIO_DIR, are respected.
 
 import importlib.util
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 
@@ -18,10 +21,15 @@ from vlm.common import UsageError, note, one_line, shorten
 TITLES = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases", "trackio": "Trackio", "mlflow": "MLflow"}
 # wandb waits 90 s for an unreachable server by default, and without end for the upload after the last step.
 # Its capture of stdout and stderr is off, so the program prints the same with and without it.
-WANDB_SETTINGS: dict[str, Any] = {"init_timeout": 20.0, "finish_timeout": 60.0, "console": "off"}
+# It is silent, because `place_of` says where the run is, and its errors are raised.
+WANDB_SETTINGS: dict[str, Any] = {"init_timeout": 20.0, "finish_timeout": 60.0, "console": "off", "silent": True}
 
-# MLflow tries to reach a server for minutes by default.
-MLFLOW_WAITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+# MLflow tries to reach a server for minutes by default, and tells how it makes its tables.
+MLFLOW_SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+}
 
 
 @dataclass(frozen=True)
@@ -43,20 +51,27 @@ class TrackedRun:
     id: str | None = None
 
     @property
+    def name(self) -> str:
+        """What a new run is called: the output folder, and a part of the run's id, because names may come again."""
+        return "-".join(filter(None, (self.output.resolve().name, self.settings.get("run_id", "")[:6])))
+
+    @property
     def simple_settings(self) -> dict[str, Any]:
         """The settings for trackers that take no None and no lists: those become text."""
         return {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in self.settings.items()}
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Look for the packages of trackers, before anything is written.
+    """Look for the packages of trackers, and for a login, before anything is loaded or written.
 
     Raises:
-        UsageError: one is not installed.
+        UsageError: there is none.
     """
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise UsageError(_not_importable(name, f"there is no package {name}"))
+    if "wandb" in names:
+        _check_wandb_login()
 
 
 def start_tracker(name: str, run: TrackedRun) -> GeneralTracker:
@@ -91,6 +106,23 @@ def tracked_id(tracker: GeneralTracker) -> str | None:
     return None
 
 
+def place_of(tracker: GeneralTracker) -> str:
+    """Where the run of a tracker is: a command that shows it, or an address."""
+    match tracker.name:
+        case "tensorboard":
+            return f"tensorboard --logdir {shlex.quote(str(Path(tracker.tracker.log_dir)))}"
+        case "wandb":
+            run = tracker.tracker
+            return f"wandb sync {shlex.quote(str(Path(run.dir).parent))}" if run.offline else str(run.url)
+        case "trackio":
+            folder, project = shlex.quote(os.environ["TRACKIO_DIR"]), shlex.quote(tracker.run_name)
+            return f"TRACKIO_DIR={folder} trackio show --project {project}"
+    import mlflow
+
+    uri = str(mlflow.get_tracking_uri())
+    return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
+
+
 def finish_tracker(tracker: GeneralTracker, failed: bool) -> None:
     """End the run of a tracker; W&B and MLflow show whether it failed."""
     match tracker.name:
@@ -115,8 +147,9 @@ def _tensorboard(run: TrackedRun) -> GeneralTracker:
     purge_step = None if run.resume_after is None else run.resume_after + 1
     tracker = TensorBoardTracker("", run.output / "tensorboard", purge_step=purge_step)
     tracker.start()
-    if run.resume_after is None:
-        tracker.store_init_configuration(run.simple_settings)
+    if run.resume_after is None:  # accelerate would put the settings into two folders of their own
+        rows = "".join(f"| {name} | {value} |\n" for name, value in run.simple_settings.items())
+        tracker.tracker.add_text("settings", f"| setting | value |\n| --- | --- |\n{rows}", 0)
     return tracker
 
 
@@ -135,6 +168,7 @@ def _wandb(run: TrackedRun) -> GeneralTracker:
             run.project,
             dir=str(run.output.resolve()),
             id=run.id,
+            name=None if run.id else run.name,
             resume="allow" if run.id else None,
             config=run.settings,
             reinit="create_new",  # another run that a notebook has open is neither ended nor mixed with this one
@@ -159,6 +193,38 @@ def _wandb(run: TrackedRun) -> GeneralTracker:
         raise _wandb_login(error) from error
 
 
+def _check_wandb_login() -> None:
+    """Look for a login where wandb does, without asking its server or the user.
+
+    Raises:
+        UsageError: there is none, or a setting of wandb is wrong.
+    """
+    import wandb
+
+    try:
+        settings = wandb.setup().settings
+    except Exception as error:
+        raise _wandb_login(error) from error
+    host = urlsplit(settings.base_url).hostname or ""
+    given = (os.environ.get("WANDB_API_KEY"), settings.api_key, getattr(settings, "identity_token_file", None))
+    if settings.mode in ("online", "shared") and not any(given) and not _in_netrc(host):
+        raise _wandb_login(RuntimeError(f"there is no login for {host}"))
+
+
+def _in_netrc(host: str) -> bool:
+    """Whether a `.netrc` has a login for a host; one that cannot be read is left to wandb."""
+    named = os.environ.get("NETRC")
+    for path in (named,) if named else ("~/.netrc", "~/_netrc"):
+        try:
+            if netrc(os.path.expanduser(path)).authenticators(host):
+                return True
+        except FileNotFoundError:
+            continue
+        except (OSError, NetrcParseError):
+            return True
+    return False
+
+
 def _wandb_login(error: Exception) -> UsageError:
     return UsageError(
         f"--report-to wandb: {in_short(error)}.\n"
@@ -172,7 +238,7 @@ def _trackio(run: TrackedRun) -> GeneralTracker:
     importlib.import_module("trackio")
     tracker = TrackioTracker(
         run.project,
-        name=run.id,
+        name=run.id or run.name,
         resume="allow" if run.id else "never",
         config=run.settings,
         embed=False,  # in a notebook it would start a server
@@ -182,7 +248,7 @@ def _trackio(run: TrackedRun) -> GeneralTracker:
 
 
 def _mlflow(run: TrackedRun) -> GeneralTracker:
-    for variable, value in MLFLOW_WAITS.items():
+    for variable, value in MLFLOW_SETTINGS.items():
         os.environ.setdefault(variable, value)
     import mlflow
 
@@ -193,7 +259,8 @@ def _mlflow(run: TrackedRun) -> GeneralTracker:
         artifacts = (folder / "artifacts").as_uri()
         mlflow.set_tracking_uri(f"sqlite:///{(folder / 'mlflow.db').as_posix()}")
         os.environ.pop("MLFLOW_TRACKING_URI", None)  # set by the line above: the next run has a folder of its own
-    tracker = MLflowTracker(run.project, logging_dir=artifacts, run_id=run.id)
+    name = None if run.id else run.name
+    tracker = MLflowTracker(run.project, logging_dir=artifacts, run_id=run.id, run_name=name)
     tracker.start()
     if run.id is None:
         tracker.store_init_configuration(run.simple_settings)

@@ -1,12 +1,12 @@
 """A tracker in a thread of its own: the training never waits for it, and nothing that happens to it ends a run."""
 
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextlib import redirect_stdout
 from functools import partial
+from io import StringIO
 from queue import SimpleQueue
 from time import monotonic
 from typing import Any
@@ -15,7 +15,7 @@ from accelerate.tracking import GeneralTracker
 
 from vlm.common import UsageError, note, one_line
 from vlm.training.tracked_results import ShownResults, show_results
-from vlm.training.trackers import TITLES, TrackedRun, finish_tracker, in_short, start_tracker, tracked_id
+from vlm.training.trackers import TITLES, TrackedRun, finish_tracker, in_short, place_of, start_tracker, tracked_id
 
 # How long the run waits for a tracker before its first step and after its last one, and how long a call in between may
 # take, for which nobody waits, in seconds.
@@ -62,6 +62,11 @@ class Tracking:
         """Whether the tracker was neither left out nor closed."""
         return self._tracker is not None
 
+    @property
+    def place(self) -> str | None:
+        """The name of the tracker, and where its run is; None if it was left out."""
+        return f"{TITLES[self.name]}: {place_of(self._tracker)}" if self._tracker is not None else None
+
     def log(self, figures: dict[str, float], step: int) -> None:
         """Pass figures on by their names."""
         if self._tracker is not None:
@@ -107,12 +112,12 @@ class Tracking:
             self._leave_out(_no_answer(TO_LOG))
 
     def _answer(self, future: "Future[Any]", seconds: float) -> Any:
-        """What a call returns. What it prints goes to stderr, as stdout is for results.
+        """What a call returns. What it prints is left out: stdout is for results, and `place` says where the run is.
 
         Raises:
             TimeoutError: it takes longer. What the call raises is raised here.
         """
-        with redirect_stdout(sys.stderr):
+        with redirect_stdout(StringIO()):
             wait([future], seconds)
         if not future.done():
             raise _no_answer(seconds)
