@@ -34,7 +34,7 @@ def test_warnings_do_not_keep_a_machine_from_training_and_a_failure_does():
         yield Finding(FAILURE, "this is broken", "mend it")
 
     code, report = examine(well, last=well)
-    assert code == 0 and "can train: 2 warnings." in report and "cure: buy a faster one" in report
+    assert code == 0 and "can train, with 2 warnings." in report and "cure: buy a faster one" in report
     code, report = examine(well, ill, last=well)
     assert code == 1 and "cannot train yet: 1 failure, 2 warnings." in report and "training: not tried" in report
     assert "\033" not in report and "\033[31mfailure" in examine(ill, color=True)[1]
@@ -222,7 +222,7 @@ def test_the_size_of_the_vision_features_is_told(monkeypatch, tmp_path):
     monkeypatch.setenv("VLM_CACHE", str(tmp_path))
     (found,) = doctor.vision_features()
     assert found == Finding(
-        OK, f"vision features ({tmp_path / 'features'}): 0.0 GB, and never more than --cache-size 20"
+        OK, f"vision features ({tmp_path / 'features'}): 0.0 kB, and never more than 20 GB (--cache-size)"
     )
     (tmp_path / "features" / "an encoder").mkdir(parents=True)
     with (tmp_path / "features" / "an encoder" / "image").open("wb") as file:

@@ -52,7 +52,7 @@ def test_a_dry_run_of_a_published_kind_of_model_says_everything_and_leaves_nothi
     assert "for 15 on validation, calibration and test" in rows["evaluation"], "each second step ends each epoch, too"
     assert rows["time limit"] == "9h: all 30 steps"
     assert rows["the whole run"].startswith("about ")
-    assert rows["the whole run"].endswith("without saving and the checks after the test, on a machine as busy as now")
+    assert rows["the whole run"].endswith("(free texts, other images), on a machine as busy as now")
     assert rows["tokens of a response"].count("median") == 1
     assert not os.listdir() and names_in(elsewhere) == {"here"} and not cache_root().exists()
 

@@ -227,11 +227,11 @@ def test_a_limit_that_ends_while_features_are_computed_keeps_those_so_far(
 
 
 @pytest.mark.slow
-def test_the_folds_of_a_cross_validation_share_its_time_evenly(tmp_path, monkeypatch):
+def test_the_folds_of_a_cross_validation_share_its_time_evenly(tmp_path, monkeypatch, capsys):
     original, ends = fit, []
 
-    def recorded(settings, stop, enter, dataset, set_up, deadline):
-        results = original(settings, stop, enter, dataset, set_up, deadline)
+    def recorded(settings, stop, enter, dataset, set_up, deadline, brief):
+        results = original(settings, stop, enter, dataset, set_up, deadline, brief)
         ends.append(deadline.ends - whole.started)
         return results
 
@@ -240,6 +240,9 @@ def test_the_folds_of_a_cross_validation_share_its_time_evenly(tmp_path, monkeyp
     whole = Deadline.of(cross)
     fit_folds(cross, deadline=whole)
     assert ends == pytest.approx([300_000, 450_000, 900_000], rel=0.01)
+    said = capsys.readouterr().err
+    assert said.count("One sample as the model sees it") == said.count("learning rate") == 1
+    assert all(f"fold        {number} of 3\n" in said for number in (1, 2, 3)), "what differs from fold to fold is said"
 
 
 # Only the main process finds that the time is up, after some steps.

@@ -41,7 +41,8 @@ def test_a_group_is_on_one_side_only(tmp_path, seed):
     data = load(write_table(tmp_path, rows_of_patients(20)), group_column="patient", seed=seed)
     found = groups_of(data)
     assert all(found.values()) and sum(map(len, found.values())) == 21 == len(set().union(*found.values()))
-    assert dict(data.summary)["groups"] == "patient: 21 groups"
+    counts = ", ".join(f"{len(groups)} in {role}" for role, groups in found.items())
+    assert dict(data.summary)["groups"] == f"patient: 21 groups ({counts})"
     for split in (data.train, data.validation, data.test):
         assert set(split.labels) == {0, 1}
 

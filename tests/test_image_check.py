@@ -93,6 +93,13 @@ def test_a_model_that_looks_is_not(classifier, monkeypatch):
     assert check_images(classifier, split_with(labels), scores_of(half))["warning"] is None
 
 
+def test_so_few_images_that_no_result_could_be_told_from_chance_are_called_too_few(classifier, monkeypatch):
+    monkeypatch.setattr(image_check, "gray_predictions", lambda c, sizes, b: np.full(len(sizes), 6))
+    for count, said in ((2, "2 test images are too few to show"), (6, None)):
+        warning = check_images(classifier, split_with([*range(count)]), scores_of([*range(count)]))["warning"]
+        assert warning is None if said is None else warning.startswith(said)
+
+
 def test_one_class_alone_cannot_be_exchanged(classifier):
     found = check_images(classifier, split_with([3] * 4), scores_of([3] * 4))
     assert found["shuffled"] is None and found["chance"] == 1

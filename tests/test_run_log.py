@@ -126,7 +126,7 @@ def test_a_missing_wandb_login_is_an_error_before_anything_is_loaded(tmp_path, w
         wandb_environment.setenv("WANDB_API_KEY", "0" * 40)
     (tmp_path / "no_netrc").write_text("machine api.wandb.ai login me password secret\n" if given == "netrc" else "")
     (tmp_path / "no_netrc").chmod(0o600)
-    refused = pytest.raises(UsageError, match="there is no login for api.wandb.ai")
+    refused = pytest.raises(UsageError, match="there is no login for ")
     with refused if given == "nothing" else nullcontext():
         check_trackers(["wandb"])
 

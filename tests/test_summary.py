@@ -69,7 +69,7 @@ def test_what_was_not_calibrated_has_no_before():
     table = table_of(calibration={"temperature": 1.0})
     assert table["calibration"] == "none" and "before" not in table["ECE on test"] + table["NLL on test"]
     assert (
-        "0.0200 before" in table_of()["ECE on test"]
+        "before the calibration 0.0200" in table_of()["ECE on test"]
         and table_of()["calibration"] == "temperature 1.500, fitted on validation"
     )
     for change in ({"bias": [0.1, -0.1]}, {"score": "prior"}):
@@ -77,11 +77,12 @@ def test_what_was_not_calibrated_has_no_before():
 
 
 @pytest.mark.parametrize(
-    ("after", "words"), [(0.012, None), (0.03, "no clear change"), (0.05, "worse on test than before")]
+    ("after", "words"), [(0.012, None), (0.03, "no clear change"), (0.05, "so it is worse on test")]
 )
 def test_an_error_that_grew_is_called_so(after, words):
     figures = {"accuracy": [0.1, 0, 1], "ece": [after, after - 0.015, 0.1], "nll": [0.5, 0.4, 0.6]}
     line = table_of(calibration={"after": figures})["ECE on test"]
+    assert "0 at best); before the calibration 0.0" in line
     assert (words in line) if words else ("change" not in line and "worse" not in line)
 
 
@@ -140,11 +141,11 @@ def test_the_untrained_model_is_compared_without_calibration():
                 "score": "prior",
                 "scores": {"prior": {"accuracy": 0.25, "nll": 1.0}, "sum": {"accuracy": 0.2, "nll": 2.0}},
             },
-            "0.2000  (step 40, the best; 0.2500 with the calibration)",
+            "0.2000  (step 40, the best; 0.2500 with the score prior)",
         ),
         (
             {"bias": [0.1], "scores": {"sum": {"accuracy": 0.3, "nll": 2.0}}},
-            "0.2000  (step 40, the best; 0.3000 with the calibration)",
+            "0.2000  (step 40, the best; 0.3000 with the bias of each class)",
         ),
     ],
 )

@@ -42,6 +42,7 @@ from vlm.common.text import (
     printable,
     printable_lines,
     shorten,
+    size_text,
     utf8_text,
 )
 
@@ -94,6 +95,7 @@ __all__ = [
     "remove",
     "replacing",
     "shorten",
+    "size_text",
     "switches_as_before",
     "text_width",
     "usual_modes",

@@ -71,6 +71,12 @@ def listed(names: Iterable[object], most: int = 20) -> str:
     return joined([*shown[:most], "..."] if len(shown) > most else shown)
 
 
+def size_text(size: float) -> str:
+    """A number of bytes in a unit that fits, such as 25.3 MB."""
+    unit, name = (1e9, "GB") if size >= 1e8 else (1e6, "MB") if size >= 1e5 else (1e3, "kB")
+    return f"{size / unit:,.1f} {name}"
+
+
 def dtype_name(dtype: object) -> str:
     """The name of a `torch.dtype` as users type it after --dtype, such as bfloat16."""
     return str(dtype).removeprefix("torch.")

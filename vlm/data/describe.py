@@ -47,11 +47,13 @@ def detected_rows(
 
 
 def _groups(settings: Settings, data: Data) -> str | None:
-    """What belongs together, and how many groups there are; None if nothing was said about it."""
+    """What belongs together, and how many groups there are in each split; None if nothing was said about it."""
     if not data.train.has_groups:
         return None
-    found = {group for role in ROLES for group in getattr(data, role).groups} - {None}
-    return f"{settings.group_column or settings.group_pattern}: {len(found):,} groups"
+    groups = {role: set(getattr(data, role).groups) - {None} for role in ROLES}
+    counts = ", ".join(f"{len(found):,} in {role}" for role, found in groups.items())
+    every = set().union(*groups.values())
+    return f"{settings.group_column or settings.group_pattern}: {len(every):,} groups ({counts})"
 
 
 def _reasoning_rows(column: str, texts: Sequence[str | None]) -> list[tuple[str, str]]:

@@ -58,7 +58,10 @@ def check_images(
         for name, other, used in (("exchanged", shuffled, exchanged), ("gray", gray, np.ones_like(right)))
         if used.any() and may_be_chance(right[used], other[used])
     ]
-    if close:
+    if may_be_chance(np.ones_like(right), np.zeros_like(right)):
+        images = f"{len(chosen)} test image{'s are' if len(chosen) > 1 else ' is'}"
+        result["warning"] = f"{images} too few to show whether the image matters, even if all are right."
+    elif close:
         result["warning"] = (
             f"nothing shows that the image matters: of {len(chosen)} test images {result['accuracy']:.0%} are right, "
             f"which cannot be told from the accuracy with {' and with '.join(close)} images "

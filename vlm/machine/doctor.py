@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vlm.common import dtype_name
+from vlm.common import dtype_name, size_text
 from vlm.config import DEFAULT_DATASET, DEFAULT_MODEL, Settings
 from vlm.machine.requirements import examine, examine_installed
 
@@ -81,7 +81,8 @@ def examine_machine(
             show(finding)
     failures, warnings = levels.count(FAILURE), levels.count(WARNING)
     counts = ", ".join(f"{n} {word}{'s' * (n > 1)}" for n, word in ((failures, FAILURE), (warnings, WARNING)) if n)
-    write(f"\nThis machine {'cannot train yet' if failures else 'can train'}{counts and ': '}{counts}.")
+    verdict = "cannot train yet: " if failures else "can train, with " if counts else "can train"
+    write(f"\nThis machine {verdict}{counts}.")
     return 1 if failures else 0
 
 
@@ -243,8 +244,8 @@ def vision_features() -> Iterator[Finding]:
 
     folder = cache_root()
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    limit = f"never more than --cache-size {Settings.cache_size:g}"
-    yield Finding(OK, f"vision features ({folder}): {size / 1e9:.1f} GB, and {limit}")
+    limit = f"never more than {Settings.cache_size:g} GB (--cache-size)"
+    yield Finding(OK, f"vision features ({folder}): {size_text(size)}, and {limit}")
 
 
 def _existing(folder: Path) -> Path:

@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from vlm.common import Bar
 from vlm.config import PAGE
 from vlm.data import Data
 from vlm.evaluation import LabelIssue
@@ -39,8 +40,10 @@ def write_report(
         issues: labels that may be wrong, the likeliest first.
     """
     figures = draw(results, data.class_names)
-    for name, figure in figures.items():
-        save_png(figure, folder / f"{name}.png")
+    with Bar(len(figures), "drawing the figures", unit="figures") as bar:
+        for name, figure in figures.items():
+            save_png(figure, folder / f"{name}.png")
+            bar.update()
     page = render_page(Content(results, data, predictions, issues), figures)
     write_page(folder / PAGE, page)
 

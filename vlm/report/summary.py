@@ -236,7 +236,9 @@ def _before_fit(calibration: dict[str, Any]) -> str:
     if not calibration["bias"] and calibration["score"] == "sum":
         return ""
     measured = calibrated_validation_accuracy(calibration)
-    return "; not calibrated" if measured is None else f"; {measured:.4f} with the calibration"
+    score = "" if calibration["score"] == "sum" else f"the score {calibration['score']}"
+    changed = " and ".join(filter(None, (score, "the bias of each class" if calibration["bias"] else "")))
+    return "; not calibrated" if measured is None else f"; {measured:.4f} with {changed}"
 
 
 def calibrated_validation_accuracy(calibration: dict[str, Any]) -> float | None:
@@ -258,7 +260,7 @@ def _calibration_rows(calibration: dict[str, Any]) -> list[Row]:
     for name, key in (("ECE", "ece"), ("NLL", "nll")):
         value, low, high = calibration["after"][key]
         change = _change(calibration, key)
-        rows.append((f"{name} on test", f"{value:.4f}  ({low:.4f} to {high:.4f}{change}; {MEANING[key]})"))
+        rows.append((f"{name} on test", f"{value:.4f}  ({low:.4f} to {high:.4f}; {MEANING[key]}){change}"))
     return rows
 
 
@@ -267,8 +269,8 @@ def _change(calibration: dict[str, Any], key: str) -> str:
     if not is_calibrated(calibration):
         return ""
     before, (value, low, high) = calibration["before"][key][0], calibration["after"][key]
-    verdict = ": no clear change" if low <= before <= high else ": worse on test than before"
-    return f", {before:.4f} before{verdict if value > before else ''}"
+    verdict = ", no clear change" if low <= before <= high else ", so it is worse on test"
+    return f"; before the calibration {before:.4f}{verdict if value > before else ''}"
 
 
 def _image_row(check: dict[str, Any]) -> Row:

@@ -237,7 +237,11 @@ def time_rows(trainer: Trainer, seconds: Seconds) -> list[tuple[str, str]]:
     parts.append(images * seconds.evaluation)
     rows.append(("evaluation", f"{in_words(parts[-1])} for {validations:,} on validation, calibration and test"))
     more = (("--align-connector", settings.align_connector), ("--probe", settings.probe))
-    others = ["saving", "the checks after the test", *(flag for flag, asked_for in more if asked_for)]
+    others = [
+        "saving",
+        "the checks after the test (free texts, other images)",
+        *(flag for flag, asked_for in more if asked_for),
+    ]
     without = f"without {', '.join(others[:-1])} and {others[-1]}"
     if settings.time_limit:
         left = (seconds_of(settings.time_limit) or 0.0) - before

@@ -90,7 +90,8 @@ class CrossValidation:
         self.enter("")  # nothing is trained until the fold is set up
         try:
             with redirect_stdout(sys.stderr):  # stdout is for the table of all folds
-                fit(settings, self.should_stop, self._entered, self.dataset, self._set_up, self.of_fold)
+                brief = self.data is not None  # another fold has printed settings and a sample
+                fit(settings, self.should_stop, self._entered, self.dataset, self._set_up, self.of_fold, brief)
         except Stopped as stopped:
             raise self._stopped(number, stopped) from None
         except Exception:

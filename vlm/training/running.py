@@ -36,6 +36,7 @@ def fit(
     dataset: object = None,
     when_set_up: Callable[[Run], None] = lambda run: None,
     deadline: Deadline | None = None,
+    brief: bool = False,
 ) -> dict[str, Any]:
     """Train, evaluate, save.
 
@@ -45,6 +46,7 @@ def fit(
         enter: told when the training begins, and when it is over (vlm/training/stopping.py).
         when_set_up: told of the run when it can start.
         deadline: when the run has to be done; None: in the time of the settings from now on.
+        brief: see `set_up`.
 
     Returns:
         The content of `results.json`; empty on processes other than the main one.
@@ -60,7 +62,7 @@ def fit(
     with output_folder(settings):
         metrics = [load_metric(name) for name in settings.metrics or ()]  # a mistake here should not wait for the end
         deadline = deadline or Deadline.of(settings)
-        run = set_up(settings, dataset, deadline=deadline)
+        run = set_up(settings, dataset, deadline=deadline, brief=brief)
         when_set_up(run)
         trainer = trainer_of(run, should_stop, enter, deadline)
         if settings.resume:

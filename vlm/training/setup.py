@@ -22,7 +22,17 @@ from vlm.classifier import Objective, VLMClassifier, balanced_weights, usual_obj
 from vlm.common import doing, format_table, note, usual_modes, writing
 from vlm.config import NEW_PROMPTS, RunSettings, Settings
 from vlm.conversation import Prompts, build_prompts, longest_reasoning
-from vlm.data import Data, Split, as_seen, check_what_is_known, leave_out_refused, load_data, model_folder, pack_keys
+from vlm.data import (
+    ROLES,
+    Data,
+    Split,
+    as_seen,
+    check_what_is_known,
+    leave_out_refused,
+    load_data,
+    model_folder,
+    pack_keys,
+)
 from vlm.families import (
     DEMO_NAME,
     Family,
@@ -47,6 +57,7 @@ from vlm.training.tuning import parameter_groups, prepare_tuning, trained_parame
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "safetensors", "scikit-learn", "pillow")
 # How long one process waits for another: one computes the vision features, or writes, while the others wait.
 LONGEST_WAIT = timedelta(hours=12)
+BRIEF = ("fold", "groups", *ROLES)  # rows of the table of the data that differ from fold to fold
 PRECISIONS = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -111,7 +122,11 @@ class Run:
 
 
 def set_up(
-    settings: Settings, dataset: object = None, draft: Path | None = None, deadline: Deadline | None = None
+    settings: Settings,
+    dataset: object = None,
+    draft: Path | None = None,
+    deadline: Deadline | None = None,
+    brief: bool = False,
 ) -> Run:
     """Load and print everything, in the order in which a mistake is cheapest to find: device, data, model, one sample.
 
@@ -119,6 +134,8 @@ def set_up(
         dataset: see `load_data`.
         draft: only look: a folder that takes the place of the output folder. No vision features are computed.
         deadline: when it has to be done; None: at any time. Vision features that are computed until then are kept.
+
+        brief: print only the splits, because an earlier fold has printed the rest.
 
     Raises:
         UsageError: anything in settings or data with which the run cannot start.
@@ -135,7 +152,7 @@ def set_up(
     with doing("reading the dataset"):
         data = load_data(settings, dataset)
     deadline.check()
-    note("\n" + format_table(data.summary) + "\n")
+    note("\n" + format_table([row for row in data.summary if not brief or row[0] in BRIEF]) + "\n")
     prompts = build_prompts(settings, data.class_names)
     with doing("loading the model"):
         folder, revision = _find_model(settings, data.class_names, accelerator, draft)
@@ -152,8 +169,9 @@ def set_up(
     classifier = _build_classifier(family, prompts, settings, data)
     run_settings = settings.complete(batch_size, classifier.objective.name)
     rows = settings_rows(run_settings, classifier, reason, dtype, accelerator.num_processes)
-    note(format_table(rows) + "\n")
-    preflight(classifier, data.train.example)
+    if not brief:
+        note(format_table(rows) + "\n")
+        preflight(classifier, data.train.example)
 
     workers = _loader_processes(settings, device)
     check = deadline.check_features

@@ -202,21 +202,23 @@ def _check_wandb_login() -> None:
     import wandb
 
     try:
+        if mode := os.environ.get("WANDB_MODE"):
+            wandb.Settings.model_validate({"mode": mode})
         settings = wandb.setup().settings
     except Exception as error:
         raise _wandb_login(error) from error
-    host = urlsplit(settings.base_url).hostname or ""
+    host = urlsplit(settings.base_url).netloc
     given = (os.environ.get("WANDB_API_KEY"), settings.api_key, getattr(settings, "identity_token_file", None))
     if settings.mode in ("online", "shared") and not any(given) and not _in_netrc(host):
         raise _wandb_login(RuntimeError(f"there is no login for {host}"))
 
 
 def _in_netrc(host: str) -> bool:
-    """Whether a `.netrc` has a login for a host; one that cannot be read is left to wandb."""
+    """Whether a `.netrc` may have a login for a host or another server of wandb; wandb itself looks closer."""
     named = os.environ.get("NETRC")
     for path in (named,) if named else ("~/.netrc", "~/_netrc"):
         try:
-            if netrc(os.path.expanduser(path)).authenticators(host):
+            if any(known == host or "wandb" in known for known in netrc(os.path.expanduser(path)).hosts):
                 return True
         except FileNotFoundError:
             continue

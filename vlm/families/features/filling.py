@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from vlm.common import Bar, RunError, evaluation_mode, note
+from vlm.common import Bar, RunError, evaluation_mode, note, size_text
 from vlm.data import Found, KnownImages, Sample, Split, UnreadableImage, note_unreadable
 from vlm.families.base import Family
 from vlm.families.encoded import EncodedImages
@@ -104,7 +104,7 @@ def _fill(
 def _say_size(cache: FeatureCache, room: Room, each: float, count: int, fit: int) -> None:
     """Say how large the features of `count` images are, and what to do if only `fit` of them fit."""
     size = each * count
-    note(f"vision features to compute: {count:,} images, {_size_text(size)}.")
+    note(f"vision features to compute: {count:,} images, {size_text(size)}.")
     if fit == count:
         return
     if room.disk_gb is not None:
@@ -115,11 +115,6 @@ def _say_size(cache: FeatureCache, room: Room, each: float, count: int, fit: int
     smaller = "" if cache.halved else "--cache-dtype float16, "
     smaller += "a smaller --image-size" + ("" if cache.connected else ", --freeze-connector")
     note(f"{fit:,} of them fit {where}; the others are computed each time. {cure}. What makes them smaller: {smaller}.")
-
-
-def _size_text(size: float) -> str:
-    unit, name = (1e9, "GB") if size >= 1e8 else (1e6, "MB") if size >= 1e5 else (1e3, "kB")
-    return f"{size / unit:,.1f} {name}"
 
 
 def _missing(splits: Iterable[Split], cache: FeatureCache, known: KnownImages | None) -> "_Places":
