@@ -290,6 +290,7 @@ def test_wrong_usage_ends_with_code_2(arguments, capsys):
         (["--epochs", "0x10"], "argument --epochs: expected a whole number, and got '0x10'."),
         (["--epochs", "2.5"], "argument --epochs: expected a whole number, and got '2.5'."),
         (["--seed", "1" * 5000], "argument --seed: expected a whole number, and got '1111"),
+        (["--report-to", "csv"], "argument --report-to/--track: invalid choice: 'csv'"),
         (["--learning-rate", "1,5"], "argument --learning-rate: expected a number, and got '1,5'."),
         (["a\x1b[2J\nb\n       c"], "unrecognized arguments: a [2J b c."),
         (["x" * 100_000], "unrecognized arguments: xxx"),

@@ -68,8 +68,10 @@ def test_the_settings_have_all_that_differs_from_the_defaults(classifier):
         return dict(settings_rows(settings, classifier, "cpu", torch.float32, 1))
 
     usual = rows()
-    changed = rows(augment="light", augment_turns=True, max_samples=64, class_balance=True, prompt_template="a" * 300)
-    assert changed.keys() - usual.keys() == {"augmentation", "max samples", "class balance", "prompt template"}
+    given = {"max_samples": 64, "class_balance": True, "prompt_template": "a" * 300, "track": ["wandb"]}
+    changed = rows(augment="light", augment_turns=True, **given)
+    new = {"augmentation", "max samples", "class balance", "prompt template", "report to"}
+    assert changed.keys() - usual.keys() == new, "as their flags are called"
     assert changed["augmentation"] == (
         "4 views of each training image: itself, and others changed as by --augment light, turned by quarters"
     )

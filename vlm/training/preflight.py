@@ -156,7 +156,7 @@ def preflight(classifier: VLMClassifier, sample: Sample) -> None:
     ids, targets = batch.input_ids[0], batch.targets[0]
     images = int((ids == family.image_token_id).sum())
     responses = int((targets != IGNORED).sum())
-    parts = [f"the {responses} in [[ ]] are in the loss"] if objective.has_response else []
+    parts = [f"the {responses} tokens in [[ ]] are in the loss (docs/objectives.md)"] if objective.has_response else []
     if objective.has_posterior:
         parts.append("the class is learned from the tokens that tell the responses apart")
     note(

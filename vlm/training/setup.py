@@ -142,6 +142,7 @@ def set_up(
         RunError: the time is over.
     """
     deadline = deadline or Deadline(None, 0.0, inf)
+    deadline.check()  # the imports take seconds
     torch.set_num_threads(pick_threads(settings.threads))
     device, reason = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
