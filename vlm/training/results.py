@@ -255,6 +255,7 @@ def _print(run: Run, results: dict[str, Any], tracked: Sequence[str]) -> None:
     hint = f"{command_of('inference_vlm.py', 'vlm-predict')} --model-dir {model} {images}"
     use = "" if run.settings.folds else f"Classify images with:\n  {hint}\n"
     recorded = "".join(f"Recorded for {place}\n" for place in tracked)
-    note(f"\n{use}{recorded}The results are in {run.output} (docs/results.md explains them); look at {run.output / PAGE} first.")
+    where = f"The results are in {run.output} (docs/results.md explains them)"
+    note(f"\n{use}{recorded}{where}; look at {run.output / PAGE} first.")
     for warning in warnings_of(results):  # last, where they are seen
         note(f"warning: {warning}")

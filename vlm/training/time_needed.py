@@ -33,7 +33,7 @@ class TimeNeeded:
     Attributes:
         evaluation: of an evaluation during the training, measured again at each of them.
         untrained: of the test before the training.
-        is_complete: False if there was no time to measure all parts, so it takes longer.
+        is_complete: False if a few parts showed that the time is too short, so all of them take longer.
     """
 
     def __init__(self, run: Run, saver: Saver) -> None:
@@ -43,14 +43,14 @@ class TimeNeeded:
         self._longest = inf  # seconds for which a part is timed on more than one image
 
     def measure(self, deadline: Deadline) -> None:
-        """Time the parts of evaluation and test on a few validation images, until the time is over. Called in one
-        process."""
+        """Time the parts of evaluation and test on a few validation images, until it is clear that the time is too short.
+        Called in one process."""
         self._longest = SHARE * deadline.left
         parts = (self._measure_evaluation, self._measure_scores, self._measure_texts, self._measure_rest)
         with self.run.accelerator.autocast():
             self._scored(1)  # the first pass takes longer than the others
             for measure_part in parts:
-                if deadline.left <= 0:
+                if deadline.left < self.seconds:
                     self.is_complete = False
                     return
                 measure_part()
