@@ -117,12 +117,19 @@ def send_from(monkeypatch, place):
     monkeypatch.setattr(place, lambda *arguments, **options: os.kill(os.getpid(), signal.SIGTERM))
 
 
-@pytest.mark.parametrize("place", ["vlm.training.setup.preflight", "vlm.training.loop.Trainer.test_untrained"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "vlm.training.setup.preflight",
+        "vlm.training.time_needed.TimeNeeded.measure",
+        "vlm.training.loop.Trainer.test_untrained",
+    ],
+)
 def test_before_the_first_step_it_ends_at_once_and_leaves_no_run(tmp_path, monkeypatch, capsys, place):
     (tmp_path / "there").mkdir()
     send_from(monkeypatch, place)
     for name in ("new", "there"):
-        assert train(*FLAGS, "--zero-shot", "--output-dir", tmp_path / name) == 130
+        assert train(*FLAGS, "--zero-shot", "--time-limit", "2h", "--output-dir", tmp_path / name) == 130
         err = capsys.readouterr().err
         assert err.endswith("\nstopped before the first step.\n") and "stopping after this step" not in err
     assert names_in(tmp_path) == {"there"} and "training_metadata.json" not in names_in(tmp_path / "there")

@@ -43,8 +43,8 @@ class TimeNeeded:
         self._longest = inf  # seconds for which a part is timed on more than one image
 
     def measure(self, deadline: Deadline) -> None:
-        """Time the parts of evaluation and test on a few validation images, until it is clear that the time is too short.
-        Called in one process."""
+        """Time the parts of evaluation and test on a few validation images, or some of the parts if these show that
+        the time is too short. Called in one process."""
         self._longest = SHARE * deadline.left
         parts = (self._measure_evaluation, self._measure_scores, self._measure_texts, self._measure_rest)
         with self.run.accelerator.autocast():
