@@ -148,12 +148,13 @@ def start(given: dict[str, Any], dataset: object = None) -> dict[str, Any]:
     if given.get("dry_run") or given.get("show_data"):
         look(given, dataset)
         return {}
-    from vlm.training import StopSignals, check_output, clean_up
+    from vlm.training import StopSignals, check_output, check_trackers, clean_up
 
     output = output_of(given)
     clean_up(output)
     settings = resolve(given, saved_settings(output, given.get("epochs")) if given.get("resume") else None)
     check_output(settings)
+    check_trackers(settings.trackers)
     signals = StopSignals(settings.output_dir, settings.dataset)
     with signals.listening():  # before the heavy imports, which take seconds
         wait_politely()

@@ -26,7 +26,7 @@ NOTES = {
 
 def flag_name(action: argparse.Action) -> str:
     """A flag with its values as in the help text, in Markdown: `--epochs N`; `IMAGE` for a positional argument."""
-    name = action.option_strings[-1] if action.option_strings else ""
+    name = next((option for option in action.option_strings if option.startswith("--")), "")
     value = "" if action.nargs == 0 else action.metavar or action.dest.upper()
     if action.choices:
         value = f"{{{','.join(action.choices)}}}"

@@ -23,7 +23,7 @@ from vlm.config.defaults import TRACKERS
 from vlm.training import fit, tracking
 from vlm.training.run_log import RunLog, read_log
 from vlm.training.tracked_results import CLASSES, FIGURES, MISTAKES, ShownResults, Table
-from vlm.training.trackers import check_trackers
+from vlm.training.tracker_check import check_trackers
 
 
 @pytest.fixture(scope="module", autouse=True)

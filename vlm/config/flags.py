@@ -83,7 +83,7 @@ def add_flag(parser: Any, name: str, *more_names: str, **changes: Any) -> None:
 
     Args:
         name: the field of `Settings`.
-        more_names: further names of the flag.
+        more_names: further names of the flag, which come first in messages and tables.
         changes: what is different in this parser, such as help or default.
     """
     item = next(item for item in dataclasses.fields(Settings) if item.name == name)
@@ -95,7 +95,7 @@ def add_flag(parser: Any, name: str, *more_names: str, **changes: Any) -> None:
         details["type"] = TYPES.get(kind, kind)
         if "choices" not in details:
             details.setdefault("metavar", {int: "N", float: "X"}.get(kind, "TEXT"))
-    names = (flag_of(name), *details.pop("aliases", ()), *more_names)
+    names = (*more_names, flag_of(name), *details.pop("aliases", ()))
     parser.add_argument(*names, dest=changes.pop("dest", name), **details | changes)
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vlm.training.running import fit
     from vlm.training.show_data import look_at_data
     from vlm.training.stopping import StopSignals
+    from vlm.training.tracker_check import check_trackers
 
 __all__ = [
     "Deadline",
@@ -24,6 +25,7 @@ __all__ = [
     "StopSignals",
     "check_output",
     "check_resumable",
+    "check_trackers",
     "clean_up",
     "fit",
     "fit_folds",
@@ -43,5 +45,6 @@ __getattr__ = lazy_names(
         ".running": ("fit",),
         ".show_data": ("look_at_data",),
         ".stopping": ("StopSignals",),
+        ".tracker_check": ("check_trackers",),
     },
 )

@@ -24,7 +24,7 @@ from vlm.training.output import check_place, why_not_here
 from vlm.training.running import trainer_of
 from vlm.training.setup import Run, set_up
 from vlm.training.time_needed import MARGIN, OTHERS
-from vlm.training.trackers import check_trackers
+from vlm.training.tracker_check import check_trackers
 from vlm.training.validation import split_metrics, validation_losses
 
 WARM_UP, TIMED = 1, 4  # steps

@@ -16,7 +16,6 @@ from vlm.training.output import output_folder
 from vlm.training.results import finish
 from vlm.training.setup import Run, set_up
 from vlm.training.streamed import StreamTrainer
-from vlm.training.trackers import check_trackers
 
 
 def trainer_of(
@@ -56,7 +55,6 @@ def fit(
         RunError: it had to stop.
         Stopped: it was asked to stop.
     """
-    check_trackers(settings.trackers)
     if settings.push_to_hub is not None and is_main_process():
         check_push(settings.push_to_hub, settings.public)
     with output_folder(settings):

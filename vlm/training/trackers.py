@@ -4,19 +4,17 @@ Each keeps its files in a folder of its own name in the output folder. The envir
 WANDB_MODE, MLFLOW_TRACKING_URI or TRACKIO_DIR, are respected.
 """
 
-import importlib.util
+import importlib
 import os
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass
-from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 
-from vlm.common import UsageError, note, one_line, shorten
+from vlm.common import UsageError, note, one_line
+from vlm.training.tracker_check import in_short, not_importable, wandb_login
 
 TITLES = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases", "trackio": "Trackio", "mlflow": "MLflow"}
 # wandb waits 90 s for an unreachable server by default, and without end for the upload after the last step.
@@ -61,19 +59,6 @@ class TrackedRun:
         return {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in self.settings.items()}
 
 
-def check_trackers(names: Sequence[str]) -> None:
-    """Look for the packages of trackers, and for a login, before anything is loaded or written.
-
-    Raises:
-        UsageError: there is none.
-    """
-    for name in names:
-        if importlib.util.find_spec(name) is None:
-            raise UsageError(_not_importable(name, f"there is no package {name}"))
-    if "wandb" in names:
-        _check_wandb_login()
-
-
 def start_tracker(name: str, run: TrackedRun) -> GeneralTracker:
     """A started tracker. `name` is one of `TITLES`.
 
@@ -84,14 +69,7 @@ def start_tracker(name: str, run: TrackedRun) -> GeneralTracker:
     try:
         return start(run)
     except ImportError as error:
-        raise UsageError(_not_importable(name, one_line(error))) from error
-
-
-def _not_importable(name: str, reason: str) -> str:
-    return (
-        f"--report-to {name}: {name} cannot be imported ({reason}). Run `pip install {name}`, or leave out "
-        f"--report-to {name}."
-    )
+        raise UsageError(not_importable(name, one_line(error))) from error
 
 
 def tracked_id(tracker: GeneralTracker) -> str | None:
@@ -136,11 +114,6 @@ def finish_tracker(tracker: GeneralTracker, failed: bool) -> None:
             tracker.finish()
 
 
-def in_short(error: BaseException) -> str:
-    """An error of a tracker in one line of at most 300 characters, without a full stop."""
-    return shorten(one_line(error).rstrip("."), 300)
-
-
 def _tensorboard(run: TrackedRun) -> GeneralTracker:
     importlib.import_module("tensorboard")  # else accelerate tries tensorboardX, and its error names that
     # TensorBoard hides what an interrupted run recorded from `purge_step` on, because those steps come again.
@@ -182,7 +155,7 @@ def _wandb(run: TrackedRun) -> GeneralTracker:
         return start()
     except wandb.errors.CommError as error:
         if isinstance(error, wandb.errors.AuthenticationError):
-            raise _wandb_login(error) from error
+            raise wandb_login(error) from error
         record = run.output / "wandb"
         note(
             f"Weights & Biases cannot be reached ({in_short(error)}). The run is recorded in {record}; "
@@ -190,48 +163,7 @@ def _wandb(run: TrackedRun) -> GeneralTracker:
         )
         return start(mode="offline")
     except Exception as error:
-        raise _wandb_login(error) from error
-
-
-def _check_wandb_login() -> None:
-    """Look for a login where wandb does, without asking its server or the user.
-
-    Raises:
-        UsageError: there is none, or a setting of wandb is wrong.
-    """
-    import wandb
-
-    try:
-        if mode := os.environ.get("WANDB_MODE"):
-            wandb.Settings.model_validate({"mode": mode})
-        settings = wandb.setup().settings
-    except Exception as error:
-        raise _wandb_login(error) from error
-    host = urlsplit(settings.base_url).netloc
-    given = (os.environ.get("WANDB_API_KEY"), settings.api_key, getattr(settings, "identity_token_file", None))
-    if settings.mode in ("online", "shared") and not any(given) and not _in_netrc(host):
-        raise _wandb_login(RuntimeError(f"there is no login for {host}"))
-
-
-def _in_netrc(host: str) -> bool:
-    """Whether a `.netrc` may have a login for a host or another server of wandb; wandb itself looks closer."""
-    named = os.environ.get("NETRC")
-    for path in (named,) if named else ("~/.netrc", "~/_netrc"):
-        try:
-            if any(known == host or "wandb" in known for known in netrc(os.path.expanduser(path)).hosts):
-                return True
-        except FileNotFoundError:
-            continue
-        except (OSError, NetrcParseError):
-            return True
-    return False
-
-
-def _wandb_login(error: Exception) -> UsageError:
-    return UsageError(
-        f"--report-to wandb: {in_short(error)}.\n"
-        "       Log in with `wandb login`, or set WANDB_MODE=offline, or leave out --report-to wandb (or --use-wandb)."
-    )
+        raise wandb_login(error) from error
 
 
 def _trackio(run: TrackedRun) -> GeneralTracker:

@@ -15,7 +15,8 @@ from accelerate.tracking import GeneralTracker
 
 from vlm.common import UsageError, note, one_line
 from vlm.training.tracked_results import ShownResults, show_results
-from vlm.training.trackers import TITLES, TrackedRun, finish_tracker, in_short, place_of, start_tracker, tracked_id
+from vlm.training.tracker_check import in_short
+from vlm.training.trackers import TITLES, TrackedRun, finish_tracker, place_of, start_tracker, tracked_id
 
 # How long the run waits for a tracker before its first step and after its last one, and how long a call in between may
 # take, for which nobody waits, in seconds.
