@@ -194,7 +194,9 @@ def known_flags() -> set[str]:
         path.read_text(encoding="utf-8")
         for path in [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("docs/*.py"), *ROOT.glob("*.sh")]
     ]
-    return {"--local-dir"} | {  # of `hf download`
+    # hf download, tensorboard, trackio, mlflow
+    of_others = {"--local-dir", "--logdir", "--project", "--backend-store-uri"}
+    return of_others | {
         flag for text in [*(done.stdout for done in helps), *others] for flag in re.findall(r"--[a-z][a-z0-9-]*", text)
     }
 
