@@ -113,6 +113,7 @@ def test_the_output_folder_holds_these_files_and_no_others(mars_run):
         "results.json",
         "training_curves.png",
         "confusion_matrix.png",
+        "label_issues.csv",
         "log.jsonl",
         "report.html",
         "wandb",

@@ -189,6 +189,13 @@ def test_one_hot_columns_are_the_label_and_rows_without_a_one_have_none(tmp_path
     assert "1 of 8 images have no label and are left out, first pics/7.png" in capsys.readouterr().err
 
 
+def test_one_hot_columns_next_to_a_split_column(tmp_path):
+    rows = [f"{label}, {split}" for split in ("train", "val", "test") for label in ["1, 0", "0, 1"] * 4]
+    data = load(one_hot(tmp_path / "a.csv", rows, "image, cat, dog, split"))
+    assert dict(data.summary)["label column"] == "one-hot: cat, dog"
+    assert [len(split) for split in (data.train, data.validation, data.test)] == [8, 8, 8]
+
+
 def test_other_numbers_are_no_one_hot_columns(tmp_path):
     rows = [f"{int(i % 2 == 0)}, {i % 2}, 0.5, {i}" for i in range(8)]
     data = load(one_hot(tmp_path / "a.csv", rows, "image, a, b, UNK, age"))

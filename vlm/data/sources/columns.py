@@ -8,6 +8,7 @@ from vlm.common import UsageError, did_you_mean, listed
 from vlm.config import NO_LABELS, ClassifySettings, Settings, reasoning_of
 from vlm.data.finding import is_image
 from vlm.data.sources.labels import one_hot_columns
+from vlm.data.sources.split_column import names_splits
 from vlm.data.spellings import are_numbers, meaning
 
 # Usual names, best first.
@@ -144,7 +145,8 @@ def _choose_labels(
         return _choose("--label-column", named, columns, classes, LABEL_COLUMNS, {image: "image column"}, only), ()
     except UsageError:
         one_hot = () if settings.label_column else tuple(one_hot_columns(columns, values))
-        if one_hot and not any(_could_be_labels(values(name)) for name in columns if name not in one_hot):
+        others = [name for name in columns if name not in one_hot and not names_splits(name, [values(name)])]
+        if one_hot and not any(_could_be_labels(values(name)) for name in others):
             return f"one-hot: {listed(one_hot)}", one_hot
         if isinstance(settings, ClassifySettings) and not settings.label_column:
             of_model = [name for name in columns if _are_names(values(name), settings.model_classes)]

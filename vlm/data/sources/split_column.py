@@ -29,7 +29,7 @@ def use_split_column(source: Source, unused: Mapping[str, Unused]) -> Source:
         UsageError: a row has no split or an unknown one, or two columns contradict each other.
     """
     names = list(dict.fromkeys(name for columns in unused.values() for name in columns))
-    found = [name for name in names if _names_splits(name, [columns.get(name, ()) for columns in unused.values()])]
+    found = [name for name in names if names_splits(name, [columns.get(name, ()) for columns in unused.values()])]
     if found and list(source.splits) == ["train"]:
         source = _divide(source, found, unused["train"])
     else:
@@ -43,7 +43,7 @@ def use_split_column(source: Source, unused: Mapping[str, Unused]) -> Source:
     return source
 
 
-def _names_splits(name: str, columns: Sequence[Sequence[object]]) -> bool:
+def names_splits(name: str, columns: Sequence[Sequence[object]]) -> bool:
     """Whether a column has train and, if its name does not say that it is about splits, only names of splits."""
     if not any(role_of(value) for column in columns for value in column[:ROWS_LOOKED_AT]):
         return False
