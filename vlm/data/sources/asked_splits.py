@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from vlm.common import UsageError, listed, note
 from vlm.config import Settings
-from vlm.data.sources.rows import SPLIT_NAMES, Rows, Source, role_of, sort_splits
+from vlm.data.sources.roles import SPLIT_NAMES, role_of, sort_splits
+from vlm.data.sources.rows import Rows, Source
 
 PART = re.compile(r"\s*(?:(?P<role>train|validation|test)\s*=)?\s*(?P<split>\w[\w.-]*)\s*(?P<part>\[[^\]]*\])?\s*")
 EXPECTED = (

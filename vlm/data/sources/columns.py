@@ -8,7 +8,7 @@ from vlm.common import UsageError, did_you_mean, listed
 from vlm.config import NO_LABELS, ClassifySettings, Settings, reasoning_of
 from vlm.data.finding import is_image
 from vlm.data.sources.labels import one_hot_columns
-from vlm.data.sources.split_column import names_splits
+from vlm.data.sources.roles import names_splits
 from vlm.data.spellings import are_numbers, meaning
 
 # Usual names, best first.

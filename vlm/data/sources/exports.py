@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from vlm.common import UsageError, brief, note
 from vlm.data.finding import is_image
-from vlm.data.sources.rows import role_of
+from vlm.data.sources.roles import role_of
 
 Row = dict[str, Any]
 LABEL_STUDIO = "Label Studio export"

@@ -18,7 +18,8 @@ from vlm.data.sources.library import (
     read_saved,
     read_with_library,
 )
-from vlm.data.sources.rows import Source, files_by_split, nothing_there, role_of, sort_splits
+from vlm.data.sources.roles import role_of, sort_splits
+from vlm.data.sources.rows import Source, files_by_split, nothing_there
 from vlm.data.sources.shards import is_shard, read_shards
 from vlm.data.sources.tables import find_split_tables, find_tables, is_table, read_tables
 

@@ -29,7 +29,8 @@ from vlm.data.sources.library import (
     to_source,
 )
 from vlm.data.sources.remote import fetch_sample, hidden_rows, read_schema
-from vlm.data.sources.rows import HUB, Rows, Source, nothing_there, role_of
+from vlm.data.sources.roles import role_of
+from vlm.data.sources.rows import HUB, Rows, Source, nothing_there
 from vlm.data.sources.streamed import read_stream
 from vlm.data.sources.tables import is_table
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from vlm.common import UsageError, listed, note, printable
 from vlm.data.finding import count_by_ending, heic_hint, is_hidden, is_image
-from vlm.data.sources.rows import EXPECTED, Rows, Source, role_of, sort_splits
+from vlm.data.sources.roles import role_of, sort_splits
+from vlm.data.sources.rows import EXPECTED, Rows, Source
 
 
 def read_image_folders(

@@ -16,7 +16,8 @@ from vlm.data.sources.foreign import AGAIN, refuse_damaged
 from vlm.data.sources.groups import group_names
 from vlm.data.sources.labels import one_hot_labels, text_column, use_names
 from vlm.data.sources.places import Place, asked_place
-from vlm.data.sources.rows import EXPECTED, Rows, Source, nothing_there, role_of
+from vlm.data.sources.roles import role_of
+from vlm.data.sources.rows import EXPECTED, Rows, Source, nothing_there
 from vlm.data.sources.split_column import use_split_column
 
 if TYPE_CHECKING:  # the library takes a second to import

@@ -9,15 +9,11 @@ from typing import TYPE_CHECKING, Protocol
 from vlm.common import UsageError
 from vlm.data.images import ImageSource
 from vlm.data.sources.columns import Columns
+from vlm.data.sources.roles import role_of
 
 if TYPE_CHECKING:
     from vlm.data.stream import Stream
 
-SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "validation": ("validation", "val", "valid", "dev"),
-    "test": ("test", "testing", "eval"),
-}
 EXPECTED = (
     "Expected a hub id, a folder CLASS/IMAGE or SPLIT/CLASS/IMAGE, a CSV, JSONL or JSON file with paths and labels, "
     "or a folder written by save_to_disk."
@@ -143,28 +139,6 @@ class Source:
             self.class_names = named[0]
             for role, labels in named[1].items():
                 self.splits[role].labels = labels
-
-
-def role_of(name: object) -> str | None:
-    """What a split of this name is for: train, validation or test, in any spelling; None for all other values."""
-    word = name.strip().lower() if isinstance(name, str) else None
-    return next((role for role, spellings in SPLIT_NAMES.items() if word in spellings), None)
-
-
-def sort_splits(names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
-    """Sort the names of splits by what they are for.
-
-    Returns:
-        The name of each role that is there.
-        The names that have no role, such as few-shot partitions, sorted.
-    """
-    names = list(names)
-    roles = {}
-    for role, spellings in SPLIT_NAMES.items():
-        found = [name for spelling in spellings for name in names if name.lower() == spelling]
-        if found:
-            roles[role] = found[0]
-    return roles, sorted(set(names) - set(roles.values()))
 
 
 def files_by_split(files: Iterable[Path]) -> dict[str, list[Path]]:

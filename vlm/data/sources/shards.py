@@ -23,7 +23,8 @@ from vlm.data.sources.archives import TAR, whole_tar
 from vlm.data.sources.columns import LABEL_COLUMNS, Columns
 from vlm.data.sources.foreign import AGAIN
 from vlm.data.sources.labels import text_column, use_names
-from vlm.data.sources.rows import Rows, Source, files_by_split, role_of, sort_splits
+from vlm.data.sources.roles import role_of, sort_splits
+from vlm.data.sources.rows import Rows, Source, files_by_split
 
 LABELS = (".cls", ".txt", ".json")  # the best first
 LARGEST_LABEL = 1 << 20  # bytes

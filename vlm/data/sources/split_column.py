@@ -1,17 +1,15 @@
 """A column that names the split of each row, and unused columns that look as if they grouped the rows."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from vlm.common import UsageError, brief, listed, note
-from vlm.data.sources.rows import SPLIT_NAMES, Rows, Source, role_of
+from vlm.data.sources.roles import SPLIT_NAMES, SPLIT_WORDS, names_splits, role_of, words_of
+from vlm.data.sources.rows import Rows, Source
 
-SPLIT_WORDS = {"split", "splits", "set", "subset", "partition", "fold", "phase", "usage"}
 GROUP_WORDS = {"folds", "kfold", "group", "groups", "patient", "subject", "participant", "individual", "study", "site"}
 GROUP_WORDS |= {"hospital", "video", "clip", "sequence", "scene", "session", "place", "location", "camera", "lesion"}
 GROUP_WORDS |= {"slide", "specimen", "cluster"}
-ROWS_LOOKED_AT = 1000  # a column without a split name in them is none
 
 Unused = Mapping[str, Sequence[object]]
 
@@ -41,15 +39,6 @@ def use_split_column(source: Source, unused: Mapping[str, Unused]) -> Source:
             hint += " A column called split, with train, val or test in each row, would be used."
         note(f"note: columns that look like groups or splits, but are not used: {listed(alike)}.{hint}")
     return source
-
-
-def names_splits(name: str, columns: Sequence[Sequence[object]]) -> bool:
-    """Whether a column has train and, if its name does not say that it is about splits, only names of splits."""
-    if not any(role_of(value) for column in columns for value in column[:ROWS_LOOKED_AT]):
-        return False
-    values = {value for column in columns for value in column[:] if isinstance(value, str) and value.strip()}
-    roles = {role_of(value) for value in values}
-    return "train" in roles and (bool(_words(name) & SPLIT_WORDS) or (None not in roles and len(roles) > 1))
 
 
 def _divide(source: Source, found: Sequence[str], columns: Unused) -> Source:
@@ -101,11 +90,5 @@ def _note_contradictions(source: Source, name: str, unused: Mapping[str, Unused]
 
 
 def _looks_like_groups(name: str) -> bool:
-    words = _words(name)
+    words = words_of(name)
     return bool(words & (SPLIT_WORDS | GROUP_WORDS)) or ("is" in words and any(map(role_of, words)))
-
-
-def _words(name: str) -> set[str]:
-    """The words of a column's name in small letters, without "id": patient_id, PatientID and patientId have one."""
-    parts = re.findall(r"[A-Z]*[a-z]+|[A-Z]+", name)
-    return {part.lower().removesuffix("id") for part in parts}

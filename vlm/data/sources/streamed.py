@@ -13,7 +13,8 @@ from vlm.data.sources.cells import image_of
 from vlm.data.sources.columns import Columns, choose_columns, reasoning_texts
 from vlm.data.sources.library import errors_in_one_line, is_image_column, not_decoded, open_streams
 from vlm.data.sources.places import Place
-from vlm.data.sources.rows import Rows, Source, sort_splits
+from vlm.data.sources.roles import sort_splits
+from vlm.data.sources.rows import Rows, Source
 from vlm.data.stream import Row, Stream, digest
 
 if TYPE_CHECKING:

@@ -31,7 +31,8 @@ from vlm.data.sources.foreign import SAVE_AS_CSV, refuse_by_content
 from vlm.data.sources.groups import group_names
 from vlm.data.sources.labels import one_hot_labels, text_column, use_names
 from vlm.data.sources.places import Place, asked_place, is_of_label_studio
-from vlm.data.sources.rows import Rows, Source, sort_splits
+from vlm.data.sources.roles import sort_splits
+from vlm.data.sources.rows import Rows, Source
 from vlm.data.sources.split_column import use_split_column
 
 CSV = (".csv", ".tsv")
