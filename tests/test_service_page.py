@@ -365,7 +365,9 @@ def test_a_server_is_one_process(capsys, monkeypatch):
     ],
 )
 def test_the_head_of_the_page_names_the_classes(count, words):
-    served = SimpleNamespace(classes=[f"class {i}" for i in range(count)], name="a model", accuracy=None)
+    served = SimpleNamespace(
+        classes=[f"class {i}" for i in range(count)], name="a model", base="another", accuracy=None
+    )
     page = Page(render("about.html.jinja", Path(service.__file__).parent, title="Fruit", served=served, listed=40))
     assert words in page.text and "class 15" in page.text
     assert len(page.all("details")) == (count > 40)

@@ -42,7 +42,7 @@ def results(run):
 def test_what_was_asked_for_stands_in_the_results(results):
     calibration, abstention = results["test"]["calibration"], results["test"]["abstention"]
     assert calibration["method"] == "bias" and calibration["score"] == "prior" and len(calibration["bias"]) == 10
-    assert set(calibration["scores"]) == {"sum", "prior"}
+    assert set(calibration["scores"]) == {"sum", "prior", "head", "both"}
     assert abstention["target_precision"] == 0.2 and abstention["validation"]["accuracy"] >= 0.2
     assert abstention["below"] is not None and 0 <= abstention["test"]["coverage"] <= 1
     assert 0 <= results["zero_shot"]["accuracy"] <= 1

@@ -22,7 +22,7 @@ from threadpoolctl import threadpool_limits
 from vlm.classifier import Head, features
 from vlm.common import Bar, evaluation_mode
 from vlm.data import Sample, Split, balanced_positions
-from vlm.families import STATISTICS, Family, FeatureCache, encode, vectors_of
+from vlm.families import STATISTICS, Family, FeatureCache, NoVectors, encode, vectors_of
 
 BATCH_SIZE = 16
 SEARCHED = 2000  # images of the cross-validation, whose vectors of all blocks are held in memory
@@ -81,12 +81,14 @@ def fit_head(
         seed: of the folds, and of the choice of images if there are very many.
 
     Raises:
-        NoVectors: the vision encoder has no vectors of its images.
+        NoVectors: the vision encoder has no vectors of its images, or these are of one class.
     """
     started = time.monotonic()
     chosen = balanced_positions(train.labels, min(len(train), SEARCHED), [seed, 5])
     vectors, kept = vectors_of_split(family, train, chosen, cache)
     labels = np.array(train.labels)[kept]
+    if len(set(labels.tolist())) < 2:
+        raise NoVectors("train has images of one class only")
     search = _Search(torch.from_numpy(vectors), labels, seed)
     layer, statistics, strength, (nll, accuracy) = search.best()
     size = len(statistics) * vectors.shape[-1]

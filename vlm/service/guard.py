@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from vlm.common import note, one_line
+from vlm.common import one_line
 
 Scope = dict[str, Any]
 Receive = Callable[[], Any]
@@ -116,6 +116,8 @@ class Guard:
         except Exception as error:
             if not begun:
                 raise
+            from vlm.common import note  # needs a package, and the flags of --serve are read without any
+
             note(f"error: {scope['path']}: {type(error).__name__}: {one_line(error.__cause__ or error)}")
             with suppress(Exception):  # it may have ended
                 await send({"type": "http.response.body"})
