@@ -189,7 +189,7 @@ def _accuracy_rows(results: dict[str, Any]) -> list[Row]:
         rows.append(("text, head, both", evidence_line(evidence)))
     if issues := results.get("label_issues"):
         counts = f"{issues['listed']:,} of {issues['judged']:,}, {issues['clear']:,} of them clearly"
-        rows.append(("labels that may be wrong", f"{counts}  ({LABEL_ISSUES})"))
+        rows.append(("labels that the head doubts", f"{counts}  ({LABEL_ISSUES})"))
     if results["probe"]:
         value, low, high = results["probe"]["accuracy"]
         how = f"logistic regression on {probed_encoder(results['probe']['tower'])}"
