@@ -59,6 +59,20 @@ def test_features_of_the_cache_are_used_and_give_the_same(family, data, monkeypa
     assert (right == again).all() and found["accuracy"] == expected["accuracy"] and found["layer"] == expected["layer"]
 
 
+def test_an_encoder_without_features_of_its_own_is_left_out_with_a_note(family, data, monkeypatch, capsys):
+    def fail(inputs):
+        raise IndexError("nothing reached the connector")
+
+    family.model.train()
+    monkeypatch.setattr(family, "vision_features", fail)
+    assert probe(family, data) is None and family.model.training, "the mode stays as it was"
+    assert "no probe: this model's vision encoder has no features of its own (IndexError)" in capsys.readouterr().err
+    monkeypatch.setattr(family, "vision_features", lambda inputs: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(MemoryError):
+        probe(family, data)
+    assert family.model.training
+
+
 def test_an_encoder_without_blocks_is_left_out_with_a_note(family, data, monkeypatch, capsys):
     family.model.train()
     monkeypatch.setattr("vlm.families.pooling.GradientCheckpointingLayer", torch.nn.LSTM)

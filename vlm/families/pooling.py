@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from vlm.common import UsageError
+from vlm.common import UsageError, is_out_of_memory
 from vlm.families.base import Family
 
 STATISTICS = ("mean", "deviation", "class token")  # the last one only if the encoder has a class token
@@ -134,5 +134,11 @@ def vectors_of(family: Family, inputs: dict[str, Tensor], shares: Sequence[int])
         NoVectors: the encoder has none.
     """
     with Listening(family) as listening:
-        family.encoder_features({name: tensor.to(family.device) for name, tensor in inputs.items()})
+        try:
+            family.encoder_features({name: tensor.to(family.device) for name, tensor in inputs.items()})
+        except Exception as error:  # each model that cannot be stopped after its encoder fails in its own way
+            if is_out_of_memory(error):
+                raise
+            reason = f"this model's vision encoder has no features of its own ({type(error).__name__})"
+            raise NoVectors(reason) from error
     return listening.vectors(shares)

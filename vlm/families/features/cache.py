@@ -173,12 +173,17 @@ def _features_and_vectors(
     family: Family, images: list[EncodedImages], connected: bool
 ) -> tuple[list[Tensor], Sequence[Tensor | None]]:
     """The features of each image and, from the same pass, its vectors, (L, S, W); None where there are none."""
+    none = [None] * len(images)
     try:
-        with Listening(family) as listening:
-            features = family.features_of_each(images, connected)
+        listening = Listening(family)
+    except NoVectors:
+        return family.features_of_each(images, connected), none
+    with listening:
+        features = family.features_of_each(images, connected)
+    try:
         return features, list(listening.vectors([len(one.inputs["pixel_values"]) for one in images]))
     except NoVectors:
-        return family.features_of_each(images, connected), [None] * len(images)
+        return features, none
 
 
 def nbytes(entry: Entry) -> int:
